@@ -1,0 +1,59 @@
+"""A checkpoint is read back exactly, or refused by name; reading one never runs code."""
+import os
+
+import pytest
+import torch
+
+from training import checkpoint
+from training.runlog import Failure
+
+
+def write(path):
+    checkpoint.write(path, kind="weights", classes=["cat", "dog"], state_dict={"w": torch.arange(600.0)})
+    return path
+
+
+def test_round_trip(tmp_path):
+    content = checkpoint.read(write(tmp_path / "best.pt"))
+    assert content["format"] == checkpoint.FORMAT and content["classes"] == ["cat", "dog"]
+    assert torch.equal(content["state_dict"]["w"], torch.arange(600.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_no_flipped_bit_and_no_truncation_passes_unseen(tmp_path):
+    good = write(tmp_path / "best.pt").read_bytes()
+    wanted = checkpoint.read(tmp_path / "best.pt")["state_dict"]["w"]
+    broken = tmp_path / "broken.pt"
+    g = torch.Generator().manual_seed(0)
+    caught = 0
+    for _ in range(200):
+        position, bit = torch.randint(len(good), (), generator=g).item(), torch.randint(8, (), generator=g).item()
+        broken.write_bytes(good[:position] + bytes([good[position] ^ 1 << bit]) + good[position + 1:])
+        try:
+            assert torch.equal(checkpoint.read(broken)["state_dict"]["w"], wanted), f"bit {bit} of byte {position} changed a weight"
+        except Failure as failure:
+            caught += 1
+            assert failure.code == 5 and str(broken) in str(failure)
+    assert caught > 150, f"only {caught} of 200 flips were noticed"
+    for length in torch.randint(len(good), (50,), generator=g).tolist():
+        broken.write_bytes(good[:length])
+        with pytest.raises(Failure, match="broken.pt"):
+            checkpoint.read(broken)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil-was-here",)
+
+
+@pytest.mark.parametrize("content", [
+    lambda path: path.write_bytes(os.urandom(500)), lambda path: path.write_bytes(b""), lambda path: path.mkdir(), lambda path: None,
+    lambda path: torch.save({"format": 1, "w": Evil()}, path), lambda path: torch.save({"w": torch.ones(2)}, path),
+    lambda path: torch.save([1], path), lambda path: torch.save({"format": 99}, path)])
+def test_foreign_files_are_refused_in_one_line(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content(tmp_path / "x.pt")
+    with pytest.raises(Failure, match="x.pt") as failure:
+        checkpoint.read(tmp_path / "x.pt")
+    assert failure.value.code == 5 and "\n" not in str(failure.value)
+    assert not (tmp_path / "evil-was-here").exists()

@@ -1,0 +1,100 @@
+"""Flags: defaults, presets, ranges, and one line with exit code 2 for each that does not fit."""
+import pytest
+
+from training import options
+
+
+def distill(*argv):
+    return options.parse_distill("", "", argv)
+
+
+def teacher(*argv):
+    return options.parse_teacher("", "", argv)
+
+
+def test_defaults_are_the_study_recipe():
+    for args in (distill(), teacher()):
+        recipe = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "sched": "cosine", "warmup_epochs": 5, "label_smoothing": 0.1, "clip_grad": 1.0,
+                  "patience": 30, "monitor": "val_loss", "policy": "autoaugment", "random_erasing": 0.25, "mixup": 0.8, "cutmix": 1.0,
+                  "batch_size": 128, "epochs": 200, "dataset": "cifar100", "mix_mode": "batch", "mix_prob": 1.0, "seed": 42}
+        assert recipe == {name: getattr(args, name) for name in recipe}
+    assert teacher().model == "efficientnet_v2_l" and teacher().output == "runs/teacher"
+    args = distill()
+    assert (args.method, args.alpha, args.temperature, args.student, args.student_init) == ("kd", 0.7, 4.0, "efficientnet_v2_s", "none")
+    assert args.teacher_checkpoint == "runs/teacher/best.pt" and args.output == "runs/kd-alpha0.7-T4-s42"
+
+
+@pytest.mark.parametrize("experiment, expected", [
+    ("v1", {"method": "kd", "policy": "none", "random_erasing": 0.0, "mixup": 0.8, "cutmix": 1.0}),
+    ("v2", {"method": "kd", "policy": "autoaugment", "random_erasing": 0.25}),
+    ("v3", {"method": "dkd", "beta": 8.0, "policy": "autoaugment"}),
+    ("v3.1", {"method": "dkd", "beta": 2.0, "alpha": 1.0, "ce_weight": 1.0}),
+    ("v4", {"method": "kd", "teacher_checkpoint": "runs/teacher-strong/best.pt"}),
+])
+def test_presets_set_defaults_and_flags_win(experiment, expected):
+    args = distill("--experiment", experiment)
+    assert expected == {name: getattr(args, name) for name in expected}
+    assert args.output == f"runs/{experiment}-s42"
+    args = distill(f"--experiment={experiment}", "--random-erasing", "0.5", "--teacher-checkpoint", "x.pt", "--seed", "3")
+    assert (args.random_erasing, args.teacher_checkpoint, args.output) == (0.5, "x.pt", f"runs/{experiment}-s3")
+
+
+def test_a_preset_of_one_method_can_be_run_with_the_other():
+    args = distill("--experiment", "v3", "--method", "kd")
+    assert (args.method, args.beta, args.alpha, args.mixed_target) == ("kd", None, 0.7, None)
+    assert options.loss_numbers(args) == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward", "label_smoothing": 0.1}
+
+
+def test_short_forms_and_names():
+    assert distill("--no-autoaugment").policy == "none" and distill("--policy", "none", "--autoaugment").policy == "autoaugment"
+    assert distill("--method", "dkd", "--beta", "2", "--temperature", "1.5").output == "runs/dkd-beta2-T1.5-s42"
+    assert options.ramped(distill("--method", "dkd", "--dkd-warmup", "20"), 5) == {"alpha": 0.25, "beta": 2.0}
+    assert options.ramped(distill("--method", "dkd", "--dkd-warmup", "20"), 40) == {"alpha": 1.0, "beta": 8.0}
+    assert options.ramped(distill("--method", "dkd"), 1) == {}
+
+
+def test_objective_is_printed_with_its_numbers():
+    assert options.objective(distill()) == "loss = 0.3 CE(label smoothing 0.1) + 0.7 * 4^2 KL(teacher || student; T = 4)"
+    assert options.objective(distill("--kl", "reverse", "--ce-weight", "1")) == (
+        "loss = 1 CE(label smoothing 0.1) + 0.7 * 4^2 KL(student || teacher; T = 4)")
+    assert options.objective(distill("--experiment", "v3", "--dkd-warmup", "20", "--label-smoothing", "0")) == (
+        "loss = 1 CE(label smoothing 0) + 4^2 (1 TCKD + 8 NCKD) * min(epoch / 20, 1); T = 4, targets of mixed images: pair")
+    assert options.objective(teacher()) == "loss = CE(label smoothing 0.1)"
+
+
+BAD = {  # flag: values that are out of range or of the wrong kind
+    "--dataset": ["mnist"], "--data-dir": [""], "--val-size": ["-1", "0.1"], "--image-size": ["0", "x"], "--policy": ["cutout"],
+    "--random-erasing": ["-0.1", "1.1", "nan"], "--mixup": ["-1", "inf"], "--cutmix": ["-1", "nan"], "--mix-prob": ["2"], "--mix-mode": ["row"],
+    "--epochs": ["0", "1.5"], "--batch-size": ["0"], "-b": ["-4"], "--opt": ["lion"], "--lr": ["0", "-1", "nan", "inf"],
+    "--momentum": ["1"], "--weight-decay": ["-1"], "--sched": ["step"], "--milestones": ["0"], "--warmup-epochs": ["-1", "200"],
+    "--label-smoothing": ["1", "-0.1"], "--clip-grad": ["-1", "nan"], "--model-ema": ["1"], "--patience": ["-1"], "--monitor": ["loss"],
+    "--amp": ["fp8"], "--device": ["tpu", "cuda:x"], "--seed": ["-1", "x"], "--output": [""],
+}
+BAD_DISTILL = {
+    "--experiment": ["v5"], "--method": ["fitnet"], "--alpha": ["-1", "nan", "1.5"], "--beta": ["-1", "8"], "--temperature": ["0", "inf"],
+    "--ce-weight": ["-1"], "--kl": ["both"], "--mixed-target": ["all", "pair"], "--dkd-warmup": ["-1", "20"], "--teacher-checkpoint": [""],
+    "--student": [""], "--student-init": [""], "--temp": ["4"], "--no-such-flag": ["1"],
+}
+
+
+@pytest.mark.parametrize("parse, flag, value", [
+    *((parse, flag, value) for parse in (distill, teacher) for flag, values in BAD.items() for value in values),
+    *((distill, flag, value) for flag, values in BAD_DISTILL.items() for value in values),
+    (teacher, "--model", ""), (teacher, "--beta", "8"), (teacher, "--init", ""),
+])
+def test_a_bad_value_is_one_line_and_exit_code_2(parse, flag, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(flag, value)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and "--help" in err, err
+    assert flag.lstrip("-") in err, f"the line does not name {flag}: {err}"
+
+
+def test_flags_that_exclude_each_other(capsys):
+    for parse, argv in ((teacher, ("--init", "x", "--pretrained")), (distill, ("--milestones", "5", "3")), (distill, ("--epochs", "5")), (distill, ("file",))):
+        with pytest.raises(SystemExit) as stop:
+            parse(*argv)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert distill("--alpha", "1.5", "--ce-weight", "1").alpha == 1.5

@@ -1,0 +1,125 @@
+"""The run directory: columns, atomic files, exit codes, and what env.json does not hold."""
+import csv
+import errno
+import getpass
+import json
+import socket
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from training import runlog
+
+COLUMNS = """epoch lr train_loss train_loss_ce train_loss_kl train_loss_tckd train_loss_nckd train_acc1 val_loss val_acc1 val_acc5 val_ece
+teacher_agree best_val_loss best_epoch bad_epochs grad_norm_mean grad_norm_max clip_frac amp_scale skipped_steps steps samples
+images_per_s epoch_s val_s total_s peak_mem_mb""".split()
+
+
+def row(epoch=1, **values):
+    whole = {"epoch": epoch, "best_epoch": 1, "bad_epochs": 0, "skipped_steps": 0, "steps": 3, "samples": 192}
+    required = {name: 0.1 + 0.2 for name in COLUMNS if name not in ("train_loss_kl", "train_loss_tckd", "train_loss_nckd", "teacher_agree", "amp_scale", "peak_mem_mb")}
+    return runlog.EpochRow(**required | whole | values)
+
+
+def opened(path, **flags):
+    run = runlog.RunDirectory(path, overwrite=flags.pop("overwrite", False))
+    run.open({"seed": 1})
+    return run
+
+
+def test_log_has_the_columns_in_order_and_floats_round_trip(tmp_path):
+    assert [field.name for field in fields(runlog.EpochRow)] == COLUMNS
+    run = opened(tmp_path / "a" / "run")
+    for epoch in (1, 2):
+        run.log(row(epoch, train_loss_kl=1 / 3))
+    text = (run / "log.csv").read_text()
+    assert text.splitlines()[0].split(",") == COLUMNS and text.count("epoch,lr") == 1
+    first, second = csv.DictReader(text.splitlines())
+    assert (first["epoch"], second["epoch"]) == ("1", "2")
+    assert float(first["train_loss_kl"]) == 1 / 3 and float(first["lr"]) == 0.1 + 0.2
+    assert first["train_loss_tckd"] == "" and first["amp_scale"] == ""
+    with pytest.raises(TypeError):
+        row(train_los=1)
+
+
+def test_a_used_directory_is_refused_before_anything_is_written(tmp_path):
+    run = opened(tmp_path / "run")
+    run.log(row())
+    with pytest.raises(runlog.Failure, match="not empty .*run.* --overwrite") as failure:
+        runlog.RunDirectory(tmp_path / "run", overwrite=False)
+    assert failure.value.code == runlog.USAGE
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    opened(tmp_path / "run", overwrite=True)
+    assert not (run / "log.csv").exists() and (run / "notes.txt").exists(), "--overwrite removes what a run wrote, nothing else"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(runlog.Failure, match="not a directory"):
+        runlog.RunDirectory(tmp_path / "file", overwrite=True)
+    runlog.RunDirectory(tmp_path / "new", overwrite=False)
+    assert not (tmp_path / "new").exists(), "a run that fails before its start leaves no directory behind"
+
+
+def test_status_says_how_a_run_ended(tmp_path):
+    with pytest.raises(runlog.Failure), opened(tmp_path / "run") as run:
+        run.log(row())
+        raise runlog.Failure(runlog.DIVERGED, "loss is not finite (nan)", "lower --lr")
+    assert json.loads((run / "status.json").read_text()) == {"state": "failed", "reason": "loss is not finite (nan). lower --lr", "exit_code": 6, "epoch": 1}
+    with opened(tmp_path / "done") as run:
+        run.close({"verdict": "completed"})
+    assert json.loads((run / "status.json").read_text())["exit_code"] == 0
+    assert json.loads((run / "summary.json").read_text())["wall_s"] >= 0
+
+
+@pytest.mark.parametrize("failure, code, words", [
+    (runlog.Failure(4, "no data (x)", "get it"), 4, "no data (x). get it"),
+    (runlog.Failure(5, "two\nlines", "one"), 5, "two lines. one"),
+    (OSError(errno.ENOSPC, "No space left on device", "runs/x/last.pt"), 8, "runs/x/last.pt"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nmore"), 7, "--batch-size"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+])
+def test_expected_errors_are_one_line_and_a_code(failure, code, words, capsys):
+    def main(args):
+        raise failure
+
+    with pytest.raises(SystemExit) as stop:
+        runlog.run(main, SimpleNamespace(debug=False))
+    err = capsys.readouterr().err
+    assert stop.value.code == code
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_a_bug_keeps_its_traceback():
+    def main(args):
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        runlog.run(main, SimpleNamespace(debug=False))
+    with pytest.raises(FileNotFoundError):
+        runlog.run(lambda args: open("/no/such/file"), SimpleNamespace(debug=False))
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_partial(tmp_path, monkeypatch):
+    runlog.write_atomic(tmp_path / "file", b"old")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runlog.os, "fsync", full)
+    with pytest.raises(OSError) as failure:
+        runlog.write_atomic(tmp_path / "file", b"new")
+    assert failure.value.filename == str(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_environment_is_enough_to_repeat_and_holds_nothing_private():
+    environment = runlog.environment()
+    assert environment["torch"] == torch.__version__ and {"git_commit", "gpu", "python"} <= set(environment)
+    text = json.dumps(environment)
+    assert socket.gethostname() not in text and str(runlog.Path.home()) not in text and getpass.getuser() not in text
+
+
+@pytest.mark.parametrize("accuracies, early, expected", [
+    ([10, 30, 50], False, "completed"), ([10, 50, 45], True, "early stop"), ([1, 1.2, 1.5], False, "collapsed"), ([10, 60, 20], True, "collapsed")])
+def test_verdict(accuracies, early, expected):
+    assert runlog.verdict([row(val_acc1=value) for value in accuracies], 100, early) == expected

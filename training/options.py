@@ -1,0 +1,229 @@
+"""Every flag of both scripts: groups, ranges, defaults and presets, each written once.  Imports no torch: --help is instant.
+
+The defaults are the recipe of the study that this project re-runs (experiment v2); a preset only sets other defaults, and
+a flag beside it wins.
+"""
+import argparse
+import math
+import re
+import sys
+
+DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
+POLICIES = ("none", "autoaugment")
+
+# The numbers of each method, equal to the defaults of its function in losses/ (tested).  A flag that is not listed for the
+# chosen method is refused rather than ignored.
+METHODS = {
+    "kd": {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward"},
+    "dkd": {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "ce_weight": 1.0, "mixed_target": "pair"},
+}
+EXPERIMENTS = {
+    "v1": {"method": "kd", "policy": "none", "random_erasing": 0.0},
+    "v2": {"method": "kd"},
+    "v3": {"method": "dkd", "beta": 8.0},
+    "v3.1": {"method": "dkd", "beta": 2.0},
+    "v4": {"method": "kd", "teacher_checkpoint": "runs/teacher-strong/best.pt"},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on stderr and exit code 2."""
+
+    def error(self, message):
+        sys.stderr.write(f"error: {message}. see {self.prog} --help\n")
+        raise SystemExit(2)
+
+
+def number(kind, at_least=None, above=None, at_most=None, below=None):
+    """An argparse type: a finite `kind` (int or float) within the bounds."""
+    bounds = [f"{sign} {bound}" for sign, bound in ((">=", at_least), (">", above), ("<=", at_most), ("<", below)) if bound is not None]
+    wanted = f"must be {'an integer' if kind is int else 'a number'} {' and '.join(bounds)}".rstrip()
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{wanted} ({text})") from None
+        if not (math.isfinite(value) and (at_least is None or value >= at_least) and (above is None or value > above)
+                and (at_most is None or value <= at_most) and (below is None or value < below)):
+            raise argparse.ArgumentTypeError(f"{wanted} ({text})")
+        return value
+
+    return parse
+
+
+def nonempty(text):
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty ('')")
+    return text
+
+
+count, whole, nonnegative, positive = number(int, above=0), number(int, at_least=0), number(float, at_least=0), number(float, above=0)
+probability = number(float, at_least=0, at_most=1)
+
+
+def data_flags(parser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=DATASETS, default="cifar100", help="default: %(default)s")
+    group.add_argument("--data-dir", type=nonempty, default="datasets", metavar="DIR", help="where the files are, or are downloaded to; default: %(default)s")
+    group.add_argument("--val-size", type=whole, metavar="N", help="training images held out for validation, stratified; default: 5000 for CIFAR, "
+                       "10%% elsewhere; 0 validates on the test set, as the literature does")
+    group.add_argument("--image-size", type=count, metavar="PIXELS", help="upsample on the device to this size; default: the images' own")
+
+
+def augmentation_flags(parser) -> None:
+    group = parser.add_argument_group("augmentation (besides random crop and flip)")
+    group.add_argument("--policy", choices=POLICIES, default="autoaugment", help="default: %(default)s (CIFAR-10 policy)")
+    group.add_argument("--autoaugment", dest="policy", action="store_const", const="autoaugment", help="short for --policy autoaugment")
+    group.add_argument("--no-autoaugment", dest="policy", action="store_const", const="none", help="short for --policy none")
+    group.add_argument("--random-erasing", type=probability, default=0.25, metavar="P", help="share of images erased in part; default: %(default)s")
+    group.add_argument("--mixup", type=nonnegative, default=0.8, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of Mixup, 0 is off; default: %(default)s")
+    group.add_argument("--cutmix", type=nonnegative, default=1.0, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of CutMix, 0 is off; default: %(default)s")
+    group.add_argument("--mix-prob", type=probability, default=1.0, metavar="P", help="share of draws that mix at all; default: %(default)s")
+    group.add_argument("--mix-mode", choices=("batch", "pair", "elem"), default="batch", help="one draw per batch, pair or image; default: %(default)s")
+
+
+def optimisation_flags(parser) -> None:
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=count, default=200, metavar="N", help="default: %(default)s")
+    group.add_argument("-b", "--batch-size", type=count, default=128, metavar="N", help="default: %(default)s")
+    group.add_argument("--opt", choices=("adamw", "sgd"), default="adamw", help="default: %(default)s")
+    group.add_argument("--lr", type=positive, default=1e-3, metavar="RATE", help="peak learning rate; default: %(default)s")
+    group.add_argument("--momentum", type=number(float, at_least=0, below=1), default=0.9, metavar="M", help="of SGD; default: %(default)s")
+    group.add_argument("--weight-decay", type=nonnegative, default=0.05, metavar="W", help="on all parameters; default: %(default)s")
+    group.add_argument("--sched", choices=("cosine", "multistep"), default="cosine", help="cosine to 0, or x0.1 at --milestones; default: %(default)s")
+    group.add_argument("--milestones", type=count, nargs="+", default=[150, 180, 210], metavar="EPOCH", help="of --sched multistep; default: 150 180 210")
+    group.add_argument("--warmup-epochs", type=whole, default=5, metavar="N", help="linear from 0; default: %(default)s")
+    group.add_argument("--label-smoothing", type=number(float, at_least=0, below=1), default=0.1, metavar="EPS", help="default: %(default)s")
+    group.add_argument("--clip-grad", type=nonnegative, default=1.0, metavar="NORM", help="gradient norm to clip at, 0 is off; default: %(default)s")
+    group.add_argument("--model-ema", type=number(float, at_least=0, below=1), default=0.0, metavar="DECAY",
+                       help="evaluate and save an exponential moving average of the weights, 0 is off; default: %(default)s")
+    group.add_argument("--patience", type=whole, default=30, metavar="EPOCHS", help="stop after so many epochs without a better --monitor, 0 never; default: %(default)s")
+    group.add_argument("--monitor", choices=("val_loss", "val_acc1"), default="val_loss", help="selects best.pt and stops early; default: %(default)s")
+
+
+def machine_flags(parser, output) -> None:
+    group = parser.add_argument_group("machine and output")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
+    group.add_argument("--amp", choices=("fp16", "bf16", "off"), help="default: fp16 on CUDA, off on a CPU")
+    group.add_argument("--seed", type=whole, default=42, metavar="N", help="of the weights, split, order and augmentation; default: %(default)s")
+    group.add_argument("--output", type=nonempty, metavar="DIR", help=f"run directory; default: {output}")
+    group.add_argument("--overwrite", action="store_true", help="replace what a run left in --output")
+    group.add_argument("--dry-run", action="store_true", help="print the configuration and the objective, then stop")
+    group.add_argument("--debug", action="store_true", help="show the traceback of expected errors too")
+
+
+def new_parser(description, usage_lines) -> Parser:
+    return Parser(description=description, epilog=usage_lines, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def parse_teacher(description, usage_lines, argv=None):
+    """The checked flags of train_teacher.py; exits with 2 and one line otherwise."""
+    parser = new_parser(description, usage_lines)
+    group = parser.add_argument_group("network")
+    group.add_argument("--model", type=nonempty, default="efficientnet_v2_l", metavar="NAME", help="a torchvision classifier, a CIFAR network or v2_*; default: %(default)s")
+    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from torchvision's ImageNet weights; default: where they exist")
+    group.add_argument("--init", type=nonempty, metavar="PATH", help="start from a local file of weights, all but the head")
+    data_flags(parser)
+    augmentation_flags(parser)
+    optimisation_flags(parser)
+    machine_flags(parser, output="runs/teacher")
+    args = parser.parse_args(argv)
+    if args.init and args.pretrained:
+        parser.error("--init and --pretrained exclude each other")
+    check_schedule(parser, args)
+    args.output = args.output or "runs/teacher"
+    return args
+
+
+def parse_distill(description, usage_lines, argv=None):
+    """The checked flags of distill.py, with the numbers of the chosen method filled in; exits with 2 and one line otherwise."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--experiment", choices=EXPERIMENTS)
+    preset = EXPERIMENTS.get(first.parse_known_args(argv)[0].experiment, {})
+
+    parser = new_parser(description, usage_lines)
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--experiment", choices=EXPERIMENTS, help="a preset of the study: sets defaults, flags beside it win")
+    group.add_argument("--method", choices=METHODS, default="kd", help="default: %(default)s")
+    group.add_argument("--alpha", type=nonnegative, help="weight of KL (kd, default 0.7) or TCKD (dkd, default 1)")
+    group.add_argument("--beta", type=nonnegative, help="weight of NCKD (dkd, default 8)")
+    group.add_argument("--temperature", type=positive, help="default: 4")
+    group.add_argument("--ce-weight", type=nonnegative, help="weight of the labels' cross-entropy; default: 1 - alpha (kd), 1 (dkd)")
+    group.add_argument("--kl", choices=("forward", "reverse"), help="kd: KL(teacher || student), or the reverse; default: forward")
+    group.add_argument("--mixed-target", choices=("pair", "dominant", "first"), help="dkd: the target of a mixed image; default: pair")
+    group.add_argument("--dkd-warmup", type=whole, default=0, metavar="EPOCHS", help="dkd: ramp its two terms up over so many epochs; default: %(default)s")
+    group.add_argument("--teacher-checkpoint", type=nonempty, default="runs/teacher/best.pt", metavar="PATH", help="default: %(default)s")
+    group.add_argument("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help="default: %(default)s")
+    group.add_argument("--student-init", type=nonempty, default="none", metavar="{none,imagenet,PATH}", help="default: %(default)s")
+    data_flags(parser)
+    augmentation_flags(parser)
+    optimisation_flags(parser)
+    machine_flags(parser, output="runs/<experiment, or method and its numbers>-s<seed>")
+    parser.set_defaults(**preset)
+    args = parser.parse_args(argv)
+
+    numbers = METHODS[args.method]
+    given = {name for method in METHODS.values() for name in method if getattr(args, name) is not None}
+    for name in sorted(given - set(numbers) - (set(preset) if args.method != preset.get("method") else set())):
+        parser.error(f"--{name.replace('_', '-')} does not belong to --method {args.method} ({getattr(args, name)})")
+    if args.dkd_warmup and args.method != "dkd":
+        parser.error(f"--dkd-warmup does not belong to --method {args.method} ({args.dkd_warmup})")
+    for name in {name for method in METHODS.values() for name in method}:
+        if name not in numbers:
+            setattr(args, name, None)
+        elif getattr(args, name) is None:
+            setattr(args, name, numbers[name])
+    if args.method == "kd" and args.ce_weight is None and args.alpha > 1:
+        parser.error(f"argument --alpha: must be <= 1 unless --ce-weight is given ({args.alpha:g})")
+    check_schedule(parser, args)
+    args.output = args.output or f"runs/{args.experiment or run_name(args)}-s{args.seed}"
+    return args
+
+
+def check_schedule(parser, args) -> None:
+    if args.warmup_epochs >= args.epochs:
+        parser.error(f"--warmup-epochs must be less than --epochs ({args.warmup_epochs} of {args.epochs})")
+    if args.milestones != sorted(set(args.milestones)):
+        parser.error(f"--milestones must increase ({' '.join(map(str, args.milestones))})")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        parser.error(f"argument --device: must be auto, cpu, cuda or cuda:N ({args.device})")
+
+
+def run_name(args) -> str:
+    """The method with the numbers that tell its runs apart: kd-alpha0.7-T4, dkd-beta8-T4."""
+    weight = {"kd": "alpha", "dkd": "beta"}[args.method]
+    return f"{args.method}-{weight}{getattr(args, weight):g}-T{args.temperature:g}"
+
+
+def augmentation(args) -> dict:
+    """The keyword arguments of augment.BatchAugmenter that flags decide."""
+    return {name: getattr(args, name) for name in ("policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")}
+
+
+def loss_numbers(args) -> dict:
+    """The keyword arguments of the method's function in losses/."""
+    return {name: getattr(args, name) for name in METHODS[args.method]} | {"label_smoothing": args.label_smoothing}
+
+
+def ramped(args, epoch: int) -> dict:
+    """The numbers of the method that change with the epoch (from 1): DKD's two weights under --dkd-warmup."""
+    if not args.dkd_warmup:
+        return {}
+    factor = min(epoch / args.dkd_warmup, 1)
+    return {"alpha": factor * args.alpha, "beta": factor * args.beta}
+
+
+def objective(args) -> str:
+    """What is minimised, as a formula with its numbers; one for both scripts."""
+    ce = f"CE(label smoothing {args.label_smoothing:g})"
+    if "method" not in args:
+        return f"loss = {ce}"
+    temperature = f"{args.temperature:g}"
+    if args.method == "kd":
+        weight = 1 - args.alpha if args.ce_weight is None else args.ce_weight
+        divergence = "teacher || student" if args.kl == "forward" else "student || teacher"
+        return f"loss = {weight:.4g} {ce} + {args.alpha:g} * {temperature}^2 KL({divergence}; T = {temperature})"
+    ramp = f" * min(epoch / {args.dkd_warmup}, 1)" if args.dkd_warmup else ""
+    return (f"loss = {args.ce_weight:g} {ce} + {temperature}^2 ({args.alpha:g} TCKD + {args.beta:g} NCKD){ramp}"
+            f"; T = {temperature}, targets of mixed images: {args.mixed_target}")
