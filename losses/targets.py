@@ -1,0 +1,24 @@
+"""Labels of a batch in which every image may be a mix of two."""
+from typing import NamedTuple
+
+import torch
+
+
+class Targets(NamedTuple):
+    """The soft label `lam * onehot(label) + (1 - lam) * onehot(other)` of every row; unmixed rows have `other == label`, `lam == 1`.
+
+    label, other: int64 (N,). lam: float32 (N,), the weight of `label`, in [0, 1].
+    """
+    label: torch.Tensor
+    other: torch.Tensor
+    lam: torch.Tensor
+
+    @classmethod
+    def unmixed(cls, label: torch.Tensor) -> "Targets":
+        """Targets of images that carry one label each."""
+        return cls(label, label, torch.ones(label.shape, device=label.device))
+
+    @property
+    def dominant(self) -> torch.Tensor:
+        """int64 (N,): the label of the larger part, `label` where both are half."""
+        return torch.where(self.lam >= 0.5, self.label, self.other)
