@@ -37,7 +37,7 @@ def read_tensors(path, code: int = CHECKPOINT):
     except Failure:
         raise
     except Exception as failure:  # zipfile and the unpickler raise a dozen types on hostile bytes
-        reason = "it holds more than plain data" if "Unsupported" in str(failure) or "WeightsUnpickler" in str(failure) else "truncated, or not made by torch.save"
+        reason = "it holds more than plain data" if "Unsupported" in str(failure) or "WeightsUnpickler" in str(failure) else "truncated, or not made by torch.save of torch 1.6 or newer"
         raise Failure(code, f"unreadable file ({path}: {reason})", "restore it from a copy or make it again") from failure
 
 

@@ -1,0 +1,506 @@
+"""Networks: published sizes, image sizes, weights from files and from torchvision, trained networks in use."""
+import copy
+import hashlib
+import io
+import pickle
+import re
+from contextlib import contextmanager
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from training import checkpoint, models
+from training.runlog import CHECKPOINT, DATA, USAGE, Failure
+
+# With 100 classes, counted on the networks of RepDistiller, the code behind the published tables.
+PUBLISHED = {
+    "resnet8": 83_892, "resnet14": 181_108, "resnet20": 278_324, "resnet32": 472_756, "resnet44": 667_188, "resnet56": 861_620,
+    "resnet110": 1_736_564, "resnet8x4": 1_233_540, "resnet32x4": 7_433_860, "wrn_16_2": 703_284, "wrn_40_1": 569_780,
+    "wrn_40_2": 2_255_156, "vgg8": 3_965_028, "vgg13": 9_462_180, "mobilenet_v2": 812_836,
+}
+DEMO = {"v2_pico": 29_042, "v2_tiny": 309_300}
+MEAN, STD = [0.5071, 0.4866, 0.4409], [0.2673, 0.2564, 0.2762]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """torch.hub's folder of weights, empty, on a machine without network."""
+    def unreachable(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    return tmp_path / "torch/hub/checkpoints"
+
+
+@contextmanager
+def fails(code, *words):
+    """Expect a Failure with `code` whose one line holds all `words`."""
+    with pytest.raises(Failure) as caught:
+        yield
+    line = str(caught.value)
+    assert caught.value.code == code, f"exit code {caught.value.code} instead of {code}: {line}"
+    assert "\n" not in line, f"more than one line: {line}"
+    for word in words:
+        assert str(word) in line, f"{word!s} is not in: {line}"
+
+
+class Evil:
+    """Unpickling it touches `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return self.path.touch, ()
+
+
+def scrambled(net):
+    """`net` with all parameters and statistics random, so that no two networks are alike by their initialisation."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in net.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    return net
+
+
+def save_best(path, net, name, num_classes, **other):
+    classes = [f"class {i}" for i in range(num_classes)]
+    info = dict(model=name, classes=classes, image_size=32, mean=MEAN, std=STD, dataset="synthetic")
+    models.save(path, net, **info | other)
+
+
+def assert_same_body(net, other, but=None):
+    head = {key for key in net.state_dict() if key.startswith(("head.", "fc.", "heads.", "classifier."))}
+    assert 0 < len(head) < len(net.state_dict())
+    for key, tensor in net.state_dict().items():
+        if key not in head and not (but and key.endswith(but)):
+            torch.testing.assert_close(tensor, other.state_dict()[key], rtol=0, atol=0, msg=f"{key} differs")
+
+
+# Names and sizes
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *DEMO])
+def test_own_networks_have_the_published_sizes_and_learn(name):
+    torch.manual_seed(0)
+    net = models.build(name, 100)
+    expected = (PUBLISHED | DEMO)[name]
+    assert models.parameters(net) == expected, f"{models.parameters(net)} parameters instead of {expected}"
+    before = [parameter.clone() for parameter in net.parameters()]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    logits = net(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 100) and logits.isfinite().all()
+    F.cross_entropy(logits, torch.tensor([3, 7])).backward()
+    optimizer.step()
+    still = [key for (key, new), old in zip(net.named_parameters(), before) if torch.equal(new, old)]
+    # The bias of a convolution before batch norm has no gradient but rounding.
+    assert all(key.endswith("0.bias") for key in still), f"the step did not move {still}"
+
+
+def test_every_network_of_the_table_is_checked():
+    assert {*PUBLISHED, *DEMO} == {*models.NETWORKS}
+
+
+def test_downsampling_happens_where_published():
+    """The last feature maps are 8x8 for the residual networks, 4x4 for VGG at 32 and at 64 pixels, 2x2 for MobileNetV2."""
+    for name, image_size, side in (
+        ("resnet8", 32, 8), ("wrn_16_2", 32, 8), ("vgg8", 32, 4), ("vgg8", 64, 4), ("mobilenet_v2", 32, 2),
+    ):
+        net = models.build(name, 10, image_size)
+        sides = []
+        net.features.register_forward_hook(lambda module, inputs, output: sides.append(output.shape[-1]))
+        net(torch.randn(2, 3, image_size, image_size))
+        assert sides == [side], f"{name} ends on {sides} positions a side at {image_size} pixels, not {side}"
+
+
+def test_shortcuts_start_where_published():
+    """Wide ResNets: at the input, but after its activation where the width changes.  MobileNetV2: only at equal shape."""
+    negative = -torch.rand(2, 4, 6, 6)
+    for width, expected in ((4, negative), (8, torch.zeros(2, 8, 6, 6))):
+        block = models.PreActivationBlock(4, width, stride=1).eval()
+        torch.testing.assert_close(block(negative), expected, msg=f"wrong shortcut from 4 to {width} channels")
+    for width, stride, kept in ((4, 1, negative), (4, 2, torch.zeros(2, 4, 3, 3)), (8, 1, torch.zeros(2, 8, 6, 6))):
+        block = models.InvertedResidual(4, width, stride, expansion=6).eval()
+        nn.init.zeros_(block[-1][1].weight)
+        torch.testing.assert_close(block(negative), kept, msg=f"wrong shortcut from 4 to {width} channels, stride {stride}")
+
+
+@pytest.mark.parametrize("name, millions", [("efficientnet_v2_s", 20.3), ("efficientnet_v2_l", 117.4)])
+def test_torchvision_sizes(name, millions):
+    with torch.device("meta"):
+        with_100, with_1000 = models.build(name, 100), models.build(name, 1000)
+    assert round(models.parameters(with_100) / 1e6, 1) == millions, f"{models.parameters(with_100)} parameters with 100 classes"
+    published = torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
+    assert models.parameters(with_1000) == published, f"{models.parameters(with_1000)} parameters instead of {published}"
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "squeezenet1_1", "mobilenet_v3_small", "mnasnet0_5", "regnet_y_400mf",
+                                  "googlenet", "efficientnet_b0", "resnet18", "torchvision/mobilenet_v2"])
+def test_torchvision_families_train_on_small_images(name):
+    net = models.build(name, 7)
+    assert net.training
+    logits = net(torch.randn(2, 3, 32, 32))
+    assert isinstance(logits, torch.Tensor) and logits.shape == (2, 7), f"{type(logits)}"
+
+
+@pytest.mark.parametrize("name, image_size",
+                         [("inception_v3", 299), ("maxvit_t", 224), ("vit_b_16", 64), ("swin_t", 48), ("convnext_tiny", 64)])
+def test_torchvision_families_at_other_sizes(name, image_size):
+    with torch.device("meta"):
+        net = models.build(name, 7, image_size)
+        assert net.eval()(torch.empty(2, 3, image_size, image_size)).shape == (2, 7)
+
+
+def test_a_name_that_is_ours_shadows_torchvisions():
+    assert models.is_torchvision("efficientnet_v2_l") and models.is_torchvision("torchvision/efficientnet_v2_l")
+    for name in ("vgg13", "mobilenet_v2"):
+        assert not models.is_torchvision(name) and models.is_torchvision(f"torchvision/{name}")
+    assert not any(map(models.is_torchvision, ("resnet8", "v2_pico", "torchvision/resnet8", "nothing")))
+    with torch.device("meta"):
+        assert models.parameters(models.build("torchvision/vgg13", 1000)) == 133_047_848
+        assert models.parameters(models.build("torchvision/resnet18", 1000)) == models.parameters(models.build("resnet18", 1000))
+
+
+def test_names_lists_every_network_once():
+    names = models.names()
+    assert len(names) == len(set(names))
+    assert {*PUBLISHED, *DEMO, "efficientnet_v2_l", "efficientnet_v2_m", "efficientnet_v2_s", "torchvision/vgg13"} <= {*names}
+    assert not [name for name in names if "rcnn" in name or "quantized" in name]
+
+
+def test_unknown_names_get_a_suggestion():
+    with fails(USAGE, "unknown model (efficientnet_v2_xl)", "did you mean efficientnet_v2_l", "models.names()"):
+        models.build("efficientnet_v2_xl", 10)
+    with fails(USAGE, "unknown model (zzz). all names: "):
+        models.build("zzz", 10)
+    with fails(USAGE, "unknown model (torchvision/resnet20)"):
+        models.build("torchvision/resnet20", 10)
+
+
+@pytest.mark.parametrize("name, image_size, natural",
+                         [("inception_v3", 32, 299), ("vit_b_16", 40, 224), ("maxvit_t", 32, 224), ("vgg8", 4, 32)])
+def test_image_sizes_that_a_network_cannot_take(name, image_size, natural):
+    with fails(USAGE, f"{name} cannot work on images of {image_size}x{image_size} (", f"use --image-size {natural}"):
+        with torch.device("meta"):
+            models.build(name, 10, image_size)
+
+
+# Image sizes and arithmetic
+
+def test_other_image_sizes_are_resized_on_the_way_in():
+    net = models.build("v2_pico", 10, image_size=48).eval()
+    small = torch.randn(3, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    large = F.interpolate(small, size=(48, 48), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(net(small), net(large), rtol=0, atol=0)
+    torch.testing.assert_close(copy.deepcopy(net)(small), net(large), rtol=0, atol=0)
+
+    seen = []
+    net.features.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    net(large)
+    assert seen[0] is large, "an image of the right size was touched"
+    net.bfloat16()(small.bfloat16())
+    resized = seen[1]
+    assert resized.shape[-2:] == (48, 48) and resized.dtype == torch.bfloat16
+    assert resized.is_contiguous(memory_format=torch.channels_last)
+    assert net.state_dict().keys() == models.build("v2_pico", 10).state_dict().keys()
+
+
+def test_weights_are_channels_last():
+    weight = models.build("resnet8", 10).features[0][0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def test_build_follows_the_seed():
+    first, again, other = [models.build("v2_pico", 10).state_dict() for seed in (1, 1, 2) if torch.manual_seed(seed)]
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_flops_count_two_per_multiply_add_and_change_nothing():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(8, 5),
+    )
+    net[1].eval()
+    before = copy.deepcopy(net.state_dict())
+    expected = 2 * (16 * 16 * 4 * 3 * 9 + 8 * 8 * 8 * (4 // 2) * 9 + 8 * 5)
+    assert models.flops(net, 16) == expected, f"{models.flops(net, 16)} instead of {expected}"
+    assert net.training and not net[1].training and net[6].training
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+def test_flops_of_the_report():
+    """The report's teacher and student at 32x32: 0.54 and 0.12 GFLOP (DESIGN.md §3)."""
+    with torch.device("meta"):
+        gflop = [models.flops(models.build(name, 100), 32) / 1e9 for name in ("efficientnet_v2_l", "efficientnet_v2_s")]
+    assert [round(value, 2) for value in gflop] == [0.54, 0.12], f"{gflop}"
+
+
+def test_normalise_is_totensor_and_normalize():
+    images = torch.arange(2 * 16 * 8 * 3).remainder(256).to(torch.uint8).reshape(2, 16, 8, 3)  # every value in every channel
+    transform = torchvision.transforms.Compose([torchvision.transforms.ToTensor(), torchvision.transforms.Normalize(MEAN, STD)])
+    expected = torch.stack([transform(image.numpy()) for image in images])
+    normalised = models.normalise(images, MEAN, STD)
+    torch.testing.assert_close(normalised, expected, rtol=0, atol=0)
+    assert normalised.is_contiguous(memory_format=torch.channels_last)
+    half = models.normalise(images, torch.tensor(MEAN), torch.tensor(STD), torch.float16)
+    torch.testing.assert_close(half, expected.half(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="uint8"):
+        models.normalise(images.float(), MEAN, STD)
+
+
+# Weights to start from
+
+def test_init_takes_all_but_the_head(tmp_path):
+    source = scrambled(models.build("resnet8", 100))
+    save_best(tmp_path / "best.pt", source, "resnet8", 100)
+    torch.save(dict(source.state_dict()), tmp_path / "bare.pt")
+    for path in (tmp_path / "best.pt", tmp_path / "bare.pt"):
+        for num_classes in (100, 10):
+            net = models.build("resnet8", num_classes)
+            head = net.head.weight.clone()
+            models.initialise(net, "resnet8", pretrained=True, init=path)
+            assert_same_body(net, source)
+            torch.testing.assert_close(net.head.weight, head, rtol=0, atol=0)
+
+
+def test_no_weights_asked_for_means_random_ones():
+    net = models.build("v2_pico", 10)
+    before = copy.deepcopy(net.state_dict())
+    models.initialise(net, "v2_pico")
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+def test_init_refuses_other_networks(tmp_path):
+    state = models.build("resnet14", 10).state_dict()
+    path = tmp_path / "init.pt"
+
+    def attempt(content, *words):
+        torch.save(content, path)
+        with fails(DATA, f"these weights are not a resnet14 ({path}: ", *words):
+            models.initialise(models.build("resnet14", 10), "resnet14", init=path)
+
+    attempt(models.build("resnet8", 10).state_dict(), "features.2.conv1.weight", "[32, 16, 3, 3]", "[16, 16, 3, 3]")
+    attempt(models.build("resnet18", 10).state_dict(), "features.0.0.weight is missing")
+    attempt(state | {"extra": torch.zeros(1)}, "extra is unexpected")
+    attempt({key: state[key] for key in state if key != "features.1.conv1.weight"}, "features.1.conv1.weight is missing")
+    attempt(state | {"features.0.0.weight": torch.zeros(16, 3, 5, 5)}, "features.0.0.weight", "[16, 3, 5, 5]")
+    attempt(state | {"features.0.0.weight": "a string"}, "features.0.0.weight")
+    for nothing in (7, [state], {}, {"state_dict": None}, {3: torch.zeros(1)}):
+        attempt(nothing, "no weights in it")
+
+
+def test_init_refuses_damaged_and_evil_files(tmp_path):
+    net = models.build("v2_pico", 10)
+    with fails(DATA, "no such file"):
+        models.initialise(net, "v2_pico", init=tmp_path / "absent.pt")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
+    torch.save({"weight": Evil(tmp_path / "owned")}, tmp_path / "evil-archive.pt")
+    torch.save(net.state_dict(), tmp_path / "damaged.pt")
+    damaged = bytearray((tmp_path / "damaged.pt").read_bytes())
+    place = damaged.find(net.features[0][0].weight.detach().permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+    assert place > 0
+    damaged[place] ^= 1
+    (tmp_path / "damaged.pt").write_bytes(damaged)
+    for name in ("evil.pt", "evil-archive.pt", "damaged.pt"):
+        with fails(DATA, str(tmp_path / name)):
+            models.initialise(net, "v2_pico", init=tmp_path / name)
+    assert not (tmp_path / "owned").exists(), "the file ran code"
+
+
+def small_vit(image_size):
+    return torchvision.models.VisionTransformer(image_size, patch_size=16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=16)
+
+
+OLD_LAYOUTS = {  # name: a network of that family, and how older files of torchvision name the key, or None for a key they lack
+    "densenet121": (lambda: torchvision.models.DenseNet(4, (2, 2), 8),
+                    lambda key: re.sub(r"(denselayer\d\.(?:norm|conv))(\d)", r"\1.\2", key)),
+    "vit_b_16": (lambda: small_vit(32), lambda key: key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2.")),
+    "resnet18": (lambda: models.build("resnet18", 5), lambda key: None if key.endswith("num_batches_tracked") else key),
+}
+
+
+@pytest.mark.parametrize("name", OLD_LAYOUTS)
+def test_init_reads_older_layouts(tmp_path, name):
+    make, rename = OLD_LAYOUTS[name]
+    net, source = make(), scrambled(make())
+    old = {rename(key): tensor for key, tensor in source.state_dict().items() if rename(key)}
+    assert old.keys() != source.state_dict().keys()
+    torch.save(old, tmp_path / "old.pt")
+    models.initialise(net, name, init=tmp_path / "old.pt")
+    assert_same_body(net, source, but="num_batches_tracked" if name == "resnet18" else None)
+
+
+@pytest.mark.parametrize("name, extra", [("googlenet", "aux1.fc2.bias"), ("mnasnet0_5", None)])
+def test_init_reads_files_that_hold_more_or_less_than_we_build(tmp_path, name, extra):
+    """GoogLeNet's training-time heads; MNASNet without the layer versions that a plain dict has lost."""
+    net, source = models.build(name, 5), scrambled(models.build(name, 5))
+    torch.save(dict(source.state_dict()) | ({extra: torch.zeros(9)} if extra else {}), tmp_path / "weights.pt")
+    models.initialise(net, name, init=tmp_path / "weights.pt")
+    assert_same_body(net, source)
+
+
+# ImageNet weights
+
+def test_pretrained_without_network_says_what_to_do(hub):
+    net = models.build("squeezenet1_1", 10)
+    with fails(DATA, "cannot download the ImageNet weights of squeezenet1_1 (https://download.pytorch.org/", "no route to host",
+               str(hub), "--init PATH", "--no-pretrained"):
+        models.initialise(net, "squeezenet1_1", pretrained=True)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("invalid hash value"), ConnectionResetError(104, "reset"), TimeoutError()])
+def test_pretrained_download_that_breaks(hub, monkeypatch, error):
+    def broken(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", broken)
+    with fails(DATA, "cannot download the ImageNet weights of squeezenet1_1"):
+        models.initialise(models.build("squeezenet1_1", 10), "squeezenet1_1", pretrained=True)
+
+
+def test_pretrained_does_not_hide_a_full_disk(hub, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", full)
+    with pytest.raises(OSError, match="No space left"):  # which runlog.run turns into exit code 8
+        models.initialise(models.build("squeezenet1_1", 10), "squeezenet1_1", pretrained=True)
+
+
+def test_pretrained_names_a_damaged_cached_file_and_leaves_it(hub):
+    hub.mkdir(parents=True)
+    cached = hub / torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url.rpartition("/")[2]
+    cached.write_bytes(b"half a download")
+    with fails(DATA, "damaged ImageNet weights of squeezenet1_1", str(cached), "delete the file"):
+        models.initialise(models.build("squeezenet1_1", 10), "squeezenet1_1", pretrained=True)
+    assert cached.read_bytes() == b"half a download"
+
+
+def offer(monkeypatch, data):
+    """Let torchvision publish `data` as every network's ImageNet weights; returns the downloads made, and one as it should be."""
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    weights = SimpleNamespace(DEFAULT=SimpleNamespace(url=f"https://example.org/net-1.1-{digest}.pth"))
+    downloads = []
+
+    def download(url, path, hash_prefix, progress):
+        downloads.append((url, hash_prefix))
+        with open(path, "wb") as file:
+            file.write(data)
+
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: weights)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    return downloads, (weights.DEFAULT.url, digest)
+
+
+def test_pretrained_takes_all_but_the_head_and_downloads_once(hub, monkeypatch):
+    source, file = scrambled(models.build("squeezenet1_1", 1000)), io.BytesIO()
+    torch.save(source.state_dict(), file)
+    downloads, once = offer(monkeypatch, file.getvalue())
+    for name in ("squeezenet1_1", "torchvision/squeezenet1_1"):
+        net = models.build(name, 10)
+        models.initialise(net, name, pretrained=True)
+        assert_same_body(net, source)
+        assert not (net.classifier[1].weight >= 0.5).all(), "the ImageNet head was taken too"
+    assert downloads == [once]
+
+
+def test_pretrained_weights_run_no_code(hub, tmp_path, monkeypatch):
+    offer(monkeypatch, pickle.dumps(Evil(tmp_path / "owned"), protocol=2))
+    with pytest.raises(pickle.UnpicklingError):
+        models.initialise(models.build("squeezenet1_1", 10), "squeezenet1_1", pretrained=True)
+    assert not (tmp_path / "owned").exists(), "the file ran code"
+
+
+def test_pretrained_is_refused_where_no_such_weights_exist():
+    for name in ("resnet20", "vgg13"):
+        with fails(USAGE, f"there are no ImageNet weights of {name}", "--no-pretrained"):
+            models.initialise(nn.Linear(2, 2), name, pretrained=True)
+
+
+def test_pretrained_for_another_image_size(monkeypatch):
+    monkeypatch.setattr(models, "_imagenet_weights", lambda name: small_vit(64).state_dict())
+    with fails(USAGE, "the ImageNet weights of vit_b_16", "pos_embedding", "use --image-size 224"):
+        models.initialise(small_vit(32), "vit_b_16", pretrained=True)
+
+
+# Trained networks in use
+
+def test_a_written_network_predicts_what_it_did(tmp_path):
+    torch.manual_seed(0)
+    net = models.build("resnet8", 7)
+    for _ in range(3):
+        net(torch.randn(8, 3, 32, 32) * 2 + 1)  # running statistics away from their initial values
+    net.eval()
+    images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
+    save_best(tmp_path / "best.pt", net, "resnet8", 7, epoch=3)
+
+    before = torch.get_rng_state()
+    loaded = models.load(tmp_path / "best.pt")
+    assert torch.equal(torch.get_rng_state(), before), "loading a teacher drew random numbers"
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert loaded.info["classes"] == [f"class {i}" for i in range(7)] and loaded.info["epoch"] == 3
+    assert "state_dict" not in loaded.info
+
+    with torch.no_grad():
+        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
+        expected = net((images.permute(0, 3, 1, 2) / 255 - mean) / std).softmax(1)
+    probabilities = models.predict(loaded, images, batch_size=2)
+    assert probabilities.dtype == torch.float32 and probabilities.device.type == "cpu" and not probabilities.requires_grad
+    torch.testing.assert_close(probabilities, expected)
+    assert expected.std(0).max() > 1e-3, "the images are not told apart, so their order is not tested"
+    torch.testing.assert_close(models.predict(loaded, images.numpy()), expected)
+    assert models.predict(loaded, images[:0]).shape == (0, 7)
+
+    models.save(tmp_path / "again.pt", loaded, **loaded.info | {"test_acc1": 71.5})
+    again = models.load(tmp_path / "again.pt")
+    assert again.info == loaded.info | {"test_acc1": 71.5}
+    torch.testing.assert_close(again.state_dict(), loaded.state_dict(), rtol=0, atol=0)
+
+
+def test_a_student_can_be_the_next_teacher(tmp_path):
+    """Teacher-assistant chains (Mirzadeh et al. 2020, arXiv 1902.03393): what was distilled loads as a teacher, or as a start."""
+    assistant = models.build("v2_pico", 7, image_size=64)
+    save_best(tmp_path / "best.pt", assistant, "v2_pico", 7, image_size=64)
+    teacher = models.load(tmp_path / "best.pt")
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(teacher(images), assistant.eval()(F.interpolate(images, size=(64, 64), mode="bilinear")))
+    student = models.build("v2_pico", 7)
+    models.initialise(student, "v2_pico", init=tmp_path / "best.pt")
+    torch.testing.assert_close(student.features.state_dict(), assistant.features.state_dict(), rtol=0, atol=0)
+
+
+def test_load_refuses_what_is_not_a_trained_network(tmp_path):
+    path = tmp_path / "best.pt"
+    net = models.build("v2_pico", 7)
+
+    save_best(path, net, "v2_pico", 7)
+    content = checkpoint.read(path)
+
+    def attempt(words, **other):
+        checkpoint.write(path, **content | other)
+        with fails(CHECKPOINT, str(path), words):
+            models.load(path)
+
+    attempt("its kind is resume", kind="resume")
+    attempt(f"({path}: resnet9)", model="resnet9")
+    attempt("not a resnet8", model="resnet8")
+    attempt("size mismatch", classes=["only one"])
+    attempt("no weights in it", state_dict=None)
+    attempt("is missing", state_dict=net.features.state_dict(prefix="features."))
+    attempt("cannot build", image_size=40, model="vit_b_16")
+    for key in models.CARD:
+        checkpoint.write(path, **{name: value for name, value in content.items() if name not in (key, "format")})
+        with fails(CHECKPOINT, f"{key} is missing"):
+            models.load(path)
+    torch.save(net.state_dict(), path)
+    with fails(CHECKPOINT, "not a checkpoint of this project"):
+        models.load(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with fails(CHECKPOINT, "unreadable file"):
+        models.load(path)

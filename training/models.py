@@ -1,0 +1,401 @@
+"""Networks by name, their weights, and trained networks in use.
+
+    from training import models
+    net = models.load("runs/teacher/best.pt")       # eval mode, frozen; net.info holds classes, image size, mean, deviation
+    probabilities = models.predict(net, images)     # uint8 (N, H, W, 3) -> float32 (N, C)
+
+Three kinds of names (`names()` lists them):
+- the CIFAR networks of the published distillation tables (CRD, Tian et al. 2020, arXiv 1910.10699, and its followers), the
+  same layer for layer: their ResNets have 1x1 convolutions as shortcuts, their MobileNetV2 has half the width;
+- `v2_pico` and `v2_tiny`, EfficientNetV2 (Tan and Le 2021, arXiv 2104.00298) in miniature, student and teacher of the demo;
+- torchvision's classifiers.  `vgg13` and `mobilenet_v2` mean the CIFAR networks; torchvision's are `torchvision/vgg13` and
+  `torchvision/mobilenet_v2`.  The prefix is allowed before every torchvision name.
+
+Every network maps float images (N, 3, H, W) to logits (N, C); images of another size than its own it resizes first, on their
+device, so that a 224-pixel teacher and a 32-pixel student can be given the same batch.  Adding a network is one function and
+one line in `NETWORKS`.
+"""
+import difflib
+import hashlib
+import re
+import ssl
+import sys
+from collections import OrderedDict
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
+from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
+from torchvision.ops import Conv2dNormActivation
+
+from training import checkpoint
+from training.runlog import CHECKPOINT, DATA, USAGE, Failure
+
+
+def _classifier(features, channels: int, num_classes: int) -> nn.Sequential:
+    """A chain of modules, global average pooling and one linear head, initialised as the published networks are."""
+    net = nn.Sequential(OrderedDict(
+        features=nn.Sequential(*features), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+        head=nn.Linear(channels, num_classes),
+    ))
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return net
+
+
+def _small_head(net: nn.Sequential) -> nn.Sequential:
+    nn.init.normal_(net.head.weight, std=0.01)
+    nn.init.zeros_(net.head.bias)
+    return net
+
+
+def resnet(num_classes: int, *, depth: int, widths) -> nn.Module:
+    """ResNet for 32x32 images (He et al. 2016, arXiv 1512.03385 §4.2): stem and three stages of `widths`; `depth` = 6n + 2."""
+    channels, *stages = widths
+    features = [Conv2dNormActivation(3, channels)]
+    for stage, width in enumerate(stages):
+        for block in range((depth - 2) // 6):
+            stride = 2 if stage > 0 and block == 0 else 1
+            shortcut = None
+            if stride != 1 or channels != width:
+                shortcut = nn.Sequential(conv1x1(channels, width, stride), nn.BatchNorm2d(width))
+            features.append(BasicBlock(channels, width, stride, shortcut))
+            channels = width
+    return _classifier(features, channels, num_classes)
+
+
+class PreActivationBlock(nn.Module):
+    """Normalise, activate, convolve, twice; a shortcut that changes the width starts after the first activation."""
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(channels), conv3x3(channels, width, stride)
+        self.norm2, self.conv2 = nn.BatchNorm2d(width), conv3x3(width, width)
+        self.shortcut = conv1x1(channels, width, stride) if channels != width else None
+
+    def forward(self, features):
+        active = F.relu(self.norm1(features))
+        residual = self.conv2(F.relu(self.norm2(self.conv1(active))))
+        return residual + (features if self.shortcut is None else self.shortcut(active))
+
+
+def wide_resnet(num_classes: int, *, depth: int, widen: int) -> nn.Module:
+    """Wide ResNet for 32x32 images (Zagoruyko and Komodakis 2016, arXiv 1605.07146) without dropout; `depth` = 6n + 4."""
+    channels = 16
+    features = [conv3x3(3, channels)]
+    for stage, width in enumerate((16 * widen, 32 * widen, 64 * widen)):
+        for block in range((depth - 4) // 6):
+            features.append(PreActivationBlock(channels, width, 2 if stage > 0 and block == 0 else 1))
+            channels = width
+    net = _classifier([*features, nn.BatchNorm2d(channels), nn.ReLU()], channels, num_classes)
+    nn.init.zeros_(net.head.bias)
+    return net
+
+
+class LargeImagePool(nn.MaxPool2d):
+    """The VGGs' fourth pooling: 64-pixel images need it, 32-pixel ones reach it with 4x4 positions left and keep them."""
+
+    def forward(self, features):
+        return super().forward(features) if features.shape[-1] >= 8 else features
+
+
+def vgg(num_classes: int, *, convolutions: int) -> nn.Module:
+    """VGG for 32x32 images (Simonyan and Zisserman 2015, arXiv 1409.1556): five equal stages, batch norm, one linear layer."""
+    channels, features = 3, []
+    for width, pool in ((64, nn.MaxPool2d), (128, nn.MaxPool2d), (256, nn.MaxPool2d), (512, LargeImagePool), (512, None)):
+        for _ in range(convolutions):
+            features.append(Conv2dNormActivation(channels, width, bias=True))
+            channels = width
+        if pool:
+            features.append(pool(2))
+    return _small_head(_classifier(features, channels, num_classes))
+
+
+class InvertedResidual(nn.Sequential):
+    """Expand, filter each channel, project; unlike torchvision's it expands by a convolution even where the factor is one."""
+
+    def __init__(self, channels: int, width: int, stride: int, expansion: int):
+        hidden = channels * expansion
+        super().__init__(
+            Conv2dNormActivation(channels, hidden, 1),
+            Conv2dNormActivation(hidden, hidden, 3, stride, groups=hidden),
+            Conv2dNormActivation(hidden, width, 1, activation_layer=None),
+        )
+        self.skip = stride == 1 and channels == width
+
+    def forward(self, features):
+        return features + super().forward(features) if self.skip else super().forward(features)
+
+
+def half_mobilenet_v2(num_classes: int) -> nn.Module:
+    """MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381) of half width, with one stride fewer than for ImageNet, and ReLUs."""
+    channels = 16
+    features = [Conv2dNormActivation(3, channels, stride=2)]
+    for expansion, width, blocks, first_stride in (
+        (1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1),
+    ):
+        for block in range(blocks):
+            features.append(InvertedResidual(channels, width, first_stride if block == 0 else 1, expansion))
+            channels = width
+    return _small_head(_classifier([*features, Conv2dNormActivation(channels, 1280, 1)], 1280, num_classes))
+
+
+def small_efficientnet_v2(num_classes: int, *, stem: int, stages, last: int) -> nn.Module:
+    """torchvision's EfficientNetV2 with few stages of (block, expansion, stride, width, layers), all 3x3, and no dropout."""
+    channels, settings = stem, []
+    for block, expansion, stride, width, layers in stages:
+        settings.append(block(expansion, 3, stride, channels, width, layers))
+        channels = width
+    return EfficientNet(settings, dropout=0.0, stochastic_depth_prob=0.0, num_classes=num_classes, last_channel=last,
+                        norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
+
+
+NETWORKS = {
+    **{f"resnet{depth}": partial(resnet, depth=depth, widths=(16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": partial(resnet, depth=depth, widths=(32, 64, 128, 256)) for depth in (8, 32)},
+    "wrn_16_2": partial(wide_resnet, depth=16, widen=2),
+    "wrn_40_1": partial(wide_resnet, depth=40, widen=1),
+    "wrn_40_2": partial(wide_resnet, depth=40, widen=2),
+    "vgg8": partial(vgg, convolutions=1),
+    "vgg13": partial(vgg, convolutions=2),
+    "mobilenet_v2": half_mobilenet_v2,
+    "v2_pico": partial(small_efficientnet_v2, stem=8, last=128, stages=(
+        (FusedMBConvConfig, 1, 1, 8, 1), (FusedMBConvConfig, 2, 2, 16, 1),
+        (FusedMBConvConfig, 2, 2, 24, 1), (MBConvConfig, 2, 1, 32, 1))),
+    "v2_tiny": partial(small_efficientnet_v2, stem=16, last=320, stages=(
+        (FusedMBConvConfig, 1, 1, 16, 1), (FusedMBConvConfig, 4, 2, 32, 1),
+        (FusedMBConvConfig, 4, 2, 48, 2), (MBConvConfig, 4, 1, 80, 2))),
+}
+PREFIX = "torchvision/"
+# What a file of weights must hold for `load` to use it; the scripts store more.
+CARD = ("model", "classes", "image_size", "mean", "std", "dataset", "state_dict")
+
+
+def _torchvision_name(name: str) -> str | None:
+    """torchvision's own name for the network that `name` means here; None where it means one of ours or nothing."""
+    short = name.removeprefix(PREFIX)
+    return short if name not in NETWORKS and short in torchvision.models.list_models(module=torchvision.models) else None
+
+
+def is_torchvision(name: str) -> bool:
+    """Whether `name` is a torchvision classifier, which has ImageNet weights; `vgg13` and `mobilenet_v2` are not."""
+    return _torchvision_name(name) is not None
+
+
+def names() -> list[str]:
+    """Every name that `build` accepts, each network once: ours, then torchvision's."""
+    theirs = torchvision.models.list_models(module=torchvision.models)
+    return [*NETWORKS, *(PREFIX + name if name in NETWORKS else name for name in theirs)]
+
+
+def _natural_size(name: str) -> int:
+    """The side in pixels of the images that a network was designed for."""
+    theirs = _torchvision_name(name)
+    return torchvision.models.get_model_weights(theirs).DEFAULT.transforms.keywords["crop_size"] if theirs else 32
+
+
+def _resize(image_size: int, net, inputs):
+    """Forward pre-hook: bilinear to `image_size`, keeping dtype and memory format; nothing where the size is right."""
+    images, = inputs
+    if images.shape[-2:] == (image_size, image_size):
+        return None
+    return F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False, antialias=False)
+
+
+def _on_meta(net, image_size: int):
+    """The logits of one image in eval mode, in shape only: no arithmetic, no random number, nothing left changed."""
+    training = [module for module in net.modules() if module.training]
+    tensors = {name: tensor.to("meta") for name, tensor in (*net.named_parameters(), *net.named_buffers())}
+    net.eval()
+    try:
+        with torch.no_grad():
+            return torch.func.functional_call(net, tensors, torch.empty(1, 3, image_size, image_size, device="meta"))
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _build_torchvision(name: str, num_classes: int, image_size: int) -> nn.Module:
+    if name in ("googlenet", "inception_v3"):
+        # Auxiliary heads would make training mode return a tuple; the ImageNet weights expect inputs rescaled by the network.
+        options = {"aux_logits": False, "init_weights": True, "transform_input": True}
+    elif name.startswith("vit_"):
+        options = {"image_size": image_size}
+    elif name.startswith("maxvit_"):
+        options = {"input_size": (image_size, image_size)}
+    else:
+        options = {}
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+
+
+def build(name: str, num_classes: int, image_size: int = 32) -> nn.Module:
+    """The network `name` with random weights in channels_last and a head of `num_classes`, for images of `image_size` pixels.
+
+    Images of another size are resized as they come in.  Failure USAGE: no such name, or one that cannot work at that size.
+    """
+    theirs = _torchvision_name(name)
+    if theirs is None and name not in NETWORKS:
+        close = difflib.get_close_matches(name, names())
+        question = f"did you mean {' or '.join(close)}? " if close else ""
+        command = 'python -c "from training import models; print(*models.names())"'
+        raise Failure(USAGE, f"unknown model ({name})", f"{question}all names: {command}")
+    try:
+        net = _build_torchvision(theirs, num_classes, image_size) if theirs else NETWORKS[name](num_classes)
+        net.register_forward_pre_hook(partial(_resize, image_size))
+        _on_meta(net, image_size)
+    except (RuntimeError, ValueError, AssertionError) as failure:  # what layers raise for sizes they cannot take
+        reason = str(failure).partition("\n")[0]
+        raise Failure(USAGE, f"{name} cannot work on images of {image_size}x{image_size} ({reason})",
+                      f"use --image-size {_natural_size(name)}") from failure
+    return net.to(memory_format=torch.channels_last)
+
+
+def initialise(net, name: str, *, pretrained: bool = False, init=None) -> None:
+    """Give `net`, just built as `name`, the weights in the file `init` or else, if `pretrained`, ImageNet's, all but the head.
+
+    `init` is a best.pt of ours or a bare state_dict.  The head stays random; everything else must fit exactly.  Failure DATA:
+    weights missing, damaged, not to be downloaded, or another network's; USAGE: no ImageNet weights for this network or size.
+    """
+    head = _head(net)
+    if init is not None:
+        content = checkpoint.read_tensors(init, DATA)
+        if isinstance(content, dict) and "state_dict" in content:
+            content = content["state_dict"]
+        misfit = _fill(net, content, head)
+        if misfit:
+            raise Failure(DATA, f"these weights are not a {name} ({init}: {misfit})", "name the weights of the same network")
+    elif pretrained:
+        theirs = _torchvision_name(name)
+        if theirs is None:
+            raise Failure(USAGE, f"there are no ImageNet weights of {name}", "use --no-pretrained, or --init PATH")
+        misfit = _fill(net, _imagenet_weights(theirs), head)
+        if misfit:
+            raise Failure(USAGE, f"the ImageNet weights of {name} do not fit this image size ({misfit})",
+                          f"use --image-size {_natural_size(name)}, or --no-pretrained")
+
+
+def _head(net) -> frozenset[str]:
+    """The state_dict keys of the layer that makes the logits: in every network here the last one that has such weights."""
+    name, layer = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
+    return frozenset(f"{name}.{key}" for key in layer.state_dict())
+
+
+def _fill(net, weights, without=frozenset()) -> str | None:
+    """Copy `weights` into `net`, all but the keys `without`; on a misfit, what is wrong with the first key that does not fit."""
+    if not isinstance(weights, dict) or not weights or not all(isinstance(key, str) for key in weights):
+        return "no weights in it"
+    state = OrderedDict()
+    # Layer versions travel as an attribute; by them, or their absence, torch and torchvision read older layouts of single layers.
+    # A plain dict has lost them; MNASNet alone insists on one, for the whole network.
+    state._metadata = getattr(weights, "_metadata", None) or {"": {"version": net._version}}
+    for key, tensor in weights.items():
+        # Files of torchvision hold training-time heads that we do not build, and DenseNets name their layers in an older way.
+        if key not in without and not key.startswith(("aux1.", "aux2.", "AuxLogits.")):
+            state[re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)] = tensor
+    try:
+        missing, unexpected = net.load_state_dict(state, strict=False)
+    except RuntimeError as failure:
+        return str(failure).splitlines()[1].strip().rstrip(".")
+    missing = [key for key in missing if key not in without]
+    if missing:
+        return f"{missing[0]} is missing"
+    return f"{unexpected[0]} is unexpected" if unexpected else None
+
+
+def _imagenet_weights(name: str):
+    """torchvision's ImageNet state_dict from torch.hub's cache or the network, checked by the SHA-256 in its file name."""
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    folder = Path(torch.hub.get_dir(), "checkpoints")
+    path = folder / url.rpartition("/")[2]
+    prefix = path.stem.rpartition("-")[2]
+    if path.exists():  # torch.hub itself never looks at a cached file again
+        with open(path, "rb") as file:
+            if not hashlib.file_digest(file, "sha256").hexdigest().startswith(prefix):
+                raise Failure(DATA, f"damaged ImageNet weights of {name} ({path}: wrong SHA-256)",
+                              "delete the file to download it again")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
+        except (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError, RuntimeError) as failure:
+            raise Failure(DATA, f"cannot download the ImageNet weights of {name} ({url}: {failure})",
+                          f"copy the file to {folder}, or start from --init PATH, or --no-pretrained") from failure
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def parameters(net) -> int:
+    """The number of trainable numbers, as published: buffers are not counted."""
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def flops(net, image_size: int) -> int:
+    """Floating-point operations of one image in eval mode, 2 per multiply-add, of matrix products and convolutions.
+
+    Traced without arithmetic: on real tensors the counter misses the fused attention that torch uses in eval mode.
+    """
+    with FlopCounterMode(display=False) as counter:
+        _on_meta(net, image_size)
+    return counter.get_total_flops()
+
+
+def normalise(images, mean, std, dtype=torch.float32):
+    """uint8 (N, H, W, 3) -> `dtype` (N, 3, H, W) channels_last: (x / 255 - mean) / std in float32, as ToTensor and Normalize do.
+
+    `mean` and `std` are three numbers each, or tensors of them on the images' device, which saves copying them.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images must be uint8 (N, H, W, 3), not {images.dtype} {tuple(images.shape)}")
+    mean, std = (torch.as_tensor(numbers, dtype=torch.float32, device=images.device).view(3, 1, 1) for numbers in (mean, std))
+    scaled = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
+    return scaled.div_(255).sub_(mean).div_(std).to(dtype)
+
+
+def save(path, net, **info) -> None:
+    """Write what `load` reads: the weights of `net` and, in plain types, all that `CARD` asks for, as a loaded `info` has it."""
+    checkpoint.write(path, **info | {"kind": "weights", "state_dict": net.state_dict()})
+
+
+def load(path, device="cpu") -> nn.Module:
+    """The trained network in a best.pt, in eval mode and frozen; `net.info` is what the file says of it, all but the weights.
+
+    Failure CHECKPOINT: unreadable or damaged, not a network's weights, or weights that are not those of the network it names.
+    """
+    info = checkpoint.read(path)
+    missing = [key for key in CARD if key not in info]
+    if info.get("kind") != "weights" or missing:
+        reason = f"{missing[0]} is missing" if missing else f"its kind is {info.get('kind')}"
+        raise Failure(CHECKPOINT, f"not the weights of a network ({path}: {reason})", "name a run's best.pt")
+    weights = info.pop("state_dict")
+    try:
+        with torch.random.fork_rng(devices=()):  # a student's random weights must not depend on the teacher loaded before it
+            net = build(info["model"], len(info["classes"]), info["image_size"])
+    except Failure as failure:
+        raise Failure(CHECKPOINT, f"cannot build the network of a checkpoint ({path}: {info['model']})",
+                      "use the version of this project that wrote it") from failure
+    misfit = _fill(net, weights)
+    if misfit:
+        raise Failure(CHECKPOINT, f"these weights are not a {info['model']} ({path}: {misfit})",
+                      "restore the file from a copy or make it again")
+    net.info = info
+    return net.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def predict(net, images, batch_size: int = 256):
+    """Class probabilities, float32 (N, C) on the CPU, of uint8 images (N, H, W, 3), for a network that `load` returned."""
+    device = next(net.parameters()).device
+    probabilities = [
+        net(normalise(batch.to(device), net.info["mean"], net.info["std"])).float().softmax(1).cpu()
+        for batch in torch.as_tensor(images).split(batch_size)
+    ]
+    return torch.cat(probabilities)
