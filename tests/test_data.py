@@ -1,0 +1,641 @@
+"""Every data set comes out as the same kind of tensors; its files are not trusted; each fault is one line that names the file."""
+import errno
+import hashlib
+import io
+import os
+import shutil
+import struct
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training import data, synthetic
+from training.data import Split
+from training.runlog import Failure
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("a download was started though the files are there")
+    monkeypatch.setattr(data, "download_url", refuse)
+
+
+def fails(code, *words, **arguments):
+    """Load with `arguments`, expect the exit code and every one of `words` in a message of one line."""
+    with pytest.raises(Failure) as caught:
+        data.load(**arguments)
+    message = str(caught.value)
+    assert caught.value.code == code, message
+    assert "\n" not in message and all(str(word) in message for word in words), f"{words} not all in: {message}"
+    return message
+
+
+# --- CIFAR: small files in the format of the originals
+
+
+def python2_pickle(value) -> bytes:
+    """`value` as cPickle of Python 2 wrote it in 2009: byte strings, and arrays by the old name of numpy's module."""
+    def opcodes(value):
+        if isinstance(value, dict):
+            return b"}(" + b"".join(opcodes(key) + opcodes(item) for key, item in value.items()) + b"u"
+        if isinstance(value, list):
+            return b"](" + b"".join(map(opcodes, value)) + b"e"
+        if isinstance(value, int):
+            return b"J" + struct.pack("<i", value)
+        if isinstance(value, str):
+            return b"U" + bytes([len(value)]) + value.encode("latin1")
+        dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        shape = opcodes(value.shape[0]) + opcodes(value.shape[1]) + b"\x86"
+        raw = b"T" + struct.pack("<i", value.size) + value.tobytes()
+        empty = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        return empty + b"(K\x01" + shape + dtype + b"\x89" + raw + b"tb"
+    return b"\x80\x02" + opcodes(value) + b"."
+
+
+def pixels(count, seed):
+    return np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8)
+
+
+@pytest.fixture
+def write_cifar(tmp_path, monkeypatch):
+    """-> function(files, {name: content}) that writes the folder, puts its checksums in the table and returns the folder."""
+    def write(files, contents):
+        folder = tmp_path / files.base_folder
+        folder.mkdir(exist_ok=True)
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+        sums = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
+        for table in ("train_list", "test_list"):
+            monkeypatch.setattr(files, table, [[name, sums[name]] for name, _ in getattr(files, table)])
+        monkeypatch.setattr(files, "meta", files.meta | {"md5": sums[files.meta["filename"]]})
+        return folder
+    return write
+
+
+@pytest.fixture
+def cifar100(write_cifar):
+    """A folder with 3 training images and 1 test image of each class."""
+    def batch(count, seed):
+        fine = [index * 7 % 100 for index in range(count)]
+        coarse = [index * 3 % 20 for index in fine]
+        return {"filenames": ["x.png"] * count, "fine_labels": fine, "coarse_labels": coarse, "data": pixels(count, seed)}
+    names = {"fine_label_names": [f"fine {k}" for k in range(100)], "coarse_label_names": [f"coarse {k}" for k in range(20)]}
+    contents = {"train": batch(300, 0), "test": batch(100, 1), "meta": names}
+    return write_cifar(data.CIFAR100, {name: python2_pickle(content) for name, content in contents.items()})
+
+
+@pytest.fixture
+def archive(cifar100, monkeypatch):
+    """The same as cifar-100-python.tar.gz, without the folder."""
+    path = cifar100.parent / "cifar-100-python.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(cifar100, cifar100.name)
+    shutil.rmtree(cifar100)
+    monkeypatch.setattr(data.CIFAR100, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
+    return path
+
+
+def test_cifar100_is_read_from_the_standard_files(cifar100):
+    loaded = data.load("cifar100", cifar100.parent, val_size=0)
+    rows = torch.from_numpy(pixels(300, 0))
+    assert loaded.train.images.dtype == torch.uint8 and loaded.train.images.is_contiguous() and loaded.image_size == 32
+    assert torch.equal(loaded.train.images[..., 1].flatten(1), rows[:, 1024:2048]), "the green plane is not channel 1"
+    assert loaded.train.labels.tolist() == [index * 7 % 100 for index in range(300)]
+    assert torch.equal(loaded.test.images.permute(0, 3, 1, 2).flatten(1), torch.from_numpy(pixels(100, 1)))
+    assert loaded.classes[42] == "fine 42"
+    assert loaded.superclasses[42] == 42 * 3 % 20 and loaded.superclass_names[19] == "coarse 19"
+    assert loaded.mean == (0.5071, 0.4865, 0.4409) and loaded.selected_on == "test set" and loaded.val is loaded.test
+
+
+def test_cifar10_joins_its_batches(write_cifar):
+    contents = {f"data_batch_{k}": {"labels": [k, *range(10)], "data": pixels(11, k)} for k in range(1, 6)}
+    contents["test_batch"] = {"labels": list(range(10)), "data": pixels(10, 9)}
+    contents["batches.meta"] = {"label_names": list("abcdefghij")}
+    folder = write_cifar(data.CIFAR10, {name: python2_pickle(content) for name, content in contents.items()})
+    loaded = data.load("cifar10", folder.parent, val_size=5)
+    assert loaded.selected_on == "validation split of 5 training images"
+    assert (len(loaded.train.labels), len(loaded.val.labels), len(loaded.test.labels)) == (50, 5, 10)
+    everything = torch.cat([loaded.train.images, loaded.val.images]).flatten(1).sum(1).sort().values
+    written = np.concatenate([pixels(11, k) for k in range(1, 6)])
+    assert everything.tolist() == sorted(written.sum(1).tolist())
+    assert loaded.classes == list("abcdefghij") and loaded.superclasses is None
+
+
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_a_damaged_cifar_file_is_named_and_left_alone(cifar100, archive_is_elsewhere, name, damage):
+    path = cifar100 / name
+    content = path.read_bytes()
+    broken = content[:-100] if damage == "truncated" else content[:80] + bytes([content[80] ^ 4]) + content[81:]
+    path.unlink() if damage == "missing" else path.write_bytes(broken)
+    fails(4, path, "delete", name="cifar100", data_dir=cifar100.parent)
+    assert not path.exists() if damage == "missing" else path.read_bytes() == broken
+
+
+@pytest.fixture
+def archive_is_elsewhere(cifar100):
+    """An archive that must not be touched: the folder is there."""
+    path = cifar100.parent / "cifar-100-python.tar.gz"
+    path.write_bytes(b"not read")
+    yield
+    assert path.read_bytes() == b"not read"
+
+
+@pytest.mark.parametrize("call", [b"cposix\nsystem\n", b"cos\nsystem\n", b"c__builtin__\neval\n", b"cbuiltins\nexec\n",
+                                  b"cnumpy\nload\n", b"cnumpy.core.multiarray\nfromfile\n"])
+def test_a_cifar_pickle_cannot_run_code_even_with_the_right_checksum(cifar100, write_cifar, call):
+    trap = cifar100.parent / "trap"
+    contents = {name: (cifar100 / name).read_bytes() for name in ("train", "test", "meta")}
+    argument = f"touch {trap}" if b"system" in call else f"open({str(trap)!r}, 'w')"
+    contents["test"] = b"\x80\x02" + call + b"X" + struct.pack("<i", len(argument)) + argument.encode() + b"\x85R."
+    write_cifar(data.CIFAR100, contents)
+    fails(4, cifar100 / "test", call.decode().split()[1], name="cifar100", data_dir=cifar100.parent)
+    assert not trap.exists(), "the pickle ran code"
+
+
+def test_the_archive_is_unpacked_where_the_folder_is_absent(archive):
+    loaded = data.load("cifar100", archive.parent, val_size=0)
+    assert len(loaded.train.labels) == 300
+    assert sorted(os.listdir(archive.parent)) == ["cifar-100-python", "cifar-100-python.tar.gz"]
+
+
+def test_several_processes_may_unpack_at_once(archive):
+    with ThreadPoolExecutor(6) as pool:
+        loads = list(pool.map(lambda _: data.load("cifar100", archive.parent, val_size=0), range(6)))
+    assert all(torch.equal(one.train.images, loads[0].train.images) for one in loads)
+    assert sorted(os.listdir(archive.parent)) == ["cifar-100-python", "cifar-100-python.tar.gz"]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2000, -1])
+def test_a_truncated_archive_is_named_and_left_alone(archive, kept):
+    archive.write_bytes(archive.read_bytes()[:kept])
+    size = archive.stat().st_size
+    fails(4, archive, "delete", name="cifar100", data_dir=archive.parent)
+    assert os.listdir(archive.parent) == [archive.name] and archive.stat().st_size == size
+
+
+def test_absent_files_are_downloaded(archive, monkeypatch):
+    content = archive.read_bytes()
+    archive.unlink()
+
+    def download(url, root, filename, md5):
+        assert url.startswith("https://") and md5 == data.CIFAR100.tgz_md5
+        with open(os.path.join(root, filename), "wb") as file:
+            file.write(content)
+    monkeypatch.setattr(data, "download_url", download)
+    target = archive.parent / "new" / "datasets"
+    assert len(data.load("cifar100", target, val_size=0).test.labels) == 100
+    assert sorted(os.listdir(target)) == ["cifar-100-python", "cifar-100-python.tar.gz"]
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (URLError("no route"), 4, ["--dataset synthetic", "no route"]),
+    (ConnectionResetError("cut"), 4, ["--dataset synthetic", "cut"]),
+    (RuntimeError("wrong md5"), 4, ["https://", "wrong md5"]),
+    (OSError(errno.ENOSPC, "No space left on device"), 8, ["No space left"]),
+])
+def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch, error, code, words):
+    def download(url, root, filename, md5):
+        with open(os.path.join(root, filename), "wb") as file:
+            file.write(b"half")
+        raise error
+    monkeypatch.setattr(data, "download_url", download)
+    fails(code, "cifar-100-python.tar.gz", tmp_path, *words, name="cifar100", data_dir=tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+# --- image folders
+
+
+def draw(path, size=(8, 8), seed=0, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(path)
+
+
+def folder(root, **counts):
+    """Class folders with so many noise images each; no two images are equal."""
+    for index, (name, count) in enumerate(counts.items()):
+        for k in range(count):
+            draw(root / name / f"{k:03}.png", seed=10**5 * len(root.name) + 1000 * index + k)
+    return root
+
+
+@pytest.fixture
+def two_trees(tmp_path):
+    folder(tmp_path / "train", cat=20, dog=10)
+    folder(tmp_path / "test", cat=3, dog=4)
+    return tmp_path
+
+
+def load_folder(path, **arguments):
+    stream = io.StringIO()
+    return data.load("imagefolder", path, stream=stream, **arguments), stream.getvalue()
+
+
+def as_set(*splits):
+    """The images as bytes with their labels: what a split holds, in any order."""
+    rows = [(image.numpy().tobytes(), label) for split in splits for image, label in zip(split.images, split.labels.tolist())]
+    assert len(set(rows)) == len(rows), "an image occurs twice"
+    return set(rows)
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(two_trees):
+    loaded, said = load_folder(two_trees, val_size=0)
+    paths = sorted((two_trees / "train").glob("*/*"))
+    assert loaded.classes == ["cat", "dog"]
+    assert loaded.train.labels.tolist() == [0] * 20 + [1] * 10 and loaded.test.labels.tolist() == [0] * 3 + [1] * 4
+    assert np.array_equal(loaded.train.images.numpy(), np.stack([np.asarray(Image.open(path)) for path in paths]))
+    assert said.splitlines()[-1] == "decoding 37 images: 100%" and len(said.splitlines()) == 8
+    scaled = loaded.train.images.double() / 255
+    torch.testing.assert_close(torch.tensor(loaded.mean).double(), scaled.mean((0, 1, 2)), rtol=0, atol=5.1e-5)
+    torch.testing.assert_close(torch.tensor(loaded.std).double(), scaled.std((0, 1, 2), correction=0), rtol=0, atol=5.1e-5)
+
+
+def test_normalisation_does_not_move_with_the_split(two_trees):
+    loads = [load_folder(two_trees, seed=seed, val_size=size)[0] for seed in (1, 2) for size in (0, 6)]
+    constants = {(loaded.mean, loaded.std) for loaded in loads}
+    assert len(constants) == 1, constants
+
+
+def test_a_channel_of_one_value_can_be_divided_by_its_deviation(two_trees):
+    for path in two_trees.glob("*/*/*"):
+        Image.new("RGB", (8, 8), (10, 20, 30)).save(path)
+    loaded, _ = load_folder(two_trees)
+    assert loaded.mean == (0.0392, 0.0784, 0.1176) and min(loaded.std) > 0
+
+
+@pytest.mark.parametrize("name, mode", [("a.png", "L"), ("a.png", "RGBA"), ("a.png", "P"), ("a.png", "LA"), ("a.png", "1"),
+                                        ("a.jpg", "CMYK"), ("a.tiff", "CMYK"), ("a.JPEG", "RGB"), ("a.webp", "RGB")])
+def test_every_kind_of_image_becomes_rgb(two_trees, name, mode):
+    path = two_trees / "test" / "cat" / name
+    draw(path, mode=mode)
+    loaded, _ = load_folder(two_trees)
+    with Image.open(path) as image:
+        assert image.mode == mode
+        wanted = np.asarray(image.convert("RGB"))
+    position = sorted(path.parent.iterdir()).index(path)
+    assert np.array_equal(loaded.test.images[position].numpy(), wanted)
+
+
+def test_only_images_are_read_and_nested_ones_too(two_trees):
+    draw(two_trees / "train" / "cat" / "more" / "deep.png", seed=9)
+    draw(two_trees / "train" / "cat" / ".hidden.png")
+    draw(two_trees / "train" / ".hidden" / "a.png")
+    draw(two_trees / "train" / "cat" / ".thumbnails" / "a.png")
+    (two_trees / "train" / "cat" / "notes.txt").write_text("not an image")
+    loaded, _ = load_folder(two_trees, val_size=0)
+    assert loaded.classes == ["cat", "dog"] and loaded.train.labels.bincount().tolist() == [21, 10]
+
+
+def test_images_of_several_sizes_need_an_image_size(two_trees):
+    odd = two_trees / "test" / "dog" / "odd.png"
+    draw(odd, (9, 8))
+    first = two_trees / "train" / "cat" / "000.png"
+    fails(2, f"{odd}: 9x8", f"{first}: 8x8", "--image-size", name="imagefolder", data_dir=two_trees)
+    assert load_folder(two_trees, image_size=6)[0].image_size == 6
+
+
+def test_images_of_one_size_that_are_not_square_need_one_too(two_trees):
+    for path in two_trees.glob("*/*/*"):
+        draw(path, (9, 8))
+    fails(2, "9x8", "000.png", "--image-size", name="imagefolder", data_dir=two_trees)
+
+
+def test_images_larger_than_asked_for_are_made_smaller(two_trees):
+    plain, _ = load_folder(two_trees)
+    for size, stored in ((5, 5), (8, 8), (20, 8), (5, 5)):  # from the folder, from the cache of the native size, from its own
+        assert load_folder(two_trees, image_size=size)[0].image_size == stored
+    assert plain.image_size == 8
+
+
+def test_images_of_one_square_size_keep_it(two_trees):
+    sized, _ = load_folder(two_trees, image_size=16)
+    plain, said = load_folder(two_trees)
+    assert sized.image_size == 8 and torch.equal(sized.train.images, plain.train.images)
+    assert said == "", "the same cache serves both"
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_the_short_side_is_resized_and_the_middle_kept(two_trees, upright):
+    """Red, green and blue thirds: the square in the middle is green. Grey noise averages out where the resize is antialiased."""
+    bands = np.repeat(np.eye(3, dtype=np.uint8)[None] * 255, 40, 0).repeat(40, 1)
+    path = two_trees / "test" / "dog" / "zz.png"
+    Image.fromarray(bands.swapaxes(0, 1) if upright else bands).save(path)
+    noise = np.random.default_rng(0).integers(0, 2, (160, 160, 1), dtype=np.uint8) * 255
+    Image.fromarray(noise.repeat(3, 2)).save(path.with_name("zzz.png"))
+    loaded, _ = load_folder(two_trees, image_size=20)
+    middle = loaded.test.images[-2].float()
+    assert loaded.image_size == 20
+    assert torch.equal(middle[1:-1, 1:-1].mean((0, 1)), torch.tensor([0.0, 255.0, 0.0])), middle.mean((0, 1))
+    assert loaded.test.images[-1].float().std() < 30, "noise of deviation 127 should be averaged over 8x8 pixels"
+
+
+def test_photographs_are_decoded_by_threads_into_the_same_places(two_trees):
+    for path in two_trees.glob("*/*/*"):
+        image = np.asarray(Image.open(path)).repeat(20, 0).repeat(20, 1)
+        Image.fromarray(image).save(path)
+    loaded, _ = load_folder(two_trees, val_size=0)
+    assert loaded.image_size == 160
+    paths = sorted((two_trees / "train").glob("*/*"))
+    assert np.array_equal(loaded.train.images.numpy(), np.stack([np.asarray(Image.open(path)) for path in paths]))
+
+
+@pytest.mark.parametrize("case", ["no folder", "empty", "one class", "no test", "empty class", "odd in train", "odd in test",
+                                  "file", "broken link"])
+def test_a_wrong_layout_is_named(two_trees, case):
+    path, named = two_trees, two_trees
+    if case == "no folder":
+        path = named = two_trees / "nowhere"
+    elif case == "empty":
+        path = named = two_trees / "void"
+        path.mkdir()
+    elif case == "one class":
+        path = named = folder(two_trees / "single", cat=3)
+    elif case == "no test":
+        shutil.rmtree(named := two_trees / "test")
+    elif case == "empty class":
+        (named := two_trees / "test" / "dog2").mkdir()
+        folder(two_trees / "train", dog2=1)
+    elif case.startswith("odd"):
+        named = folder(two_trees / case.split()[-1], emu=1) / "emu"
+    elif case == "file":
+        path = named = two_trees / "train" / "cat" / "000.png"
+    elif case == "broken link":
+        (named := two_trees / "train" / "cat" / "link.png").symlink_to("nowhere.png")
+    fails(4, f"({named}", name="imagefolder", data_dir=path)
+
+
+def test_unreadable_images_are_named_up_to_ten(two_trees):
+    paths = sorted((two_trees / "train" / "cat").iterdir())
+    for k, path in enumerate(paths[:12]):
+        content = path.read_bytes()
+        path.write_bytes((b"", b"text", content[:60], content[:-40])[k % 4])
+    message = fails(4, "12 of 37 images", name="imagefolder", data_dir=two_trees)
+    assert all(str(path) in message for path in paths[:10]) and not any(str(path) in message for path in paths[10:]), message
+    assert not list(two_trees.glob(".fusekd*")), "a cache was written"
+
+
+def test_images_of_16_bits_are_refused_rather_than_clipped(two_trees):
+    path = two_trees / "test" / "dog" / "deep.png"
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(path)
+    fails(4, path, "8-bit", name="imagefolder", data_dir=two_trees)
+
+
+def test_a_folder_of_text_files_called_png(two_trees):
+    for path in two_trees.glob("*/*/*"):
+        path.write_text("text")
+    fails(4, "37 of 37 images", name="imagefolder", data_dir=two_trees)
+
+
+def test_images_that_cannot_fit_in_memory(two_trees):
+    draw(two_trees / "test" / "dog" / "odd.png", (9, 8))
+    fails(7, "10000000x10000000", "GiB", name="imagefolder", data_dir=two_trees, image_size=10**7)
+
+
+# --- the cache of decoded images
+
+
+def test_a_second_load_reads_the_cache(two_trees, monkeypatch):
+    first, said = load_folder(two_trees)
+    monkeypatch.setattr(data, "decode", None)  # decoding again would fail
+    second, silence = load_folder(two_trees)
+    assert said and not silence
+    assert all(torch.equal(getattr(first, part).images, getattr(second, part).images) for part in ("train", "val", "test"))
+
+
+@pytest.mark.parametrize("change", ["content", "added", "removed", "renamed", "moved to the other tree"])
+def test_a_changed_folder_is_decoded_again(two_trees, change):
+    first, _ = load_folder(two_trees, val_size=0)
+    path = two_trees / "train" / "cat" / "019.png"
+    if change == "content":
+        draw(path, seed=5)
+    elif change == "added":
+        draw(path.with_name("020.png"), seed=5)
+    elif change == "removed":
+        path.unlink()
+    elif change == "renamed":
+        path.rename(path.with_name("0000.png"))
+    else:
+        path.rename(two_trees / "test" / "cat" / "000a.png")
+    second, said = load_folder(two_trees, val_size=0)
+    assert "decoding" in said
+    same = first.train.images.shape == second.train.images.shape and torch.equal(first.train.images, second.train.images)
+    assert not same, f"{change}: the old images came back"
+    assert len(list(two_trees.glob(".fusekd*"))) == 1, "the outdated cache was kept"
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "foreign", "pickle"])
+def test_a_damaged_cache_is_decoded_again(two_trees, damage):
+    first, _ = load_folder(two_trees)
+    cache, = two_trees.glob(".fusekd*")
+    content = cache.read_bytes()
+    middle = content.index(first.test.images.numpy().tobytes()) + 50
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+    foreign = io.BytesIO()
+    torch.save([torch.zeros(2, 8, 8, 3)], foreign)
+    cache.write_bytes({"flipped": flipped, "truncated": content[:-300], "empty": b"", "foreign": foreign.getvalue(),
+                       "pickle": b"cos\nsystem\n(S'exit 1'\ntR."}[damage])
+    second, said = load_folder(two_trees)
+    assert "cache is damaged" in said and str(cache) in said
+    assert torch.equal(first.train.images, second.train.images) and torch.equal(first.test.images, second.test.images)
+    assert load_folder(two_trees)[1] == "", "the cache was not mended"
+
+
+def test_without_room_for_the_cache_the_images_are_still_there(two_trees, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+    monkeypatch.setattr(data, "write_atomic", full)
+    loaded, said = load_folder(two_trees)
+    assert len(loaded.test.labels) == 7 and str(two_trees) in said and "Read-only file system" in said
+
+
+def test_several_processes_may_write_one_cache(two_trees):
+    with ThreadPoolExecutor(6) as pool:  # of one process here, which is the harder case for names made from its number
+        loads = list(pool.map(lambda _: load_folder(two_trees), range(6)))
+    assert all(torch.equal(one.train.images, loads[0][0].train.images) for one, _ in loads)
+    assert not any("no cache" in said for _, said in loads), loads[0][1]
+    assert len(list(two_trees.glob(".fusekd*"))) == 1 and load_folder(two_trees)[1] == ""
+
+
+def test_a_cache_for_each_image_size(two_trees):
+    draw(two_trees / "test" / "dog" / "odd.png", (9, 8))
+    sizes = [load_folder(two_trees, image_size=size)[0].image_size for size in (6, 7, 6, 7)]
+    assert sizes == [6, 7, 6, 7] and len(list(two_trees.glob(".fusekd*"))) == 2
+
+
+def test_progress_is_one_line_on_a_terminal():
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    assert list(data.progress(range(300), 300, "decoding", stream)) == list(range(300))
+    said = stream.getvalue()
+    assert said.count("\r") == 100 and said.count("\n") == 1 and said.endswith("\rdecoding 300 images: 100%\n")
+
+
+# --- the validation split
+
+
+SIZES = [40, 3, 17, 1, 100, 8]
+
+
+@pytest.fixture
+def uneven():
+    """Classes of the SIZES above, shuffled; each image is its own row number."""
+    labels = torch.arange(6).repeat_interleave(torch.tensor(SIZES))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
+    return Split(torch.arange(len(labels)), labels)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16, 17, 50, 100, 150])
+def test_the_split_is_stratified_and_complete(uneven, count):
+    rest, drawn = data.divide(uneven, count, 3, list("abcdef"))
+    assert len(drawn.labels) == count
+    assert sorted(rest.images.tolist() + drawn.images.tolist()) == uneven.images.tolist()
+    assert rest.images.diff().min() > 0 and drawn.images[1:].gt(drawn.images[:-1]).all(), "the order of the data set is lost"
+    assert torch.equal(uneven.labels[drawn.images], drawn.labels)
+    sizes, found = torch.tensor(SIZES), drawn.labels.bincount(minlength=6)
+    shares = sizes * count / sum(SIZES)
+    assert (found - shares).abs().max() < 1, f"{found} drawn of {shares}"
+    assert (found < sizes).all(), f"no training image left in a class: {found} of {sizes}"
+    could_have_had_more = (found < shares) & (found + 1 < sizes)
+    if (found > shares).any() and could_have_had_more.any():
+        assert (shares % 1)[found > shares].min() >= (shares % 1)[could_have_had_more].max(), f"{found} drawn of {shares}"
+
+
+def test_the_split_follows_its_seed_and_nothing_else(uneven):
+    torch.manual_seed(0)
+    first = data.divide(uneven, 30, 3, list("abcdef"))[1].images
+    torch.manual_seed(1)
+    assert torch.equal(first, data.divide(uneven, 30, 3, list("abcdef"))[1].images)
+    assert not torch.equal(first, data.divide(uneven, 30, 4, list("abcdef"))[1].images)
+
+
+def test_every_image_has_the_same_chance(uneven):
+    times = torch.zeros(len(uneven.labels))
+    for seed in range(400):
+        times[data.divide(uneven, 42, seed, list("abcdef"))[1].images] += 1
+    of_largest = times[uneven.labels == 4] / 400
+    assert 0.1 < of_largest.min() and of_largest.max() < 0.4, f"{of_largest.min():.2f} to {of_largest.max():.2f}, not 0.25"
+
+
+@pytest.mark.parametrize("count", [164, 168, 169, 5000])
+def test_a_split_that_is_too_large_is_refused(uneven, count):
+    with pytest.raises(Failure, match="--val-size") as caught:
+        data.divide(uneven, count, 3, list("abcdef"))
+    assert caught.value.code == 2 and str(count) in str(caught.value)
+
+
+def test_validation_size_and_seed(two_trees):
+    everything = as_set(load_folder(two_trees, val_size=0)[0].train)
+    default, _ = load_folder(two_trees)
+    six, _ = load_folder(two_trees, val_size=6)
+    other, _ = load_folder(two_trees, val_size=6, seed=1)
+    assert default.selected_on == "validation split of 3 training images" and default.val.labels.tolist() == [0, 0, 1]
+    assert six.val.labels.bincount().tolist() == [4, 2]
+    for loaded in (default, six, other):
+        assert as_set(loaded.train, loaded.val) == everything and loaded.train.images.is_contiguous()
+    assert as_set(six.val) != as_set(other.val)
+    fails(2, "--val-size", "5000 of 30", name="imagefolder", data_dir=two_trees, val_size=5000)
+
+
+def test_one_tree_gives_up_a_test_set_that_no_seed_moves(tmp_path):
+    folder(tmp_path, cat=60, dog=40)
+    by_seed = [load_folder(tmp_path, seed=seed)[0] for seed in (1, 2)]
+    assert [len(part.labels) for part in (by_seed[0].train, by_seed[0].val, by_seed[0].test)] == [81, 9, 10]
+    assert by_seed[0].test.labels.bincount().tolist() == [6, 4]
+    assert torch.equal(by_seed[0].test.images, by_seed[1].test.images) and as_set(by_seed[0].val) != as_set(by_seed[1].val)
+    assert by_seed[0].mean == by_seed[1].mean
+    assert len(as_set(by_seed[0].train, by_seed[0].val, by_seed[0].test)) == 100
+    on_test, _ = load_folder(tmp_path, val_size=0)
+    assert torch.equal(on_test.test.images, by_seed[0].test.images) and on_test.val is on_test.test
+    assert len(on_test.train.labels) == 90
+    twenty, _ = load_folder(tmp_path, val_size=20)
+    assert (len(twenty.train.labels), len(twenty.val.labels), len(twenty.test.labels)) == (70, 20, 10)
+
+
+def test_images_are_weighed_before_they_go_to_the_gpu(two_trees, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    fails(7, "GiB free", "--device cpu", name="imagefolder", data_dir=two_trees, device="cuda")
+
+
+# --- synthetic
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return data.load("synthetic", "nowhere")
+
+
+def test_synthetic_is_balanced_and_named(drawn):
+    assert drawn.train.images.shape == (9000, 32, 32, 3) and drawn.test.images.shape == (5000, 32, 32, 3)
+    assert drawn.train.images.dtype == torch.uint8 and drawn.train.images.is_contiguous()
+    assert drawn.selected_on == "validation split of 1000 training images"
+    for split, count in ((drawn.train, 90), (drawn.val, 10), (drawn.test, 50)):
+        assert split.labels.bincount(minlength=100).unique().tolist() == [count]
+    assert len(set(drawn.classes)) == 100 and len(set(drawn.superclass_names)) == 20
+    assert [name.split("_")[0] for name in drawn.classes] == [drawn.superclass_names[index] for index in drawn.superclasses]
+    assert drawn.classes[42] == "star5_c" and drawn.superclass_names[8] == "star5"
+
+
+def test_synthetic_does_not_move_with_the_seed(drawn):
+    other = data.load("synthetic", "nowhere", seed=7, val_size=0)
+    assert torch.equal(other.test.images, drawn.test.images) and (other.mean, other.std) == (drawn.mean, drawn.std)
+    assert as_set(other.train) == as_set(drawn.train, drawn.val)
+    assert not as_set(other.train) & as_set(other.test), "a test image is a training image"
+
+
+def test_synthetic_bytes_depend_on_the_seed_alone():
+    images, labels = synthetic.generate(300, 5)
+    torch.manual_seed(9)
+    torch.set_num_threads(2)
+    try:
+        again, again_labels = synthetic.generate(300, 5)
+        assert torch.get_num_threads() == 2, "the caller's number of threads was changed"
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(images, again) and torch.equal(labels, again_labels)
+    assert not torch.equal(images, synthetic.generate(300, 6)[0])
+
+
+def test_synthetic_statistics(drawn):
+    """Bounds around the measured mean 0.453 and deviation 0.193; a network needs contrast that is neither clipped nor flat."""
+    assert all(0.43 < value < 0.48 for value in drawn.mean), drawn.mean
+    assert all(0.17 < value < 0.22 for value in drawn.std), drawn.std
+    clipped = ((drawn.test.images == 0) | (drawn.test.images == 255)).float().mean()
+    assert clipped < 0.05, f"{clipped:.1%} of the values are black or full"
+
+
+def test_siblings_are_closer_than_strangers(drawn):
+    """The middle of the image holds the object: its mean colour per class is set by the superclass, so siblings lie together."""
+    middle = drawn.train.images[:, 8:24, 8:24].float().mean((1, 2)) / 255
+    colours = torch.stack([middle[drawn.train.labels == label].mean(0) for label in range(100)])
+    distance = torch.cdist(colours, colours)
+    superclass = torch.tensor(drawn.superclasses)
+    kin = superclass[:, None] == superclass
+    siblings = distance[kin & ~torch.eye(100, dtype=torch.bool)].mean()
+    strangers = distance[~kin].mean()
+    assert siblings < 0.75 * strangers, f"siblings {siblings:.3f}, strangers {strangers:.3f}"
+
+
+def test_difficulty_spreads_a_class_out():
+    """Pixelwise deviation within a class and its noise grow with difficulty."""
+    def spread(difficulty):
+        images, labels = synthetic.generate(1000, 3, difficulty=difficulty, size=16)
+        middle = images[:, 5:11, 5:11].float()
+        return torch.stack([middle[labels // 5 == superclass].std(0).mean() for superclass in range(20)]).mean()
+    easy, hard = spread(0.0), spread(1.0)
+    assert hard > 1.05 * easy, f"deviation {easy:.1f} at difficulty 0, {hard:.1f} at 1"
+
+
+@pytest.mark.skipif("FUSEKD_IMAGES" not in os.environ, reason="FUSEKD_IMAGES names no folder with train/CLASS/* and test/CLASS/*")
+def test_real_images():
+    loaded, _ = load_folder(os.environ["FUSEKD_IMAGES"], val_size=0)
+    assert len(loaded.train.labels) > len(loaded.test.labels) > 0 and loaded.train.labels.bincount().min() > 0
+    assert all(0.2 < value < 0.7 for value in loaded.mean), loaded.mean
+    assert load_folder(os.environ["FUSEKD_IMAGES"])[1] == "", "the second load did not come from the cache"
