@@ -1,0 +1,727 @@
+"""The six figures (PNG, PDF) and two tables (Markdown, CSV, LaTeX) of the study, from the CSV and JSON of its runs alone.
+
+    python plots/make_figures.py                              the runs in runs/ -> figures/
+    python plots/make_figures.py --runs runs/demo             the demo alone
+    python plots/make_figures.py --runs runs/v2-* runs/v3-*   one study out of several
+
+A run is a directory with config.json and log.csv; one without summary.json is unfinished and appears in curves only.  Runs that
+differ in nothing but the seed become one line: mean and sample standard deviation.  To add a figure, write a function
+`(study, names) -> Figure` and name it in FIGURES.  Imports nothing of ours, so that it also works on copied run directories.
+"""
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+ROOT = Path(__file__).resolve().parent.parent
+USAGE, DATA, DISK, INTERRUPTED = 2, 4, 8, 130
+
+
+@dataclass(frozen=True)
+class Series:
+    """How one group of runs looks: an Okabe-Ito colour, and dashes and a marker so that grey print is readable too."""
+    colour: str
+    dashes: str | tuple
+    marker: str
+    remark: str = ""
+
+
+EXPERIMENTS = {
+    "v1": Series("#009E73", (0, (1, 1)), "^", ", mixing only"),
+    "v2": Series("#0072B2", "solid", "o"),
+    "v3": Series("#D55E00", (0, (5, 1.5)), "s"),
+    "v3.1": Series("#E69F00", (0, (5, 1.2, 1, 1.2)), "D"),
+    "v4": Series("#CC79A7", (0, (5, 1, 1, 1, 1, 1)), "v", ", stronger teacher"),
+}
+ALONE = {"alone": Series("#777777", "solid", "P", "student alone")}
+TEACHERS = {
+    "teacher": Series("#000000", "dotted", "", "teacher"),
+    "teacher-strong": Series("#000000", "dashdot", "", "stronger teacher"),
+}
+SERIES = TEACHERS | ALONE | EXPERIMENTS
+
+DATASETS = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "imagefolder": "image folder", "synthetic": "synthetic images"}
+POLICIES = {
+    "autoaugment": "AA", "autoaugment-imagenet": "AA-ImageNet", "autoaugment-svhn": "AA-SVHN",
+    "randaugment": "RA", "trivialaugment": "TA",
+}
+ABBREVIATIONS = {
+    "AA": "AutoAugment", "RA": "RandAugment", "TA": "TrivialAugment", "RE": "Random Erasing",
+    "MC": "Mixup/CutMix", "M": "Mixup", "C": "CutMix",
+}
+
+# Accuracy and retention in percent, as the report gives them; shown beside ours only where data set and networks are its own.
+REPORT = {
+    "teacher": (76.65, None),
+    "v1": (76.12, 99.31), "v2": (76.19, 99.40), "v3": (66.85, 87.21), "v3.1": (75.63, 98.67), "v4": (76.19, 99.40),
+}
+REPORT_SETTING = ("cifar100", "efficientnet_v2_l", "efficientnet_v2_s")
+
+STYLE = {
+    "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
+    "lines.linewidth": 1.1, "lines.markersize": 3, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.4, "grid.color": "#DDDDDD",
+    "legend.frameon": False, "legend.labelspacing": 0.3,
+    "legend.handlelength": 2.7, "legend.handletextpad": 0.6, "legend.columnspacing": 1.0,
+    "pdf.fonttype": 42,  # TrueType: Type 3 fonts are refused by several publishers
+}
+WIDTH, HEIGHT = 3.5, 2.5  # inches: one column, without the legend
+THIN = 0.6
+CROSS = {"linestyle": "none", "marker": "X", "markersize": 6.5, "markeredgecolor": "black", "markeredgewidth": 0.7}
+
+
+class Failure(Exception):
+    """An error that the user can mend: exit `code`, `what` went wrong and where, and the `remedy`."""
+
+    def __init__(self, code: int, what: str, remedy: str):
+        super().__init__(f"{what}. {remedy}")
+        self.code = code
+
+
+# Reading
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory: `epochs` int64 (E,), `val_acc1` float64 (E,) in percent, `summary` None while the run is unfinished."""
+    path: Path
+    config: dict
+    epochs: np.ndarray
+    val_acc1: np.ndarray
+    summary: dict | None
+
+    @property
+    def group(self) -> str | None:
+        """The name in SERIES under which the run is drawn; None for a run outside the study."""
+        name = self.config.get("experiment") or re.sub(r"-s\d+$", "", self.path.resolve().name)
+        return name if name in (EXPERIMENTS if self.config["script"] == "distill" else TEACHERS | ALONE) else None
+
+    @property
+    def network(self) -> str:
+        """The network that was trained."""
+        return self.config["student" if self.group in EXPERIMENTS else "model"]
+
+    @property
+    def teacher(self) -> str:
+        """The network that taught; of a teacher's own run, itself."""
+        return self.config["teacher" if self.group in EXPERIMENTS else "model"]
+
+    @property
+    def on_test(self) -> bool:
+        """Whether `val_acc1` was measured on the test set."""
+        return self.summary["selected_on"].startswith("test") if self.summary else self.config.get("val_size") == 0
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as reason:
+        raise damaged(path, reason) from None
+    if not isinstance(content, dict):
+        raise damaged(path, "it is not an object")
+    return content
+
+
+def require(path: Path, content: dict, **kinds) -> None:
+    """Every key of `kinds` must be in `content`, read from `path`, with a value of that type; a float must be finite."""
+    for key, kind in kinds.items():
+        value = content.get(key)
+        allowed = (int, float) if kind is float else (kind,)
+        if type(value) not in allowed or isinstance(value, float) and not math.isfinite(value):
+            raise damaged(path, f"{key} is {value!r}")
+
+
+def read_log(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Columns `epoch` and `val_acc1` of log.csv, by name; the epochs must be whole and rise, the accuracies lie in [0, 100]."""
+    epochs, accuracies = [], []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            missing = {"epoch", "val_acc1"}.difference(table.fieldnames or ())
+            if missing:
+                raise ValueError(f"no column {min(missing)}")
+            for row in table:
+                try:
+                    epoch, accuracy = int(row["epoch"]), float(row["val_acc1"])
+                except (TypeError, ValueError):
+                    raise ValueError(f"line {table.line_num}: epoch {row['epoch']!r}, val_acc1 {row['val_acc1']!r}") from None
+                if epoch <= (epochs[-1] if epochs else 0) or not 0 <= accuracy <= 100:
+                    raise ValueError(f"line {table.line_num}: epoch {epoch}, val_acc1 {accuracy}")
+                epochs.append(epoch)
+                accuracies.append(accuracy)
+    except (OSError, ValueError, csv.Error) as reason:
+        raise damaged(path, reason) from None
+    return np.array(epochs, dtype=int), np.array(accuracies, dtype=float)
+
+
+def damaged(path: Path, reason) -> Failure:
+    reason = getattr(reason, "strerror", None) or reason
+    return Failure(DATA, f"cannot read {path.name}: {reason} ({path})", "repair the file, or take its run away")
+
+
+def read_run(directory: Path) -> Run:
+    path, log = directory / "config.json", directory / "log.csv"
+    config = read_json(path)
+    require(path, config, script=str, dataset=str, epochs=int, seed=int)
+    distilled = config["script"] == "distill"
+    if distilled:
+        require(path, config, teacher=str, student=str, method=str, alpha=float, temperature=float)
+        require(path, config, **{"beta": float} if config["method"] == "dkd" else {})
+    else:
+        require(path, config, model=str)
+    epochs, val_acc1 = read_log(log)
+
+    path = directory / "summary.json"
+    if not path.exists():
+        return Run(directory, config, epochs, val_acc1, None)
+    summary = read_json(path)
+    require(path, summary, test_acc1_last=float, test_acc1_best=float, best_epoch=int, params=int, flops=float, wall_s=float,
+            stopped_early=bool, selected_on=str, verdict=str)
+    if distilled:
+        require(path, summary, teacher_test_acc1=float, retention=float, compression=float)
+    if summary["best_epoch"] not in epochs:
+        raise damaged(log, f"no row of epoch {summary['best_epoch']}, the best one by summary.json")
+    return Run(directory, config, epochs, val_acc1, summary)
+
+
+def run_directories(top: Path) -> list[Path]:
+    """Where runs are, `top` itself or the first level below it that has any: runs/v2-s1 belongs to another study than runs/demo/v2."""
+    for depth in range(4):
+        if found := [path.parent for path in top.glob("*/" * depth + "config.json") if (path.parent / "log.csv").is_file()]:
+            return found
+    return []
+
+
+def read_study(directories) -> tuple[dict[str, list[Run]], list[Run]]:
+    """The runs at or below `directories`: those of the study by group, in the order of SERIES and of seeds, and all others."""
+    found = {path.resolve(): path for top in directories for path in run_directories(top)}
+    runs = [read_run(path) for path in sorted(found.values())]
+    study = {name: sorted((run for run in runs if run.group == name), key=lambda run: run.config["seed"]) for name in SERIES}
+    study = {name: members for name, members in study.items() if members}
+    refuse_mixtures(study)
+    return study, [run for run in runs if run.group is None]
+
+
+# The seeds of one experiment may differ in where and how fast they ran, not in what was computed.
+SAME_IN_A_GROUP = (
+    "dataset", "model", "teacher", "student", "epochs", "method", "alpha", "beta", "temperature", "image_size", "val_size",
+    "batch_size", "lr", "policy", "random_erasing", "mixup", "cutmix",
+)
+
+
+def refuse_mixtures(study) -> None:
+    """A figure compares one thing: refuse runs that differ in more than their experiment, and one seed counted twice."""
+    remedy = "with --runs name only the directories that belong together"
+
+    def same(what, names, value):
+        runs = [run for name in names for run in study.get(name, ())]
+        for run in runs[1:]:
+            if value(run) != value(runs[0]):
+                raise Failure(USAGE, f"runs of one study differ in {what}, {value(runs[0])} and {value(run)} "
+                              f"({runs[0].path} and {run.path})", remedy)
+
+    for name, runs in study.items():
+        for key in SAME_IN_A_GROUP:
+            same(f"{key} of {name}", [name], lambda run, key=key: run.config.get(key))
+        for one, other in zip(runs, runs[1:]):
+            if one.config["seed"] == other.config["seed"]:
+                raise Failure(USAGE, f"{name} has two runs with seed {one.config['seed']} ({one.path} and {other.path})", remedy)
+    students = (*ALONE, *EXPERIMENTS)
+    same("dataset", SERIES, lambda run: run.config["dataset"])
+    same("student", students, lambda run: run.network)
+    same("image_size", students, lambda run: run.config.get("image_size"))
+    same("what they validate on", students, lambda run: "the test set" if run.on_test else "a validation split")
+    same("teacher", ("teacher", "v1", "v2", "v3", "v3.1"), lambda run: run.teacher)
+    same("stronger teacher", ("teacher-strong", "v4"), lambda run: run.teacher)
+
+
+# Numbers
+
+def spread(values) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None for the deviation of a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def extent(values) -> str:
+    return f"{min(values)}" + (f"–{max(values)}" if min(values) < max(values) else "")
+
+
+def mean_curve(runs) -> tuple[np.ndarray, ...]:
+    """Epochs (E,), and of the seeds that ran so long: mean (E,), sample deviation (E,; nan for one seed) and number (E,)."""
+    epochs = np.unique(np.concatenate([run.epochs for run in runs]))
+    table = np.full((len(runs), len(epochs)), np.nan)
+    for row, run in zip(table, runs):
+        row[np.searchsorted(epochs, run.epochs)] = run.val_acc1
+    present = np.isfinite(table).sum(axis=0)
+    mean = np.nansum(table, axis=0) / present
+    squares = np.nansum((table - mean) ** 2, axis=0)
+    variance = np.divide(squares, present - 1, where=present > 1, out=np.full(len(epochs), np.nan))
+    return epochs, mean, np.sqrt(variance), present
+
+
+def retentions(finished, name) -> list[float]:
+    """Each seed's share of its teacher's test accuracy, in percent; for the student alone, of one that it did not have."""
+    if name in EXPERIMENTS:
+        return [run.summary["retention"] for run in finished[name]]
+    teacher = [run.summary["test_acc1_best"] for run in finished.get("teacher", ())] or [
+        run.summary["teacher_test_acc1"] for other in ("v1", "v2", "v3", "v3.1") for run in finished.get(other, ())]
+    if name in TEACHERS or not teacher:
+        return []
+    return [100 * run.summary["test_acc1_best"] / np.mean(teacher) for run in finished[name]]
+
+
+# Figures
+
+def method(config) -> str:
+    """The method with its numbers, in ASCII for tables."""
+    beta = f" beta {config['beta']:g}" if config["method"] == "dkd" else ""
+    return f"{config['method'].upper()} alpha {config['alpha']:g}{beta} T {config['temperature']:g}"
+
+
+def dataset(study) -> str:
+    name = next(iter(study.values()))[0].config["dataset"]
+    return DATASETS.get(name, name)
+
+
+def label(study, name) -> str:
+    """What the group is, for legends and ticks; no line may break inside `β = 8`."""
+    if name not in EXPERIMENTS:
+        return SERIES[name].remark
+    config = study[name][0].config
+    beta = f" β\u00a0=\u00a0{config['beta']:g}" if config["method"] == "dkd" else ""
+    return f"{name}: {config['method'].upper()}{beta}{SERIES[name].remark}"
+
+
+def new_axis(study, names, statistic):
+    """A figure of one column with one axis and a heading that says what was measured, on how many seeds."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axis = figure.add_subplot()
+    counts = [len(study[name]) for name in names]
+    seeds = "1 seed" if max(counts) == 1 else f"n = {extent(counts)} seeds, {statistic} = ± 1 SD"
+    teachers = dict.fromkeys(run.teacher for name in names if name in EXPERIMENTS for run in study[name])
+    networks = textwrap.fill(f"{' / '.join(teachers)} → {study[names[0]][0].network}", 52)
+    axis.set_title(f"{dataset(study)}, {seeds}\n{networks}", loc="left")
+    return axis
+
+
+def draw_curves(study, names, first_epoch=1):
+    """Validation accuracy by epoch from `first_epoch` on: mean line, band of one deviation, a cross where a seed stopped early.
+
+    Once a seed has ended, the mean is over those that are left, and the line is thin.
+    """
+    axis = new_axis(study, names, "band")
+    unequal = len({len(study[name]) for name in names}) > 1
+    for index, name in enumerate(names):
+        series, runs = SERIES[name], study[name]
+        curve = mean_curve(runs)
+        epochs, mean, deviation, present = (column[curve[0] >= first_epoch] for column in curve)
+        text = label(study, name) + (f" (n = {len(runs)})" if unequal else "")
+        text += "" if all(run.summary for run in runs) else ", unfinished"
+        text += "" if len(epochs) else f", ends at {curve[0][-1]}"
+        complete, spacing = int(np.sum(present == len(runs))), max(1, len(epochs) // 7)
+        axis.plot(epochs[:complete], mean[:complete], label=text, color=series.colour, linestyle=series.dashes,
+                  marker=series.marker, markevery=(spacing * index // len(names), spacing))
+        if complete < len(epochs):
+            rest = slice(max(complete - 1, 0), None)
+            axis.plot(epochs[rest], mean[rest], color=series.colour, linestyle=series.dashes, linewidth=THIN)
+        axis.fill_between(epochs, mean - deviation, mean + deviation, color=series.colour, alpha=0.2, linewidth=0)
+        if ends := [end for end in early_stops(runs) if end[0] >= first_epoch]:
+            axis.plot(*zip(*ends), **CROSS, color=series.colour, zorder=4)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("test accuracy (%),\nused for selection" if study[names[0]][0].on_test else "validation accuracy (%)")
+    # By default the number of ticks depends on the size of the axis, which depends on the room for the ticks' labels.
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=(1, 2, 2.5, 5, 10)))
+    axis.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+    return axis
+
+
+def early_stops(runs) -> list[tuple[int, float]]:
+    """Last epoch, and validation accuracy there, of each seed that stopped early; in the order of epochs."""
+    return sorted((int(run.epochs[-1]), float(run.val_acc1[-1])) for run in runs if run.summary and run.summary["stopped_early"])
+
+
+def label_stops(axis, study, names) -> None:
+    """Say at which epoch each curve stopped early: beside its last cross, where the label covers the least."""
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    width, height, gap = 0.36 * (right - left), 0.19 * (top - bottom), 0.05 * (top - bottom)  # of two lines of text, roughly
+    grid = np.linspace(left, right, 200)
+    lines = [(line.get_transform() - axis.transData).transform(line.get_xydata()).T for line in axis.lines]
+    taken = [np.column_stack((grid, np.interp(grid, *line, left=np.nan, right=np.nan))) for line in lines]  # each (points, 2)
+    for name in names:
+        if not (ends := early_stops(study[name])):
+            continue
+        epochs, accuracies = zip(*ends)
+        places = []
+        for above, y in ((False, min(accuracies)), (True, max(accuracies))):
+            low = y + gap if above else y - gap - height
+            for side, start in (("left", epochs[-1]), ("right", epochs[-1] - width)):
+                corner, size = np.array((start, low)), np.array((width, height))
+                if left <= start <= right - width and low >= bottom:
+                    covered = sum(np.all((points > corner) & (points < corner + size), axis=1).sum() for points in taken)
+                    places.append((int(covered), above, side, y, start, low))
+        _, above, side, y, start, low = min(places)
+        who = f"{len(ends)} of {len(study[name])} stop early" if len(study[name]) > 1 else "early stop"
+        axis.annotate(
+            f"{who}\nepoch {extent(epochs)}", (epochs[-1], y), xytext=(0, 7 if above else -7), textcoords="offset points",
+            va="bottom" if above else "top", ha=side, linespacing=1.1,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
+        columns, rows = np.meshgrid(np.linspace(start, start + width, 20), np.linspace(low, low + height, 10))
+        taken.append(np.column_stack((columns.ravel(), rows.ravel())))
+        top = max(top, low + height)
+    axis.set_ylim(bottom, top)
+
+
+def legend(axis) -> Figure:
+    """The legend below the axis, where it covers no curve, in as many columns as fit; the figure grows by its height."""
+    figure = axis.figure
+    handles, labels = axis.get_legend_handles_labels()
+    if any(line.get_marker() == CROSS["marker"] for line in axis.lines):
+        handles.append(Line2D([], [], **CROSS, color="white"))
+        labels.append("early stop")
+    if any(line.get_linewidth() == THIN for line in axis.lines):
+        handles.append(Line2D([], [], color="black", linewidth=THIN))
+        labels.append("fewer seeds left")
+    for columns in (3, 2, 1):
+        box = figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+        size = box.get_window_extent()
+        if columns == 1 or size.x1 < figure.bbox.x1:
+            break
+        box.remove()
+    figure.set_size_inches(WIDTH, HEIGHT + size.height / figure.dpi)
+    return figure
+
+
+def comparison(study, names) -> Figure:
+    """Figures 1 and 3: two experiments, with the epoch of an early stop."""
+    axis = draw_curves(study, names)
+    label_stops(axis, study, names)
+    return legend(axis)
+
+
+def teacher_comparison(study, names) -> Figure:
+    """Figure 2: does a stronger teacher help?  With each teacher's validation accuracy, that of its saved weights, as a line."""
+    axis = draw_curves(study, names)
+    for name, series in TEACHERS.items():
+        comparable = [run for run in study.get(name, ()) if run.summary and run.on_test == study[names[0]][0].on_test]
+        if comparable:
+            best = np.mean([run.val_acc1[run.epochs == run.summary["best_epoch"]] for run in comparable])
+            text = f"{series.remark}: {best:.1f} %"
+            axis.axhline(best, color=series.colour, linestyle=series.dashes, linewidth=0.9, label=text)
+    label_stops(axis, study, names)
+    return legend(axis)
+
+
+def all_curves(study, names) -> Figure:
+    """Figure 4: every experiment, and the student without a teacher."""
+    return legend(draw_curves(study, names))
+
+
+def retention_bars(study, names) -> Figure:
+    """Figure 5: the share of its own teacher's test accuracy that each student reaches, mean and deviation over seeds."""
+    names = [name for name in names if retentions(study, name)]
+    axis = new_axis(study, names, "error bar")
+    for position, name in enumerate(names):
+        mean, deviation = spread(retentions(study, name))
+        axis.bar(position, mean, width=0.7, color=SERIES[name].colour, edgecolor="black", linewidth=0.5,
+                 yerr=deviation, error_kw={"elinewidth": 0.8, "capsize": 2})
+        top, lines = mean + (deviation or 0), [f"{mean:.1f}"] + ([] if deviation is None else [f"± {deviation:.1f}"])
+        crosses = 98 - 9 * len(lines) < top < 100  # the teacher's line would run through the text, 9 units of the axis a line
+        axis.annotate("\n".join(lines), (position, 100 if crosses else top), xytext=(0, 2), textcoords="offset points",
+                      ha="center", va="bottom", linespacing=1.0)
+    teacher = "teacher" + ("; for v4 the stronger one" if "v4" in names else "")
+    axis.axhline(100, color="black", linestyle="dotted", linewidth=0.9, label=teacher)
+    axis.set_xticks(range(len(names)), [re.sub("[:,]? ", "\n", label(study, name)) for name in names])
+    axis.grid(visible=False)  # every bar says its value
+    axis.set_ylim(0, max(120, 1.2 * axis.dataLim.y1))
+    axis.set_ylabel("share of the teacher's\ntest accuracy (%)")
+    return legend(axis)
+
+
+def last_epochs(study, names) -> Figure:
+    """Figure 6: the last 50 epochs of figure 4, or the last half of a run of fewer than 100."""
+    last = int(max(run.epochs[-1] for name in names for run in study[name]))
+    return legend(draw_curves(study, names, first_epoch=last - min(50, math.ceil(last / 2)) + 1))
+
+
+# How each figure is drawn, of which experiments, and whether it needs the summary of finished runs.
+FIGURES = {
+    "figure1": (comparison, ("v2", "v3"), False),
+    "figure2": (teacher_comparison, ("v2", "v4"), False),
+    "figure3": (comparison, ("v3", "v3.1"), False),
+    "figure4": (all_curves, (*EXPERIMENTS, *ALONE), False),
+    "figure5": (retention_bars, (*EXPERIMENTS, *ALONE), True),
+    "figure6": (last_epochs, (*EXPERIMENTS, *ALONE), False),
+}
+
+
+# Tables
+
+class Cell(NamedTuple):
+    """One cell: what people read, under `header`, and the plain `numbers` behind it by CSV column."""
+    header: str
+    text: str
+    numbers: dict
+    align: str = "r"
+
+
+def words(header, column, text) -> Cell:
+    return Cell(header, text, {column: text}, "l")
+
+
+def number(header, column, value, digits=".2f") -> Cell:
+    return Cell(header, "-" if value is None else format(value, digits), {column: value})
+
+
+def measured(header, column, values) -> Cell:
+    """Mean and deviation over the seeds; empty where there are no values."""
+    mean, deviation = spread(values) if values else (None, None)
+    shown = "-" if mean is None else f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+    return Cell(header, shown, {f"{column}_mean": mean, f"{column}_sd": deviation})
+
+
+def augmentation(config) -> str:
+    """Abbreviated, besides crop and flip, which every run has."""
+    mixing = ("M" if config.get("mixup") else "") + ("C" if config.get("cutmix") else "")
+    parts = POLICIES.get(config.get("policy")), "RE" if config.get("random_erasing") else "", mixing
+    return "+".join(filter(None, parts)) or "-"
+
+
+def table1(finished) -> tuple[list[list[Cell]], str]:
+    """What was run and what came out, beside the report's numbers where the setting is the report's."""
+    rows, reported = [], in_the_reports_setting(finished)
+    for name, runs in finished.items():
+        config, distilled = runs[0].config, name in EXPERIMENTS
+        teachers = [run.summary["teacher_test_acc1"] for run in runs]
+        ran, chosen = [int(run.epochs[-1]) for run in runs], [run.summary["best_epoch"] for run in runs]
+        verdicts = Counter(run.summary["verdict"] for run in runs)
+        row = [
+            words("exp.", "experiment", name),
+            words("method", "method", method(config) if distilled else "labels only"),
+            words("augm.", "augmentation", augmentation(config)),
+            number("teacher", "teacher_test_acc1", np.mean(teachers) if distilled else None),
+            measured("accuracy (%)", "test_acc1_best", [run.summary["test_acc1_best"] for run in runs]),
+            number("n", "n", len(runs), "d"),
+            measured("last (%)", "test_acc1_last", [run.summary["test_acc1_last"] for run in runs]),
+            measured("retention (%)", "retention", retentions(finished, name)),
+            Cell("epochs / best", f"{extent(ran)} / {extent(chosen)}",
+                 {"epochs_min": min(ran), "epochs_max": max(ran), "best_epoch_min": min(chosen), "best_epoch_max": max(chosen)}),
+            words("verdict", "verdict", ", ".join(f"{n} {kind}" if len(verdicts) > 1 else kind for kind, n in verdicts.items())),
+        ]
+        if reported:
+            numbers = dict(zip(("report_acc1", "report_retention"), REPORT.get(name, (None, None))))
+            shown = [f"{value:.2f}" for value in numbers.values() if value is not None]
+            row.append(Cell("report (%)", " / ".join(shown) or "-", numbers))
+        rows.append(row)
+    used = {word for row in rows for word in re.split(r"\W+", row[2].text)}
+    abbreviations = ", ".join(f"{short} {meaning}" for short, meaning in ABBREVIATIONS.items() if short in used)
+    return rows, (
+        "Teacher, accuracy: on the test set in percent, with the weights of the best epoch; last: with those of the last. "
+        f"Retention: accuracy / teacher{'; for alone, of a teacher that it did not see' if 'alone' in finished else ''}. "
+        f"Augmentation besides crop and flip: {abbreviations or 'none'}. {provenance(finished)}"
+        + (" Report: accuracy / retention; one seed, selected on the test set, batch and epochs not given." if reported else ""))
+
+
+def table2(finished) -> tuple[list[list[Cell]], str]:
+    """What each network costs."""
+    rows = []
+    for name, runs in finished.items():
+        summary, image_size = runs[0].summary, runs[0].config.get("image_size")
+        rows.append([
+            words("exp.", "experiment", name),
+            words("network", "network", runs[0].network),
+            number("parameters (M)", "params_m", summary["params"] / 1e6, ".4g"),
+            number("size (MB)", "size_mb", 4 * summary["params"] / 1e6, ".4g"),
+            number("GFLOP", "gflop", summary["flops"] / 1e9, ".4g"),
+            Cell("image", f"{image_size} px" if image_size else "native", {"image_size": image_size}),
+            measured("accuracy (%)", "test_acc1_best", [run.summary["test_acc1_best"] for run in runs]),
+            number("compression (x)", "compression", summary.get("compression")),
+            number("wall time (min)", "wall_min", np.mean([run.summary["wall_s"] for run in runs]) / 60, ".1f"),
+        ])
+    devices = dict.fromkeys(str(run.config.get("device")) for runs in finished.values() for run in runs)
+    return rows, (
+        "Size: parameters in fp32, 1 MB = 1000000 bytes. GFLOP: one image of that size forward, a multiply-add counts as 2. "
+        "Accuracy: on the test set, with the weights of the best epoch. Compression: parameters of the teacher / of the student. "
+        f"Wall time: whole run, mean over seeds, on {', '.join(devices)}. {provenance(finished)}")
+
+
+def in_the_reports_setting(finished) -> bool:
+    students = [runs[0] for name, runs in finished.items() if name in EXPERIMENTS]
+    return any((run.config["dataset"], run.teacher, run.network) == REPORT_SETTING for run in students)
+
+
+def provenance(finished) -> str:
+    """What a reader must know beside every number: data, selection, seeds, and how the weights started."""
+
+    def stated(key):
+        """Each text under `key` of the summaries; where they differ, with the experiments that it belongs to."""
+        groups = {}
+        for name, runs in finished.items():
+            for run in runs:
+                groups.setdefault(run.summary.get(key) or "not stated", {})[name] = None
+        return "; ".join(said if len(groups) == 1 else f"{said} ({', '.join(names)})" for said, names in groups.items())
+
+    counts = [len(runs) for runs in finished.values()]
+    seeds = "1 seed" if counts == [1] * len(counts) else f"n = {extent(counts)} seeds, mean ± sample SD"
+    networks = ", ".join(dict.fromkeys(runs[0].network for runs in finished.values()))
+    text = (f"Data: {dataset(finished)}; networks: {networks}; {seeds}. Best epoch selected on: {stated('selected_on')}. "
+            f"Notes: {stated('note')}.")
+    return text if in_the_reports_setting(finished) else (
+        text + " Runs of this code in their own setting, not a reproduction of the report (CIFAR-100, EfficientNetV2-L to -S).")
+
+
+TABLES = {"table1": table1, "table2": table2}
+
+
+def as_csv(rows, note) -> str:
+    """Plain numbers, one column each, rounded to four decimals; the note is for people and stays out."""
+    def plain(value):
+        return round(float(value), 4) if isinstance(value, float) else value
+
+    records = [{column: plain(value) for cell in row for column, value in cell.numbers.items()} for row in rows]
+    content = io.StringIO()
+    table = csv.DictWriter(content, records[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(records)
+    return content.getvalue()
+
+
+def as_markdown(rows, note) -> str:
+    """Padded, so that it reads well in a terminal too."""
+    columns = []
+    for cells in zip(*rows):
+        texts = [cells[0].header, *(cell.text.replace("|", "\\|") for cell in cells)]
+        width = max(3, *map(len, texts))
+        head, *body = [text.ljust(width) if cells[0].align == "l" else text.rjust(width) for text in texts]
+        columns.append([head, "-" * width if cells[0].align == "l" else "-" * (width - 1) + ":", *body])
+    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*columns)) + f"\n{note}\n"
+
+
+LATEX = {character: "\\" + character for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$",
+}
+
+
+def as_latex(rows, note) -> str:
+    """A plain tabular to \\input, without packages, about as wide as a page of two columns."""
+
+    def escaped(text):
+        return "".join(LATEX.get(character, character) for character in text)
+
+    lines = [[cell.header for cell in rows[0]], *([cell.text for cell in row] for row in rows)]
+    head, *body = (" & ".join(map(escaped, line)) + r" \\" for line in lines)
+    return "\n".join((
+        r"{\scriptsize\setlength{\tabcolsep}{1.5pt}%", rf"\begin{{tabular}}{{{''.join(cell.align for cell in rows[0])}}}",
+        r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}\par\smallskip", rf"\noindent {escaped(note)}\par}}", ""))
+
+
+FORMATS = {"md": as_markdown, "csv": as_csv, "tex": as_latex}
+
+
+# Writing
+
+def write(path: Path, data: bytes) -> None:
+    """Replace `path` in one step: a reader, or a crash, sees the old file or the new one."""
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)  # a failed one would keep the space that is missing
+    except OSError as reason:
+        raise Failure(DISK, f"cannot write: {reason.strerror} ({path})", "free space, or choose another --output") from None
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """PNG and PDF, without the date, so that the same runs give the same bytes."""
+    for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
+        content = io.BytesIO()
+        figure.savefig(content, format=suffix, dpi=300, metadata=metadata)
+        write(path.with_suffix(f".{suffix}"), content.getvalue())
+
+
+def selected(study, wanted) -> dict[str, list[Run]]:
+    chosen = {name: [run for run in runs if wanted(run)] for name, runs in study.items()}
+    return {name: runs for name, runs in chosen.items() if runs}
+
+
+def write_outputs(directories, output: Path) -> None:
+    """Draw and write all that the runs allow; say on stdout what is missing, what is unfinished, and at the end Table 1."""
+    study, others = read_study(directories)
+    started = selected(study, lambda run: len(run.epochs))
+    finished = selected(study, lambda run: run.summary)
+    if not finished and not EXPERIMENTS.keys() & started.keys():
+        where = ", ".join(map(str, directories))
+        raise Failure(DATA, f"no runs of the study to draw ({where})", "train first, or name other directories with --runs")
+    if others:
+        print(f"left out, not of the study: {', '.join(str(run.path) for run in others)}")
+    if missing := [name for name in SERIES if name not in study]:
+        print(f"not found: {', '.join(missing)}")
+    for run in (run for runs in study.values() for run in runs if not run.summary):
+        reached = run.epochs[-1] if len(run.epochs) else 0
+        print(f"unfinished, in curves only: {run.path} (epoch {reached} of {run.config['epochs']})")
+
+    for name, (draw, wanted, needs_summary) in FIGURES.items():
+        pool = finished if needs_summary else started
+        names, missing = [key for key in wanted if key in pool], [key for key in wanted if key not in pool]
+        if not EXPERIMENTS.keys() & set(names):
+            print(f"{name}: not drawn, without {' and '.join(missing)}")
+            continue
+        write_figure(draw(pool, names), output / name)
+        print(f"{output / name}.png, .pdf" + (f": drawn without {', '.join(missing)}" if missing else ""))
+    if not finished:
+        print("table1, table2: not written, no run has finished")
+        return
+    for name, table in TABLES.items():
+        rows, note = table(finished)
+        for suffix, render in FORMATS.items():
+            write(output / f"{name}.{suffix}", render(rows, note).encode())
+        print(f"{output / name}.md, .csv, .tex")
+    print("", as_markdown(*table1(finished)), sep="\n", end="")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Failure(USAGE, message, f"see {self.prog} --help")
+
+
+def main(arguments=None) -> None:
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--runs", nargs="+", type=Path, default=[ROOT / "runs"], metavar="DIR",
+                        help="directories that hold runs, directly or below; default: runs/ of the repository")
+    parser.add_argument("--output", type=Path, default=ROOT / "figures", metavar="DIR",
+                        help="where to write; default: figures/ of the repository")
+    try:
+        args = parser.parse_args(arguments)
+        with matplotlib.style.context(["default", STYLE]):
+            write_outputs(args.runs, args.output)
+        return
+    except Failure as failure:
+        code, message = failure.code, str(failure)
+    except KeyboardInterrupt:
+        code, message = INTERRUPTED, "interrupted. run it again"
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without ± still gets its table
+    main()

@@ -1,0 +1,465 @@
+"""plots/make_figures.py, on run directories with invented numbers that test the drawing and mean nothing else."""
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+
+import matplotlib.image
+import matplotlib.style
+import numpy as np
+import pytest
+
+from plots import make_figures
+
+LARGE, SMALL = "efficientnet_v2_l", "efficientnet_v2_s"
+TRAINING = {
+    "dataset": "cifar100", "epochs": 200, "image_size": 32, "val_size": 5000, "device": "cpu", "batch_size": 128, "lr": 1e-3,
+    "policy": "autoaugment", "random_erasing": 0.25, "mixup": 0.8, "cutmix": 1.0,
+}
+GROUPS = {  # the flags that make each experiment, and the plateau of its invented curve
+    "teacher": ({"model": LARGE}, 77),
+    "teacher-strong": ({"model": LARGE, "image_size": 64}, 80),
+    "alone": ({"model": SMALL}, 71),
+    "v1": ({"method": "kd", "alpha": 0.7, "policy": "none", "random_erasing": 0.0}, 75),
+    "v2": ({"method": "kd", "alpha": 0.7}, 76),
+    "v3": ({"method": "dkd", "alpha": 1.0, "beta": 8.0}, 67),
+    "v3.1": ({"method": "dkd", "alpha": 1.0, "beta": 2.0}, 74),
+    "v4": ({"method": "kd", "alpha": 0.7}, 76.3),
+}
+TEACHER_TEST = 80.0
+TEST_BEST = {1: 60.0, 2: 62.0, 3: 67.0}  # by seed: mean 63, sample deviation sqrt((9 + 1 + 16) / 2)
+
+
+def curve(plateau, ran, planned, seed):
+    """An invented validation accuracy per epoch, in percent, with a wiggle that depends on the seed."""
+    return [round(plateau * (1 - math.exp(-6 * epoch / planned)) + 0.6 * math.sin(1.7 * epoch + seed) + 0.4 * seed, 3)
+            for epoch in range(1, ran + 1)]
+
+
+def write_run(path, name, *, seed=1, ran=None, finished=True, summary=(), **flags):
+    """A run directory as the training scripts leave it; one that `finished` after `ran` < planned epochs stopped early."""
+    special, plateau = GROUPS[name]
+    distilled = "method" in special
+    config = TRAINING | {"script": "distill" if distilled else "train_teacher", "seed": seed, "beta": None}
+    if distilled:
+        config |= {"experiment": name, "temperature": 4.0, "teacher": LARGE, "student": SMALL}
+    config |= special | flags
+    accuracies = curve(plateau, ran or config["epochs"], config["epochs"], seed)
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    with open(path / "log.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["epoch", "train_loss_kl", "val_loss", "val_acc1", "peak_mem_mb"])
+        table.writerows([epoch, "", 1.5, accuracy, ""] for epoch, accuracy in enumerate(accuracies, 1))
+    if finished:
+        stopped = len(accuracies) < config["epochs"]
+        (path / "summary.json").write_text(json.dumps({
+            "test_acc1_last": TEST_BEST[seed] - 1, "test_acc1_best": TEST_BEST[seed],
+            "best_epoch": accuracies.index(max(accuracies)) + 1, "epochs": len(accuracies), "stopped_early": stopped,
+            "selected_on": "validation split of 5000 training images", "params": 20_000_000, "flops": 120_000_000,
+            "teacher_test_acc1": TEACHER_TEST if distilled else None, "teacher_params": 117_000_000 if distilled else None,
+            "retention": 100 * TEST_BEST[seed] / TEACHER_TEST if distilled else None, "compression": 5.85 if distilled else None,
+            "wall_s": 90.0, "verdict": "early stop" if stopped else "completed",
+            "note": "student initialisation: none" if distilled else "initialisation: none",
+        } | dict(summary)))
+    return path
+
+
+def write_study(top, seeds=(1,), names=tuple(GROUPS), stop_v3=84, **flags):
+    """Every experiment for every seed; the seeds of v3 stop early, 5 epochs apart."""
+    for name in names:
+        for index, seed in enumerate(seeds):
+            ran = stop_v3 + 5 * index if name == "v3" else None
+            write_run(top / (f"{name}-s{seed}" if len(seeds) > 1 else name), name, seed=seed, ran=ran, **flags)
+    return top
+
+
+def run_main(*arguments):
+    """Exit code, stdout and stderr of main() in this process."""
+    code, output, errors = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            make_figures.main([str(argument) for argument in arguments])
+        except SystemExit as leave:
+            code = leave.code
+    return code, output.getvalue(), errors.getvalue()
+
+
+def refused(code, *arguments):
+    """The one line on stderr with which main() must leave by `code`, having printed nothing else."""
+    got, output, errors = run_main(*arguments)
+    assert (got, output) == (code, ""), (got, output, errors)
+    assert re.fullmatch(r"error: [^\n]+\. [^\n]+\n", errors), errors
+    return errors
+
+
+def draw(top, name):
+    """The Figure called `name`, of the runs below `top`."""
+    function, wanted, needs_summary = make_figures.FIGURES[name]
+    study, _ = make_figures.read_study([top])
+    if needs_summary:
+        study = make_figures.selected(study, lambda run: run.summary)
+    with matplotlib.style.context(["default", make_figures.STYLE]):
+        figure = function(study, [key for key in wanted if key in study])
+        figure.draw_without_rendering()
+    return figure
+
+
+def line(figure, start):
+    """The one line of the figure whose label begins with `start`."""
+    found = [line for line in figure.axes[0].lines if line.get_label().startswith(start)]
+    assert len(found) == 1, (start, [line.get_label() for line in figure.axes[0].lines])
+    return found[0]
+
+
+def legend_texts(figure):
+    return [text.get_text().replace("\u00a0", " ") for text in figure.legends[0].get_texts()]
+
+
+def crosses(figure):
+    return [tuple(point) for line in figure.axes[0].lines if line.get_marker() == "X" for point in line.get_xydata()]
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return {row["experiment"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Figures are built but not rendered, for tests that look at other things."""
+    monkeypatch.setattr(make_figures, "write_figure", lambda figure, path: make_figures.write(path.with_suffix(".png"), b""))
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    """Three seeds of 200 epochs, and all outputs of main()."""
+    top = tmp_path_factory.mktemp("seeds")
+    write_study(top / "runs", seeds=(1, 2, 3))
+    code, stdout, errors = run_main("--runs", top / "runs", "--output", top / "out")
+    assert (code, errors) == (0, ""), (code, errors)
+    return top / "runs", top / "out", stdout
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One seed of 8 epochs below a repository that holds nothing but the script, run from elsewhere with its defaults."""
+    top = tmp_path_factory.mktemp("repository")
+    (top / "plots").mkdir()
+    shutil.copy(make_figures.__file__, top / "plots")
+    runs = write_study(top / "runs" / "demo", epochs=8, stop_v3=5, dataset="synthetic")
+    done = subprocess.run([sys.executable, top / "plots" / "make_figures.py"], cwd=tmp_path_factory.mktemp("elsewhere"),
+                          env=os.environ | {"PYTHONPATH": "", "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return runs, top / "figures", done.stdout
+
+
+def test_every_output_is_written_and_named(seeds, demo):
+    expected = {f"figure{n}.{suffix}" for n in range(1, 7) for suffix in ("png", "pdf")}
+    expected |= {f"table{n}.{suffix}" for n in (1, 2) for suffix in ("md", "csv", "tex")}
+    for _, output, stdout in (seeds, demo):
+        assert {path.name for path in output.iterdir()} == expected
+        assert all(str(output / f"figure{n}.png") in stdout for n in range(1, 7)), stdout
+        assert stdout.count("| v3.1 ") == 1, stdout
+    _, output, stdout = seeds
+    assert stdout.endswith((output / "table1.md").read_text()), "Table 1 ends what is printed"
+
+
+def test_figures_are_one_column_wide_and_carry_no_date(seeds, tmp_path):
+    top, output, _ = seeds
+    for number in range(1, 7):
+        assert matplotlib.image.imread(output / f"figure{number}.png").shape[1] == 3.5 * 300
+        pdf = (output / f"figure{number}.pdf").read_bytes()
+        assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf
+    with matplotlib.style.context(["default", make_figures.STYLE]):
+        make_figures.write_figure(draw(top, "figure1"), tmp_path / "figure1")
+    for suffix in ("png", "pdf"):
+        again, first = ((directory / f"figure1.{suffix}").read_bytes() for directory in (tmp_path, output))
+        assert again == first, f"the same runs must give the same {suffix}"
+
+
+@pytest.mark.parametrize("name", make_figures.FIGURES)
+def test_no_text_is_clipped_or_covered(seeds, demo, name):
+    for top in (seeds[0], demo[0]):
+        figure = draw(top, name)
+        axis, used = figure.axes[0], figure.get_tightbbox()
+        width, height = figure.get_size_inches()
+        assert min(used.x0, used.y0) >= 0 and used.x1 <= width and used.y1 <= height, (used, width, height)
+        assert not figure.legends[0].get_window_extent().overlaps(axis.bbox), "the legend lies below the curves"
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert all(axis.bbox.y0 <= box.y0 and box.y1 <= axis.bbox.y1 for box in boxes), [text.get_text() for text in axis.texts]
+        boxes = [text.get_window_extent() for text in axis.get_xticklabels()]
+        assert not any(left.overlaps(right) for left, right in zip(boxes, boxes[1:])), axis.get_xticklabels()
+
+
+def test_curves_are_mean_and_deviation_of_the_logs(seeds):
+    figure = draw(seeds[0], "figure1")
+    axis, drawn = figure.axes[0], line(figure, "v2")
+    logs = [curve(76, 200, 200, seed) for seed in (1, 2, 3)]
+    assert list(drawn.get_xdata()) == list(range(1, 201))
+    np.testing.assert_allclose(drawn.get_ydata(), [statistics.mean(at) for at in zip(*logs)], rtol=1e-12)
+    band = axis.collections[0].get_paths()[0].vertices
+    mean, deviation = (function([log[99] for log in logs]) for function in (statistics.mean, statistics.stdev))
+    np.testing.assert_allclose(sorted(y for x, y in band if x == 100), [mean - deviation, mean + deviation], rtol=1e-9)
+    assert axis.get_title(loc="left") == f"CIFAR-100, n = 3 seeds, band = ± 1 SD\n{LARGE} → {SMALL}"
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("epoch", "validation accuracy (%)")
+
+
+def test_one_seed_is_drawn_as_it_is_logged(demo):
+    figure = draw(demo[0], "figure3")
+    assert list(line(figure, "v3.1").get_ydata()) == curve(74, 8, 8, 1)
+    assert figure.axes[0].get_title(loc="left").startswith("synthetic images, 1 seed\n")
+
+
+def test_early_stops_are_crossed_and_labelled_and_the_rest_is_thin(seeds):
+    figure = draw(seeds[0], "figure1")
+    logs = [curve(67, 84 + 5 * index, 200, seed) for index, seed in enumerate((1, 2, 3))]
+    assert crosses(figure) == [(len(log), log[-1]) for log in logs]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["3 of 3 stop early\nepoch 84–94"]
+    assert line(figure, "v3").get_xdata()[-1] == 84, "the full line ends where the first seed does"
+    rest, = [line for line in figure.axes[0].lines if line.get_linewidth() == make_figures.THIN]
+    np.testing.assert_allclose(rest.get_xydata()[3], (87, statistics.mean(log[86] for log in logs[1:])))
+    np.testing.assert_allclose(rest.get_xydata()[-1], (94, logs[2][-1]))
+    assert legend_texts(figure)[-2:] == ["early stop", "fewer seeds left"]
+
+
+def test_labels_of_early_stops_cover_neither_curves_nor_each_other(tmp_path):
+    for name, ran in (("v2", 70), ("v4", 72)):
+        write_run(tmp_path / name, name, epochs=80, ran=ran)
+    axis = draw(tmp_path, "figure2").axes[0]
+    first, second = (text.get_window_extent() for text in axis.texts)
+    assert not first.overlaps(second)
+    points = np.concatenate([axis.transData.transform(line.get_xydata()) for line in axis.lines if len(line.get_xydata()) > 1])
+    assert not first.count_contains(points) and not second.count_contains(points)
+
+
+def test_figure_2_shows_both_teachers_on_the_scale_of_its_curves(seeds):
+    figure = draw(seeds[0], "figure2")
+    for name, label in (("teacher", "teacher: "), ("teacher-strong", "stronger teacher: ")):
+        best = statistics.mean(max(curve(GROUPS[name][1], 200, 200, seed)) for seed in (1, 2, 3))
+        np.testing.assert_allclose(line(figure, label).get_ydata(), best, err_msg="validation accuracy of the best epochs")
+        assert line(figure, label).get_label() == f"{label}{best:.1f} %"
+
+
+def test_figure_4_shows_every_experiment_and_the_student_alone(demo):
+    expected = ["v1: KD, mixing only", "v2: KD", "v3: DKD β = 8", "v3.1: DKD β = 2", "v4: KD, stronger teacher"]
+    assert legend_texts(draw(demo[0], "figure4")) == [*expected, "student alone", "early stop"]
+
+
+def test_figure_5_shows_retention_with_its_deviation(seeds):
+    figure = draw(seeds[0], "figure5")
+    axis = figure.axes[0]
+    # alone: accuracies of mean 63 over those of the runs called teacher, of mean 63 too
+    np.testing.assert_allclose([bar.get_height() for bar in axis.patches], [100 * 63 / TEACHER_TEST] * 5 + [100 * 63 / 63])
+    assert axis.texts[0].get_text() == f"78.8\n± {100 / TEACHER_TEST * 13 ** 0.5:.1f}"
+    deviation = 100 / TEACHER_TEST * 13 ** 0.5
+    segment, = axis.collections[0].get_segments()
+    np.testing.assert_allclose(segment[:, 1], [78.75 - deviation, 78.75 + deviation])
+    assert set(line(figure, "teacher").get_ydata()) == {100}
+
+
+@pytest.mark.parametrize(("epochs", "first"), [(200, 151), (100, 51), (60, 31), (8, 5), (7, 4), (1, 1)])
+def test_figure_6_shows_the_last_50_epochs_or_the_last_half(tmp_path, epochs, first):
+    write_run(tmp_path / "v2", "v2", epochs=epochs)
+    drawn = line(draw(tmp_path, "figure6"), "v2").get_xdata()
+    assert (drawn[0], drawn[-1]) == (first, epochs)
+
+
+def test_figure_6_names_a_run_that_ended_before_it(seeds):
+    figure = draw(seeds[0], "figure6")
+    assert legend_texts(figure)[2] == "v3: DKD β = 8, ends at 94"
+    assert len(line(figure, "v3: DKD").get_xdata()) == 0 and crosses(figure) == []
+
+
+def test_the_axis_says_when_the_test_set_selected(tmp_path):
+    write_study(tmp_path, names=("v2", "v3"), epochs=8, stop_v3=5, val_size=0, summary={"selected_on": "test set"})
+    assert draw(tmp_path, "figure1").axes[0].get_ylabel() == "test accuracy (%),\nused for selection"
+
+
+def test_seeds_that_differ_in_number_say_so(tmp_path):
+    write_study(tmp_path, seeds=(1, 2), names=("v2",), epochs=8)
+    write_run(tmp_path / "v4", "v4", epochs=8)
+    figure = draw(tmp_path, "figure2")
+    assert legend_texts(figure) == ["v2: KD (n = 2)", "v4: KD, stronger teacher (n = 1)"]
+    assert "n = 1–2 seeds" in figure.axes[0].get_title(loc="left")
+
+
+def test_table_1_holds_hand_computed_numbers(seeds):
+    rows = table(seeds[1] / "table1.csv")
+    assert list(rows) == list(GROUPS)
+    assert (rows["v2"]["method"], rows["v3"]["method"]) == ("KD alpha 0.7 T 4", "DKD alpha 1 beta 8 T 4")
+    assert (rows["v2"]["augmentation"], rows["v1"]["augmentation"]) == ("AA+RE+MC", "MC")
+    expected = {  # of 60, 62, 67; the last epoch's are one lower; the teacher's is 80
+        "test_acc1_best_mean": 63, "test_acc1_best_sd": 13 ** 0.5, "test_acc1_last_mean": 62, "test_acc1_last_sd": 13 ** 0.5,
+        "retention_mean": 78.75, "retention_sd": 1.25 * 13 ** 0.5, "teacher_test_acc1": 80, "n": 3,
+        "epochs_min": 200, "epochs_max": 200, "report_acc1": 76.19, "report_retention": 99.40,
+    }
+    assert {column: float(rows["v2"][column]) for column in expected} == pytest.approx(expected, abs=5e-5)
+    assert (rows["v3"]["epochs_min"], rows["v3"]["epochs_max"], rows["v3"]["verdict"]) == ("84", "94", "early stop")
+    assert float(rows["alone"]["retention_mean"]) == 100
+    assert rows["teacher"]["retention_mean"] == rows["teacher"]["teacher_test_acc1"] == rows["alone"]["report_acc1"] == ""
+    text = (seeds[1] / "table1.md").read_text()
+    for part in ("| 63.00 ± 3.61 |", "| 84–94 / ", "| 66.85 / 87.21 |", "student initialisation: none (v1, v2, v3, v3.1, v4)",
+                 "validation split of 5000 training images", "n = 3 seeds, mean ± sample SD"):
+        assert part in text, part
+
+
+def test_table_2_holds_the_cost_of_each_network(seeds):
+    rows = table(seeds[1] / "table2.csv")
+    expected = {"params_m": 20, "size_mb": 80, "gflop": 0.12, "image_size": 32, "compression": 5.85, "wall_min": 1.5,
+                "test_acc1_best_mean": 63}
+    assert {column: float(rows["v2"][column]) for column in expected} == expected
+    assert [rows[name]["network"] for name in ("teacher", "alone", "v2")] == [LARGE, SMALL, SMALL]
+    assert rows["teacher"]["compression"] == ""
+
+
+def test_the_reports_numbers_stand_only_beside_its_own_setting(demo):
+    assert "report_acc1" not in table(demo[1] / "table1.csv")["v2"]
+    text = (demo[1] / "table1.md").read_text()
+    assert "76.19" not in text and "not a reproduction of the report" in text and "; 1 seed." in text
+
+
+def test_markdown_and_latex_are_well_formed(seeds):
+    accuracy, count = make_figures.measured("acc. (%)", "acc", [1.0, 2.0]), make_figures.number("n", "n", 2, "d")
+    row = [make_figures.words("x", "x", "a|b"), accuracy, count]
+    note = "a_b & {c} #1 $2 ~ ^ \\ < 3"
+    assert make_figures.as_markdown([row], note).splitlines() == [
+        "| x    |    acc. (%) |   n |",
+        "| ---- | ----------: | --: |",
+        "| a\\|b | 1.50 ± 0.71 |   2 |",
+        "",
+        note,
+    ]
+    latex = make_figures.as_latex([row], note)
+    assert r"a|b & 1.50 $\pm$ 0.71 & 2 \\" in latex
+    assert r"a\_b \& \{c\} \#1 \$2 \textasciitilde{} \textasciicircum{} \textbackslash{} $<$ 3" in latex
+    for text in (latex, *((seeds[1] / f"table{number}.tex").read_text() for number in (1, 2))):
+        bare = re.sub(r"\\[\\{}%&#_$]", lambda escape: r"\\" if escape[0] == r"\\" else "", text)
+        depths = np.cumsum([(character == "{") - (character == "}") for character in bare])
+        assert depths.min() == 0 == depths[-1], text
+        assert bare.isascii() and bare.count("$") % 2 == 0 and not re.search(r"[#_~^]|%(?!\n)", bare), text
+        columns = len(re.search(r"\{tabular\}\{([lr]+)\}", text)[1])
+        assert {line.count("&") for line in bare.splitlines() if line.endswith(r"\\")} == {columns - 1}, text
+
+
+def test_missing_experiments_are_named_and_the_rest_is_drawn(tmp_path, quick):
+    write_study(tmp_path / "runs", names=("v3", "v3.1"), epochs=8, stop_v3=5)
+    code, output, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")
+    assert (code, errors) == (0, "")
+    assert "not found: teacher, teacher-strong, alone, v1, v2, v4\n" in output
+    assert "figure1.png, .pdf: drawn without v2\n" in output and "figure2: not drawn, without v2 and v4\n" in output
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [f"figure{number}.png" for number in (1, 3, 4, 5, 6)]
+    assert list(table(tmp_path / "out" / "table1.csv")) == ["v3", "v3.1"]
+
+
+def test_unfinished_runs_are_curves_only(tmp_path, quick):
+    write_study(tmp_path / "runs", seeds=(1, 2), names=("v2",), epochs=8)
+    running = write_run(tmp_path / "runs" / "v2-s3", "v2", seed=3, epochs=8, ran=3, finished=False)
+    waiting = write_run(tmp_path / "runs" / "v3", "v3", epochs=8, finished=False)
+    (waiting / "log.csv").write_text("epoch,val_acc1\n")
+    code, output, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")
+    assert (code, errors) == (0, "")
+    assert f"unfinished, in curves only: {running} (epoch 3 of 8)\n" in output
+    assert f"unfinished, in curves only: {waiting} (epoch 0 of 8)\n" in output
+    row = table(tmp_path / "out" / "table1.csv")["v2"]
+    assert (row["n"], float(row["test_acc1_best_mean"])) == ("2", 61)
+    (waiting / "log.csv").unlink()
+    assert line(draw(tmp_path / "runs", "figure2"), "v2").get_label() == "v2: KD, unfinished"
+    assert len(draw(tmp_path / "runs", "figure5").axes[0].patches) == 1
+
+
+def test_runs_outside_the_study_are_left_out_and_named(tmp_path, quick):
+    write_run(tmp_path / "runs" / "v2", "v2", epochs=8)
+    other = write_run(tmp_path / "runs" / "kd-alpha0.5-T4-s1", "v2", epochs=8, experiment=None, alpha=0.5, dataset="cifar10")
+    write_run(tmp_path / "runs" / "second-try", "v3", epochs=8)
+    write_run(tmp_path / "runs" / "v4-s7", "v4", epochs=8, experiment=None)
+    write_run(tmp_path / "runs" / "demo" / "v4", "v4", epochs=3, dataset="synthetic")  # deeper: another study
+    code, output, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")
+    assert (code, errors) == (0, "") and f"left out, not of the study: {other}\n" in output
+    assert list(table(tmp_path / "out" / "table1.csv")) == ["v2", "v3", "v4"], "by --experiment, or else by directory"
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    out = tmp_path / "out"
+    write_run(tmp_path / "others" / "kd-s1", "v2", epochs=8, experiment=None)
+    write_run(tmp_path / "early" / "teacher", "teacher", epochs=8, finished=False)
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "absent", "others", "early"):
+        assert str(tmp_path / name) in refused(4, "--runs", tmp_path / name, "--output", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), [
+    ("log.csv", "epoch,val_loss\n1,2.0\n", "no column val_acc1"),
+    ("log.csv", "epoch,val_acc1\n1,50.0\n2,\n", "line 3"),
+    ("log.csv", "epoch,val_acc1\n1,50.0\n2\n", "line 3"),
+    ("log.csv", "epoch,val_acc1\n1,nan\n", "line 2"),
+    ("log.csv", "epoch,val_acc1\n2,50.0\n1,51.0\n", "line 3"),
+    ("log.csv", "epoch,val_acc1\n1,500\n", "line 2"),
+    ("log.csv", b"epoch,val_acc1\n1,\xff\n", "utf-8"),
+    ("log.csv", "", "no column epoch"),
+    ("config.json", "{\"script\": ", "line 1"),
+    ("config.json", "[1]", "not an object"),
+    ("config.json", '{"script": "distill", "dataset": "cifar100", "epochs": 8, "seed": "one"}', "seed is 'one'"),
+    ("summary.json", "", "line 1"),
+    ("summary.json", '{"test_acc1_last": NaN}', "test_acc1_last is nan"),
+])
+def test_damaged_files_are_named(tmp_path, name, content, reason):
+    run = write_run(tmp_path / "v2", "v2", epochs=8)
+    (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = refused(4, "--runs", tmp_path, "--output", tmp_path / "out")
+    assert f"({run / name})" in message and reason in message, message
+
+
+def test_a_log_that_lost_its_best_epoch_is_damaged(tmp_path):
+    run = write_run(tmp_path / "v2", "v2", epochs=8, summary={"best_epoch": 9})
+    assert f"({run / 'log.csv'})" in refused(4, "--runs", tmp_path, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("first", "second", "what"), [
+    (("v2", {}), ("v2", {"seed": 2, "dataset": "synthetic"}), "dataset of v2, cifar100 and synthetic"),
+    (("v2", {}), ("v2", {"seed": 2, "epochs": 9}), "epochs of v2, 8 and 9"),
+    (("v3", {}), ("v3", {"seed": 2, "beta": 4.0}), "beta of v3, 8.0 and 4.0"),
+    (("v2", {}), ("v2", {}), "seed 1"),
+    (("v2", {}), ("v3", {"dataset": "cifar10"}), "dataset, cifar100 and cifar10"),
+    (("v2", {}), ("v3", {"student": "resnet20"}), f"student, {SMALL} and resnet20"),
+    (("alone", {}), ("v3", {"student": "resnet20"}), f"student, {SMALL} and resnet20"),
+    (("v1", {}), ("v2", {"teacher": "resnet20"}), f"teacher, {LARGE} and resnet20"),
+    (("teacher-strong", {}), ("v4", {"teacher": "resnet20"}), f"stronger teacher, {LARGE} and resnet20"),
+    (("v1", {}), ("v2", {"summary": {"selected_on": "test set"}}), "a validation split and the test set"),
+])
+def test_mixtures_are_refused(tmp_path, first, second, what):
+    paths = [write_run(tmp_path / top / name, name, **{"epochs": 8} | flags)
+             for top, (name, flags) in (("one", first), ("two", second))]
+    message = refused(2, "--runs", tmp_path, "--output", tmp_path / "out")
+    assert what in message and f"({paths[0]} and {paths[1]})" in message and "--runs" in message, message
+
+
+def test_runs_names_several_directories_and_each_run_counts_once(tmp_path):
+    one, two = (write_run(tmp_path / f"v2-s{seed}", "v2", seed=seed, epochs=8) for seed in (1, 2))
+    study, _ = make_figures.read_study([one, two, tmp_path])
+    assert [run.path for run in study["v2"]] == [one, two]
+    assert [run.path for run in make_figures.read_study([two])[0]["v2"]] == [two]
+
+
+@pytest.mark.parametrize("arguments", [["--run", "x"], ["--seeds", "3"], ["x"], ["--runs"]])
+def test_usage_errors_are_one_line(arguments):
+    refused(2, *arguments)
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    write_run(tmp_path / "runs" / "v2", "v2", epochs=8)
+    (tmp_path / "file").write_text("mine")
+    code, _, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "file")
+    assert code == 8 and re.fullmatch(rf"error: cannot write: .*\({tmp_path}/file/figure1\.png\)\. .*\n", errors), errors
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "out" / "figure1.png").mkdir(parents=True)
+    assert run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")[0] == 8
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["figure1.png"], "no partial file stays"
