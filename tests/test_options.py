@@ -65,7 +65,7 @@ def test_objective_is_printed_with_its_numbers():
 BAD = {  # flag: values that are out of range or of the wrong kind
     "--dataset": ["mnist"], "--data-dir": [""], "--val-size": ["-1", "0.1"], "--image-size": ["0", "x"], "--policy": ["cutout"],
     "--random-erasing": ["-0.1", "1.1", "nan"], "--mixup": ["-1", "inf"], "--cutmix": ["-1", "nan"], "--mix-prob": ["2"], "--mix-mode": ["row"],
-    "--epochs": ["0", "1.5"], "--batch-size": ["0"], "-b": ["-4"], "--opt": ["lion"], "--lr": ["0", "-1", "nan", "inf"],
+    "--epochs": ["0", "1.5"], "--batch-size": ["0", "1"], "-b": ["-4"], "--opt": ["lion"], "--lr": ["0", "-1", "nan", "inf"],
     "--momentum": ["1"], "--weight-decay": ["-1"], "--sched": ["step"], "--milestones": ["0"], "--warmup-epochs": ["-1", "200"],
     "--label-smoothing": ["1", "-0.1"], "--clip-grad": ["-1", "nan"], "--model-ema": ["1"], "--patience": ["-1"], "--monitor": ["loss"],
     "--amp": ["fp8"], "--device": ["tpu", "cuda:x"], "--seed": ["-1", "x"], "--output": [""],

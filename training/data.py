@@ -87,7 +87,7 @@ class Source:
     val_size: int | None = None
 
 
-def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu", stream=sys.stderr) -> Dataset:
+def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu", stream=None) -> Dataset:
     """Read the data set `name`, split it, and move it to `device`.
 
     data_dir: where the files are, and where CIFAR is downloaded to if they are not.
@@ -96,11 +96,11 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu
     images as one, the same for every seed and `val_size`.
     image_size: the square to which images are resized and cropped, unless all share one square size that is no larger: networks
     enlarge such images themselves.
-    stream: where progress goes.
+    stream: where progress goes; None is stdout: stderr is for errors.
     Raises Failure: DATA for anything wrong with the files, USAGE for a wrong size, DISK or OUT_OF_MEMORY where room is short.
     """
     try:
-        source = DATASETS[name](Path(data_dir), image_size, stream)
+        source = DATASETS[name](Path(data_dir), image_size, stream or sys.stdout)
     except OSError as failure:
         raise Failure(DATA, f"cannot read ({failure.filename}: {failure.strerror})", "check its permissions") from failure
     train, test = source.train, source.test

@@ -58,6 +58,12 @@ def nonempty(text):
     return text
 
 
+def device(text):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N ({text})")
+    return text
+
+
 count, whole, nonnegative, positive = number(int, above=0), number(int, at_least=0), number(float, at_least=0), number(float, above=0)
 probability = number(float, at_least=0, at_most=1)
 
@@ -83,10 +89,14 @@ def augmentation_flags(parser) -> None:
     group.add_argument("--mix-mode", choices=("batch", "pair", "elem"), default="batch", help="one draw per batch, pair or image; default: %(default)s")
 
 
+def batch_size_flag(group, default: int) -> None:
+    group.add_argument("-b", "--batch-size", type=number(int, at_least=2), default=default, metavar="N", help="default: %(default)s")
+
+
 def optimisation_flags(parser) -> None:
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=count, default=200, metavar="N", help="default: %(default)s")
-    group.add_argument("-b", "--batch-size", type=count, default=128, metavar="N", help="default: %(default)s")
+    batch_size_flag(group, default=128)
     group.add_argument("--opt", choices=("adamw", "sgd"), default="adamw", help="default: %(default)s")
     group.add_argument("--lr", type=positive, default=1e-3, metavar="RATE", help="peak learning rate; default: %(default)s")
     group.add_argument("--momentum", type=number(float, at_least=0, below=1), default=0.9, metavar="M", help="of SGD; default: %(default)s")
@@ -104,7 +114,7 @@ def optimisation_flags(parser) -> None:
 
 def machine_flags(parser, output) -> None:
     group = parser.add_argument_group("machine and output")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
+    group.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
     group.add_argument("--amp", choices=("fp16", "bf16", "off"), help="default: fp16 on CUDA, off on a CPU")
     group.add_argument("--seed", type=whole, default=42, metavar="N", help="of the weights, split, order and augmentation; default: %(default)s")
     group.add_argument("--output", type=nonempty, metavar="DIR", help=f"run directory; default: {output}")
@@ -181,13 +191,27 @@ def parse_distill(description, usage_lines, argv=None):
     return args
 
 
+def parse_show(description, usage_lines, argv=None):
+    """The checked flags of show_batch.py; exits with 2 and one line otherwise."""
+    parser = new_parser(description, usage_lines)
+    data_flags(parser)
+    augmentation_flags(parser)
+    group = parser.add_argument_group("which batch, and where to")
+    batch_size_flag(group, default=32)
+    group.add_argument("--epoch", type=count, default=1, metavar="N", help="default: %(default)s")
+    group.add_argument("--step", type=whole, default=0, metavar="N", help="of the epoch, from 0; default: %(default)s")
+    group.add_argument("--seed", type=whole, default=42, metavar="N", help="default: %(default)s")
+    group.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
+    group.add_argument("--output", type=nonempty, default="batch.png", metavar="FILE", help="default: %(default)s")
+    group.add_argument("--debug", action="store_true", help="show the traceback of expected errors too")
+    return parser.parse_args(argv)
+
+
 def check_schedule(parser, args) -> None:
     if args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup-epochs must be less than --epochs ({args.warmup_epochs} of {args.epochs})")
     if args.milestones != sorted(set(args.milestones)):
         parser.error(f"--milestones must increase ({' '.join(map(str, args.milestones))})")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
-        parser.error(f"argument --device: must be auto, cpu, cuda or cuda:N ({args.device})")
 
 
 def run_name(args) -> str:

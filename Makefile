@@ -1,0 +1,46 @@
+# make demo: the whole study in miniature on embedded data.   make test: all checks.   Both set up .venv themselves, once.
+SHELL := /bin/bash
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed-$(shell sha256sum requirements.txt | cut -c 1-16)
+
+.PHONY: demo demo-runs test
+.DELETE_ON_ERROR:
+
+$(INSTALLED): requirements.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	rm -f $(VENV)/installed-* && touch $@
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+
+# --- the demo ---------------------------------------------------------------------------------------------------------
+# Two one-thread processes side by side finish sooner than one with two threads.  A finished run is not repeated:
+# `rm -r runs/demo` starts over.
+DEMO := runs/demo
+RECIPE := --dataset synthetic --epochs 8 --batch-size 64 --opt sgd --lr 0.2 --weight-decay 5e-4 --warmup-epochs 2 \
+          --label-smoothing 0 --clip-grad 0 --patience 0 --mix-prob 0.5 --overwrite
+RUN = @set -o pipefail; OMP_NUM_THREADS=1 $(PYTHON) $(1) $(RECIPE) --output $(@D) 2>&1 | sed -u 's/^/[$(notdir $(@D))] /'
+STUDENTS := $(addprefix $(DEMO)/,v1 v2 v3 v3.1 v4)
+
+demo: $(INSTALLED)
+	@$(MAKE) --no-print-directory -j 2 demo-runs
+	@$(PYTHON) plots/make_figures.py --runs $(DEMO) --output figures
+
+demo-runs: $(addsuffix /summary.json,$(DEMO)/teacher $(DEMO)/alone $(DEMO)/teacher-strong $(STUDENTS))
+
+$(DEMO)/teacher/summary.json: | $(INSTALLED)
+	$(call RUN,train_teacher.py --model v2_tiny)
+
+$(DEMO)/alone/summary.json: | $(INSTALLED)
+	$(call RUN,train_teacher.py --model v2_pico)
+
+$(DEMO)/teacher-strong/summary.json: | $(DEMO)/teacher/summary.json
+	$(call RUN,train_teacher.py --model v2_tiny --init $(DEMO)/teacher/best.pt --image-size 48)
+
+$(DEMO)/v4/summary.json: | $(DEMO)/teacher-strong/summary.json
+	$(call RUN,distill.py --experiment v4 --student v2_pico --teacher-checkpoint $(DEMO)/teacher-strong/best.pt)
+
+$(DEMO)/v%/summary.json: | $(DEMO)/teacher/summary.json
+	$(call RUN,distill.py --experiment v$* --student v2_pico --teacher-checkpoint $(DEMO)/teacher/best.pt)

@@ -1,0 +1,103 @@
+"""Distil a saved teacher into a student, with KD or DKD.
+
+    python distill.py --method kd                              the recipe of experiment v2, teacher from runs/teacher/best.pt
+    python distill.py --method dkd --beta 8                    the setting that is said to collapse
+    python distill.py --experiment v3.1 --seed 2               a preset of the study (v1, v2, v3, v3.1, v4)
+
+Teacher and student see the same augmented images; the criterion reads both logits and both labels of each mixed image.
+To add a method: a file and a line in losses/, and its numbers in training/options.py.  Leaves log.csv, summary.json,
+best.pt and last.pt in --output; plots/make_figures.py draws them.
+"""
+import time
+from pathlib import Path
+
+from training import options, runlog
+
+
+def main(args):
+    import torch
+
+    from augment import BatchAugmenter
+    from losses import METHODS
+    from training import data as datasets
+    from training import loop, models
+
+    machine = loop.prepare_machine(args.device, args.amp, args.seed)
+    config = vars(args) | {"script": "distill", "device": str(machine.device), "amp": machine.precision}
+    runlog.announce(config, options.objective(args))
+    if args.dry_run:
+        return
+
+    with runlog.RunDirectory(args.output, overwrite=args.overwrite) as run:
+        if not Path(args.teacher_checkpoint).exists():
+            raise runlog.Failure(runlog.CHECKPOINT, f"no teacher ({args.teacher_checkpoint})",
+                                 "train one first: python train_teacher.py, or name one with --teacher-checkpoint")
+        teacher = models.load(args.teacher_checkpoint, machine.device)
+        data = datasets.load(args.dataset, args.data_dir, val_size=args.val_size, seed=args.seed, image_size=args.image_size, device=machine.device)
+        loop.check_batch_size(args.batch_size, data)
+        teacher_test = loop.check_teacher(teacher, data, machine)
+        teacher_val = loop.evaluate(teacher, data.val, data.mean, data.std, machine)
+        image_size = args.image_size or data.image_size
+        student = models.build(args.student, len(data.classes), image_size)
+        models.initialise(student, args.student, pretrained=args.student_init == "imagenet",
+                          init=None if args.student_init in ("none", "imagenet") else args.student_init)
+        student.to(machine.device)
+        augmenter = BatchAugmenter(*data.train, batch_size=args.batch_size, seed=args.seed, mean=data.mean, std=data.std,
+                                   dtype=machine.dtype, **options.augmentation(args))
+        update = loop.Update(student, loop.build_optimizer(student, args), machine.scaler(), clip_grad=args.clip_grad, ema_decay=args.model_ema)
+        criterion, numbers = METHODS[args.method], options.loss_numbers(args)
+        means, stop = loop.Means(machine.device), loop.EarlyStop(args.monitor, args.patience)
+        card = {"model": args.student, "classes": data.classes, "image_size": image_size, "mean": list(data.mean), "std": list(data.std),
+                "dataset": args.dataset, "seed": args.seed}
+        print(f"{data}\n"
+              f"teacher {teacher.info['model']}: {models.parameters(teacher) / 1e6:.2f} M parameters, {teacher.info['image_size']} pixels, "
+              f"test accuracy {teacher_test.acc1:.2f} %\nstudent {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
+        run.open(config | {"teacher": teacher.info["model"], "image_size": image_size})
+
+        started, progress = time.perf_counter(), loop.Progress(args.epochs, augmenter.steps)
+        for epoch in range(1, args.epochs + 1):
+            begun = time.perf_counter()
+            student.train()
+            augmenter.set_epoch(epoch)
+            numbers |= options.ramped(args, epoch)
+            for step in range(augmenter.steps):
+                lr = loop.learning_rate((epoch - 1) * augmenter.steps + step, args, augmenter.steps)
+                batch = augmenter(step)
+                with machine.autocast():
+                    with torch.no_grad():
+                        teacher_logits = teacher(batch.images)
+                    logits = student(batch.images)
+                loss, terms = criterion(logits, teacher_logits, batch.targets, **numbers)
+                update(loss, lr)
+                means.add(args.batch_size, train_loss=loss, **{f"train_loss_{name}": term for name, term in terms.items()},
+                          train_acc1=loop.accuracy(logits, batch.targets.dominant))
+                progress.step(epoch, step, lr, means)
+            columns = means.epoch_columns(epoch) | update.epoch_columns()  # the epoch's one wait for the device
+            trained = time.perf_counter()
+            val = loop.evaluate(update.evaluated, data.val, data.mean, data.std, machine)
+            best = stop.update(epoch, val)
+            now, samples = time.perf_counter(), augmenter.steps * args.batch_size
+            run.log(runlog.EpochRow(
+                epoch=epoch, lr=lr, **columns, **val.columns(), **stop.columns(), teacher_agree=val.agreement(teacher_val), samples=samples,
+                images_per_s=samples / (trained - begun), epoch_s=trained - begun, val_s=now - trained, total_s=now - started,
+                peak_mem_mb=machine.peak_memory_mb()))
+            for name in ("last.pt", "best.pt") if best else ("last.pt",):
+                models.save(run / name, update.evaluated, **card, epoch=epoch, val_acc1=val.acc1, test_acc1=None)
+            progress.epoch(run.rows[-1], best)
+            if stop.stop:
+                break
+
+        results = loop.test(run, data, machine)
+        run.close(results | {
+            "best_epoch": stop.best_epoch, "epochs": epoch, "stopped_early": stop.stop, "selected_on": data.selected_on,
+            "params": models.parameters(student), "flops": models.flops(student, image_size),
+            "teacher_test_acc1": teacher_test.acc1, "teacher_params": models.parameters(teacher),
+            "retention": 100 * results["test_acc1_best"] / teacher_test.acc1,
+            "compression": models.parameters(teacher) / models.parameters(student),
+            "verdict": runlog.verdict(run.rows, len(data.classes), stop.stop), "note": f"student initialisation: {args.student_init}",
+        })
+
+
+if __name__ == "__main__":
+    arguments = options.parse_distill(*__doc__.split("\n\n", 1))
+    runlog.run(main, arguments)

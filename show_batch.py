@@ -1,0 +1,52 @@
+"""Draw a contact sheet of one augmented training batch: what the network sees, what was drawn for it, and its labels.
+
+    python show_batch.py                                              CIFAR-100 under the study's augmentation -> batch.png
+    python show_batch.py --dataset synthetic --no-autoaugment         the embedded data, Mixup/CutMix and erasing only
+    python show_batch.py --mix-mode elem --epoch 7 --step 3           one draw per image; any batch of any epoch
+
+The same flags and seed as a training run give the very batch that the run saw.
+"""
+from pathlib import Path
+
+from training import options, runlog
+
+COLUMNS, INCHES = 8, 1.7
+
+
+def main(args):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import torch
+
+    from augment import BatchAugmenter
+    from training import data as datasets
+    from training import loop
+
+    machine = loop.prepare_machine(args.device, "off", args.seed)
+    data = datasets.load(args.dataset, args.data_dir, val_size=args.val_size, seed=args.seed, image_size=args.image_size, device=machine.device)
+    loop.check_batch_size(args.batch_size, data)
+    augmenter = BatchAugmenter(*data.train, batch_size=args.batch_size, seed=args.seed, mean=data.mean, std=data.std, **options.augmentation(args))
+    if args.step >= augmenter.steps:
+        raise runlog.Failure(runlog.USAGE, f"an epoch has no such step (--step {args.step})", f"choose one below {augmenter.steps}")
+    augmenter.set_epoch(args.epoch)
+    batch = augmenter(args.step)
+    mean, std = (torch.tensor(values, device=machine.device).view(3, 1, 1) for values in (data.mean, data.std))
+    images = (batch.images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+    rows = -(-args.batch_size // COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(COLUMNS * INCHES, rows * INCHES * 1.42), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, drawn, label, other, lam in zip(axes.flat, images, augmenter.describe(args.step), *(part.tolist() for part in batch.targets)):
+        axis.imshow(image, interpolation="nearest")
+        names = data.classes[label] if lam == 1 else f"{lam:.2f} {data.classes[label]}\n{1 - lam:.2f} {data.classes[other]}"
+        axis.set_title(names, fontsize=7)
+        axis.text(0.5, -0.04, drawn.replace(", ", ",\n").replace(" | ", "\n"), transform=axis.transAxes, ha="center", va="top", fontsize=6, color="0.3")
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=150)
+    print(f"{args.output}: batch {args.step} of epoch {args.epoch}, {args.batch_size} images of {args.dataset}")
+
+
+if __name__ == "__main__":
+    runlog.run(main, options.parse_show(*__doc__.split("\n\n", 1)))

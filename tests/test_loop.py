@@ -1,0 +1,187 @@
+"""Schedule, step, evaluation, early stopping: against numbers worked out by hand or by plain PyTorch."""
+import copy
+import io
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from training import loop
+from training.data import Split
+from training.runlog import Failure
+
+CPU = loop.Machine(torch.device("cpu"), "off")
+RECIPE = {"lr": 1.0, "epochs": 10, "warmup_epochs": 2, "sched": "cosine", "milestones": [4, 8]}
+OPTIMIZERS = [{"opt": "adamw", "lr": 0.1, "weight_decay": 0.05, "momentum": 0.9}, {"opt": "sgd", "lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9}]
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 6))
+
+
+def batch(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(16, 3, 4, 4, generator=g), torch.randint(6, (16,), generator=g)
+
+
+def updater(model, recipe, *, precision="off", clip_grad=0.0, ema_decay=0.0):
+    return loop.Update(model, loop.build_optimizer(model, SimpleNamespace(**recipe)), loop.Machine(CPU.device, precision).scaler(),
+                       clip_grad=clip_grad, ema_decay=ema_decay)
+
+
+def test_learning_rate_warms_up_linearly_and_falls_by_cosine_or_steps():
+    args = SimpleNamespace(**RECIPE)
+    rates = [loop.learning_rate(step, args, 5) for step in range(50)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1.0 and rates[30] == pytest.approx(0.5) and rates[49] == pytest.approx(0.5 * (1 + math.cos(math.pi * 39 / 40)))
+    args.sched = "multistep"
+    rates = [loop.learning_rate(step, args, 5) for step in range(50)]
+    assert (rates[10], rates[19]) == (1.0, 1.0)
+    assert rates[20] == rates[39] == pytest.approx(0.1) and rates[40] == rates[49] == pytest.approx(0.01)
+    args.warmup_epochs = 0
+    assert loop.learning_rate(0, args, 5) == 1.0
+
+
+@pytest.mark.parametrize("recipe", OPTIMIZERS, ids=["adamw", "sgd"])
+def test_update_is_clip_then_step_of_the_plain_optimizer(recipe):
+    ours, theirs = net(), net()
+    plain = (torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.05) if recipe["opt"] == "adamw" else
+             torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4))
+    update, norms = updater(ours, recipe, clip_grad=0.5), []
+    for step in range(4):
+        images, labels = batch(step)
+        update(F.cross_entropy(ours(images), labels), lr=0.1)
+        F.cross_entropy(theirs(images), labels).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5).item())
+        plain.step()
+        plain.zero_grad()
+    for one, two in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    columns = update.epoch_columns()
+    assert columns["grad_norm_mean"] == pytest.approx(sum(norms) / 4, rel=1e-5) and columns["grad_norm_max"] == pytest.approx(max(norms), rel=1e-5)
+    assert columns["clip_frac"] == sum(norm > 0.5 for norm in norms) / 4 and columns["steps"] == 4
+    assert columns["amp_scale"] is None and columns["skipped_steps"] == 0
+    update(F.cross_entropy(ours(images), labels), lr=0.1)
+    assert update.epoch_columns()["steps"] == 1, "the counts start again every epoch"
+
+
+@pytest.mark.parametrize("recipe", OPTIMIZERS, ids=["adamw", "sgd"])
+def test_an_overflowing_fp16_step_is_skipped_and_counted(recipe):
+    """Also as the very first step, where fused SGD's momentum would otherwise be read before it was written."""
+    ours, without = net(), net()
+    update, plain = updater(ours, recipe, precision="fp16", clip_grad=1.0), updater(without, recipe, clip_grad=1.0)
+    images, labels = batch()
+    ours.eval(), without.eval()
+    before = copy.deepcopy(ours.state_dict())
+    update(F.cross_entropy(ours(images), labels) * math.inf, lr=0.1)
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items()), "a skipped step changed the weights"
+    for _ in range(3):
+        update(F.cross_entropy(ours(images), labels), lr=0.1)
+        plain(F.cross_entropy(without(images), labels), lr=0.1)
+    for one, two in zip(ours.parameters(), without.parameters()):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    columns, healthy = update.epoch_columns(), plain.epoch_columns()
+    assert (columns["skipped_steps"], columns["steps"], columns["amp_scale"]) == (1, 4, 32768.0)
+    assert columns["grad_norm_mean"] == pytest.approx(healthy["grad_norm_mean"], rel=1e-3), "unscaled before it is measured and clipped"
+
+
+def test_moving_average():
+    model = net()
+    update = updater(model, OPTIMIZERS[0], ema_decay=0.5)
+    images, labels = batch()
+    weights = []
+    for _ in range(3):
+        update(F.cross_entropy(model(images), labels), lr=0.1)
+        weights.append(model[1].weight.detach().clone())
+    torch.testing.assert_close(update.evaluated[1].weight, 0.5 * (0.5 * weights[0] + 0.5 * weights[1]) + 0.5 * weights[2])
+    assert update.evaluated is not model and updater(model, OPTIMIZERS[0]).evaluated is model
+
+
+def test_means_weigh_samples_and_name_the_first_sick_term():
+    means = loop.Means(CPU.device)
+    means.add(10, train_loss=torch.tensor(1.0), train_loss_ce=torch.tensor(2.0))
+    means.add(30, train_loss=torch.tensor(3.0), train_loss_ce=torch.tensor(2.0))
+    assert means.glance() == means.read() == {"train_loss": 2.5, "train_loss_ce": 2.0}
+    assert means.epoch_columns(1)["train_loss"] == 2.5
+    means.add(10, train_loss=torch.tensor(math.nan), train_loss_ce=torch.tensor(1.0), train_loss_kl=torch.tensor(math.inf))
+    with pytest.raises(Failure, match="train_loss_kl is not finite in epoch 2") as failure:
+        means.epoch_columns(2)
+    assert failure.value.code == 6
+
+
+def test_evaluate_counts_every_image_once(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    split = Split(torch.randint(256, (53, 4, 4, 3), generator=g, dtype=torch.uint8), torch.randint(6, (53,), generator=g))
+    model = net().train()
+    result = loop.evaluate(model, split, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), CPU, batch_size=10)
+    assert model.training, "evaluate changed the mode"
+    images = (split.images.float() / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.3, 0.4])
+    logits = model.eval()(images.permute(0, 3, 1, 2)).detach()
+    assert result.loss == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-5)
+    assert result.acc1 == pytest.approx(100 * (logits.argmax(1) == split.labels).float().mean().item())
+    rank = (logits > logits.gather(1, split.labels[:, None])).sum(1)
+    assert result.acc5 == pytest.approx(100 * (rank < 5).float().mean().item())
+    assert torch.equal(result.predictions, logits.argmax(1))
+    confidence, predicted = logits.softmax(1).max(1)
+    ece = 0.0
+    for low in range(15):
+        inside = (confidence * 15).long().clamp(max=14) == low
+        if inside.any():
+            ece += inside.float().mean().item() * abs(confidence[inside].mean() - (predicted == split.labels)[inside].float().mean()).item()
+    assert result.ece == pytest.approx(ece, abs=1e-6)
+    flipped = result._replace(predictions=torch.cat([result.predictions[:50], (result.predictions[50:] + 1) % 6]))
+    assert result.agreement(flipped) == pytest.approx(50 / 53)
+
+
+def test_early_stop_counts_epochs_without_a_better_one():
+    def val(loss, acc1=50.0):
+        return loop.Evaluation(loss, acc1, 90.0, 0.1, torch.zeros(1))
+
+    stop = loop.EarlyStop("val_loss", patience=2)
+    assert [stop.update(epoch, val(loss)) for epoch, loss in enumerate([2.0, 1.0, 1.0], 1)] == [True, True, False]
+    assert not stop.stop and stop.columns() == {"best_val_loss": 1.0, "best_epoch": 2, "bad_epochs": 1}
+    stop.update(4, val(1.5))
+    assert stop.stop and stop.best_epoch == 2
+    accuracy = loop.EarlyStop("val_acc1", patience=0)
+    assert [accuracy.update(epoch, val(1.0, acc1)) for epoch, acc1 in enumerate([10, 30, 20], 1)] == [True, True, False]
+    assert not accuracy.stop, "patience 0 never stops"
+    with pytest.raises(Failure, match="not finite at epoch 3"):
+        stop.update(3, val(math.nan))
+
+
+def test_a_teacher_that_is_not_what_its_checkpoint_says_is_refused():
+    split = Split(torch.randint(256, (200, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 6)
+    data = SimpleNamespace(classes=list("abcdef"), name="imagefolder", test=split, mean=(0.5,) * 3, std=(0.25,) * 3)
+    teacher = net().eval()
+    accuracy = loop.evaluate(teacher, split, data.mean, data.std, CPU).acc1
+    teacher.info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": accuracy}
+    assert loop.check_teacher(teacher, data, CPU).acc1 == accuracy
+    for change in ({"test_acc1": accuracy + 0.2}, {"classes": list("abcdeg")}, {"classes": list("abc")}):
+        teacher.info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": accuracy} | change
+        with pytest.raises(Failure) as failure:
+            loop.check_teacher(teacher, data, CPU)
+        assert failure.value.code == 2
+
+
+def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    means = loop.Means(CPU.device)
+    means.add(8, train_loss=torch.tensor(1.5))
+    for stream in (io.StringIO(), Terminal()):
+        progress = loop.Progress(3, 10, stream)
+        progress.step(1, 4, 0.1, means)
+        assert ("[5/10]" in stream.getvalue() and "train_loss 1.500" in stream.getvalue()) == stream.isatty()
+    assert loop.clock(3725.4) == "1:02:05"
+
+
+def test_devices_that_are_not_there_are_refused():
+    with pytest.raises(Failure, match="cuda:99") as failure:
+        loop.prepare_machine("cuda:99", None, 0)
+    assert failure.value.code == 2
+    assert loop.prepare_machine("cpu", None, 0).dtype == torch.float32 and loop.prepare_machine("cpu", "bf16", 0).dtype == torch.bfloat16

@@ -1,0 +1,190 @@
+"""The commands a user runs, in order, on a small image folder; and one line for everything that can be wrong with them."""
+import csv
+import json
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--dataset imagefolder --epochs 2 --warmup-epochs 0 --batch-size 16 --opt sgd --lr 0.02 --weight-decay 5e-4 --label-smoothing 0.1 "
+         "--val-size 20 --device cpu")
+
+
+def run(capsys, script, line):
+    """Run a script as `python script.py line` would -> (exit code, stdout, stderr)."""
+    capsys.readouterr()
+    argv, sys.argv = sys.argv, [str(ROOT / script), *shlex.split(line)]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = argv
+    return (code, *capsys.readouterr())
+
+
+def make_images(folder, classes, each, seed, size=16):
+    """Noisy images of one colour and stripe direction per class."""
+    g = torch.Generator().manual_seed(seed)
+    for index, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        base = torch.tensor([(index * 83) % 256, (index * 151 + 40) % 256, (index * 47 + 90) % 256])
+        for number in range(each):
+            noise = torch.randint(-40, 40, (size, size, 3), generator=g)
+            Image.fromarray((base + noise).clamp(0, 255).byte().numpy()).save(folder / name / f"{number:03d}.png")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """Images, and a teacher trained on them by the command itself."""
+    place = tmp_path_factory.mktemp("workplace")
+    classes = [f"class{index}" for index in range(6)]
+    make_images(place / "images" / "train", classes, 30, seed=0)
+    make_images(place / "images" / "test", classes, 10, seed=1)
+    make_images(place / "other" / "train", ["a", "b"], 30, seed=2)
+    make_images(place / "other" / "test", ["a", "b"], 4, seed=3)
+    return place
+
+
+@pytest.fixture
+def here(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    return workplace
+
+
+def train(capsys, extra="", output="runs/teacher"):
+    return run(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --data-dir images --output {output} {extra}")
+
+
+def distill(capsys, extra="", data="images"):
+    return run(capsys, "distill.py", f"--student v2_pico {SMALL} --data-dir {data} {extra}")
+
+
+def rows(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_the_whole_way_from_images_to_figures(here, capsys):
+    code, out, err = train(capsys)
+    assert code == 0, err
+    assert "loss = CE(label smoothing 0.1)" in out and "dataset=imagefolder" in out and len(re.findall(r"^epoch \d/2", out, re.M)) == 2
+    teacher = json.loads(Path("runs/teacher/summary.json").read_text())
+    assert teacher["test_acc1_best"] > 50, f"six plain colours were not learnt: {teacher}"
+
+    for method, name, terms in (("--experiment v2 --seed 1", "v2-s1", {"kl"}), ("--method dkd --beta 8 --seed 1 --dkd-warmup 2", "dkd-beta8-T4-s1", {"tckd", "nckd"})):
+        code, out, err = distill(capsys, method)
+        assert code == 0, err
+        folder = Path("runs") / name
+        summary, log = json.loads((folder / "summary.json").read_text()), rows(folder / "log.csv")
+        assert len(log) == 2 and {key for key in ("kl", "tckd", "nckd") if log[0][f"train_loss_{key}"]} == terms
+        assert all(log[1][column] for column in ("train_loss_ce", "val_acc1", "teacher_agree", "grad_norm_mean", "images_per_s"))
+        assert summary["retention"] == pytest.approx(100 * summary["test_acc1_best"] / summary["teacher_test_acc1"])
+        assert summary["teacher_test_acc1"] == pytest.approx(teacher["test_acc1_best"]), "a student learns from best.pt"
+        assert summary["compression"] == pytest.approx(teacher["params"] / summary["params"])
+        assert set("test_acc1_last test_acc1_best best_epoch selected_on params flops teacher_test_acc1 retention compression wall_s verdict".split()) <= set(summary)
+        assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+        config = json.loads((folder / "config.json").read_text())
+        assert config["script"] == "distill" and config["teacher"] == "resnet8" and config["amp"] == "off" and config["seed"] == 1
+        assert {"config.json", "env.json", "log.csv", "status.json", "summary.json", "last.pt", "best.pt"} == {path.name for path in folder.iterdir()}
+
+    # A student can be the next teacher, at another image size; and weights can be the start of another network.
+    code, _, err = distill(capsys, "--teacher-checkpoint runs/v2-s1/best.pt --image-size 24 --model-ema 0.5 --output runs/chain")
+    assert code == 0, err
+    assert json.loads(Path("runs/chain/config.json").read_text())["teacher"] == "v2_pico"
+    code, out, err = train(capsys, "--init runs/teacher/best.pt --image-size 20 --patience 1 --monitor val_acc1 --amp bf16", output="runs/teacher-strong")
+    assert code == 0, err
+
+    code, out, err = run(capsys, "show_batch.py", f"--dataset imagefolder --data-dir images --val-size 20 --batch-size 16 --output {here}/sheet.png")
+    assert code == 0, err
+    assert Image.open(here / "sheet.png").size[0] > 300
+    code, out, err = run(capsys, "plots/make_figures.py", f"--runs {here}/runs --output {here}/figures")
+    assert code == 0, err
+    assert "v2" in (here / "figures" / "table1.md").read_text()
+
+
+def test_the_same_seed_gives_the_same_bits(here, capsys):
+    if not Path("runs/teacher/best.pt").exists():
+        train(capsys)
+    clock = ("images_per_s", "epoch_s", "val_s", "total_s", "peak_mem_mb")
+    logs, weights = [], []
+    for name, seed in (("one", 7), ("two", 7), ("three", 8)):
+        assert distill(capsys, f"--method dkd --beta 2 --seed {seed} --output runs/{name}")[0] == 0
+        logs.append([{key: value for key, value in row.items() if key not in clock} for row in rows(Path(f"runs/{name}/log.csv"))])
+        weights.append(torch.load(f"runs/{name}/last.pt", weights_only=True)["state_dict"])
+    assert logs[0] == logs[1] and all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    assert logs[0] != logs[2]
+
+
+def test_an_unequal_end_keeps_the_best_epoch(here, capsys):
+    """A learning rate that ruins the second epoch: best.pt stays the first epoch's, and early stopping says so."""
+    code, out, err = train(capsys, "--lr 100 --sched multistep --milestones 1 --epochs 4 --patience 1 --overwrite", output="runs/wild")
+    assert code in (0, 6), err
+    if code == 0:
+        summary = json.loads(Path("runs/wild/summary.json").read_text())
+        log = rows(Path("runs/wild/log.csv"))
+        assert summary["best_epoch"] == min(range(len(log)), key=lambda i: float(log[i]["val_loss"])) + 1
+        assert summary["stopped_early"] == (len(log) < 4)
+
+
+BAD = [  # what is wrong, script, flags, exit code, words of the line
+    ("no teacher", "distill", "--teacher-checkpoint nowhere.pt", 5, ["nowhere.pt", "train_teacher.py"]),
+    ("teacher is text", "distill", "--teacher-checkpoint text.pt", 5, ["text.pt"]),
+    ("teacher is a bare state_dict", "distill", "--teacher-checkpoint bare.pt", 5, ["bare.pt"]),
+    ("teacher of other classes", "distill other", "--teacher-checkpoint runs/teacher/best.pt", 2, ["2 of imagefolder"]),
+    ("teacher less accurate than it says", "distill", "--teacher-checkpoint lying.pt", 2, ["99.90 %"]),
+    ("unknown student", "distill", "--student resnet9", 2, ["resnet9"]),
+    ("unknown model", "train", "--model resnet9", 2, ["resnet9"]),
+    ("no such data", "train", "--data-dir nowhere", 4, ["nowhere"]),
+    ("no CIFAR and no network", "train", "--dataset cifar100 --data-dir empty", 4, ["cifar-100", "synthetic"]),
+    ("init is missing", "train", "--init nowhere.pt", 4, ["nowhere.pt"]),
+    ("init is another network", "train", "--init runs/teacher/best.pt --model resnet14", 4, ["runs/teacher/best.pt"]),
+    ("student init is text", "distill", "--student-init text.pt", 4, ["text.pt"]),
+    ("a network without ImageNet weights", "train", "--pretrained", 2, ["resnet8"]),
+    ("run directory in use by another run", "train", "--output runs/teacher", 2, ["runs/teacher", "--overwrite"]),
+    ("output is a file", "train", "--output text.pt", 2, ["text.pt"]),
+    ("output below a file", "train", "--output text.pt/run", 8, ["text.pt"]),
+    ("batch larger than the data", "train", "--batch-size 5000", 2, ["5000"]),
+    ("validation larger than the data", "train", "--val-size 5000", 2, ["5000"]),
+    ("no such GPU", "train", "--device cuda:77", 2, ["cuda:77"]),
+    ("usage", "train", "--lr -1", 2, ["--lr"]),
+]
+
+
+@pytest.mark.parametrize("script, flags, code, words", [pytest.param(*case[1:], id=case[0]) for case in BAD])
+def test_one_line_and_an_exit_code_for_what_is_wrong(script, flags, code, words, here, capsys, monkeypatch):
+    if not Path("runs/teacher/best.pt").exists():
+        train(capsys)
+    Path("text.pt").write_text("hello")
+    Path("empty").mkdir(exist_ok=True)
+    content = torch.load("runs/teacher/best.pt", weights_only=True)
+    torch.save(content["state_dict"], "bare.pt")
+    torch.save(content | {"test_acc1": 99.9}, "lying.pt")
+    shutil.rmtree("runs/bad", ignore_errors=True)
+
+    def offline(*args, **flags):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("socket.socket.connect", offline)
+    output = "" if "--output" in flags else "--output runs/bad"
+    if script.startswith("distill"):
+        teacher = "" if "--teacher-checkpoint" in flags else "--teacher-checkpoint runs/teacher/best.pt"
+        found, out, err = distill(capsys, f"{output} {teacher} {flags}", data="other" if "other" in script else "images")
+    else:
+        found, out, err = train(capsys, flags, output="runs/bad")
+    assert found == code, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+    assert not Path("runs/bad").exists(), "a run that could not start left a directory"
+
+
+def test_a_dry_run_prints_and_touches_nothing(here, capsys):
+    code, out, err = distill(capsys, "--method dkd --beta 8 --teacher-checkpoint nowhere.pt --dry-run --output runs/dry")
+    assert code == 0 and "4^2 (1 TCKD + 8 NCKD)" in out and "beta=8.0" in out and not Path("runs/dry").exists()

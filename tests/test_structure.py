@@ -1,0 +1,66 @@
+"""Who may import whom; how long a script may be; how quickly --help answers."""
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("augment", "benchmarks", "kernels", "losses", "plots", "training")
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+EVERYTHING = {"augment", "kernels", "losses", "training"}
+ALLOWED = {  # module or folder: what of ours it may import
+    "training.data": {"training.runlog", "training.synthetic"}, "training.synthetic": set(),
+    "training.models": {"training.checkpoint", "training.runlog"}, "training.checkpoint": {"training.runlog"},
+    "training.loop": {"training.models", "training.runlog"}, "training.options": set(), "training.runlog": set(), "training": set(),
+    "kernels": set(), "losses": {"kernels"}, "augment": {"kernels", "losses.targets"}, "plots": set(),
+}
+
+
+def our_imports(path: Path) -> set:
+    """The modules of ours that a file names in any import, wherever it stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            found |= {f"{base}.{alias.name}" if base in FOLDERS and (ROOT / base / f"{alias.name}.py").exists() else base for alias in node.names}
+    return {name for name in found if name.split(".")[0] in (*FOLDERS, *SCRIPTS)}
+
+
+def modules():
+    for folder in FOLDERS:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in modules()])
+def test_imports_follow_the_design(path):
+    folder, name = path.relative_to(ROOT).parts[0], ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    allowed = EVERYTHING if folder == "benchmarks" else ALLOWED[name if folder == "training" else folder] | {folder} - {"training"}
+    for imported in our_imports(path):
+        assert any(imported == one or imported.startswith(one + ".") for one in allowed), f"{name} imports {imported}"
+
+
+def test_every_folder_of_code_is_a_package():
+    """An installed package called kernels or augment would otherwise shadow ours."""
+    assert all((ROOT / folder / "__init__.py").exists() for folder in EVERYTHING) and not (ROOT / "plots" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_short_and_show_their_commands(script):
+    text = (ROOT / f"{script}.py").read_text()
+    assert len(text.splitlines()) <= 250
+    assert f"python {script}.py" in ast.get_docstring(ast.parse(text))
+    assert max(len(line) for line in text.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_without_torch(script):
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-X", "importtime", ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "usage:" in result.stdout
+    assert "torch" not in result.stderr, "torch was imported before the flags were checked"
+    assert time.perf_counter() - started < 5  # the absence of torch is the check; this only catches a hang

@@ -1,0 +1,83 @@
+"""Train one network on labels alone: the teacher, or the student without one as the control.
+
+    python train_teacher.py                                                    EfficientNetV2-L on CIFAR-100
+    python train_teacher.py --model efficientnet_v2_s --output runs/alone      the student's size, for comparison
+    python train_teacher.py --dataset imagefolder --data-dir photos            your own images: photos/train/CLASS/*.jpg
+
+The data live on the device as uint8; every step augments a batch there, reads both labels of each mixed image and makes
+one optimizer step.  Leaves log.csv, summary.json, best.pt and last.pt in --output.
+"""
+import time
+
+from training import options, runlog
+
+
+def main(args):
+    from augment import BatchAugmenter
+    from losses import mixed_ce
+    from training import data as datasets
+    from training import loop, models
+
+    machine = loop.prepare_machine(args.device, args.amp, args.seed)
+    pretrained = models.is_torchvision(args.model) and not args.init if args.pretrained is None else args.pretrained
+    config = vars(args) | {"script": "train_teacher", "pretrained": pretrained, "device": str(machine.device), "amp": machine.precision}
+    runlog.announce(config, options.objective(args))
+    if args.dry_run:
+        return
+
+    with runlog.RunDirectory(args.output, overwrite=args.overwrite) as run:
+        data = datasets.load(args.dataset, args.data_dir, val_size=args.val_size, seed=args.seed, image_size=args.image_size, device=machine.device)
+        loop.check_batch_size(args.batch_size, data)
+        image_size = args.image_size or data.image_size
+        net = models.build(args.model, len(data.classes), image_size)
+        models.initialise(net, args.model, pretrained=pretrained, init=args.init)
+        net.to(machine.device)
+        augmenter = BatchAugmenter(*data.train, batch_size=args.batch_size, seed=args.seed, mean=data.mean, std=data.std,
+                                   dtype=machine.dtype, **options.augmentation(args))
+        update = loop.Update(net, loop.build_optimizer(net, args), machine.scaler(), clip_grad=args.clip_grad, ema_decay=args.model_ema)
+        means, stop = loop.Means(machine.device), loop.EarlyStop(args.monitor, args.patience)
+        card = {"model": args.model, "classes": data.classes, "image_size": image_size, "mean": list(data.mean), "std": list(data.std),
+                "dataset": args.dataset, "seed": args.seed}
+        print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")
+        run.open(config | {"image_size": image_size})
+
+        started, progress = time.perf_counter(), loop.Progress(args.epochs, augmenter.steps)
+        for epoch in range(1, args.epochs + 1):
+            begun = time.perf_counter()
+            net.train()
+            augmenter.set_epoch(epoch)
+            for step in range(augmenter.steps):
+                lr = loop.learning_rate((epoch - 1) * augmenter.steps + step, args, augmenter.steps)
+                batch = augmenter(step)
+                with machine.autocast():
+                    logits = net(batch.images)
+                loss = mixed_ce(logits, batch.targets, label_smoothing=args.label_smoothing)
+                update(loss, lr)
+                means.add(args.batch_size, train_loss=loss, train_loss_ce=loss, train_acc1=loop.accuracy(logits, batch.targets.dominant))
+                progress.step(epoch, step, lr, means)
+            columns = means.epoch_columns(epoch) | update.epoch_columns()  # the epoch's one wait for the device
+            trained = time.perf_counter()
+            val = loop.evaluate(update.evaluated, data.val, data.mean, data.std, machine)
+            best = stop.update(epoch, val)
+            now, samples = time.perf_counter(), augmenter.steps * args.batch_size
+            run.log(runlog.EpochRow(
+                epoch=epoch, lr=lr, **columns, **val.columns(), **stop.columns(), samples=samples, images_per_s=samples / (trained - begun),
+                epoch_s=trained - begun, val_s=now - trained, total_s=now - started, peak_mem_mb=machine.peak_memory_mb()))
+            for name in ("last.pt", "best.pt") if best else ("last.pt",):
+                models.save(run / name, update.evaluated, **card, epoch=epoch, val_acc1=val.acc1, test_acc1=None)
+            progress.epoch(run.rows[-1], best)
+            if stop.stop:
+                break
+
+        run.close(loop.test(run, data, machine) | {
+            "best_epoch": stop.best_epoch, "epochs": epoch, "stopped_early": stop.stop, "selected_on": data.selected_on,
+            "params": models.parameters(net), "flops": models.flops(net, image_size),
+            "teacher_test_acc1": None, "teacher_params": None, "retention": None, "compression": None,
+            "verdict": runlog.verdict(run.rows, len(data.classes), stop.stop),
+            "note": "initialisation: " + ("imagenet" if pretrained else args.init or "none"),
+        })
+
+
+if __name__ == "__main__":
+    arguments = options.parse_teacher(*__doc__.split("\n\n", 1))
+    runlog.run(main, arguments)

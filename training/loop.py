@@ -1,0 +1,311 @@
+"""What the loops of both scripts call: device, schedule, the step, evaluation, early stopping, the progress line.
+
+Nothing here waits for the device inside a step: counts and sums stay on it and are read once per epoch.
+"""
+import math
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from training import models
+from training.runlog import DIVERGED, USAGE, Failure
+
+AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
+ECE_BINS = 15
+TEACHER_TOLERANCE = 0.1  # percentage points: more than rounding in another precision, less than another normalisation
+
+
+class Machine(NamedTuple):
+    """Where the run happens and in what precision."""
+    device: torch.device
+    precision: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return AMP[self.precision]
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def scaler(self):
+        """fp16 gradients need scaling; the other types have fp32's range."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def peak_memory_mb(self):
+        return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if self.device.type == "cuda" else None
+
+
+def prepare_machine(device: str, amp: str | None, seed: int) -> Machine:
+    """Seed the weights' initialisation and choose device and precision; the data have generators of their own."""
+    torch.manual_seed(seed)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise Failure(USAGE, f"no such GPU here (--device {device})", "use --device cpu, or check the driver")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    return Machine(device, amp or ("fp16" if device.type == "cuda" else "off"))
+
+
+def build_optimizer(net, args) -> torch.optim.Optimizer:
+    """AdamW or SGD over all parameters, in the fused form that leaves a skipped FP16 step to the device."""
+    if args.opt == "adamw":
+        return torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+    if args.momentum:
+        # Fused SGD allocates its momentum uninitialised; were the first step skipped (usual in FP16), the second would use it.
+        for parameter in net.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def learning_rate(step: int, args, steps_per_epoch: int) -> float:
+    """The rate of global step `step` (from 0): linear warmup from 0, then cosine to 0 or x0.1 at every milestone epoch."""
+    warmup = args.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    if args.sched == "multistep":
+        return args.lr * 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in args.milestones)
+    progress = (step - warmup) / (args.epochs * steps_per_epoch - warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Update:
+    """`update(loss, lr)` is one optimizer step: scale, backward, unscale, clip, step, average; and the counts of the epoch.
+
+    A step whose gradient is not finite leaves the weights alone under a GradScaler; it is counted as skipped and enters
+    neither the gradient norms nor the clipped share.
+    """
+
+    def __init__(self, net, optimizer, scaler, *, clip_grad: float, ema_decay: float):
+        self.net, self.optimizer, self.scaler = net, optimizer, scaler
+        self.clip_grad = clip_grad or math.inf
+        self.parameters = list(net.parameters())
+        self.average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True) if ema_decay else None
+        self.sums = torch.zeros(3, device=self.parameters[0].device)  # good steps, their norms, the clipped ones
+        self.largest = torch.zeros((), device=self.parameters[0].device)
+        self.steps = 0
+
+    @property
+    def evaluated(self):
+        """The network whose weights count: the moving average where there is one."""
+        return self.average.module if self.average else self.net
+
+    def __call__(self, loss, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update_parameters(self.net)
+        finite = norm.isfinite()
+        norm = torch.where(finite, norm, 0.0)
+        self.sums += torch.stack([finite.float(), norm, (norm > self.clip_grad).float()])
+        self.largest = torch.maximum(self.largest, norm)
+        self.steps += 1
+
+    def epoch_columns(self) -> dict:
+        """The epoch's columns of log.csv, read from the device once; starts the next epoch's counts."""
+        good, total, clipped = self.sums.tolist()
+        columns = {
+            "grad_norm_mean": total / good if good else math.nan, "grad_norm_max": self.largest.item(),
+            "clip_frac": clipped / good if good else math.nan,
+            "amp_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
+            "skipped_steps": round(self.steps - good), "steps": self.steps,
+        }
+        self.sums.zero_()
+        self.largest.zero_()
+        self.steps = 0
+        return columns
+
+
+class Means:
+    """Means over an epoch's samples of named 0-dim tensors, summed on the device."""
+
+    def __init__(self, device):
+        self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        self.names, self.sums, self.weight, self.snapshot, self.ready = (), None, 0, None, None
+
+    def add(self, samples: int, **values) -> None:
+        """Add batch means; the names are the same at every call."""
+        stacked = torch.stack([value.detach().double() for value in values.values()]) * samples
+        self.names, self.sums = tuple(values), stacked if self.sums is None else self.sums + stacked
+        self.weight += samples
+
+    def read(self) -> dict:
+        """The means so far; waits for the device."""
+        return dict(zip(self.names, (self.sums / self.weight).tolist()))
+
+    def epoch_columns(self, epoch: int) -> dict:
+        """The epoch's means as columns of log.csv; starts the next epoch's.  A loss that is not finite ends the run."""
+        columns = self.read()
+        self.clear()
+        for name, value in reversed(columns.items()):  # the terms stand after their sum: name the one that went first
+            if not math.isfinite(value):
+                raise Failure(DIVERGED, f"{name} is not finite in epoch {epoch} ({value})", "lower --lr or the loss weights, or use --amp bf16")
+        return columns
+
+    def glance(self) -> dict:
+        """The means of a moment ago, without waiting: a copy is started now and shown once it has arrived."""
+        if self.device.type != "cuda":
+            return self.read()
+        shown = {}
+        if self.snapshot is not None and self.ready.query():
+            shown, self.snapshot = dict(zip(self.names, self.snapshot.tolist())), None
+        if self.snapshot is None:
+            self.snapshot = torch.empty(len(self.names), dtype=torch.float64, pin_memory=True)
+            self.snapshot.copy_(self.sums / self.weight, non_blocking=True)
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+        return shown
+
+
+class Evaluation(NamedTuple):
+    """Cross-entropy in nats, accuracies in percent, expected calibration error as a fraction, int64 (N,) predictions."""
+    loss: float
+    acc1: float
+    acc5: float
+    ece: float
+    predictions: torch.Tensor
+
+    def columns(self) -> dict:
+        return {"val_loss": self.loss, "val_acc1": self.acc1, "val_acc5": self.acc5, "val_ece": self.ece}
+
+    def agreement(self, other: "Evaluation") -> float:
+        """The share of images on which both predict the same class."""
+        return (self.predictions == other.predictions).double().mean().item()
+
+
+@torch.no_grad()
+def evaluate(net, split, mean, std, machine: Machine, batch_size: int = 500) -> Evaluation:
+    """One pass over a split in eval mode, every image once; the network's mode is restored.
+
+    Calibration error in 15 equal bins of confidence (Guo et al. 2017, arXiv 1706.04599).
+    """
+    training = net.training
+    net.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=machine.device)
+    gaps = torch.zeros(ECE_BINS, dtype=torch.float64, device=machine.device)
+    predictions = []
+    for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size)):
+        with machine.autocast():
+            logits = net(models.normalise(images, mean, std))
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == labels[:, None]
+        sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum").double(), hits[:, 0].sum().double(), hits.sum().double()])
+        confidence = logits.softmax(1).amax(1)
+        bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+        gaps.scatter_add_(0, bins, confidence.double() - hits[:, 0].double())
+        predictions.append(best[:, 0])
+    net.train(training)
+    loss, top1, top5 = (sums / len(split.labels)).tolist()
+    return Evaluation(loss, 100 * top1, 100 * top5, (gaps.abs().sum() / len(split.labels)).item(), torch.cat(predictions))
+
+
+class EarlyStop:
+    """Keeps the best epoch by `monitor` and says when `patience` epochs have passed without a better one."""
+
+    def __init__(self, monitor: str, patience: int):
+        self.monitor, self.patience = monitor, patience
+        self.best_value, self.best_loss, self.best_epoch, self.bad_epochs = -math.inf, math.inf, 0, 0
+
+    def update(self, epoch: int, evaluation: Evaluation) -> bool:
+        """Count an epoch; True where it is the best so far."""
+        value = -evaluation.loss if self.monitor == "val_loss" else evaluation.acc1
+        if not math.isfinite(evaluation.loss):
+            raise Failure(DIVERGED, f"validation loss is not finite at epoch {epoch} ({evaluation.loss})", "lower --lr or the loss weights")
+        self.best_loss = min(self.best_loss, evaluation.loss)
+        if value > self.best_value:
+            self.best_value, self.best_epoch, self.bad_epochs = value, epoch, 0
+            return True
+        self.bad_epochs += 1
+        return False
+
+    @property
+    def stop(self) -> bool:
+        return 0 < self.patience <= self.bad_epochs
+
+    def columns(self) -> dict:
+        return {"best_val_loss": self.best_loss, "best_epoch": self.best_epoch, "bad_epochs": self.bad_epochs}
+
+
+def accuracy(logits, labels):
+    """0-dim tensor: the percentage of rows whose largest logit is their label's."""
+    return 100 * (logits.argmax(1) == labels).float().mean()
+
+
+def check_batch_size(batch_size: int, data) -> None:
+    if batch_size > len(data.train.labels):
+        raise Failure(USAGE, f"--batch-size is larger than the training set ({batch_size} of {len(data.train.labels)} images)", "choose a smaller one")
+
+
+def check_teacher(teacher, data, machine: Machine) -> Evaluation:
+    """The teacher on the test set; refuses one that knows other classes, or is not as accurate as its checkpoint says."""
+    info = teacher.info
+    if list(info["classes"]) != list(data.classes):
+        raise Failure(USAGE, f"the teacher knows other classes than the data ({len(info['classes'])} of {info['dataset']}, {len(data.classes)} of {data.name})",
+                      "choose the --dataset that it was trained on, or another --teacher-checkpoint")
+    evaluation = evaluate(teacher, data.test, data.mean, data.std, machine)
+    if info["test_acc1"] is None:
+        print("the teacher's run never finished, so its checkpoint states no accuracy to check against")
+    elif abs(evaluation.acc1 - info["test_acc1"]) > TEACHER_TOLERANCE:
+        raise Failure(USAGE, f"the teacher's test accuracy is {evaluation.acc1:.2f} %, its checkpoint says {info['test_acc1']:.2f} % ({info['dataset']})",
+                      "check that --dataset and --data-dir are those that it was trained on")
+    return evaluation
+
+
+def test(run, data, machine: Machine) -> dict:
+    """Read the test set, once: the accuracies of last.pt and best.pt, which are told their own."""
+    results = {}
+    for name in ("last", "best"):
+        net = models.load(run / f"{name}.pt", machine.device)
+        results[f"test_acc1_{name}"] = evaluate(net, data.test, data.mean, data.std, machine).acc1
+        models.save(run / f"{name}.pt", net, **net.info | {"test_acc1": results[f"test_acc1_{name}"]})
+    return results
+
+
+class Progress:
+    """One line per epoch; on a terminal also a live line inside the epoch, twice a second."""
+
+    def __init__(self, epochs: int, steps_per_epoch: int, stream=None):
+        self.epochs, self.steps, self.stream = epochs, steps_per_epoch, stream or sys.stdout
+        self.live, self.started, self.shown = self.stream.isatty(), time.perf_counter(), 0.0
+
+    def step(self, epoch: int, step: int, lr: float, means: Means) -> None:
+        now = time.perf_counter()
+        if not self.live or now - self.shown < 0.5:
+            return
+        self.shown = now
+        done = (epoch - 1) * self.steps + step + 1
+        eta = (now - self.started) / done * (self.epochs * self.steps - done)
+        losses = " ".join(f"{name} {value:.3f}" for name, value in means.glance().items())
+        rate = means.weight * done / (step + 1) / (now - self.started)
+        self.stream.write(f"\r\033[Kepoch {epoch}/{self.epochs} [{step + 1}/{self.steps}] eta {clock(eta)} lr {lr:.2g} {losses} {rate:.0f} images/s")
+        self.stream.flush()
+
+    def epoch(self, row, best: bool) -> None:
+        terms = " ".join(f"{name} {value:.3f}" for name in ("ce", "kl", "tckd", "nckd") if (value := getattr(row, f"train_loss_{name}")) is not None)
+        left = (time.perf_counter() - self.started) / row.epoch * (self.epochs - row.epoch)
+        self.stream.write(
+            ("\r\033[K" if self.live else "") + f"epoch {row.epoch}/{self.epochs}  lr {row.lr:.2g}  loss {row.train_loss:.3f} ({terms})  train {row.train_acc1:.2f} %  "
+            f"val {row.val_acc1:.2f} % loss {row.val_loss:.3f}{' *' if best else '  '}  {row.images_per_s:.0f} images/s  eta {clock(left)}\n")
+        self.stream.flush()
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
