@@ -1,0 +1,5 @@
+"""Augmentation of a whole batch on the device of its images, every image with a draw of its own."""
+from augment.augmenter import Batch, BatchAugmenter
+from augment.policy import POLICIES
+
+__all__ = ["POLICIES", "Batch", "BatchAugmenter"]

@@ -1,0 +1,98 @@
+"""Policies as tables: what each operation does, as far as that does not depend on the image.
+
+torchvision itself fills the tables, on the CPU, so every device that reads them agrees with it byte for byte.  A policy is a list
+of sub-policies, drawn uniformly; a sub-policy is a tuple of operations (name, probability, magnitude, signed), where a signed
+magnitude is negated in half of the draws.  AutoAugment: Cubuk et al. 2018, arXiv 1805.09501.
+"""
+from typing import NamedTuple
+
+import torch
+# Private, but the only functions that hold torchvision's own list of magnitudes and the arguments of each operation.
+from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, InterpolationMode, _apply_op
+
+# The kinds of operation, in the order in which a batch is sorted: SHARPNESS to CONTRAST blend the image with another one, from
+# EQUALIZE on each value is looked up in a table of 256 per channel.
+NOTHING, GEOMETRY, SHARPNESS, COLOR, CONTRAST, EQUALIZE, AUTOCONTRAST, LOOKUP = range(8)
+KINDS = 8
+KIND_OF = {
+    "Identity": NOTHING,
+    "ShearX": GEOMETRY, "ShearY": GEOMETRY, "TranslateX": GEOMETRY, "TranslateY": GEOMETRY, "Rotate": GEOMETRY,
+    "Sharpness": SHARPNESS, "Color": COLOR, "Contrast": CONTRAST, "Equalize": EQUALIZE, "AutoContrast": AUTOCONTRAST,
+    "Brightness": LOOKUP, "Posterize": LOOKUP, "Solarize": LOOKUP, "Invert": LOOKUP,
+}
+IDENTITY = ("Identity", 0.0)
+
+
+def _none(size: int) -> list:
+    return [()]
+
+
+def _autoaugment_cifar10(size: int) -> list:
+    policy = AutoAugment(AutoAugmentPolicy.CIFAR10)
+    space = policy._augmentation_space(10, (size, size))
+
+    def operation(name, probability, level):
+        magnitudes, signed = space[name]
+        return name, probability, 0.0 if level is None else float(magnitudes[level]), signed
+    return [tuple(operation(*entry) for entry in subpolicy) for subpolicy in policy.policies]
+
+
+POLICIES = {"none": _none, "autoaugment": _autoaugment_cifar10}
+
+
+class PolicyTables(NamedTuple):
+    """A policy at one image size: S sub-policies of `slots` operations, and C codes, one per operation and signed magnitude."""
+    codes: torch.Tensor  # int64 (S, slots, 2), where the sign bit is 0 (negative) and 1; code 0 does nothing
+    thresholds: torch.Tensor  # int64 (S, slots); the operation is applied where a draw from [0, 2^32) is below
+    kind: torch.Tensor  # int64 (C,)
+    argument: torch.Tensor  # int64 (C,), the row of `lookups` or `maps`
+    ratio: torch.Tensor  # float32 (C,), the weight of the image in a blend
+    complement: torch.Tensor  # float32 (C,), and of the other one
+    lookups: torch.Tensor  # uint8 (L, 256)
+    maps: torch.Tensor  # int32 (G, 3*size*size), the byte of an NHWC image that each byte is from; 3*size*size is fill, 0
+    stretch: torch.Tensor  # float32 (256,), AutoContrast's factor by the range of a channel
+    operations: list[tuple[str, float]]  # (name, signed magnitude) of each code
+
+    def to(self, device) -> "PolicyTables":
+        return PolicyTables(*(table.to(device) if isinstance(table, torch.Tensor) else table for table in self))
+
+
+def build_tables(policy: str, size: int) -> PolicyTables:
+    """The tables of one of `POLICIES` for RGB images of size x size pixels, on the CPU; ValueError for any other name."""
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy ({policy}). choose one of {', '.join(POLICIES)}")
+    subpolicies = POLICIES[policy](size)
+    by_sign = [[[(name, -magnitude if signed else magnitude), (name, magnitude)] for name, _, magnitude, signed in subpolicy]
+               for subpolicy in subpolicies]
+    used = [operation for subpolicy in by_sign for pair in subpolicy for operation in pair]
+    operations = list(dict.fromkeys([IDENTITY, *used]))
+    codes = [[[operations.index(operation) for operation in pair] for pair in subpolicy] for subpolicy in by_sign]
+    thresholds = [[int(probability * 2 ** 32) for _, probability, _, _ in subpolicy] for subpolicy in subpolicies]
+
+    kinds = [KIND_OF[name] for name, _ in operations]
+    rows = {table: [IDENTITY] + [operation for kind, operation in zip(kinds, operations) if kind == table]
+            for table in (LOOKUP, GEOMETRY)}
+    argument = [rows[kind].index(operation) if kind in rows else 0 for kind, operation in zip(kinds, operations)]
+
+    def applied(kind, image):
+        return torch.stack([_apply_op(image, *operation, InterpolationMode.NEAREST, None).flatten() for operation in rows[kind]])
+    # An image whose values are its pixel numbers, from 1, shows when moved where each pixel is from; 0 is fill. float32 is exact.
+    pixel_numbers = torch.arange(1, size * size + 1, dtype=torch.float32).view(1, size, size)
+    source = applied(GEOMETRY, pixel_numbers).int().unsqueeze(2) - 1
+    maps = torch.where(source < 0, 3 * size * size, 3 * source + torch.arange(3, dtype=torch.int32))
+
+    ratio = [1.0 + magnitude for _, magnitude in operations]
+    stretch = 255 / torch.arange(256, dtype=torch.float32)
+    stretch[0] = 1  # a flat channel stays as it is
+    shape = len(subpolicies), len(subpolicies[0])
+    return PolicyTables(
+        codes=torch.tensor(codes, dtype=torch.int64).view(*shape, 2),
+        thresholds=torch.tensor(thresholds, dtype=torch.int64).view(shape),
+        kind=torch.tensor(kinds),
+        argument=torch.tensor(argument),
+        ratio=torch.tensor(ratio),
+        complement=torch.tensor([1.0 - weight for weight in ratio]),
+        lookups=applied(LOOKUP, torch.arange(256, dtype=torch.uint8).view(1, 1, 256)),
+        maps=maps.flatten(1),
+        stretch=stretch,
+        operations=operations)

@@ -1,0 +1,121 @@
+"""What is drawn for each image: a function of (seed, epoch, position in the epoch) alone, in whole numbers and tables.
+
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns the counter (position, epoch, stream, 0)
+under the 64-bit seed into four words in [0, 2^32).  No logarithm, root or power is taken of them, so every device draws the same.
+"""
+from typing import NamedTuple
+
+import torch
+
+from augment.policy import PolicyTables
+
+CROP, POLICY, ERASE, MIX, ORDER = range(5)  # the streams
+QUANTILES = 4096  # entries of a table that stands for a distribution
+WORD = 0xFFFFFFFF
+
+
+def philox(seed: int, *counter) -> tuple:
+    """Four words in [0, 2^32) for a counter of four words, ints or int64 tensors that broadcast; of the seed, 64 bits count."""
+    first, second, third, fourth = (word & WORD for word in counter)
+    low, high = seed & WORD, seed >> 32 & WORD
+    for _ in range(10):
+        # A product may reach into the sign bit; the shift copies that bit, and the mask drops the copies.
+        left, right = first * 0xD2511F53, third * 0xCD9E8D57
+        first, third = (right >> 32 & WORD) ^ second ^ low, (left >> 32 & WORD) ^ fourth ^ high
+        second, fourth = right & WORD, left & WORD
+        low, high = low + 0x9E3779B9 & WORD, high + 0xBB67AE85 & WORD
+    return first, second, third, fourth
+
+
+def below(word: torch.Tensor, limit) -> torch.Tensor:
+    """A whole number in [0, limit), by the high bits of a word."""
+    return word * limit >> 32
+
+
+def beta_quantiles(alpha: float) -> torch.Tensor:
+    """float32 (QUANTILES,): the quantiles of Beta(alpha, alpha) at (k + 0.5) / QUANTILES."""
+    # Integrates the density up to 1/2, symmetry gives the rest. In u, x = u^(1/alpha) / 2, it has no pole at 0 where alpha < 1.
+    power = min(alpha, 1.0)
+    u = torch.linspace(0, 1, 2 ** 16 + 1, dtype=torch.float64)
+    x = u ** (1 / power) / 2
+    density = (2 - 2 * x) ** (alpha - 1) * (2 * x) ** (alpha - power)
+    mass = torch.cat([torch.zeros(1, dtype=torch.float64), (density[1:] + density[:-1]).cumsum(0)])
+    mass /= 2 * mass[-1]
+    wanted = (torch.arange(QUANTILES // 2, dtype=torch.float64) + 0.5) / QUANTILES
+    right = torch.searchsorted(mass, wanted)
+    share = (wanted - mass[right - 1]) / (mass[right] - mass[right - 1])
+    lower = torch.lerp(u[right - 1], u[right], share) ** (1 / power) / 2
+    return torch.cat([lower, 1 - lower.flip(0)]).float()
+
+
+def erase_sizes(size: int) -> torch.Tensor:
+    """int64 (QUANTILES, 2): heights and widths by the rule of torchvision's RandomErasing, for images of size x size pixels."""
+    share, ratio = torch.rand(2, 2 * QUANTILES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    area = size * size * (0.02 + (0.33 - 0.02) * share)
+    ratio = 0.3 * (3.3 / 0.3) ** ratio  # log-uniform
+    sizes = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).round().long()
+    return sizes[(sizes < size).all(1)][:QUANTILES]
+
+
+class ImageDraws(NamedTuple):
+    """What happens to each image; a box is top, left, bottom, right, and empty where there is none."""
+    top: torch.Tensor  # int64 (...), of the crop in the padded image
+    left: torch.Tensor
+    mirror: torch.Tensor  # bool (...), after the crop
+    codes: torch.Tensor  # int64 (..., slots), of PolicyTables
+    erased: torch.Tensor  # int64 (..., 4)
+
+
+class MixDraws(NamedTuple):
+    """How each image is mixed with its partner."""
+    pasted: torch.Tensor  # int64 (..., 4), the box that shows the partner
+    lam: torch.Tensor  # float32 (...), the weight of the image outside of that box
+    share: torch.Tensor  # float32 (...), of the image in the whole: what its label is worth
+
+
+class Sampler:
+    """Draws for images of size x size pixels, on the device of `policy`; the options are those of BatchAugmenter."""
+
+    def __init__(self, size: int, policy: PolicyTables, *, seed, crop_pad, flip, random_erasing, mixup, cutmix, mix_prob):
+        self.size, self.policy, self.seed, self.crop_pad, self.flip = size, policy, seed, crop_pad, flip
+        self.erase_threshold = int(random_erasing * 2 ** 32)
+        self.mix_threshold = int(mix_prob * 2 ** 32) if mixup or cutmix else 0
+        self.cutmix_threshold = 0 if not cutmix else 1 if mixup else 2  # to be compared with one random bit
+        device = policy.codes.device
+        self.erase_sizes = erase_sizes(size).to(device)
+        self.lams = beta_quantiles(mixup or 1.0).to(device)  # of what is off, any table will do
+        self.half_sides = (0.5 * (1 - beta_quantiles(cutmix or 1.0).double()).sqrt() * size).long().to(device)
+
+    def order(self, epoch: int, images: int) -> torch.Tensor:
+        """int64 (images,) on the CPU: the permutation of the epoch."""
+        word = philox(self.seed, 0, epoch, ORDER, 0)[0]  # one is enough: a CPU generator keeps 32 bits of its seed
+        return torch.randperm(images, generator=torch.Generator().manual_seed(word))
+
+    def images(self, epoch: int, positions: torch.Tensor) -> ImageDraws:
+        """What happens to the images at `positions`, int64 (...), of the epoch."""
+        top, left, mirror, _ = philox(self.seed, positions, epoch, CROP, 0)
+        window = below(top, 2 * self.crop_pad + 1), below(left, 2 * self.crop_pad + 1), (mirror & int(self.flip)).bool()
+
+        slots = self.policy.codes.shape[1]
+        subpolicy, first, second, signs = philox(self.seed, positions, epoch, POLICY, 0)
+        subpolicy = below(subpolicy, len(self.policy.codes))
+        applied = torch.stack([first, second], -1)[..., :slots] < self.policy.thresholds[subpolicy]
+        signs = torch.stack([signs & 1, signs >> 1 & 1], -1)[..., :slots]
+        codes = self.policy.codes[subpolicy].gather(-1, signs.unsqueeze(-1)).squeeze(-1) * applied
+
+        fires, quantile, top, left = philox(self.seed, positions, epoch, ERASE, 0)
+        sides = self.erase_sizes[below(quantile, QUANTILES)] * (fires < self.erase_threshold).unsqueeze(-1)
+        corner = below(torch.stack([top, left], -1), self.size + 1 - sides)
+        return ImageDraws(*window, codes, torch.cat([corner, corner + sides], -1))
+
+    def mixes(self, epoch: int, positions: torch.Tensor) -> MixDraws:
+        """How the images are mixed that share a draw, where the first of them are at `positions`, int64 (...), of the epoch."""
+        fires, quantile, line, column = philox(self.seed, positions, epoch, MIX, 0)
+        mixed, cut = fires < self.mix_threshold, (quantile & 1) < self.cutmix_threshold
+        quantile = below(quantile, QUANTILES)
+        half_side = (self.half_sides[quantile] * (mixed & cut)).unsqueeze(-1)
+        centre = below(torch.stack([line, column], -1), self.size)
+        pasted = torch.cat([centre - half_side, centre + half_side], -1).clamp_(0, self.size)
+        area = (pasted[..., 2] - pasted[..., 0]) * (pasted[..., 3] - pasted[..., 1])
+        lam = torch.where(mixed & ~cut, self.lams[quantile], 1.0)
+        return MixDraws(pasted, lam, torch.where(cut, 1 - area.float() / self.size ** 2, lam))

@@ -1,0 +1,453 @@
+"""augment: equal to torchvision byte for byte, one draw per image, a function of (seed, epoch, position) alone."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode, Normalize, RandomErasing
+from torchvision.transforms.autoaugment import _apply_op
+
+from augment import POLICIES, BatchAugmenter, ops
+from augment.policy import KIND_OF, KINDS, build_tables
+from augment.sampling import POLICY, Sampler, beta_quantiles, philox
+
+MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+AS_IS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+UNMIXED = {"mixup": 0.0, "cutmix": 0.0}
+PLAIN = {"policy": "none", "crop_pad": 0, "flip": False, "random_erasing": 0.0} | UNMIXED | AS_IS  # nothing but bytes / 255
+
+
+def pictures(count, size=32, seed=0):
+    """uint8 (count, size, size, 3): noise, smooth, flat, two-valued, gray, dim and bright images, what operations trip over."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator) * 255
+    smooth = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(0, 255)
+    smooth = smooth.to(torch.uint8).permute(0, 2, 3, 1)
+    images = torch.where(torch.arange(count).view(-1, 1, 1, 1) % 2 > 0, noise, smooth).contiguous()
+    images[0::11] = noise[0::11, :1, :1]
+    images[1::11] = torch.where(noise[1::11] < 40, 13, 240).to(torch.uint8)
+    images[2::11] = noise[2::11, ..., :1]
+    images[3::11] = noise[3::11] // 32
+    images[4::11] = 255 - smooth[4::11] // 64
+    images[5::11, :, :, 1] = 0
+    return images
+
+
+def augmenter(images, labels=None, batch_size=16, seed=3, **options):
+    labels = torch.arange(len(images)) if labels is None else labels
+    return BatchAugmenter(images, labels, batch_size=batch_size, seed=seed, **({"mean": MEAN, "std": STD} | options))
+
+
+def epoch(augmented):
+    """All batches of the epoch, one after the other: images, label, other, lam."""
+    batches = [augmented(step) for step in range(augmented.steps)]
+    return [torch.cat(column) for column in zip(*((batch.images, *batch.targets) for batch in batches))]
+
+
+def bytes_of(images):
+    return (images * 255).round().to(torch.uint8)
+
+
+def in_order(augmented, images):
+    """The images of the epoch as (count, 3, size, size), and all that was drawn for them."""
+    count = augmented.steps * augmented.batch_size
+    images = images[augmented.sampler.order(0, len(images))[:count]].permute(0, 3, 1, 2).contiguous()
+    return images, augmented.sampler.images(0, torch.arange(count))
+
+
+def everything(size):
+    """A policy of every operation at every magnitude."""
+    space = AutoAugment()._augmentation_space(10, (size, size))
+    return [((name, 1.0, float(magnitude), signed),)
+            for name, (magnitudes, signed) in space.items() for magnitude in magnitudes.view(-1)]
+
+
+@pytest.mark.parametrize("size", [32, 17])
+def test_every_operation_at_every_magnitude_equals_torchvision(monkeypatch, size):
+    monkeypatch.setitem(POLICIES, "everything", everything)
+    tables = build_tables("everything", size)
+    images = pictures(33, size)
+    planes = images.permute(0, 3, 1, 2).contiguous()
+    assert {("ShearX", sign * 0.30000001192092896) for sign in (-1, 1)} <= set(tables.operations)
+    assert len(tables.operations) == 190 and {name for name, _ in tables.operations} == set(KIND_OF)
+    for code, (name, magnitude) in enumerate(tables.operations):
+        result = images.view(len(images), -1).clone()
+        counts = [len(images) if kind == KIND_OF[name] else 0 for kind in range(KINDS)]
+        ops.apply_operations(result, torch.full((len(images),), code), counts, tables)
+        expected = torch.stack([_apply_op(image, name, magnitude, InterpolationMode.NEAREST, None) for image in planes])
+        wrong = (result.view_as(images).permute(0, 3, 1, 2) != expected).flatten(1).sum(1)
+        assert not wrong.any(), f"{name} {magnitude}: {wrong.tolist()} wrong bytes"
+
+
+def whole_policy(images):
+    """Ours and torchvision's result of AutoAugment under the same draws."""
+    ours = augmenter(images, **(PLAIN | {"policy": "autoaugment"}))
+    originals, _ = in_order(ours, images)
+    subpolicy, *chances, signs = philox(ours.sampler.seed, torch.arange(len(originals)), 0, POLICY, 0)
+    theirs, expected = AutoAugment(AutoAugmentPolicy.CIFAR10), []
+    for row, image in enumerate(originals):
+        probabilities = [chance[row] / 2 ** 32 for chance in chances]
+        drawn = int(subpolicy[row]) * 25 >> 32, probabilities, [signs[row] & 1, signs[row] >> 1 & 1]
+        theirs.get_params = lambda transform_num: drawn
+        expected.append(theirs(image))
+    return bytes_of(epoch(ours)[0]), torch.stack(expected), originals
+
+
+@pytest.mark.parametrize("size", [32, 17])
+def test_policy_equals_torchvision_under_the_same_draws(size):
+    result, expected, originals = whole_policy(pictures(304, size))
+    wrong = (result != expected).sum()
+    assert wrong == 0, f"{wrong} of {expected.numel()} bytes differ"
+    changed = (expected != originals).flatten(1).any(1).float().mean()
+    assert 0.5 < changed < 0.9, f"{changed:.2f} of the images changed"
+
+
+@pytest.mark.skipif("FUSEKD_IMAGES" not in os.environ, reason="FUSEKD_IMAGES names no folder of images")
+def test_policy_equals_torchvision_on_real_images():
+    from PIL import Image
+    files = sorted(Path(os.environ["FUSEKD_IMAGES"]).rglob("*.jpg"))
+    images = torch.stack([TF.pil_to_tensor(Image.open(file).convert("RGB")) for file in files[::len(files) // 200][:200]])
+    result, expected, _ = whole_policy(images.permute(0, 2, 3, 1).contiguous())
+    wrong = (result != expected).sum()
+    assert wrong == 0, f"{wrong} of {expected.numel()} bytes differ"
+
+
+@pytest.mark.parametrize("pad", [0, 4])
+def test_crop_and_flip_equal_torchvision(pad):
+    images = pictures(128)
+    ours = augmenter(images, **(PLAIN | {"crop_pad": pad, "flip": True}))
+    originals, draws = in_order(ours, images)
+    expected = []
+    for image, top, left, mirror in zip(originals, draws.top.tolist(), draws.left.tolist(), draws.mirror.tolist()):
+        image = TF.crop(TF.pad(image, [pad]), top, left, 32, 32)
+        expected.append(TF.hflip(image) if mirror else image)
+    wrong = (bytes_of(epoch(ours)[0]) != torch.stack(expected)).flatten(1).any(1).nonzero().flatten().tolist()
+    assert not wrong, f"rows {wrong} differ"
+
+
+def test_normalise_and_erase_equal_torchvision_bit_for_bit():
+    images = pictures(128)
+    ours = augmenter(images, **(PLAIN | {"mean": MEAN, "std": STD, "random_erasing": 0.5}))
+    originals, draws = in_order(ours, images)
+    normalize = Normalize(MEAN, STD)
+    expected = torch.stack([TF.erase(normalize(image / 255), top, left, bottom - top, right - left, 0.0)
+                            for image, (top, left, bottom, right) in zip(originals, draws.erased.tolist())])
+    assert torch.equal(epoch(ours)[0].view(torch.int32), expected.view(torch.int32))
+    assert 0.3 < (draws.erased[:, 2] > draws.erased[:, 0]).float().mean() < 0.7
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("kind", [{"mixup": 0.8, "cutmix": 0.0}, {"mixup": 0.0, "cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+@pytest.mark.parametrize("batch_size", [8, 7])
+def test_mixing_is_lam_times_image_plus_rest_times_partner(mode, kind, batch_size):
+    images = pictures(64)
+    plain = epoch(augmenter(images, batch_size=batch_size, **UNMIXED))[0]
+    mixed = augmenter(images, batch_size=batch_size, mix_mode=mode, **kind)
+    first_of_group = {"batch": lambda row: 0, "pair": lambda row: row - row % 2, "elem": lambda row: row}[mode]
+    for position, (result, label, other, lam) in enumerate(zip(*epoch(mixed))):
+        step, row = divmod(position, batch_size)
+        image, own = plain[position], mixed.sampler.order(0, 64)[position]
+        if row ^ 1 == batch_size:
+            assert torch.equal(result, image) and label == other == own and lam == 1, "an odd last row stays as it is"
+            continue
+        partner = step * batch_size + (row ^ 1)
+        draw = mixed.sampler.mixes(0, torch.tensor(step * batch_size + first_of_group(row)))
+        top, left, bottom, right = draw.pasted.tolist()
+        expected = draw.lam * image + (1 - draw.lam) * plain[partner]
+        expected[:, top:bottom, left:right] = plain[partner][:, top:bottom, left:right]
+        assert torch.equal(result, expected), f"row {row}: off by up to {(result - expected).abs().max():.1e}"
+        area = (bottom - top) * (right - left)
+        assert lam == (draw.lam if draw.lam < 1 else 1 - area / 1024), f"row {row}: label weight {lam}, {area} pixels pasted"
+        assert label == own and other == (mixed.sampler.order(0, 64)[partner] if lam < 1 else own)
+        assert draw.lam == 1 or area == 0, "a draw is Mixup or CutMix, never both"
+
+
+def test_label_weight_is_the_share_of_pixels():
+    images = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 32, 32, 3).contiguous()
+    ours = augmenter(images, batch_size=10, mix_mode="elem", **(PLAIN | {"cutmix": 1.0}))
+    ours.set_epoch(1)
+    result, label, other, lam = epoch(ours)
+    share = (bytes_of(result)[:, 0] == label.view(-1, 1, 1)).float().mean((1, 2))
+    assert torch.equal(share, lam), f"off by up to {(share - lam).abs().max():.4f}"
+    rest = (bytes_of(result)[:, 0] == other.view(-1, 1, 1)).float().mean((1, 2))
+    assert torch.equal(torch.where(lam < 1, rest, 0), 1 - lam)
+    assert len(lam.unique()) > 50 and lam.min() < 0.3
+
+
+def test_rows_mixed_with_their_own_class_count_as_unmixed():
+    images = pictures(64)
+    labels = torch.arange(64) % 2
+    _, label, other, lam = epoch(augmenter(images, labels, mix_mode="pair"))
+    same = labels[augmenter(images).sampler.order(0, 64)].view(-1, 2).diff().flatten() == 0
+    same = same.repeat_interleave(2)
+    assert 10 < same.sum() < 54
+    assert torch.equal(label == other, same) and torch.equal(lam == 1, same)
+
+
+def test_weight_zero_leaves_the_partner_and_its_label():
+    images = pictures(256)
+    plain = epoch(augmenter(images, **UNMIXED))[0]
+    mixed = augmenter(images, mix_mode="pair", mixup=0.01, cutmix=0.0)  # so small an alpha draws lam = 0 or 1, rounded
+    result, label, other, lam = epoch(mixed)
+    order = mixed.sampler.order(0, 256)
+    swapped = mixed.sampler.mixes(0, torch.arange(0, 256, 2)).lam.repeat_interleave(2) == 0
+    partner = torch.arange(256) ^ 1
+    assert 20 < swapped.sum() < 200
+    assert torch.equal(label[swapped], order[partner][swapped]) and torch.equal(result[swapped], plain[partner][swapped])
+    assert (lam[swapped] == 1).all() and torch.equal(other[swapped], label[swapped])
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_mode_decides_who_shares_a_draw(mode):
+    lam = epoch(augmenter(pictures(320), mix_mode=mode, cutmix=0.0))[3].view(-1, 16)
+    within_pair = (lam[:, 0::2] == lam[:, 1::2]).all()
+    within_batch = (lam == lam[:, :1]).all()
+    assert (bool(within_pair), bool(within_batch)) == {"batch": (True, True), "pair": (True, False), "elem": (False, False)}[mode]
+    draws = {"batch": 20, "pair": 160, "elem": 320}[mode]
+    assert 0.9 * draws < len(lam.unique()) <= draws
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("batch_size, cuts", [(64, [0, 32, 64]), (21, [0, 2, 20, 21])])
+def test_parts_of_a_batch_equal_the_whole(mode, batch_size, cuts):
+    parts = [range(start, stop) for start, stop in zip(cuts, cuts[1:])]
+    ours = augmenter(pictures(130), batch_size=batch_size, mix_mode=mode)
+    for step in range(ours.steps):
+        whole, pieces = ours(step), [ours(step, rows) for rows in parts]
+        assert torch.equal(torch.cat([piece.images for piece in pieces]), whole.images)
+        for column, *chunks in zip(whole.targets, *(piece.targets for piece in pieces)):
+            assert torch.equal(torch.cat(chunks), column)
+
+
+def test_large_images_and_batches_are_worked_on_in_blocks(monkeypatch):
+    ours = augmenter(pictures(40), batch_size=39)
+    whole = ours(0)
+    monkeypatch.setattr("augment.augmenter.CPU_BLOCK", 10 * 32 * 32)
+    assert len(ours._blocks(range(39))) == 4
+    assert torch.equal(ours(0).images, whole.images)
+
+
+@pytest.mark.parametrize("rows", [range(1, 16), range(0, 15), range(0, 18), range(-2, 4), range(0, 16, 2)])
+def test_rows_that_split_pairs_are_refused(rows):
+    with pytest.raises(ValueError, match="whole pairs"):
+        augmenter(pictures(32))(0, rows)
+
+
+def test_draws_depend_on_seed_epoch_and_position_alone():
+    images = pictures(96)
+    first = augmenter(images)
+    reference = epoch(first)
+    first(5)  # an order of calls that no other augmenter of this test has
+    first.set_epoch(7)
+    assert not torch.equal(epoch(first)[0], reference[0])
+    first.set_epoch(0)
+    state = torch.random.get_rng_state()
+    again = epoch(first)
+    assert torch.equal(torch.random.get_rng_state(), state), "the global generator was used"
+    torch.manual_seed(12345)
+    backwards = [augmenter(images)(step) for step in range(5, -1, -1)]
+    for expected, column, replayed in zip(reference, again, zip(*((batch.images, *batch.targets) for batch in backwards))):
+        assert torch.equal(column, expected) and torch.equal(torch.cat(replayed[::-1]), expected)
+    unmixed = [epoch(augmenter(images, batch_size=size, **UNMIXED))[0] for size in (16, 8, 96)]
+    assert torch.equal(unmixed[0], unmixed[1]) and torch.equal(unmixed[0], unmixed[2]), "an image depends on the batch size"
+    torch.random.set_rng_state(state)
+
+
+def test_order_covers_every_image_and_differs_by_seed_and_epoch():
+    images = torch.zeros(300, 8, 8, 3, dtype=torch.uint8)
+    seen = {}
+    for seed in (0, 1, 2, 2 ** 32, -1):
+        ours = augmenter(images, batch_size=100, seed=seed, **UNMIXED)
+        for number in range(4):
+            ours.set_epoch(number)
+            labels = epoch(ours)[1]
+            assert torch.equal(labels.sort()[0], torch.arange(300))
+            seen[seed, number] = tuple(labels.tolist())
+    assert len(set(seen.values())) == len(seen), "two of (seed, epoch) have the same order"
+
+
+def test_an_incomplete_batch_is_dropped():
+    ours = augmenter(torch.zeros(50, 8, 8, 3, dtype=torch.uint8), batch_size=16, **UNMIXED)
+    labels = epoch(ours)[1]
+    assert ours.steps == 3 and len(labels) == len(labels.unique()) == 48
+    with pytest.raises(IndexError, match="no such step in the epoch .3."):
+        ours(3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype):
+    images = pictures(64)
+    exact, half = epoch(augmenter(images))[0], epoch(augmenter(images, dtype=dtype))[0]
+    assert half.dtype == dtype and torch.equal(half, exact.to(dtype))
+
+
+def test_batch_layout():
+    batch = augmenter(pictures(32), batch_size=5)(1)
+    assert batch.images.shape == (5, 3, 32, 32) and batch.images.dtype == torch.float32
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert [column.dtype for column in batch.targets] == [torch.int64, torch.int64, torch.float32]
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        if function.name() in ("aten::index.Tensor", "aten::index_put_"):
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), "an index that is a mask waits"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+def test_no_step_waits_for_the_device(policy, mode):
+    ours = augmenter(pictures(128), batch_size=64, policy=policy, mix_mode=mode)
+    with Calls() as calls:
+        for step in range(ours.steps):
+            ours(step)
+    waiting = {"nonzero", "_local_scalar_dense", "item", "is_nonzero", "masked_select", "unique", "_unique2", "bincount", "equal"}
+    assert "aten::index_select" in calls.names
+    assert not {name for name in calls.names if name.split("::")[1].split(".")[0] in waiting}, calls.names
+
+
+def test_philox_gives_the_vectors_of_random123():
+    for counter, key, expected in [
+        ((0, 0, 0, 0), 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((0xFFFFFFFF,) * 4, 2 ** 64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ]:
+        for as_type in (int, torch.tensor):
+            words = philox(key, *(as_type(word) for word in counter))
+            assert " ".join(f"{int(word):08x}" for word in words) == expected
+
+
+def sampler(**options):
+    defaults = {"seed": 11, "crop_pad": 4, "flip": True, "random_erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "mix_prob": 1.0}
+    return Sampler(32, build_tables("autoaugment", 32), **(defaults | options))
+
+
+COUNT = 200_000  # so that five deviations of a share are 0.006 at most
+
+
+def near(share, expected):
+    assert abs(float(share) - expected) < 0.006, f"{float(share):.4f}, expected {expected}"
+
+
+def test_image_draws_have_the_stated_frequencies():
+    drawn = sampler()
+    draws = drawn.images(2, torch.arange(COUNT))
+    near(draws.mirror.float().mean(), 0.5)
+    corners = torch.bincount(draws.top * 9 + draws.left, minlength=81) / COUNT
+    assert corners.shape == (81,) and (corners - 1 / 81).abs().max() < 0.002, "crops are not uniform"
+    height, width = draws.erased[:, 2] - draws.erased[:, 0], draws.erased[:, 3] - draws.erased[:, 1]
+    near((height > 0).float().mean(), 0.25)
+    assert draws.erased.min() == 0 and draws.erased.max() == 32
+    counts = torch.bincount(draws.codes.flatten(), minlength=len(drawn.policy.operations)) / COUNT
+    expected = dict.fromkeys(drawn.policy.operations, 0.0)
+    for subpolicy in POLICIES["autoaugment"](32):
+        for name, probability, magnitude, signed in subpolicy:
+            for value in (magnitude, -magnitude if signed else magnitude):
+                expected[name, value] += probability / 50
+    for (operation, share), count in list(zip(expected.items(), counts))[1:]:
+        assert abs(count - share) < 0.004, f"{operation}: {count:.4f}, expected {share:.4f}"
+
+
+def test_erased_boxes_are_distributed_as_those_of_torchvision():
+    draws = sampler(random_erasing=1.0).images(0, torch.arange(COUNT))
+    top, left, bottom, right = draws.erased.unbind(1)
+    ours = torch.stack([bottom - top, right - left], 1).float()
+    image = torch.empty(3, 32, 32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = [RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])[2:4] for _ in range(5000)]
+    theirs = torch.tensor(theirs).float()
+    areas, ratios = ([box.prod(1) / 1024 for box in (ours, theirs)], [(box[:, 0] / box[:, 1]).log() for box in (ours, theirs)])
+    for name, (found, wanted), tolerance in [("area", areas, 0.01), ("logarithm of the ratio", ratios, 0.06)]:
+        for moment in (torch.mean, torch.std):
+            gap = abs(moment(found) - moment(wanted))
+            assert gap < tolerance, f"{moment.__name__} of the {name}: {moment(found):.3f}, torchvision {moment(wanted):.3f}"
+    for corner, free in ((top, 32 - ours[:, 0]), (left, 32 - ours[:, 1])):
+        near((corner / free).mean(), 0.5)  # uniform from 0 to `free`, both included
+        near((corner == free).float().mean(), (1 / (free + 1)).mean())
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 4.0])
+def test_beta_quantiles(alpha):
+    quantiles = beta_quantiles(alpha)
+    assert len(quantiles) == 4096 and (quantiles.diff() >= 0).all()
+    torch.testing.assert_close(quantiles, 1 - quantiles.flip(0), rtol=0, atol=1e-6)
+    if alpha == 1.0:
+        torch.testing.assert_close(quantiles, (torch.arange(4096) + 0.5) / 4096, rtol=0, atol=1e-6)
+    mean_square = (alpha + 1) / (2 * alpha + 1) / 2
+    assert abs(quantiles.double().square().mean() - mean_square) < 1e-4
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sample = torch.distributions.Beta(alpha, alpha).sample((50_000,)).sort()[0]
+    gap = (sample[25::50] - quantiles[((torch.arange(1000) + 0.5) / 1000 * 4096).long()]).abs().max()
+    assert gap < 0.03, f"off by {gap:.3f} from a sample"
+
+
+def test_mix_draws_have_the_stated_frequencies():
+    positions = torch.arange(COUNT)
+    draws = sampler().mixes(1, positions)
+    near((draws.lam < 1).float().mean(), 0.5)
+    near(draws.lam[draws.lam < 1].mean(), 0.5)
+    assert (sampler(cutmix=0.0).mixes(1, positions).lam < 1).all()
+    assert (sampler(mixup=0.0).mixes(1, positions).lam == 1).all()
+    assert (sampler(mixup=0.0, cutmix=0.0).mixes(1, positions).share == 1).all()
+    near((sampler(cutmix=0.0, mix_prob=0.3).mixes(1, positions).share < 1).float().mean(), 0.3)
+    assert (sampler(mix_prob=0.0).mixes(1, positions).share == 1).all()
+    # A box of half side int(16 * sqrt(1 - lam)), lam uniform, around a uniform centre, cut at the border.
+    top, left, bottom, right = sampler(mixup=0.0).mixes(1, positions).pasted.unbind(1)
+    half = (16 * (1 - (torch.arange(4096) + 0.5) / 4096).sqrt()).int().view(-1, 1)
+    centre = torch.arange(32)
+    height = ((centre + half).clamp(max=32) - (centre - half).clamp(min=0)).float()
+    near((bottom - top).float().mean() / 32, height.mean() / 32)
+    near(((bottom - top) * (right - left)).float().mean() / 1024, height.mean(1).square().mean() / 1024)
+
+
+def test_draws_of_neighbours_epochs_and_seeds_are_unrelated():
+    positions = torch.arange(COUNT)
+    draws = [sampler(seed=seed).images(number, positions) for seed, number in ((0, 0), (0, 1), (1, 0), (2 ** 32, 0))]
+    one = draws[0]
+    bits = [*(draw.mirror for draw in draws), one.mirror.roll(1), one.top > 4, one.left > 4, one.codes[:, 0] > 0,
+            one.codes[:, 1] > 0, one.erased[:, 2] > one.erased[:, 0]]
+    correlation = torch.corrcoef(torch.stack(bits).float()).fill_diagonal_(0)
+    assert correlation.abs().max() < 0.015, correlation
+
+
+def test_describe_names_what_was_done():
+    images = pictures(96)
+    ours = augmenter(images, batch_size=9, mix_mode="pair")
+    lams, texts = epoch(ours)[3], [text for step in range(ours.steps) for text in ours.describe(step)]
+    unmixed = augmenter(images, batch_size=9, crop_pad=0, flip=False, **UNMIXED)
+    unmixed_images, unmixed_texts = epoch(unmixed)[0], [text for step in range(ours.steps) for text in unmixed.describe(step)]
+    plain = epoch(augmenter(images, batch_size=9, **(PLAIN | {"mean": MEAN, "std": STD})))[0]
+    words = set()
+    for row, (text, lam) in enumerate(zip(texts, lams, strict=True)):
+        done, _, mixed = text.partition(" | ")
+        assert done == unmixed_texts[row]
+        assert mixed in ((f"mixup {lam:.2f}", f"cutmix {lam:.2f}") if lam < 1 else ("",)), f"{text}, but a label weight of {lam}"
+        assert done != "as it is" or torch.equal(unmixed_images[row], plain[row])
+        words |= {*done.split(", "), mixed.partition(" ")[0]}
+    assert {"shear y", "auto contrast", "erase", "as it is", "mixup", "cutmix"} <= words and "identity" not in words
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"policy": "autoaugmnet"}, "unknown policy .autoaugmnet.. choose one of none, autoaugment"),
+    ({"mix_mode": "row"}, "unknown mix_mode .row.. choose one of batch, pair, elem"),
+    ({"batch_size": 33}, "fewer images than one batch .32 < 33.. use a smaller batch"),
+    ({"images": torch.zeros(32, 3, 32, 32, dtype=torch.uint8)}, "torch.uint8 .32, 3, 32, 32"),
+    ({"images": torch.zeros(32, 32, 32, 3)}, "torch.float32 .32, 32, 32, 3"),
+    ({"images": torch.zeros(32, dtype=torch.uint8)}, "torch.uint8 .32,"),
+])
+def test_wrong_arguments_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        augmenter(**({"images": pictures(32)} | change))
