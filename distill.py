@@ -23,7 +23,7 @@ def main(args):
     from training import loop, models
 
     machine = loop.prepare_machine(args.device, args.amp, args.seed)
-    config = vars(args) | {"script": "distill", "device": str(machine.device), "amp": machine.precision}
+    config = vars(args) | {"script": "distill"} | machine.describe()
     runlog.announce(config, options.objective(args))
     if args.dry_run:
         return
@@ -33,7 +33,7 @@ def main(args):
             raise runlog.Failure(runlog.CHECKPOINT, f"no teacher ({args.teacher_checkpoint})",
                                  "train one first: python train_teacher.py, or name one with --teacher-checkpoint")
         teacher = models.load(args.teacher_checkpoint, machine.device)
-        data = datasets.load(args.dataset, args.data_dir, val_size=args.val_size, seed=args.seed, image_size=args.image_size, device=machine.device)
+        data = datasets.load(**options.data(args), device=machine.device)
         loop.check_batch_size(args.batch_size, data)
         teacher_test = loop.check_teacher(teacher, data, machine)
         teacher_val = loop.evaluate(teacher, data.val, data.mean, data.std, machine)
@@ -42,16 +42,16 @@ def main(args):
         models.initialise(student, args.student, pretrained=args.student_init == "imagenet",
                           init=None if args.student_init in ("none", "imagenet") else args.student_init)
         student.to(machine.device)
-        augmenter = BatchAugmenter(*data.train, batch_size=args.batch_size, seed=args.seed, mean=data.mean, std=data.std,
-                                   dtype=machine.dtype, **options.augmentation(args))
-        update = loop.Update(student, loop.build_optimizer(student, args), machine.scaler(), clip_grad=args.clip_grad, ema_decay=args.model_ema)
+        augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype)
+        update = loop.Update(student, loop.build_optimizer(student, args), machine.scaler(), args.clip_grad, args.model_ema)
         criterion, numbers = METHODS[args.method], options.loss_numbers(args)
         means, stop = loop.Means(machine.device), loop.EarlyStop(args.monitor, args.patience)
-        card = {"model": args.student, "classes": data.classes, "image_size": image_size, "mean": list(data.mean), "std": list(data.std),
-                "dataset": args.dataset, "seed": args.seed}
+        card = {"model": args.student, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
+                "std": list(data.std), "dataset": args.dataset, "seed": args.seed}
         print(f"{data}\n"
-              f"teacher {teacher.info['model']}: {models.parameters(teacher) / 1e6:.2f} M parameters, {teacher.info['image_size']} pixels, "
-              f"test accuracy {teacher_test.acc1:.2f} %\nstudent {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
+              f"teacher {teacher.info['model']}: {models.parameters(teacher) / 1e6:.2f} M parameters, "
+              f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
+              f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
         run.open(config | {"teacher": teacher.info["model"], "image_size": image_size})
 
         started, progress = time.perf_counter(), loop.Progress(args.epochs, augmenter.steps)
@@ -78,9 +78,9 @@ def main(args):
             best = stop.update(epoch, val)
             now, samples = time.perf_counter(), augmenter.steps * args.batch_size
             run.log(runlog.EpochRow(
-                epoch=epoch, lr=lr, **columns, **val.columns(), **stop.columns(), teacher_agree=val.agreement(teacher_val), samples=samples,
-                images_per_s=samples / (trained - begun), epoch_s=trained - begun, val_s=now - trained, total_s=now - started,
-                peak_mem_mb=machine.peak_memory_mb()))
+                epoch=epoch, lr=lr, **columns, **val.columns(), **stop.columns(), teacher_agree=val.agreement(teacher_val),
+                samples=samples, images_per_s=samples / (trained - begun), epoch_s=trained - begun, val_s=now - trained,
+                total_s=now - started, peak_mem_mb=machine.peak_memory_mb()))
             for name in ("last.pt", "best.pt") if best else ("last.pt",):
                 models.save(run / name, update.evaluated, **card, epoch=epoch, val_acc1=val.acc1, test_acc1=None)
             progress.epoch(run.rows[-1], best)
@@ -89,12 +89,13 @@ def main(args):
 
         results = loop.test(run, data, machine)
         run.close(results | {
-            "best_epoch": stop.best_epoch, "epochs": epoch, "stopped_early": stop.stop, "selected_on": data.selected_on,
+            "best_epoch": stop.best_epoch, "epochs": epoch, "stopped_early": epoch < args.epochs, "selected_on": data.selected_on,
             "params": models.parameters(student), "flops": models.flops(student, image_size),
             "teacher_test_acc1": teacher_test.acc1, "teacher_params": models.parameters(teacher),
             "retention": 100 * results["test_acc1_best"] / teacher_test.acc1,
             "compression": models.parameters(teacher) / models.parameters(student),
-            "verdict": runlog.verdict(run.rows, len(data.classes), stop.stop), "note": f"student initialisation: {args.student_init}",
+            "verdict": runlog.verdict(run.rows, len(data.classes), epoch < args.epochs),
+            "note": f"student initialisation: {args.student_init}",
         })
 
 

@@ -24,25 +24,28 @@ def main(args):
     from training import loop
 
     machine = loop.prepare_machine(args.device, "off", args.seed)
-    data = datasets.load(args.dataset, args.data_dir, val_size=args.val_size, seed=args.seed, image_size=args.image_size, device=machine.device)
+    data = datasets.load(**options.data(args), device=machine.device)
     loop.check_batch_size(args.batch_size, data)
-    augmenter = BatchAugmenter(*data.train, batch_size=args.batch_size, seed=args.seed, mean=data.mean, std=data.std, **options.augmentation(args))
+    augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std)
     if args.step >= augmenter.steps:
-        raise runlog.Failure(runlog.USAGE, f"an epoch has no such step (--step {args.step})", f"choose one below {augmenter.steps}")
+        raise runlog.Failure(runlog.USAGE, f"no such step in an epoch (--step {args.step})", f"choose one below {augmenter.steps}")
     augmenter.set_epoch(args.epoch)
     batch = augmenter(args.step)
     mean, std = (torch.tensor(values, device=machine.device).view(3, 1, 1) for values in (data.mean, data.std))
     images = (batch.images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
     rows = -(-args.batch_size // COLUMNS)
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(COLUMNS * INCHES, rows * INCHES * 1.42), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(COLUMNS * INCHES, rows * INCHES * 1.42), squeeze=False,
+                                layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
-    for axis, image, drawn, label, other, lam in zip(axes.flat, images, augmenter.describe(args.step), *(part.tolist() for part in batch.targets)):
+    targets = (part.tolist() for part in batch.targets)
+    for axis, image, drawn, label, other, lam in zip(axes.flat, images, augmenter.describe(args.step), *targets):
         axis.imshow(image, interpolation="nearest")
         names = data.classes[label] if lam == 1 else f"{lam:.2f} {data.classes[label]}\n{1 - lam:.2f} {data.classes[other]}"
         axis.set_title(names, fontsize=7)
-        axis.text(0.5, -0.04, drawn.replace(", ", ",\n").replace(" | ", "\n"), transform=axis.transAxes, ha="center", va="top", fontsize=6, color="0.3")
+        axis.text(0.5, -0.04, drawn.replace(", ", ",\n").replace(" | ", "\n"), transform=axis.transAxes,
+                  ha="center", va="top", fontsize=6, color="0.3")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=150)
     print(f"{args.output}: batch {args.step} of epoch {args.epoch}, {args.batch_size} images of {args.dataset}")

@@ -20,24 +20,23 @@ def main(args):
 
     machine = loop.prepare_machine(args.device, args.amp, args.seed)
     pretrained = models.is_torchvision(args.model) and not args.init if args.pretrained is None else args.pretrained
-    config = vars(args) | {"script": "train_teacher", "pretrained": pretrained, "device": str(machine.device), "amp": machine.precision}
+    config = vars(args) | {"script": "train_teacher", "pretrained": pretrained} | machine.describe()
     runlog.announce(config, options.objective(args))
     if args.dry_run:
         return
 
     with runlog.RunDirectory(args.output, overwrite=args.overwrite) as run:
-        data = datasets.load(args.dataset, args.data_dir, val_size=args.val_size, seed=args.seed, image_size=args.image_size, device=machine.device)
+        data = datasets.load(**options.data(args), device=machine.device)
         loop.check_batch_size(args.batch_size, data)
         image_size = args.image_size or data.image_size
         net = models.build(args.model, len(data.classes), image_size)
         models.initialise(net, args.model, pretrained=pretrained, init=args.init)
         net.to(machine.device)
-        augmenter = BatchAugmenter(*data.train, batch_size=args.batch_size, seed=args.seed, mean=data.mean, std=data.std,
-                                   dtype=machine.dtype, **options.augmentation(args))
-        update = loop.Update(net, loop.build_optimizer(net, args), machine.scaler(), clip_grad=args.clip_grad, ema_decay=args.model_ema)
+        augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype)
+        update = loop.Update(net, loop.build_optimizer(net, args), machine.scaler(), args.clip_grad, args.model_ema)
         means, stop = loop.Means(machine.device), loop.EarlyStop(args.monitor, args.patience)
-        card = {"model": args.model, "classes": data.classes, "image_size": image_size, "mean": list(data.mean), "std": list(data.std),
-                "dataset": args.dataset, "seed": args.seed}
+        card = {"model": args.model, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
+                "std": list(data.std), "dataset": args.dataset, "seed": args.seed}
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")
         run.open(config | {"image_size": image_size})
 
@@ -53,7 +52,8 @@ def main(args):
                     logits = net(batch.images)
                 loss = mixed_ce(logits, batch.targets, label_smoothing=args.label_smoothing)
                 update(loss, lr)
-                means.add(args.batch_size, train_loss=loss, train_loss_ce=loss, train_acc1=loop.accuracy(logits, batch.targets.dominant))
+                means.add(args.batch_size, train_loss=loss, train_loss_ce=loss,
+                          train_acc1=loop.accuracy(logits, batch.targets.dominant))
                 progress.step(epoch, step, lr, means)
             columns = means.epoch_columns(epoch) | update.epoch_columns()  # the epoch's one wait for the device
             trained = time.perf_counter()
@@ -61,8 +61,9 @@ def main(args):
             best = stop.update(epoch, val)
             now, samples = time.perf_counter(), augmenter.steps * args.batch_size
             run.log(runlog.EpochRow(
-                epoch=epoch, lr=lr, **columns, **val.columns(), **stop.columns(), samples=samples, images_per_s=samples / (trained - begun),
-                epoch_s=trained - begun, val_s=now - trained, total_s=now - started, peak_mem_mb=machine.peak_memory_mb()))
+                epoch=epoch, lr=lr, **columns, **val.columns(), **stop.columns(), samples=samples,
+                images_per_s=samples / (trained - begun), epoch_s=trained - begun, val_s=now - trained,
+                total_s=now - started, peak_mem_mb=machine.peak_memory_mb()))
             for name in ("last.pt", "best.pt") if best else ("last.pt",):
                 models.save(run / name, update.evaluated, **card, epoch=epoch, val_acc1=val.acc1, test_acc1=None)
             progress.epoch(run.rows[-1], best)
@@ -70,10 +71,10 @@ def main(args):
                 break
 
         run.close(loop.test(run, data, machine) | {
-            "best_epoch": stop.best_epoch, "epochs": epoch, "stopped_early": stop.stop, "selected_on": data.selected_on,
+            "best_epoch": stop.best_epoch, "epochs": epoch, "stopped_early": epoch < args.epochs, "selected_on": data.selected_on,
             "params": models.parameters(net), "flops": models.flops(net, image_size),
             "teacher_test_acc1": None, "teacher_params": None, "retention": None, "compression": None,
-            "verdict": runlog.verdict(run.rows, len(data.classes), stop.stop),
+            "verdict": runlog.verdict(run.rows, len(data.classes), epoch < args.epochs),
             "note": "initialisation: " + ("imagenet" if pretrained else args.init or "none"),
         })
 

@@ -52,7 +52,8 @@ def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weigh
     unweighted, with T^2.  Raises ValueError for shapes or a split that do not fit.
     """
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape or len(student_logits) == 0:
-        raise ValueError(f"logits must be (N, C) with N > 0, and alike: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
+        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        raise ValueError(f"logits must be (N, C) with N > 0, and alike: {shapes}")
     if not label.shape == other.shape == lam.shape == student_logits.shape[:1]:
         raise ValueError(f"targets must be (N,): {tuple(label.shape)}, {tuple(other.shape)}, {tuple(lam.shape)}")
     if split not in SPLITS:

@@ -5,8 +5,9 @@ import torch
 
 
 class Targets(NamedTuple):
-    """The soft label `lam * onehot(label) + (1 - lam) * onehot(other)` of every row; unmixed rows have `other == label`, `lam == 1`.
+    """The soft label `lam * onehot(label) + (1 - lam) * onehot(other)` of every row.
 
+    Unmixed rows have `other == label` and `lam == 1`.
     label, other: int64 (N,). lam: float32 (N,), the weight of `label`, in [0, 1].
     """
     label: torch.Tensor

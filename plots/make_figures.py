@@ -201,7 +201,7 @@ def read_run(directory: Path) -> Run:
 
 
 def run_directories(top: Path) -> list[Path]:
-    """Where runs are, `top` itself or the first level below it that has any: runs/v2-s1 belongs to another study than runs/demo/v2."""
+    """Where runs are: `top` itself or the first level below it that has any; runs/demo/v2 is of another study than runs/v2."""
     for depth in range(4):
         if found := [path.parent for path in top.glob("*/" * depth + "config.json") if (path.parent / "log.csv").is_file()]:
             return found

@@ -29,7 +29,7 @@ def batch(seed=0):
 
 def updater(model, recipe, *, precision="off", clip_grad=0.0, ema_decay=0.0):
     return loop.Update(model, loop.build_optimizer(model, SimpleNamespace(**recipe)), loop.Machine(CPU.device, precision).scaler(),
-                       clip_grad=clip_grad, ema_decay=ema_decay)
+                       clip_grad, ema_decay)
 
 
 def test_learning_rate_warms_up_linearly_and_falls_by_cosine_or_steps():
@@ -148,7 +148,7 @@ def test_early_stop_counts_epochs_without_a_better_one():
     accuracy = loop.EarlyStop("val_acc1", patience=0)
     assert [accuracy.update(epoch, val(1.0, acc1)) for epoch, acc1 in enumerate([10, 30, 20], 1)] == [True, True, False]
     assert not accuracy.stop, "patience 0 never stops"
-    with pytest.raises(Failure, match="not finite at epoch 3"):
+    with pytest.raises(Failure, match="val_loss is not finite in epoch 3"):
         stop.update(3, val(math.nan))
 
 

@@ -1,4 +1,7 @@
 """Flags: defaults, presets, ranges, and one line with exit code 2 for each that does not fit."""
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from training import options
@@ -89,6 +92,19 @@ def test_a_bad_value_is_one_line_and_exit_code_2(parse, flag, value, capsys):
     assert stop.value.code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and "--help" in err, err
     assert flag.lstrip("-") in err, f"the line does not name {flag}: {err}"
+
+
+def test_every_command_of_the_study_is_accepted():
+    """experiments.sh run with a `python` that only prints what it is given."""
+    script = (Path(__file__).parent.parent / "experiments.sh").read_text()
+    done = subprocess.run(["bash", "-c", 'python() { printf "%s\\n" "$*"; }\n' + script.replace('cd "$(dirname "$0")"', "")],
+                          capture_output=True, text=True, check=True)
+    commands = [line.split() for line in done.stdout.splitlines()]
+    parsed = [{"train_teacher.py": teacher, "distill.py": distill}[script](*flags) for script, *flags in commands if "plots" not in script]
+    outputs = [args.output for args in parsed]
+    assert len(outputs) == len(set(outputs)) > 30, "two runs of the study would write to one directory"
+    made = {f"{args.output}/best.pt" for args in parsed if "model" in args}
+    assert {args.teacher_checkpoint for args in parsed if "method" in args} <= made
 
 
 def test_flags_that_exclude_each_other(capsys):

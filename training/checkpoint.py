@@ -37,7 +37,9 @@ def read_tensors(path, code: int = CHECKPOINT):
     except Failure:
         raise
     except Exception as failure:  # zipfile and the unpickler raise a dozen types on hostile bytes
-        reason = "it holds more than plain data" if "Unsupported" in str(failure) or "WeightsUnpickler" in str(failure) else "truncated, or not made by torch.save of torch 1.6 or newer"
+        reason = "truncated, or not made by torch.save of torch 1.6 or newer"
+        if "Unsupported" in str(failure) or "WeightsUnpickler" in str(failure):
+            reason = "it holds more than plain data"
         raise Failure(code, f"unreadable file ({path}: {reason})", "restore it from a copy or make it again") from failure
 
 

@@ -71,8 +71,8 @@ class Dataset:
 
     def __str__(self) -> str:
         sizes = [len(split.labels) for split in (self.train, self.val, self.test)]
-        return (f"{self.name}: {sizes[0]} training, {sizes[1]} validation and {sizes[2]} test images of {self.image_size}x{self.image_size}, "
-                f"{len(self.classes)} classes; the best epoch is chosen on the {self.selected_on}")
+        return (f"{self.name}: {sizes[0]} training, {sizes[1]} validation and {sizes[2]} test images of "
+                f"{self.image_size}x{self.image_size}, {len(self.classes)} classes; best epoch by the {self.selected_on}")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from training.runlog import DIVERGED, USAGE, Failure
 
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 ECE_BINS = 15
+CALMER = "lower --lr or the weights of the loss, or use --amp bf16"
 TEACHER_TOLERANCE = 0.1  # percentage points: more than rounding in another precision, less than another normalisation
 
 
@@ -34,6 +35,9 @@ class Machine(NamedTuple):
     def scaler(self):
         """fp16 gradients need scaling; the other types have fp32's range."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def describe(self) -> dict:
+        return {"device": str(self.device), "amp": self.precision}
 
     def peak_memory_mb(self):
         return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if self.device.type == "cuda" else None
@@ -83,7 +87,7 @@ class Update:
     neither the gradient norms nor the clipped share.
     """
 
-    def __init__(self, net, optimizer, scaler, *, clip_grad: float, ema_decay: float):
+    def __init__(self, net, optimizer, scaler, clip_grad: float, ema_decay: float):
         self.net, self.optimizer, self.scaler = net, optimizer, scaler
         self.clip_grad = clip_grad or math.inf
         self.parameters = list(net.parameters())
@@ -155,7 +159,7 @@ class Means:
         self.clear()
         for name, value in reversed(columns.items()):  # the terms stand after their sum: name the one that went first
             if not math.isfinite(value):
-                raise Failure(DIVERGED, f"{name} is not finite in epoch {epoch} ({value})", "lower --lr or the loss weights, or use --amp bf16")
+                raise Failure(DIVERGED, f"{name} is not finite in epoch {epoch} ({value})", CALMER)
         return columns
 
     def glance(self) -> dict:
@@ -206,7 +210,8 @@ def evaluate(net, split, mean, std, machine: Machine, batch_size: int = 500) -> 
         logits = logits.float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
-        sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum").double(), hits[:, 0].sum().double(), hits.sum().double()])
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        sums += torch.stack([losses.double().sum(), hits[:, 0].double().sum(), hits.double().sum()])
         confidence = logits.softmax(1).amax(1)
         bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
         gaps.scatter_add_(0, bins, confidence.double() - hits[:, 0].double())
@@ -227,7 +232,7 @@ class EarlyStop:
         """Count an epoch; True where it is the best so far."""
         value = -evaluation.loss if self.monitor == "val_loss" else evaluation.acc1
         if not math.isfinite(evaluation.loss):
-            raise Failure(DIVERGED, f"validation loss is not finite at epoch {epoch} ({evaluation.loss})", "lower --lr or the loss weights")
+            raise Failure(DIVERGED, f"val_loss is not finite in epoch {epoch} ({evaluation.loss})", CALMER)
         self.best_loss = min(self.best_loss, evaluation.loss)
         if value > self.best_value:
             self.best_value, self.best_epoch, self.bad_epochs = value, epoch, 0
@@ -250,20 +255,23 @@ def accuracy(logits, labels):
 
 def check_batch_size(batch_size: int, data) -> None:
     if batch_size > len(data.train.labels):
-        raise Failure(USAGE, f"--batch-size is larger than the training set ({batch_size} of {len(data.train.labels)} images)", "choose a smaller one")
+        raise Failure(USAGE, f"--batch-size is larger than the training set ({batch_size} of {len(data.train.labels)} images)",
+                      "choose a smaller one")
 
 
 def check_teacher(teacher, data, machine: Machine) -> Evaluation:
     """The teacher on the test set; refuses one that knows other classes, or is not as accurate as its checkpoint says."""
     info = teacher.info
     if list(info["classes"]) != list(data.classes):
-        raise Failure(USAGE, f"the teacher knows other classes than the data ({len(info['classes'])} of {info['dataset']}, {len(data.classes)} of {data.name})",
+        both = f"{len(info['classes'])} of {info['dataset']}, {len(data.classes)} of {data.name}"
+        raise Failure(USAGE, f"the teacher knows other classes than the data ({both})",
                       "choose the --dataset that it was trained on, or another --teacher-checkpoint")
     evaluation = evaluate(teacher, data.test, data.mean, data.std, machine)
     if info["test_acc1"] is None:
         print("the teacher's run never finished, so its checkpoint states no accuracy to check against")
     elif abs(evaluation.acc1 - info["test_acc1"]) > TEACHER_TOLERANCE:
-        raise Failure(USAGE, f"the teacher's test accuracy is {evaluation.acc1:.2f} %, its checkpoint says {info['test_acc1']:.2f} % ({info['dataset']})",
+        both = f"{evaluation.acc1:.2f} %, its checkpoint says {info['test_acc1']:.2f} % of {info['dataset']}"
+        raise Failure(USAGE, f"the teacher's test accuracy is not what it was ({both})",
                       "check that --dataset and --data-dir are those that it was trained on")
     return evaluation
 
@@ -276,6 +284,9 @@ def test(run, data, machine: Machine) -> dict:
         results[f"test_acc1_{name}"] = evaluate(net, data.test, data.mean, data.std, machine).acc1
         models.save(run / f"{name}.pt", net, **net.info | {"test_acc1": results[f"test_acc1_{name}"]})
     return results
+
+
+CLEAR = "\r\033[K"  # back to the start of the terminal's line, and empty it
 
 
 class Progress:
@@ -294,15 +305,18 @@ class Progress:
         eta = (now - self.started) / done * (self.epochs * self.steps - done)
         losses = " ".join(f"{name} {value:.3f}" for name, value in means.glance().items())
         rate = means.weight * done / (step + 1) / (now - self.started)
-        self.stream.write(f"\r\033[Kepoch {epoch}/{self.epochs} [{step + 1}/{self.steps}] eta {clock(eta)} lr {lr:.2g} {losses} {rate:.0f} images/s")
+        self.stream.write(f"{CLEAR}epoch {epoch}/{self.epochs} [{step + 1}/{self.steps}] eta {clock(eta)} "
+                          f"lr {lr:.2g} {losses} {rate:.0f} images/s")
         self.stream.flush()
 
     def epoch(self, row, best: bool) -> None:
-        terms = " ".join(f"{name} {value:.3f}" for name in ("ce", "kl", "tckd", "nckd") if (value := getattr(row, f"train_loss_{name}")) is not None)
+        terms = {name: getattr(row, f"train_loss_{name}") for name in ("ce", "kl", "tckd", "nckd")}
+        terms = " ".join(f"{name} {value:.3f}" for name, value in terms.items() if value is not None)
         left = (time.perf_counter() - self.started) / row.epoch * (self.epochs - row.epoch)
         self.stream.write(
-            ("\r\033[K" if self.live else "") + f"epoch {row.epoch}/{self.epochs}  lr {row.lr:.2g}  loss {row.train_loss:.3f} ({terms})  train {row.train_acc1:.2f} %  "
-            f"val {row.val_acc1:.2f} % loss {row.val_loss:.3f}{' *' if best else '  '}  {row.images_per_s:.0f} images/s  eta {clock(left)}\n")
+            f"{CLEAR * self.live}epoch {row.epoch}/{self.epochs}  lr {row.lr:.2g}  loss {row.train_loss:.3f} ({terms})  "
+            f"train {row.train_acc1:.2f} %  val {row.val_acc1:.2f} % loss {row.val_loss:.3f}{' *' if best else '  '}  "
+            f"{row.images_per_s:.0f} images/s  eta {clock(left)}\n")
         self.stream.flush()
 
 

@@ -10,6 +10,7 @@ import sys
 
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
 POLICIES = ("none", "autoaugment")
+DEFAULT = "default: %(default)s"
 
 # The numbers of each method, equal to the defaults of its function in losses/ (tested).  A flag that is not listed for the
 # chosen method is refused rather than ignored.
@@ -36,7 +37,8 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, at_least=None, above=None, at_most=None, below=None):
     """An argparse type: a finite `kind` (int or float) within the bounds."""
-    bounds = [f"{sign} {bound}" for sign, bound in ((">=", at_least), (">", above), ("<=", at_most), ("<", below)) if bound is not None]
+    limits = ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
+    bounds = [f"{sign} {limit}" for sign, limit in limits if limit is not None]
     wanted = f"must be {'an integer' if kind is int else 'a number'} {' and '.join(bounds)}".rstrip()
 
     def parse(text):
@@ -64,76 +66,82 @@ def device(text):
     return text
 
 
-count, whole, nonnegative, positive = number(int, above=0), number(int, at_least=0), number(float, at_least=0), number(float, above=0)
-probability = number(float, at_least=0, at_most=1)
+count, whole = number(int, above=0), number(int, at_least=0)
+positive, nonnegative, probability = number(float, above=0), number(float, at_least=0), number(float, at_least=0, at_most=1)
 
 
 def data_flags(parser) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, default="cifar100", help="default: %(default)s")
-    group.add_argument("--data-dir", type=nonempty, default="datasets", metavar="DIR", help="where the files are, or are downloaded to; default: %(default)s")
-    group.add_argument("--val-size", type=whole, metavar="N", help="training images held out for validation, stratified; default: 5000 for CIFAR, "
-                       "10%% elsewhere; 0 validates on the test set, as the literature does")
-    group.add_argument("--image-size", type=count, metavar="PIXELS", help="upsample on the device to this size; default: the images' own")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="cifar100", help=DEFAULT)
+    add("--data-dir", type=nonempty, default="datasets", metavar="DIR",
+        help="where the files are, or are downloaded to; " + DEFAULT)
+    add("--val-size", type=whole, metavar="N", help="training images held out for validation, stratified; default: 5000 for "
+        "CIFAR, 10%% elsewhere; 0 validates on the test set, as the literature does")
+    add("--image-size", type=count, metavar="PIXELS", help="upsample on the device to this size; default: the images' own")
 
 
 def augmentation_flags(parser) -> None:
-    group = parser.add_argument_group("augmentation (besides random crop and flip)")
-    group.add_argument("--policy", choices=POLICIES, default="autoaugment", help="default: %(default)s (CIFAR-10 policy)")
-    group.add_argument("--autoaugment", dest="policy", action="store_const", const="autoaugment", help="short for --policy autoaugment")
-    group.add_argument("--no-autoaugment", dest="policy", action="store_const", const="none", help="short for --policy none")
-    group.add_argument("--random-erasing", type=probability, default=0.25, metavar="P", help="share of images erased in part; default: %(default)s")
-    group.add_argument("--mixup", type=nonnegative, default=0.8, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of Mixup, 0 is off; default: %(default)s")
-    group.add_argument("--cutmix", type=nonnegative, default=1.0, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of CutMix, 0 is off; default: %(default)s")
-    group.add_argument("--mix-prob", type=probability, default=1.0, metavar="P", help="share of draws that mix at all; default: %(default)s")
-    group.add_argument("--mix-mode", choices=("batch", "pair", "elem"), default="batch", help="one draw per batch, pair or image; default: %(default)s")
+    add = parser.add_argument_group("augmentation (besides random crop and flip)").add_argument
+    add("--policy", choices=POLICIES, default="autoaugment", help="default: %(default)s (CIFAR-10 policy)")
+    add("--autoaugment", dest="policy", action="store_const", const="autoaugment", help="short for --policy autoaugment")
+    add("--no-autoaugment", dest="policy", action="store_const", const="none", help="short for --policy none")
+    add("--random-erasing", type=probability, default=0.25, metavar="P", help="share of images erased in part; " + DEFAULT)
+    add("--mixup", type=nonnegative, default=0.8, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of Mixup, 0 is off; " + DEFAULT)
+    add("--cutmix", type=nonnegative, default=1.0, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of CutMix, 0 is off; " + DEFAULT)
+    add("--mix-prob", type=probability, default=1.0, metavar="P", help="share of draws that mix at all; " + DEFAULT)
+    add("--mix-mode", choices=("batch", "pair", "elem"), default="batch", help="one draw per batch, pair or image; " + DEFAULT)
 
 
-def batch_size_flag(group, default: int) -> None:
-    group.add_argument("-b", "--batch-size", type=number(int, at_least=2), default=default, metavar="N", help="default: %(default)s")
+def batch_size_flag(add, default: int) -> None:
+    add("-b", "--batch-size", type=number(int, at_least=2), default=default, metavar="N", help=DEFAULT)
 
 
 def optimisation_flags(parser) -> None:
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=count, default=200, metavar="N", help="default: %(default)s")
-    batch_size_flag(group, default=128)
-    group.add_argument("--opt", choices=("adamw", "sgd"), default="adamw", help="default: %(default)s")
-    group.add_argument("--lr", type=positive, default=1e-3, metavar="RATE", help="peak learning rate; default: %(default)s")
-    group.add_argument("--momentum", type=number(float, at_least=0, below=1), default=0.9, metavar="M", help="of SGD; default: %(default)s")
-    group.add_argument("--weight-decay", type=nonnegative, default=0.05, metavar="W", help="on all parameters; default: %(default)s")
-    group.add_argument("--sched", choices=("cosine", "multistep"), default="cosine", help="cosine to 0, or x0.1 at --milestones; default: %(default)s")
-    group.add_argument("--milestones", type=count, nargs="+", default=[150, 180, 210], metavar="EPOCH", help="of --sched multistep; default: 150 180 210")
-    group.add_argument("--warmup-epochs", type=whole, default=5, metavar="N", help="linear from 0; default: %(default)s")
-    group.add_argument("--label-smoothing", type=number(float, at_least=0, below=1), default=0.1, metavar="EPS", help="default: %(default)s")
-    group.add_argument("--clip-grad", type=nonnegative, default=1.0, metavar="NORM", help="gradient norm to clip at, 0 is off; default: %(default)s")
-    group.add_argument("--model-ema", type=number(float, at_least=0, below=1), default=0.0, metavar="DECAY",
-                       help="evaluate and save an exponential moving average of the weights, 0 is off; default: %(default)s")
-    group.add_argument("--patience", type=whole, default=30, metavar="EPOCHS", help="stop after so many epochs without a better --monitor, 0 never; default: %(default)s")
-    group.add_argument("--monitor", choices=("val_loss", "val_acc1"), default="val_loss", help="selects best.pt and stops early; default: %(default)s")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=count, default=200, metavar="N", help=DEFAULT)
+    batch_size_flag(add, default=128)
+    add("--opt", choices=("adamw", "sgd"), default="adamw", help=DEFAULT)
+    add("--lr", type=positive, default=1e-3, metavar="RATE", help="peak learning rate; " + DEFAULT)
+    add("--momentum", type=number(float, at_least=0, below=1), default=0.9, metavar="M", help="of SGD; " + DEFAULT)
+    add("--weight-decay", type=nonnegative, default=0.05, metavar="W", help="on all parameters; " + DEFAULT)
+    add("--sched", choices=("cosine", "multistep"), default="cosine", help="cosine to 0, or x0.1 at --milestones; " + DEFAULT)
+    add("--milestones", type=count, nargs="+", default=[150, 180, 210], metavar="EPOCH",
+        help="of --sched multistep; default: 150 180 210")
+    add("--warmup-epochs", type=whole, default=5, metavar="N", help="linear from 0; " + DEFAULT)
+    add("--label-smoothing", type=number(float, at_least=0, below=1), default=0.1, metavar="EPS", help=DEFAULT)
+    add("--clip-grad", type=nonnegative, default=1.0, metavar="NORM", help="gradient norm to clip at, 0 is off; " + DEFAULT)
+    add("--model-ema", type=number(float, at_least=0, below=1), default=0.0, metavar="DECAY",
+        help="evaluate and save an exponential moving average of the weights, 0 is off; " + DEFAULT)
+    add("--patience", type=whole, default=30, metavar="EPOCHS",
+        help="stop after so many epochs without a better --monitor, 0 never; " + DEFAULT)
+    add("--monitor", choices=("val_loss", "val_acc1"), default="val_loss", help="selects best.pt and stops early; " + DEFAULT)
 
 
 def machine_flags(parser, output) -> None:
-    group = parser.add_argument_group("machine and output")
-    group.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
-    group.add_argument("--amp", choices=("fp16", "bf16", "off"), help="default: fp16 on CUDA, off on a CPU")
-    group.add_argument("--seed", type=whole, default=42, metavar="N", help="of the weights, split, order and augmentation; default: %(default)s")
-    group.add_argument("--output", type=nonempty, metavar="DIR", help=f"run directory; default: {output}")
-    group.add_argument("--overwrite", action="store_true", help="replace what a run left in --output")
-    group.add_argument("--dry-run", action="store_true", help="print the configuration and the objective, then stop")
-    group.add_argument("--debug", action="store_true", help="show the traceback of expected errors too")
+    add = parser.add_argument_group("machine and output").add_argument
+    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
+    add("--amp", choices=("fp16", "bf16", "off"), help="default: fp16 on CUDA, off on a CPU")
+    add("--seed", type=whole, default=42, metavar="N", help="of the weights, split, order and augmentation; " + DEFAULT)
+    add("--output", type=nonempty, metavar="DIR", help=f"run directory; default: {output}")
+    add("--overwrite", action="store_true", help="replace what a run left in --output")
+    add("--dry-run", action="store_true", help="print the configuration and the objective, then stop")
+    add("--debug", action="store_true", help="show the traceback of expected errors too")
 
 
 def new_parser(description, usage_lines) -> Parser:
-    return Parser(description=description, epilog=usage_lines, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(description=description, epilog=usage_lines, allow_abbrev=False,
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def parse_teacher(description, usage_lines, argv=None):
     """The checked flags of train_teacher.py; exits with 2 and one line otherwise."""
     parser = new_parser(description, usage_lines)
-    group = parser.add_argument_group("network")
-    group.add_argument("--model", type=nonempty, default="efficientnet_v2_l", metavar="NAME", help="a torchvision classifier, a CIFAR network or v2_*; default: %(default)s")
-    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from torchvision's ImageNet weights; default: where they exist")
-    group.add_argument("--init", type=nonempty, metavar="PATH", help="start from a local file of weights, all but the head")
+    add = parser.add_argument_group("network").add_argument
+    add("--model", type=nonempty, default="efficientnet_v2_l", metavar="NAME",
+        help="a torchvision classifier, a CIFAR network or v2_*; " + DEFAULT)
+    add("--pretrained", action=argparse.BooleanOptionalAction,
+        help="start from torchvision's ImageNet weights; default: where they exist")
+    add("--init", type=nonempty, metavar="PATH", help="start from a local file of weights, all but the head")
     data_flags(parser)
     augmentation_flags(parser)
     optimisation_flags(parser)
@@ -153,19 +161,20 @@ def parse_distill(description, usage_lines, argv=None):
     preset = EXPERIMENTS.get(first.parse_known_args(argv)[0].experiment, {})
 
     parser = new_parser(description, usage_lines)
-    group = parser.add_argument_group("distillation")
-    group.add_argument("--experiment", choices=EXPERIMENTS, help="a preset of the study: sets defaults, flags beside it win")
-    group.add_argument("--method", choices=METHODS, default="kd", help="default: %(default)s")
-    group.add_argument("--alpha", type=nonnegative, help="weight of KL (kd, default 0.7) or TCKD (dkd, default 1)")
-    group.add_argument("--beta", type=nonnegative, help="weight of NCKD (dkd, default 8)")
-    group.add_argument("--temperature", type=positive, help="default: 4")
-    group.add_argument("--ce-weight", type=nonnegative, help="weight of the labels' cross-entropy; default: 1 - alpha (kd), 1 (dkd)")
-    group.add_argument("--kl", choices=("forward", "reverse"), help="kd: KL(teacher || student), or the reverse; default: forward")
-    group.add_argument("--mixed-target", choices=("pair", "dominant", "first"), help="dkd: the target of a mixed image; default: pair")
-    group.add_argument("--dkd-warmup", type=whole, default=0, metavar="EPOCHS", help="dkd: ramp its two terms up over so many epochs; default: %(default)s")
-    group.add_argument("--teacher-checkpoint", type=nonempty, default="runs/teacher/best.pt", metavar="PATH", help="default: %(default)s")
-    group.add_argument("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help="default: %(default)s")
-    group.add_argument("--student-init", type=nonempty, default="none", metavar="{none,imagenet,PATH}", help="default: %(default)s")
+    add = parser.add_argument_group("distillation").add_argument
+    add("--experiment", choices=EXPERIMENTS, help="a preset of the study: sets defaults, flags beside it win")
+    add("--method", choices=METHODS, default="kd", help=DEFAULT)
+    add("--alpha", type=nonnegative, help="weight of KL (kd, default 0.7) or TCKD (dkd, default 1)")
+    add("--beta", type=nonnegative, help="weight of NCKD (dkd, default 8)")
+    add("--temperature", type=positive, help="default: 4")
+    add("--ce-weight", type=nonnegative, help="weight of the labels' cross-entropy; default: 1 - alpha (kd), 1 (dkd)")
+    add("--kl", choices=("forward", "reverse"), help="kd: KL(teacher || student), or the reverse; default: forward")
+    add("--mixed-target", choices=("pair", "dominant", "first"), help="dkd: the target of a mixed image; default: pair")
+    add("--dkd-warmup", type=whole, default=0, metavar="EPOCHS",
+        help="dkd: ramp its two terms up over so many epochs; " + DEFAULT)
+    add("--teacher-checkpoint", type=nonempty, default="runs/teacher/best.pt", metavar="PATH", help=DEFAULT)
+    add("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help=DEFAULT)
+    add("--student-init", type=nonempty, default="none", metavar="{none,imagenet,PATH}", help=DEFAULT)
     data_flags(parser)
     augmentation_flags(parser)
     optimisation_flags(parser)
@@ -196,14 +205,14 @@ def parse_show(description, usage_lines, argv=None):
     parser = new_parser(description, usage_lines)
     data_flags(parser)
     augmentation_flags(parser)
-    group = parser.add_argument_group("which batch, and where to")
-    batch_size_flag(group, default=32)
-    group.add_argument("--epoch", type=count, default=1, metavar="N", help="default: %(default)s")
-    group.add_argument("--step", type=whole, default=0, metavar="N", help="of the epoch, from 0; default: %(default)s")
-    group.add_argument("--seed", type=whole, default=42, metavar="N", help="default: %(default)s")
-    group.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
-    group.add_argument("--output", type=nonempty, default="batch.png", metavar="FILE", help="default: %(default)s")
-    group.add_argument("--debug", action="store_true", help="show the traceback of expected errors too")
+    add = parser.add_argument_group("which batch, and where to").add_argument
+    batch_size_flag(add, default=32)
+    add("--epoch", type=count, default=1, metavar="N", help=DEFAULT)
+    add("--step", type=whole, default=0, metavar="N", help="of the epoch, from 0; " + DEFAULT)
+    add("--seed", type=whole, default=42, metavar="N", help=DEFAULT)
+    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
+    add("--output", type=nonempty, default="batch.png", metavar="FILE", help=DEFAULT)
+    add("--debug", action="store_true", help="show the traceback of expected errors too")
     return parser.parse_args(argv)
 
 
@@ -220,9 +229,16 @@ def run_name(args) -> str:
     return f"{args.method}-{weight}{getattr(args, weight):g}-T{args.temperature:g}"
 
 
+def data(args) -> dict:
+    """The arguments of training.data.load that flags decide."""
+    return {"name": args.dataset, "data_dir": args.data_dir, "val_size": args.val_size, "seed": args.seed,
+            "image_size": args.image_size}
+
+
 def augmentation(args) -> dict:
     """The keyword arguments of augment.BatchAugmenter that flags decide."""
-    return {name: getattr(args, name) for name in ("policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")}
+    names = ("batch_size", "seed", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")
+    return {name: getattr(args, name) for name in names}
 
 
 def loss_numbers(args) -> dict:

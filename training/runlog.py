@@ -190,7 +190,8 @@ def environment() -> dict:
 
     def git(*words):
         try:
-            return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip()
+            done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+            return done.stdout.strip()
         except (OSError, subprocess.TimeoutExpired):
             return ""
 
