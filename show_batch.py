@@ -28,7 +28,7 @@ def main(args):
     loop.check_batch_size(args.batch_size, data)
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std)
     if args.step >= augmenter.steps:
-        raise runlog.Failure(runlog.USAGE, f"no such step in an epoch (--step {args.step})", f"choose one below {augmenter.steps}")
+        raise runlog.Failure(runlog.USAGE, f"no such step (--step {args.step})", f"choose one below {augmenter.steps}")
     augmenter.set_epoch(args.epoch)
     batch = augmenter(args.step)
     mean, std = (torch.tensor(values, device=machine.device).view(3, 1, 1) for values in (data.mean, data.std))

@@ -7,6 +7,7 @@ magnitude is negated in half of the draws.  AutoAugment: Cubuk et al. 2018, arXi
 from typing import NamedTuple
 
 import torch
+
 # Private, but the only functions that hold torchvision's own list of magnitudes and the arguments of each operation.
 from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, InterpolationMode, _apply_op
 
