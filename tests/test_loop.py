@@ -176,7 +176,7 @@ def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
     for stream in (io.StringIO(), Terminal()):
         progress = loop.Progress(3, 10, stream)
         progress.step(1, 4, 0.1, means)
-        assert ("[5/10]" in stream.getvalue() and "train_loss 1.500" in stream.getvalue()) == stream.isatty()
+        assert ("[5/10]" in stream.getvalue() and " loss 1.500" in stream.getvalue()) == stream.isatty()
     assert loop.clock(3725.4) == "1:02:05"
 
 

@@ -303,7 +303,7 @@ class Progress:
         self.shown = now
         done = (epoch - 1) * self.steps + step + 1
         eta = (now - self.started) / done * (self.epochs * self.steps - done)
-        losses = " ".join(f"{name} {value:.3f}" for name, value in means.glance().items())
+        losses = " ".join(f"{name.removeprefix('train_')} {value:.3f}" for name, value in means.glance().items())
         rate = means.weight * done / (step + 1) / (now - self.started)
         self.stream.write(f"{CLEAR}epoch {epoch}/{self.epochs} [{step + 1}/{self.steps}] eta {clock(eta)} "
                           f"lr {lr:.2g} {losses} {rate:.0f} images/s")
