@@ -6,7 +6,7 @@
 
 The same flags and seed as a training run give the very batch that the run saw.
 """
-from pathlib import Path
+import io
 
 from training import options, runlog
 
@@ -46,8 +46,9 @@ def main(args):
         axis.set_title(names, fontsize=7)
         axis.text(0.5, -0.04, drawn.replace(", ", ",\n").replace(" | ", "\n"), transform=axis.transAxes,
                   ha="center", va="top", fontsize=6, color="0.3")
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=150)
+    sheet = io.BytesIO()
+    figure.savefig(sheet, dpi=150)
+    runlog.write_atomic(args.output, sheet.getvalue())
     print(f"{args.output}: batch {args.step} of epoch {args.epoch}, {args.batch_size} images of {args.dataset}")
 
 

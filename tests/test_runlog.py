@@ -75,6 +75,7 @@ def test_status_says_how_a_run_ended(tmp_path):
     (runlog.Failure(4, "no data (x)", "get it"), 4, "no data (x). get it"),
     (runlog.Failure(5, "two\nlines", "one"), 5, "two lines. one"),
     (OSError(errno.ENOSPC, "No space left on device", "runs/x/last.pt"), 8, "runs/x/last.pt"),
+    (runlog.Unwritable(errno.ENOENT, "No such file or directory", "/proc/x"), 8, "/proc/x"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nmore"), 7, "--batch-size"),
     (KeyboardInterrupt(), 130, "interrupted"),
 ])
@@ -106,7 +107,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_partial(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(runlog.os, "fsync", full)
-    with pytest.raises(OSError) as failure:
+    with pytest.raises(runlog.Unwritable) as failure:
         runlog.write_atomic(tmp_path / "file", b"new")
     assert failure.value.filename == str(tmp_path / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"old"

@@ -152,6 +152,7 @@ BAD = [  # what is wrong, script, flags, exit code, words of the line
     ("run directory in use by another run", "train", "--output runs/teacher", 2, ["runs/teacher", "--overwrite"]),
     ("output is a file", "train", "--output text.pt", 2, ["text.pt"]),
     ("output below a file", "train", "--output text.pt/run", 8, ["text.pt"]),
+    ("output where nothing can be made", "train", "--output /proc/nothing/run", 8, ["/proc/nothing"]),
     ("batch larger than the data", "train", "--batch-size 5000", 2, ["5000"]),
     ("validation larger than the data", "train", "--val-size 5000", 2, ["5000"]),
     ("no such GPU", "train", "--device cuda:77", 2, ["cuda:77"]),
@@ -174,6 +175,7 @@ def test_one_line_and_an_exit_code_for_what_is_wrong(script, flags, code, words,
         raise OSError("no network in tests")
 
     monkeypatch.setattr("socket.socket.connect", offline)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     output = "" if "--output" in flags else "--output runs/bad"
     if script.startswith("distill"):
         teacher = "" if "--teacher-checkpoint" in flags else "--teacher-checkpoint runs/teacher/best.pt"

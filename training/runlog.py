@@ -18,7 +18,7 @@ from pathlib import Path
 
 DONE, BUG, USAGE, IN_USE, DATA, CHECKPOINT, DIVERGED, OUT_OF_MEMORY, DISK = range(9)
 INTERRUPTED = 130
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
 OWNED = ("config.json", "env.json", "log.csv", "diagnostics.csv", "status.json", "summary.json", "last.pt", "prev.pt", "best.pt")
 
 
@@ -30,13 +30,17 @@ class Failure(Exception):
         self.code = code
 
 
+class Unwritable(OSError):
+    """A file or directory of ours that cannot be written, for whatever reason the system gives."""
+
+
 def expected(failure: BaseException) -> tuple[int, str] | None:
     """The exit code and the line of an error that is not a bug; None for one that is."""
     if isinstance(failure, KeyboardInterrupt):
         return INTERRUPTED, "interrupted. use --overwrite to start the run again"
     if isinstance(failure, Failure):
         return failure.code, str(failure)
-    if isinstance(failure, OSError) and failure.errno in UNWRITABLE:
+    if isinstance(failure, Unwritable) or isinstance(failure, OSError) and failure.errno in DISK_ERRORS:
         return DISK, f"cannot write {failure.filename or 'a file'} ({failure.strerror}). free space, or choose another --output"
     if type(failure).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
         return OUT_OF_MEMORY, "out of GPU memory. choose a smaller --batch-size or --image-size"
@@ -96,6 +100,7 @@ def write_atomic(path, data: bytes) -> None:
     """Replace `path` by `data` in one step: a reader, or a crash, sees the old file or the new one, never half of it."""
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
+    make_directory(path.parent)
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -104,8 +109,14 @@ def write_atomic(path, data: bytes) -> None:
         os.replace(partial, path)
     except OSError as failure:
         partial.unlink(missing_ok=True)  # a failed partial would keep the space that is missing
-        failure.filename = str(path)
-        raise
+        raise Unwritable(failure.errno, failure.strerror, str(path)) from failure
+
+
+def make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise Unwritable(failure.errno, failure.strerror, str(path)) from failure
 
 
 def write_json(path, content: dict) -> None:
@@ -139,7 +150,7 @@ class RunDirectory:
 
     def open(self, config: dict) -> None:
         """Write what the run is, before its first step."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path)
         for name in OWNED:  # what an overwritten run left must not be read as this one's
             (self / name).unlink(missing_ok=True)
         self.opened = time.perf_counter()
