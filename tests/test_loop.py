@@ -88,6 +88,38 @@ def test_an_overflowing_fp16_step_is_skipped_and_counted(recipe):
     assert columns["grad_norm_mean"] == pytest.approx(healthy["grad_norm_mean"], rel=1e-3), "unscaled before it is measured and clipped"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recipe", OPTIMIZERS, ids=["adamw", "sgd"])
+def test_no_step_waits_for_the_gpu(recipe):
+    """Augmentation, loss, fp16 update and counting, under CUDA's own check for synchronisation."""
+    from augment import BatchAugmenter
+    from losses import dkd_loss
+
+    machine = loop.Machine(torch.device("cuda"), "fp16")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).cuda()
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (256, 32, 32, 3), generator=g, dtype=torch.uint8).cuda()
+    augmenter = BatchAugmenter(images, torch.randint(10, (256,), generator=g).cuda(), batch_size=64, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3,
+                               dtype=machine.dtype)
+    args = SimpleNamespace(**recipe)
+    update, means = loop.Update(model, loop.build_optimizer(model, args), machine.scaler(), 1.0, 0.0), loop.Means(machine.device)
+    for step in range(augmenter.steps):
+        if step == 2:  # what is made once has been made
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            batch = augmenter(step)
+            with machine.autocast():
+                logits = model(batch.images)
+            loss, terms = dkd_loss(logits, logits.detach(), batch.targets)
+            update(loss, 0.1)
+            means.add(64, train_loss=loss, train_acc1=loop.accuracy(logits, batch.targets.dominant), **terms)
+            means.glance()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert update.epoch_columns()["steps"] == augmenter.steps
+
+
 def test_moving_average():
     model = net()
     update = updater(model, OPTIMIZERS[0], ema_decay=0.5)

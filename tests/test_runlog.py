@@ -66,7 +66,7 @@ def test_status_says_how_a_run_ended(tmp_path):
         raise runlog.Failure(runlog.DIVERGED, "loss is not finite (nan)", "lower --lr")
     assert json.loads((run / "status.json").read_text()) == {"state": "failed", "reason": "loss is not finite (nan). lower --lr", "exit_code": 6, "epoch": 1}
     with opened(tmp_path / "done") as run:
-        run.close({"verdict": "completed"})
+        run.close({"verdict": "completed", "test_acc1_best": 50.0, "test_acc1_last": 49.0, "best_epoch": 3})
     assert json.loads((run / "status.json").read_text())["exit_code"] == 0
     assert json.loads((run / "summary.json").read_text())["wall_s"] >= 0
 

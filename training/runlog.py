@@ -171,9 +171,11 @@ class RunDirectory:
         write_json(self / "status.json", {"state": state, "reason": reason, "exit_code": exit_code, "epoch": len(self.rows)})
 
     def close(self, summary: dict) -> None:
-        """Write the result; the last thing that a run does."""
+        """Write the result and say it; the last thing that a run does."""
         write_json(self / "summary.json", summary | {"wall_s": round(time.perf_counter() - self.opened, 1)})
         self.status("finished", summary["verdict"], DONE)
+        print(f"{summary['verdict']}: test accuracy {summary['test_acc1_best']:.2f} % with the weights of the best epoch, "
+              f"{summary['best_epoch']}, {summary['test_acc1_last']:.2f} % with the last -> {self / 'best.pt'}")
 
 
 def announce(config: dict, objective: str) -> None:
