@@ -17,13 +17,19 @@ from training import options, runlog
 def main(args):
     import torch
 
+    import kernels
     from augment import BatchAugmenter
     from losses import METHODS
     from training import data as datasets
     from training import loop, models
 
     machine = loop.prepare_machine(args.device, args.amp, args.seed)
-    config = vars(args) | {"script": "distill"} | machine.describe()
+    kernels.choose(args.kernels)
+    fused = kernels.use_triton(torch.empty(0, device=machine.device))
+    if args.kernels == "triton" and not fused:
+        raise runlog.Failure(runlog.USAGE, f"Triton needs a GPU (--kernels triton, --device {machine.device})",
+                             "use --kernels auto, or set TRITON_INTERPRET=1 to run it in Python")
+    config = vars(args) | {"script": "distill", "kernels": "triton" if fused else "reference"} | machine.describe()
     runlog.announce(config, options.objective(args))
     if args.dry_run:
         return

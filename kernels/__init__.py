@@ -1,1 +1,25 @@
-"""One file per op: formula, public op, reference."""
+"""One file per op: formula, public op, reference, Triton, launcher.  Here: which of the last two runs."""
+import os
+
+import torch
+
+CHOICES = ("auto", "triton", "reference")
+_choice = "auto"
+
+
+def choose(name: str) -> None:
+    """Set, once per process, what every op uses: "triton", "reference", or "auto", which is Triton for CUDA tensors."""
+    global _choice
+    if name not in CHOICES:
+        raise ValueError(f"kernels must be one of {CHOICES}, not {name!r}")
+    _choice = name
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors; it reads this when it is first imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Whether the fused kernel handles this tensor; the plain-PyTorch reference handles the others."""
+    return _choice != "reference" and (tensor.is_cuda or _choice == "triton" and interpreted())

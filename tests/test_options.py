@@ -75,7 +75,7 @@ BAD = {  # flag: values that are out of range or of the wrong kind
 }
 BAD_DISTILL = {
     "--experiment": ["v5"], "--method": ["fitnet"], "--alpha": ["-1", "nan", "1.5"], "--beta": ["-1", "8"], "--temperature": ["0", "inf"],
-    "--ce-weight": ["-1"], "--kl": ["both"], "--mixed-target": ["all", "pair"], "--dkd-warmup": ["-1", "20"], "--teacher-checkpoint": [""],
+    "--ce-weight": ["-1"], "--kernels": ["cuda"], "--kl": ["both"], "--mixed-target": ["all", "pair"], "--dkd-warmup": ["-1", "20"], "--teacher-checkpoint": [""],
     "--student": [""], "--student-init": [""], "--temp": ["4"], "--no-such-flag": ["1"],
 }
 

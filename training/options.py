@@ -172,6 +172,8 @@ def parse_distill(description, usage_lines, argv=None):
     add("--mixed-target", choices=("pair", "dominant", "first"), help="dkd: the target of a mixed image; default: pair")
     add("--dkd-warmup", type=whole, default=0, metavar="EPOCHS",
         help="dkd: ramp its two terms up over so many epochs; " + DEFAULT)
+    add("--kernels", choices=("auto", "triton", "reference"), default="auto",
+        help="the loss in Triton's fused kernel or in plain PyTorch; auto is Triton on CUDA; " + DEFAULT)
     add("--teacher-checkpoint", type=nonempty, default="runs/teacher/best.pt", metavar="PATH", help=DEFAULT)
     add("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help=DEFAULT)
     add("--student-init", type=nonempty, default="none", metavar="{none,imagenet,PATH}", help=DEFAULT)

@@ -1,0 +1,259 @@
+"""How long the fused loss takes beside what people use today, side by side in one process.
+
+    python benchmarks/kernels.py                  the whole table -> benchmarks/results/kernels-<gpu>.csv and .png
+    python benchmarks/kernels.py --quick          two sizes, few repeats
+    python benchmarks/kernels.py --device cpu     the references alone: without a GPU there is no kernel to measure
+
+Every number is one loss with its gradient with respect to the student's logits.  Contenders take turns, repeat by repeat, and the
+ratio to ours is taken within each repeat, so it holds where the machine's speed drifts.  `eager` is wall time with Python, autograd
+and launches; `graph` is the same work replayed from a CUDA graph, which is what the GPU itself needs.  Before every graph repeat
+the second-level cache is overwritten.
+"""
+import argparse
+import csv
+import platform
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import triton  # noqa: E402
+
+import kernels  # noqa: E402
+from kernels.softmax_kl import Weights, hyperparameters  # noqa: E402
+from losses import Targets, dkd_loss, kd_loss  # noqa: E402
+
+SIZES = ((128, 100), (512, 100), (1024, 1000), (4096, 8192), (4096, 32000), (8192, 128256))
+QUICK = ((128, 100), (1024, 1000))
+T, ALPHA, BETA, EPS = 4.0, 1.0, 8.0, 0.1
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one size: microseconds per call, and how many times ours that is; median and extremes over the repeats."""
+    hardware: str
+    torch: str
+    triton: str
+    rows: int
+    classes: int
+    dtype: str
+    loss: str
+    contender: str
+    mode: str
+    repeats: int
+    us: float
+    us_min: float
+    us_max: float
+    times_ours: float
+    times_ours_min: float
+    times_ours_max: float
+
+
+def published_kd(student, teacher, label):
+    divergence = F.kl_div(F.log_softmax(student / T, 1), F.softmax(teacher / T, 1), reduction="batchmean") * T * T
+    return 0.3 * F.cross_entropy(student, label, label_smoothing=EPS) + 0.7 * divergence
+
+
+def published_dkd(student, teacher, label):
+    """DKD in the form in which it was published: masks, concatenated pairs, -1000 on the target."""
+    hot = torch.zeros_like(student, dtype=torch.bool).scatter_(1, label[:, None], True)
+    q, p = F.softmax(student / T, 1), F.softmax(teacher / T, 1)
+    q_pair, p_pair = (torch.cat([(x * hot).sum(1, keepdim=True), (x * ~hot).sum(1, keepdim=True)], 1) for x in (q, p))
+    tckd = F.kl_div(q_pair.log(), p_pair, reduction="sum") * T * T / len(label)
+    q_rest, p_rest = F.log_softmax(student / T - 1000.0 * hot, 1), F.softmax(teacher / T - 1000.0 * hot, 1)
+    nckd = F.kl_div(q_rest, p_rest, reduction="sum") * T * T / len(label)
+    return F.cross_entropy(student, label, label_smoothing=EPS) + ALPHA * tckd + BETA * nckd
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+def contenders(loss: str, student, teacher, label) -> dict:
+    """name -> a call that makes the loss and the gradient; ours first."""
+    targets = Targets.unmixed(label)
+    published = published_kd if loss == "kd" else published_dkd
+
+    def ours(student, teacher, label):
+        numbers = {"temperature": T, "label_smoothing": EPS}
+        return (kd_loss if loss == "kd" else dkd_loss)(student, teacher, targets, **numbers)[0]
+
+    def with_backward(function):
+        def call():
+            student.grad = None
+            function(student, teacher, label).backward()
+        return call
+
+    found = {OURS: with_backward(ours), "published": with_backward(published)}
+    if not student.is_cuda:
+        return found
+
+    hyper = hyperparameters(Weights(0.3, 0.7) if loss == "kd" else Weights(1.0, 0.0, ALPHA, BETA), T, EPS, student.device)
+
+    def operator():  # a script that gives the gradient to logits.backward needs no more
+        torch.ops.fusekd.softmax_kl(student.detach(), teacher, *targets, hyper, "pair", False, student.dtype)
+
+    gradient, half = torch.empty_like(student), torch.empty_like(student[: len(student) // 2])
+
+    def copy():  # as many bytes as reading both logits and writing the gradient
+        gradient.detach().copy_(teacher)
+        half.detach().copy_(teacher[: len(half)])
+
+    found |= {"ours, operator alone": operator, "torch.compile": with_backward(torch.compile(published)), "copy": copy,
+              "empty launch": lambda: _nothing[(1,)]()}
+    if loss == "kd":
+        try:
+            from liger_kernel.transformers import LigerKLDIVLoss
+        except ImportError:
+            print("liger-kernel is not installed: left out")
+        else:
+            divergence = LigerKLDIVLoss(reduction="batchmean")
+            found["liger"] = with_backward(lambda student, teacher, label: 0.3 * F.cross_entropy(
+                student, label, label_smoothing=EPS) + 0.7 * T * T * divergence(F.log_softmax(student / T, 1), F.softmax(teacher / T, 1)))
+    return found
+
+
+def captured(call):
+    """The replay of a CUDA graph of `call`, or None where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, and makes what is made once
+                call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+        return graph.replay
+    except RuntimeError as failure:
+        print(f"  not captured: {str(failure).splitlines()[0]}")
+        torch.cuda.synchronize()
+        return None
+
+
+def wall_us(call, calls: int, device) -> float:
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize()
+    return (time.perf_counter() - started) / calls * 1e6
+
+
+def graph_us(replay, flush) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flush.zero_()
+    start.record()
+    replay()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) * 1e3
+
+
+def measure(calls: dict, time_one, repeats: int) -> dict:
+    """name -> the times of all repeats; the contenders take turns."""
+    for call in calls.values():
+        time_one(call)
+    times = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(time_one(call))
+    return times
+
+
+def benchmark(rows: int, classes: int, dtype, loss: str, device, repeats: int, hardware: str):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = ((3 * torch.randn(rows, classes, generator=generator)).to(device, dtype) for _ in range(2))
+    label = torch.randint(classes, (rows,), generator=generator).to(device)
+    calls = contenders(loss, student.requires_grad_(), teacher, label)
+    for call in calls.values():
+        call()
+    once = max(wall_us(calls["published"], 1, device), 1.0)
+    modes = {"eager": measure(calls, lambda call: wall_us(call, max(1, int(2e4 / once)), device), repeats)}
+    if device.type == "cuda":
+        flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+        replays = {name: replay for name, call in calls.items() if (replay := captured(call))}
+        modes["graph"] = measure(replays, lambda replay: graph_us(replay, flush), repeats)
+    for mode, times in modes.items():
+        for name, values in times.items():
+            ratios = [value / ours for value, ours in zip(values, times[OURS])]
+            yield Row(hardware, torch.__version__, triton.__version__, rows, classes, str(dtype).removeprefix("torch."), loss, name, mode,
+                      repeats, *(round(pick(values), 2) for pick in (median, min, max)), *(round(pick(ratios), 3) for pick in (median, min, max)))
+
+
+def draw(table: list[Row], path: Path) -> None:
+    """How many times ours every contender takes, by size; one panel per loss, dtype and mode."""
+    panels = sorted({(row.loss, row.mode, row.dtype) for row in table})
+    figure, axes = plt.subplots(len(panels), 1, figsize=(7, 2.1 * len(panels)), squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(row.contender for row in table))
+    for axis, panel in zip(axes[:, 0], panels):
+        here = [row for row in table if (row.loss, row.mode, row.dtype) == panel]
+        sizes = list(dict.fromkeys((row.rows, row.classes) for row in here))
+        for index, name in enumerate(names):
+            points = {(row.rows, row.classes): row for row in here if row.contender == name}
+            positions = [place + (index - len(names) / 2) * 0.8 / len(names) for place, size in enumerate(sizes) if size in points]
+            rows = [points[size] for size in sizes if size in points]
+            axis.bar(positions, [row.times_ours for row in rows], 0.8 / len(names), align="edge", label=name, color=f"C{index}",
+                     yerr=[[row.times_ours - row.times_ours_min for row in rows], [row.times_ours_max - row.times_ours for row in rows]],
+                     error_kw={"elinewidth": 0.7})
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(sizes)), [f"{rows} x {classes}" for rows, classes in sizes])
+        axis.set_ylabel("time / ours")
+        axis.set_title(", ".join(panel), fontsize=9, loc="left")
+    axes[-1, 0].set_xlabel(f"rows x classes; {table[0].hardware}")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="two sizes, few repeats")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if device.type == "cpu":
+        kernels.choose("reference")
+        print("no GPU: the references alone are measured, the fused kernel is not")
+    table = []
+    sizes = QUICK if args.quick else SIZES if device.type == "cuda" else SIZES[:3]
+    for rows, classes in sizes:
+        for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+            for loss in ("kd", "dkd"):
+                try:
+                    for row in benchmark(rows, classes, dtype, loss, device, 10 if args.quick else 30, hardware):
+                        table.append(row)
+                        print(f"{rows:5} x {classes:6} {row.dtype:8} {loss:3} {row.mode:5} {row.contender:20} {row.us:10.1f} us  "
+                              f"{row.times_ours:7.2f} x ours ({row.times_ours_min:.2f} to {row.times_ours_max:.2f})", flush=True)
+                except torch.OutOfMemoryError:
+                    print(f"{rows:5} x {classes:6} {dtype} {loss}: out of memory, left out")
+                torch.cuda.empty_cache()
+    name = re.sub(r"[^a-z0-9]+", "-", (hardware if device.type == "cuda" else "cpu").lower()).strip("-")
+    output = ROOT / "benchmarks" / "results" / f"kernels-{name}.csv"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in table)
+    draw(table, output.with_suffix(".png"))
+    print(output, output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What a Triton launch compiles to on GPUs that are not here: `python sass.py FILE` -> one JSON object per launch and architecture.
+
+FILE defines `launches()`, which yields (a dict that says what it is, kernel, call): `call()` runs the real launcher on CPU tensors, so types, alignment
+and tile sizes are those of a real launch; instead of being launched, `kernel` is compiled for each of ARCHITECTURES by the
+assembler inside the Triton wheel, and disassembled.  Needs a process of its own, since here Triton must not interpret.
+"""
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ARCHITECTURES = (80, 90, 120)
+
+
+def inspect(file) -> list[dict]:
+    """Of every launch in `file`: its dict with sm, registers, spills (instructions), stack (bytes), warps, loads128, stores128, fused (FFMA)."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, __file__, file], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+class OfflineDriver:
+    """Stands in for Triton's CUDA driver: names the GPU to compile for and can launch nothing."""
+
+    def __init__(self, sm: int):
+        from triton.backends.compiler import GPUTarget
+        self.target = GPUTarget("cuda", sm, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch  # the kernel cache is per device
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def compile_for(sm: int, kernel, call):
+    """The compiled kernel of the one launch that `call()` makes."""
+    from triton.runtime import driver
+    compiled, run = [], kernel.run
+    kernel.run = lambda *arguments, grid, warmup, **options: compiled.append(run(*arguments, grid=grid, warmup=True, **options))
+    driver.set_active(OfflineDriver(sm))
+    try:
+        call()
+    finally:
+        driver._active, kernel.run = None, run  # reset_active() would look for a real driver
+    (only,) = compiled
+    return only.result() if hasattr(only, "result") else only
+
+
+def describe(compiled) -> dict:
+    import triton
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)), "warps": compiled.metadata.num_warps,
+        "loads128": len(re.findall(r"ld\.global(?:\.L1\S*)?\.(?:v4\.b32|v2\.b64)", compiled.asm["ptx"])),
+        "stores128": len(re.findall(r"st\.global(?:\.L1\S*)?\.(?:v4\.b32|v2\.b64)", compiled.asm["ptx"])),
+        "fused": len(re.findall(r"\bFFMA\b", sass)),
+    }
+
+
+if __name__ == "__main__":
+    specification = importlib.util.spec_from_file_location("launching", sys.argv[1])
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    for about, kernel, call in module.launches():
+        for sm in ARCHITECTURES:
+            print(json.dumps(about | {"sm": sm} | describe(compile_for(sm, kernel, call))), flush=True)

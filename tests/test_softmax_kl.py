@@ -1,0 +1,298 @@
+"""The op behind the losses, both implementations, against the definitions in float64, and mpmath where float64 itself fails.
+
+Without a GPU the kernel runs in Triton's interpreter on CPU tensors; where there is one, these tests run the compiled kernel.
+"""
+import mpmath
+import pytest
+import torch
+from oracle import rows, truth
+
+import kernels
+from kernels import softmax_kl as op
+from kernels.softmax_kl import Tile, Weights, hyperparameters, softmax_kl
+from losses import Targets
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Losses relative with floor 1, gradients relative to their largest entry with floor 0.01; a GPU's exp2 is good to 2 ulp.
+TOLERANCE = 2e-5 if DEVICE == "cuda" else 5e-6
+INF = float("inf")
+MIX = Weights(0.7, 0.3, 1.0, 8.0)
+BLOCKED = Tile(rows=64, block=64, warps=4, registers=255, whole=False)  # the path of wide rows, without their width
+
+
+@pytest.fixture(params=["reference", "triton", "triton in blocks"])
+def kernel(request, monkeypatch):
+    """Every test that uses this runs with each implementation behind the op."""
+    if request.param == "triton in blocks":
+        monkeypatch.setattr(op, "tile_for", lambda classes: BLOCKED)
+    kernels.choose(request.param.split()[0])
+    yield request.param
+    kernels.choose("auto")
+
+
+def run(z, v, targets, weights=MIX, temperature=4.0, smoothing=0.0, split="pair", reverse=False, grad_scale=None):
+    """Loss, terms and the student's gradient, on the CPU."""
+    leaf = z.to(DEVICE).detach().requires_grad_()
+    loss, terms = softmax_kl(leaf, v.to(DEVICE), *(part.to(DEVICE) for part in targets), weights, temperature=temperature,
+                             label_smoothing=smoothing, split=split, reverse=reverse, grad_scale=grad_scale)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return loss.detach().cpu(), terms.cpu(), grad.cpu()
+
+
+def assert_terms(terms, expected, label=""):
+    error = ((terms.double() - expected).abs() / expected.abs().clamp(min=1)).max().item()
+    assert error < TOLERANCE, f"{label} relative error {error:.2g}: {terms.tolist()} for {expected.tolist()}"
+
+
+def assert_grad(grad, expected, label=""):
+    error = ((grad.double() - expected).abs().max() / expected.abs().max().clamp(min=0.01)).item()
+    assert error < TOLERANCE, f"{label} gradient error {error:.2g} of its largest entry"
+
+
+# 1 and 2 classes have no rest or a single one, 3 the smallest pair with a rest; 10 is below every tile, 100 is CIFAR-100 with one
+# warp a row, 300 and 1000 take four.  37 rows fill no tile of rows.
+@pytest.mark.parametrize("classes", [1, 2, 3, 10, 100, 300, 1000])
+@pytest.mark.parametrize("split", ["pair", "dominant", "first"])
+def test_terms_and_gradient_match_float64_sums(kernel, classes, split):
+    for temperature, scale, smoothing in ((4.0, 3.0, 0.0), (1.0, 10.0, 0.1)):
+        z, v, targets = rows(37, classes, scale, seed=classes)
+        expected, expected_grad = truth(z, v, targets, MIX, temperature, smoothing=smoothing, split=split)
+        loss, terms, grad = run(z, v, targets, MIX, temperature, smoothing, split)
+        assert_terms(terms, expected, f"C={classes} T={temperature}")
+        assert_terms(loss, (torch.tensor(MIX).double() * expected).sum())
+        assert_grad(grad, expected_grad, f"C={classes} T={temperature}")
+
+
+def test_a_row_wider_than_a_tile(kernel):
+    z, v, targets = rows(3, 5000)
+    expected, expected_grad = truth(z, v, targets, MIX, 4.0, smoothing=0.1)
+    _, terms, grad = run(z, v, targets, MIX, 4.0, 0.1)
+    assert_terms(terms, expected)
+    assert_grad(grad, expected_grad)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 100])
+def test_reverse_kl_matches_float64_sums(kernel, classes):
+    z, v, targets = rows(19, classes, 5.0)
+    weights = Weights(ce=0.2, kl=1.5)
+    expected, expected_grad = truth(z, v, targets, weights, 3.0, reverse=True)
+    _, terms, grad = run(z, v, targets, weights, 3.0, reverse=True)
+    assert_terms(terms, expected)
+    assert_grad(grad, expected_grad)
+    forward = run(z, v, targets, weights, 3.0)[1]
+    assert abs(forward[1] - terms[1]) > 1e-3, "both directions gave the same value"
+
+
+def hard_cases():
+    """Logits on which naive code gives inf, NaN or the wrong digits."""
+    noise = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
+    hot = torch.full((6, 10), -1e4).scatter(1, torch.arange(6)[:, None], 1e4)
+    masked, ties = noise.clone(), noise.round()
+    masked[:, 9] = -INF
+    return {
+        "one-hot teacher": (noise, hot), "one-hot student": (hot, noise), "both one-hot": (hot, hot.roll(1, 0)), "both the same": (hot, hot),
+        "random 1e4": (1e4 * noise, 1e4 * noise.roll(1, 0)), "shifted": (noise + 3e4, noise.roll(1, 0) - 3e4), "saturated": (30 * noise, -30 * noise),
+        "equal": (torch.zeros(6, 10), torch.zeros(6, 10)), "identical": (noise, noise), "ties": (ties, ties.roll(1, 0)),
+        "class masked in both": (masked, masked.roll(1, 0)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # of the interpreter's numpy, in lanes that are not selected
+@pytest.mark.parametrize("name", hard_cases())
+@pytest.mark.parametrize("split", ["pair", "dominant", "reverse"])
+def test_extreme_logits_stay_finite_and_exact(kernel, name, split):
+    z, v = hard_cases()[name]
+    targets = Targets(torch.arange(6), torch.tensor([0, 2, 2, 4, 5, 5]), torch.tensor([1.0, 0.7, 0.3, 1.0, 0.5, 0.9]))
+    flags = {"reverse": True} if split == "reverse" else {"split": split}
+    weights = MIX if split != "reverse" else Weights(0.5, 0.5)
+    smoothing = 0.0 if "masked" in name else 0.1  # smoothing towards an impossible class is infinite by definition
+    expected, expected_grad = truth(z, v, targets, weights, 4.0, smoothing=smoothing, **flags)
+    _, terms, grad = run(z, v, targets, weights, 4.0, smoothing, **flags)
+    assert_terms(terms, expected, name)
+    assert_grad(grad, expected_grad, name)
+    if name in ("identical", "both the same"):
+        assert terms[1:].abs().max() <= 1e-5, terms
+
+
+@pytest.mark.parametrize("odds", [(20.0, 30.0), (60.0, 40.0)])
+def test_confident_rows_match_mpmath(kernel, odds):
+    """Where 1 - p is below float64's resolution the terms are still right, relative to their own tiny size."""
+    mpmath.mp.dps = 200
+    z, v = (torch.tensor([[float(odd), 1.0, -0.5, 0.25]]) for odd in odds)
+
+    def softmax(x):
+        weights = [mpmath.e ** mpmath.mpf(value) for value in x[0].tolist()]
+        return [weight / sum(weights) for weight in weights]
+
+    q, p = softmax(z), softmax(v)
+    q_rest, p_rest = sum(q[1:]), sum(p[1:])
+    tckd = p[0] * mpmath.log(p[0] / q[0]) + p_rest * mpmath.log(p_rest / q_rest)
+    _, terms, grad = run(z, v, Targets.unmixed(torch.tensor([0])), Weights(tckd=1.0), 1.0)
+    assert terms[2].item() == pytest.approx(float(tckd), rel=1e-4, abs=1e-37)
+    assert grad[0, 0].item() == pytest.approx(float(p_rest - q_rest), rel=1e-4, abs=1e-37)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_gradient_is_the_float64_gradient_rounded_once(kernel, dtype):
+    """With the scale folded in before the rounding, or by the upstream gradient after it was kept in fp32: nothing underflows."""
+    z, v, targets = rows(64, 100, dtype=dtype)
+    scale = torch.tensor(65536.0, device=DEVICE)
+    _, expected = truth(z, v, targets, Weights(1.0, 0, 1.0, 8.0), 4.0)
+    exact = expected * 65536
+    # The interpreter truncates to bf16 where a GPU rounds.
+    rounding = torch.finfo(dtype).eps / (1 if dtype == torch.bfloat16 and DEVICE == "cpu" else 2)
+    for folded in (True, False):
+        leaf = z.clone().to(DEVICE).requires_grad_()
+        loss, _ = softmax_kl(leaf, v.to(DEVICE), *(part.to(DEVICE) for part in targets), Weights(1.0, 0, 1.0, 8.0), temperature=4.0,
+                             grad_scale=scale if folded else None)
+        (loss if folded else loss * scale).backward()
+        grad = leaf.grad.cpu()
+        assert grad.dtype == dtype
+        error = (grad.double() - exact).abs() - rounding * 1.01 * exact.abs()
+        assert error.max() <= exact.abs().max() * TOLERANCE, f"{error.max()} beyond one rounding, scale folded in: {folded}"
+        assert (grad == 0).float().mean() < 0.01, "small gradients vanished"
+
+
+def test_identities(kernel):
+    z, v, targets = rows(50, 20)
+    _, terms, grad = run(z, v, targets)
+    assert grad.sum(1).abs().max() < 1e-6, "a softmax's gradient sums to zero over the classes"
+    _, shifted, shifted_grad = run(z + 7, v - 3, targets)
+    torch.testing.assert_close(terms, shifted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, shifted_grad, rtol=1e-4, atol=1e-6)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    back = order.argsort()
+    _, permuted, permuted_grad = run(z[:, order], v[:, order], Targets(back[targets.label], back[targets.other], targets.lam))
+    torch.testing.assert_close(permuted, terms, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(permuted_grad, grad[:, order], rtol=1e-4, atol=1e-6)
+    parts = sum(weight * run(z, v, targets, Weights(**{name: 1.0}))[2] for name, weight in MIX._asdict().items())
+    torch.testing.assert_close(parts, grad, rtol=1e-4, atol=1e-6)
+    for i in range(4):  # KL = TCKD + p_rest * NCKD, row by row
+        one = Targets(*(part[i:i + 1] for part in targets))
+        _, (_, kl, tckd, nckd), _ = run(z[i:i + 1], v[i:i + 1], one)
+        p = (v[i].double() / 4).softmax(0)
+        gone = {one.label.item(), one.other.item()} if 0 < one.lam.item() < 1 else {(one.label if one.lam.item() == 1 else one.other).item()}
+        assert kl.item() == pytest.approx((tckd + (1 - sum(p[c] for c in gone)) * nckd).item(), rel=1e-5)
+
+
+def test_strided_rows_single_rows_and_far_rows(kernel):
+    z, v, targets = rows(9, 11)
+    wide, transposed = torch.randn(9, 40), v.T.contiguous().T
+    wide[:, 3:14] = z
+    every_third = torch.randn(9, 40)
+    every_third[:, 3:36:3] = z
+    plain = run(z, v, targets)
+    for student in (wide[:, 3:14], every_third[:, 3:36:3]):
+        assert not student.is_contiguous() and not transposed.is_contiguous()
+        for one, two in zip(run(student, transposed, targets), plain):
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
+    singles = [run(z[i:i + 1], v[i:i + 1], Targets(*(part[i:i + 1] for part in targets))) for i in range(9)]
+    torch.testing.assert_close(torch.stack([loss for loss, _, _ in singles]).mean(), plain[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([grad for _, _, grad in singles]) / 9, plain[2], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("split", ["pair", "reverse"])
+def test_bits_do_not_depend_on_the_run_or_the_number_of_programs(split):
+    z, v, targets = (part.to(DEVICE) if torch.is_tensor(part) else Targets(*(x.to(DEVICE) for x in part)) for part in rows(70, 100))
+    hyper = hyperparameters(Weights(0.7, 0.3), 4.0, 0.1, z.device)
+
+    def launch(programs):
+        tile = Tile(rows=-(-70 // programs), block=128, warps=1, registers=255, whole=True)
+        return op.softmax_kl_triton(z, v, *targets, hyper, split="pair", reverse=split == "reverse", grad_dtype=torch.float32,
+                                    tile=tile._replace(rows=1 << (tile.rows - 1).bit_length()))
+
+    losses, grad = launch(1)
+    for programs in (1, 2, 5, 70):
+        again, again_grad = launch(programs)
+        assert torch.equal(again_grad, grad)
+        # On a GPU another tile of rows is another compiled kernel, whose sums over a row may be taken in another order.
+        assert torch.equal(again, losses) or DEVICE == "cuda"
+
+
+def test_the_operator_is_sound(kernel):
+    z, v, targets = (part.to(DEVICE) if torch.is_tensor(part) else Targets(*(x.to(DEVICE) for x in part)) for part in rows(6, 20))
+    for dtype, reverse in ((torch.float32, False), (torch.float32, True)):
+        arguments = (z, v, *targets, hyperparameters(Weights(0.7, 0.3), 4.0, 0.1, z.device), "pair", reverse, dtype)
+        torch.library.opcheck(torch.ops.fusekd.softmax_kl.default, arguments)
+
+
+def test_a_step_compiles_as_one_graph(kernel):
+    z, v, targets = (part.to(DEVICE) if torch.is_tensor(part) else Targets(*(x.to(DEVICE) for x in part)) for part in rows(6, 20))
+    torch.manual_seed(0)
+    net = torch.nn.Linear(20, 20, device=DEVICE)
+
+    def step(x):
+        loss, terms = softmax_kl(net(x), v, *targets, MIX, temperature=4.0)
+        return 0.5 * loss, terms
+
+    results = []
+    for run_step in (step, torch.compile(step, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")):
+        net.zero_grad()
+        loss, terms = run_step(z)
+        loss.backward()
+        results.append((loss.detach(), terms, net.weight.grad.clone()))
+    for one, two in zip(*results):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    torch.compiler.reset()
+
+
+def test_rows_beyond_32_bit_offsets():
+    """Three rows 2^30 elements apart; the pages between them are never touched."""
+    stride = 2**30 + 16
+    far = torch.empty(2 * stride + 10, dtype=torch.float16, device=DEVICE).as_strided((3, 10), (stride, 1))
+    z, v, targets = rows(3, 10, dtype=torch.float16)
+    far.copy_(z)
+    hyper = hyperparameters(MIX, 4.0, 0.0, torch.device(DEVICE))
+    targets = Targets(*(part.to(DEVICE) for part in targets))
+    for one, two in zip(*(op.softmax_kl_triton(x, v.to(DEVICE), *targets, hyper, split="pair", reverse=False, grad_dtype=torch.float32)
+                          for x in (far, z.to(DEVICE)))):
+        assert torch.equal(one, two)
+
+
+def test_who_decides(monkeypatch):
+    tensor = torch.zeros(1)
+    assert not kernels.use_triton(tensor), "auto leaves CPU tensors to the reference"
+    try:
+        kernels.choose("triton")
+        assert kernels.use_triton(tensor) == kernels.interpreted()
+        kernels.choose("reference")
+        assert not kernels.use_triton(tensor)
+    finally:
+        kernels.choose("auto")
+    with pytest.raises(ValueError, match="cuda"):
+        kernels.choose("cuda")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_captured_graph_follows_its_inputs_and_numbers():
+    z, v, targets = (part.to(DEVICE) if torch.is_tensor(part) else Targets(*(x.to(DEVICE) for x in part)) for part in rows(64, 100))
+    hyper = hyperparameters(MIX, 4.0, 0.1, z.device).clone()
+
+    def call():
+        return torch.ops.fusekd.softmax_kl(z, v, *targets, hyper, "pair", False, torch.float32)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        losses, grad = call()
+    for scale in (1.0, 0.5):
+        z.mul_(scale)
+        hyper[3] *= scale
+        graph.replay()
+        torch.cuda.synchronize()
+        for one, two in zip((losses, grad), call()):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_other_numbers_compile_nothing():
+    z, v, targets = rows(16, 100)
+    run(z, v, targets)
+    cache = op._softmax_kl_kernel.device_caches[torch.cuda.current_device()][0]
+    compiled = len(cache)
+    for beta in (1.0, 2.5, 8.0):
+        run(z, v, targets, Weights(1.0, 0.0, 1.0, beta), temperature=beta)
+    assert len(cache) == compiled
