@@ -4,10 +4,10 @@
     python benchmarks/kernels.py --quick          two sizes, few repeats
     python benchmarks/kernels.py --device cpu     the references alone: without a GPU there is no kernel to measure
 
-Every number is one loss with its gradient with respect to the student's logits.  Contenders take turns, repeat by repeat, and the
-ratio to ours is taken within each repeat, so it holds where the machine's speed drifts.  `eager` is wall time with Python, autograd
-and launches; `graph` is the same work replayed from a CUDA graph, which is what the GPU itself needs.  Before every graph repeat
-the second-level cache is overwritten.
+Every number is one loss with its gradient with respect to the student's logits.  Contenders take turns, repeat by repeat, and
+the ratio to ours is taken within each repeat, so it holds where the machine's speed drifts.  `eager` is wall time with Python,
+autograd and launches; `graph` is the same work replayed from a CUDA graph, which is what the GPU itself needs.  Before every
+graph repeat the second-level cache is overwritten.
 """
 import argparse
 import csv
@@ -37,12 +37,11 @@ from losses import Targets, dkd_loss, kd_loss  # noqa: E402
 SIZES = ((128, 100), (512, 100), (1024, 1000), (4096, 8192), (4096, 32000), (8192, 128256))
 QUICK = ((128, 100), (1024, 1000))
 T, ALPHA, BETA, EPS = 4.0, 1.0, 8.0, 0.1
-OURS = "ours"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one size: microseconds per call, and how many times ours that is; median and extremes over the repeats."""
+    """One contender at one size: microseconds per call, and as a multiple of the first contender's; median and extremes."""
     hardware: str
     torch: str
     triton: str
@@ -56,9 +55,9 @@ class Row:
     us: float
     us_min: float
     us_max: float
-    times_ours: float
-    times_ours_min: float
-    times_ours_max: float
+    times_first: float
+    times_first_min: float
+    times_first_max: float
 
 
 def published_kd(student, teacher, label):
@@ -83,7 +82,7 @@ def _nothing():
 
 
 def contenders(loss: str, student, teacher, label) -> dict:
-    """name -> a call that makes the loss and the gradient; ours first."""
+    """name -> a call that makes the loss and the gradient; ours comes first, fused where there is a GPU."""
     targets = Targets.unmixed(label)
     published = published_kd if loss == "kd" else published_dkd
 
@@ -97,9 +96,16 @@ def contenders(loss: str, student, teacher, label) -> dict:
             function(student, teacher, label).backward()
         return call
 
-    found = {OURS: with_backward(ours), "published": with_backward(published)}
+    def reference():
+        kernels.choose("reference")
+        try:
+            with_backward(ours)()
+        finally:
+            kernels.choose("auto")
+
     if not student.is_cuda:
-        return found
+        return {"reference": with_backward(ours), "published": with_backward(published)}
+    found = {"fused": with_backward(ours), "reference": reference, "published": with_backward(published)}
 
     hyper = hyperparameters(Weights(0.3, 0.7) if loss == "kd" else Weights(1.0, 0.0, ALPHA, BETA), T, EPS, student.device)
 
@@ -112,7 +118,7 @@ def contenders(loss: str, student, teacher, label) -> dict:
         gradient.detach().copy_(teacher)
         half.detach().copy_(teacher[: len(half)])
 
-    found |= {"ours, operator alone": operator, "torch.compile": with_backward(torch.compile(published)), "copy": copy,
+    found |= {"fused operator alone": operator, "torch.compile": with_backward(torch.compile(published)), "copy": copy,
               "empty launch": lambda: _nothing[(1,)]()}
     if loss == "kd":
         try:
@@ -121,8 +127,12 @@ def contenders(loss: str, student, teacher, label) -> dict:
             print("liger-kernel is not installed: left out")
         else:
             divergence = LigerKLDIVLoss(reduction="batchmean")
-            found["liger"] = with_backward(lambda student, teacher, label: 0.3 * F.cross_entropy(
-                student, label, label_smoothing=EPS) + 0.7 * T * T * divergence(F.log_softmax(student / T, 1), F.softmax(teacher / T, 1)))
+
+            def liger(student, teacher, label):
+                kl = divergence(F.log_softmax(student / T, 1), F.softmax(teacher / T, 1))
+                return 0.3 * F.cross_entropy(student, label, label_smoothing=EPS) + 0.7 * T * T * kl
+
+            found["liger"] = with_backward(liger)
     return found
 
 
@@ -190,13 +200,14 @@ def benchmark(rows: int, classes: int, dtype, loss: str, device, repeats: int, h
         modes["graph"] = measure(replays, lambda replay: graph_us(replay, flush), repeats)
     for mode, times in modes.items():
         for name, values in times.items():
-            ratios = [value / ours for value, ours in zip(values, times[OURS])]
-            yield Row(hardware, torch.__version__, triton.__version__, rows, classes, str(dtype).removeprefix("torch."), loss, name, mode,
-                      repeats, *(round(pick(values), 2) for pick in (median, min, max)), *(round(pick(ratios), 3) for pick in (median, min, max)))
+            ratios = [value / first for value, first in zip(values, next(iter(times.values())))]
+            spread = [round(pick(column), 3) for column in (values, ratios) for pick in (median, min, max)]
+            yield Row(hardware, torch.__version__, triton.__version__, rows, classes, str(dtype).removeprefix("torch."),
+                      loss, name, mode, repeats, *spread)
 
 
 def draw(table: list[Row], path: Path) -> None:
-    """How many times ours every contender takes, by size; one panel per loss, dtype and mode."""
+    """How many times the first contender's time each takes, by size; one panel per loss, mode and dtype."""
     panels = sorted({(row.loss, row.mode, row.dtype) for row in table})
     figure, axes = plt.subplots(len(panels), 1, figsize=(7, 2.1 * len(panels)), squeeze=False, layout="constrained")
     names = list(dict.fromkeys(row.contender for row in table))
@@ -205,15 +216,19 @@ def draw(table: list[Row], path: Path) -> None:
         sizes = list(dict.fromkeys((row.rows, row.classes) for row in here))
         for index, name in enumerate(names):
             points = {(row.rows, row.classes): row for row in here if row.contender == name}
-            positions = [place + (index - len(names) / 2) * 0.8 / len(names) for place, size in enumerate(sizes) if size in points]
+            width = 0.8 / len(names)
+            left = [place + (index - len(names) / 2) * width for place, size in enumerate(sizes) if size in points]
             rows = [points[size] for size in sizes if size in points]
-            axis.bar(positions, [row.times_ours for row in rows], 0.8 / len(names), align="edge", label=name, color=f"C{index}",
-                     yerr=[[row.times_ours - row.times_ours_min for row in rows], [row.times_ours_max - row.times_ours for row in rows]],
-                     error_kw={"elinewidth": 0.7})
+            heights = [row.times_first for row in rows]
+            errors = [[row.times_first - row.times_first_min for row in rows],
+                      [row.times_first_max - row.times_first for row in rows]]
+            axis.bar(left, heights, width, align="edge", label=name, color=f"C{index}", yerr=errors, error_kw={"elinewidth": 0.7})
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.set_xticks(range(len(sizes)), [f"{rows} x {classes}" for rows, classes in sizes])
-        axis.set_ylabel("time / ours")
+        axis.set_ylabel(f"time / {names[0]}")
         axis.set_title(", ".join(panel), fontsize=9, loc="left")
     axes[-1, 0].set_xlabel(f"rows x classes; {table[0].hardware}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -227,9 +242,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args()
     device = torch.device(args.device)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        kernels.choose("reference")
         print("no GPU: the references alone are measured, the fused kernel is not")
     table = []
     sizes = QUICK if args.quick else SIZES if device.type == "cuda" else SIZES[:3]
@@ -239,8 +255,8 @@ def main() -> None:
                 try:
                     for row in benchmark(rows, classes, dtype, loss, device, 10 if args.quick else 30, hardware):
                         table.append(row)
-                        print(f"{rows:5} x {classes:6} {row.dtype:8} {loss:3} {row.mode:5} {row.contender:20} {row.us:10.1f} us  "
-                              f"{row.times_ours:7.2f} x ours ({row.times_ours_min:.2f} to {row.times_ours_max:.2f})", flush=True)
+                        print(f"{rows:5} x {classes:6} {row.dtype:8} {loss:3} {row.mode:5} {row.contender:20} {row.us:10.1f} us "
+                              f"{row.times_first:7.2f} ({row.times_first_min:.2f} to {row.times_first_max:.2f})", flush=True)
                 except torch.OutOfMemoryError:
                     print(f"{rows:5} x {classes:6} {dtype} {loss}: out of memory, left out")
                 torch.cuda.empty_cache()

@@ -73,7 +73,8 @@ def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weigh
     unweighted, with T^2.  Raises ValueError for shapes or a split that do not fit.
     """
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape or 0 in student_logits.shape:
-        raise ValueError(f"logits must be (N, C), not empty, and alike: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
+        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        raise ValueError(f"logits must be (N, C), not empty, and alike: {shapes}")
     if not label.shape == other.shape == lam.shape == student_logits.shape[:1]:
         raise ValueError(f"targets must be (N,): {tuple(label.shape)}, {tuple(other.shape)}, {tuple(lam.shape)}")
     if split not in SPLITS:
@@ -84,7 +85,8 @@ def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weigh
     dtype = torch.float32
     if grad_scale is not None:
         hyper, dtype = torch.cat([hyper[:6], grad_scale.reshape(1).float()]), student_logits.dtype
-    losses, grad = torch.ops.fusekd.softmax_kl(student_logits.detach(), teacher_logits.detach(), label, other, lam, hyper, split, reverse, dtype)
+    losses, grad = torch.ops.fusekd.softmax_kl(student_logits.detach(), teacher_logits.detach(), label, other, lam, hyper,
+                                               split, reverse, dtype)
     return _WithGradient.apply(student_logits, losses[0], grad), losses[1:]
 
 
@@ -282,6 +284,13 @@ def _load(logits, row, stride, column, live, C):
 
 
 @triton.jit
+def _store(grad, row, column, values, live, C):
+    """A tile of the contiguous gradient, rounded to its dtype."""
+    inside = live[:, None] & (column < C)[None, :]
+    tl.store(grad + (row * C)[:, None] + column[None, :], values.to(grad.dtype.element_ty), inside)
+
+
+@triton.jit
 def _at(logits, row, stride, column, live):
     return tl.load(logits + row * stride + column, live, other=0.0).to(tl.float32)
 
@@ -308,8 +317,8 @@ def _tile_sums(x, y, top, top_t, own, column, rest, rest1, cold, C, REVERSE: tl.
 
 
 @triton.jit
-def _tile_gradient(x, y, column, rest, rest1, a, b, label_a, label_b, grad_a, grad_b, ce_a, ce_b, of_q, of_gap, of_p, of_s, uniform, cold,
-                   REVERSE: tl.constexpr):
+def _tile_gradient(x, y, column, rest, rest1, a, b, label_a, label_b, grad_a, grad_b, ce_a, ce_b, of_q, of_gap, of_p, of_s,
+                   uniform, cold, REVERSE: tl.constexpr):
     """The gradient of one tile of logits that have their maxima subtracted."""
     weight = tl.where(rest, tl.exp2(x * cold), 0.0)
     if REVERSE:
@@ -341,9 +350,9 @@ def _weighted(weight, term):
 
 
 @triton.jit
-def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_terms, losses, finished, N, C, student_stride, teacher_stride,
-                       SPLIT: tl.constexpr, REVERSE: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                       REDUCE: tl.constexpr):
+def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_terms, losses, finished, N, C,
+                       student_stride, teacher_stride, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
+                       WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REDUCE: tl.constexpr):
     w_ce, w_kl, w_tckd, w_nckd = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2), tl.load(hyper + 3)
     T, eps, scale = tl.load(hyper + 4), tl.load(hyper + 5), tl.load(hyper + 6) / N
     cold = LOG2E / T  # e^(x/T) = 2^(x * cold)
@@ -454,24 +463,26 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
 
     # Second read, backwards while the end of the row is still in cache: the gradient.
     if WHOLE:
-        g = _tile_gradient(x - top[:, None], y - top_t[:, None], column, rest, rest1, a, b, label_a, label_b, grad_a, grad_b, ce_a, ce_b,
-                           of_q, of_gap, of_p, of_s, w_ce * uniform, cold, REVERSE)
-        tl.store(grad + (row * C)[:, None] + column[None, :], (g * scale).to(grad.dtype.element_ty), live[:, None] & (column < C)[None, :])
+        g = _tile_gradient(x - top[:, None], y - top_t[:, None], column, rest, rest1, a, b, label_a, label_b,
+                           grad_a, grad_b, ce_a, ce_b, of_q, of_gap, of_p, of_s, w_ce * uniform, cold, REVERSE)
+        _store(grad, row, column, g * scale, live, C)
     else:
         blocks = (C + BLOCK - 1) // BLOCK
         for block in range(0, blocks):
             here = (blocks - 1 - block) * BLOCK + column
             x, y = _load(student, row, student_stride, here, live, C), _load(teacher, row, teacher_stride, here, live, C)
-            g = _tile_gradient(x - top[:, None], y - top_t[:, None], here, _without(here, a, b, C), _without(here, label_a, label_b, C),
-                               a, b, label_a, label_b, grad_a, grad_b, ce_a, ce_b, of_q, of_gap, of_p, of_s, w_ce * uniform, cold, REVERSE)
-            tl.store(grad + (row * C)[:, None] + here[None, :], (g * scale).to(grad.dtype.element_ty), live[:, None] & (here < C)[None, :])
+            rest, rest1 = _without(here, a, b, C), _without(here, label_a, label_b, C)
+            g = _tile_gradient(x - top[:, None], y - top_t[:, None], here, rest, rest1, a, b, label_a, label_b,
+                               grad_a, grad_b, ce_a, ce_b, of_q, of_gap, of_p, of_s, w_ce * uniform, cold, REVERSE)
+            _store(grad, row, here, g * scale, live, C)
 
     # The program that finishes last adds up the rows, always in the same order, and leaves the counter as it found it.
     tl.debug_barrier()
     if tl.atomic_add(finished, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         mean_ce, mean_kl = _mean(row_terms, N, REDUCE), _mean(row_terms + N, N, REDUCE)
         mean_tckd, mean_nckd = _mean(row_terms + 2 * N, N, REDUCE), _mean(row_terms + 3 * N, N, REDUCE)
-        tl.store(losses, _weighted(w_ce, mean_ce) + _weighted(w_kl, mean_kl) + _weighted(w_tckd, mean_tckd) + _weighted(w_nckd, mean_nckd))
+        tl.store(losses, _weighted(w_ce, mean_ce) + _weighted(w_kl, mean_kl)
+                 + _weighted(w_tckd, mean_tckd) + _weighted(w_nckd, mean_nckd))
         tl.store(losses + 1, mean_ce)
         tl.store(losses + 2, mean_kl)
         tl.store(losses + 3, mean_tckd)
@@ -505,7 +516,16 @@ def _counter(device: torch.device, stream: int) -> torch.Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
-def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, split: str, reverse: bool, grad_dtype, tile: Tile | None = None):
+def _counter_for(logits: torch.Tensor) -> torch.Tensor:
+    if not logits.is_cuda:
+        return _counter(logits.device, 0)
+    if torch.cuda.is_current_stream_capturing():  # a counter of the graph's own, which every replay sets to 0
+        return torch.zeros(1, dtype=torch.int32, device=logits.device)
+    return _counter(logits.device, torch.cuda.current_stream(logits.device).cuda_stream)
+
+
+def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, split: str, reverse: bool, grad_dtype,
+                      tile: Tile | None = None):
     """One launch; arguments and results of the operator.  Logits whose classes are not adjacent are copied first."""
     student, teacher = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (student, teacher))
     rows, classes = student.shape
@@ -513,9 +533,9 @@ def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, split: str,
     grad = torch.empty(student.shape, dtype=grad_dtype, device=student.device)
     row_terms = torch.empty(4, rows, dtype=torch.float32, device=student.device)
     losses = torch.empty(5, dtype=torch.float32, device=student.device)
-    stream = torch.cuda.current_stream(student.device).cuda_stream if student.is_cuda else 0
     _softmax_kl_kernel[(triton.cdiv(rows, tile.rows),)](
-        student, teacher, label.contiguous(), other.contiguous(), lam.contiguous(), hyper, grad, row_terms, losses, _counter(student.device, stream),
-        rows, classes, student.stride(0), teacher.stride(0),
-        SPLIT=split, REVERSE=reverse, WHOLE=tile.whole, ROWS=tile.rows, BLOCK=tile.block, REDUCE=256 * tile.warps, num_warps=tile.warps, maxnreg=tile.registers or None)
+        student, teacher, label.contiguous(), other.contiguous(), lam.contiguous(), hyper, grad, row_terms, losses,
+        _counter_for(student), rows, classes, student.stride(0), teacher.stride(0),
+        SPLIT=split, REVERSE=reverse, WHOLE=tile.whole, ROWS=tile.rows, BLOCK=tile.block, REDUCE=256 * tile.warps,
+        num_warps=tile.warps, maxnreg=tile.registers or None)
     return losses, grad
