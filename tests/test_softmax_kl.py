@@ -199,13 +199,14 @@ def test_bits_do_not_depend_on_the_run_or_the_number_of_programs(split):
         return op.softmax_kl_triton(z, v, *targets, hyper, split="pair", reverse=split == "reverse", grad_dtype=torch.float32,
                                     tile=Tile(tile_rows, block=128, warps=1, registers=255, whole=True))
 
-    one_row_each = launch(1)
-    for tile_rows in (1, 4, 8):
+    sizes = (8, 16, 64) if DEVICE == "cpu" else (1, 4, 8)
+    smallest = launch(sizes[0])
+    for tile_rows in sizes:
         first = launch(tile_rows)
-        for _ in range(2 if DEVICE == "cpu" else 1000):
+        for _ in range(1 if DEVICE == "cpu" else 1000):
             assert all(torch.equal(one, two) for one, two in zip(launch(tile_rows), first))
         # On a GPU another tile is another compiled kernel, which may sum the classes of a row in another order.
-        assert DEVICE == "cuda" or all(torch.equal(one, two) for one, two in zip(first, one_row_each))
+        assert DEVICE == "cuda" or all(torch.equal(one, two) for one, two in zip(first, smallest))
 
 
 def test_the_operator_is_sound(kernel):
