@@ -3,6 +3,7 @@
     python distill.py --method kd                              the recipe of experiment v2, teacher from runs/teacher/best.pt
     python distill.py --method dkd --beta 8                    the setting that is said to collapse
     python distill.py --experiment v3.1 --seed 2               a preset of the study (v1, v2, v3, v3.1, v4)
+    python distill.py --experiment v2 --resume auto            whatever happened to it: goes on, or starts
 
 Teacher and student see the same augmented images; the criterion reads both logits and both labels of each mixed image.
 To add a method: a file and a line in losses/, and its numbers in training/options.py.  Leaves log.csv, summary.json,
@@ -20,10 +21,10 @@ def main(args):
     import kernels
     from augment import BatchAugmenter
     from losses import METHODS
+    from training import checkpoint, loop, models
     from training import data as datasets
-    from training import loop, models
 
-    machine = loop.prepare_machine(args.device, args.amp, args.seed)
+    machine = loop.prepare_machine(args.device, args.amp, args.seed, args.deterministic)
     kernels.choose(args.kernels)
     fused = kernels.use_triton(torch.empty(0, device=machine.device))
     if args.kernels == "triton" and not fused:
@@ -34,10 +35,14 @@ def main(args):
     if args.dry_run:
         return
 
-    with runlog.RunDirectory(args.output, overwrite=args.overwrite) as run:
-        if not Path(args.teacher_checkpoint).exists():
-            raise runlog.Failure(runlog.CHECKPOINT, f"no teacher ({args.teacher_checkpoint})",
-                                 "train one first: python train_teacher.py, or name one with --teacher-checkpoint")
+    if not Path(args.teacher_checkpoint).exists():
+        raise runlog.Failure(runlog.CHECKPOINT, f"no teacher ({args.teacher_checkpoint})",
+                             "train one first: python train_teacher.py, or name one with --teacher-checkpoint")
+    config["teacher_sha256"] = checkpoint.digest(args.teacher_checkpoint)
+    with runlog.RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume) as run, checkpoint.Writer() as writer:
+        saved, stop = checkpoint.find(run, config), loop.EarlyStop(args.monitor, args.patience)
+        if checkpoint.is_finished(run, saved, args.epochs, stop):
+            return
         teacher = models.load(args.teacher_checkpoint, machine.device)
         data = datasets.load(**options.data(args), device=machine.device)
         loop.check_batch_size(args.batch_size, data)
@@ -45,13 +50,13 @@ def main(args):
         teacher_val = loop.evaluate(teacher, data.val, data.mean, data.std, machine)
         image_size = args.image_size or data.image_size
         student = models.build(args.student, len(data.classes), image_size)
-        models.initialise(student, args.student, pretrained=args.student_init == "imagenet",
-                          init=None if args.student_init in ("none", "imagenet") else args.student_init)
+        if not saved:
+            models.initialise(student, args.student, pretrained=args.student_init == "imagenet",
+                              init=None if args.student_init in ("none", "imagenet") else args.student_init)
         student.to(machine.device)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype)
         update = loop.Update(student, loop.build_optimizer(student, args), machine.scaler(), args.clip_grad, args.model_ema)
         criterion, numbers = METHODS[args.method], options.loss_numbers(args)
-        means, stop = loop.Means(machine.device), loop.EarlyStop(args.monitor, args.patience)
         card = {"model": args.student, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
                 "std": list(data.std), "dataset": args.dataset, "seed": args.seed}
         print(f"{data}\n"
@@ -60,8 +65,12 @@ def main(args):
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
         run.open(config | {"teacher": teacher.info["model"], "image_size": image_size})
 
-        started, progress = time.perf_counter(), loop.Progress(args.epochs, augmenter.steps)
-        for epoch in range(1, args.epochs + 1):
+        state = checkpoint.State(run, writer, config, update=update, stop=stop)
+        first = state.restore(saved)
+        means, progress = loop.Means(machine.device), loop.Progress(args.epochs, augmenter.steps, first)
+        for epoch in range(first, args.epochs + 1):
+            if stop.stop:
+                break
             begun = time.perf_counter()
             student.train()
             augmenter.set_epoch(epoch)
@@ -74,33 +83,31 @@ def main(args):
                         teacher_logits = teacher(batch.images)
                     logits = student(batch.images)
                 loss, terms = criterion(logits, teacher_logits, batch.targets, **numbers)
-                update(loss, lr)
-                means.add(args.batch_size, train_loss=loss, **{f"train_loss_{name}": term for name, term in terms.items()},
+                kept = update(loss, lr)
+                means.add(args.batch_size, kept, train_loss=loss, **{f"train_loss_{name}": term for name, term in terms.items()},
                           train_acc1=loop.accuracy(logits, batch.targets.dominant))
                 progress.step(epoch, step, lr, means)
             columns = means.epoch_columns(epoch) | update.epoch_columns()  # the epoch's one wait for the device
             trained = time.perf_counter()
             val = loop.evaluate(update.evaluated, data.val, data.mean, data.std, machine)
             best = stop.update(epoch, val)
-            now, samples = time.perf_counter(), augmenter.steps * args.batch_size
-            run.log(runlog.EpochRow(
+            evaluated, samples = time.perf_counter(), augmenter.steps * args.batch_size
+            state.save(runlog.EpochRow(
                 epoch=epoch, lr=lr, **columns, **val.columns(), **stop.columns(), teacher_agree=val.agreement(teacher_val),
-                samples=samples, images_per_s=samples / (trained - begun), epoch_s=trained - begun, val_s=now - trained,
-                total_s=now - started, peak_mem_mb=machine.peak_memory_mb()))
-            for name in ("last.pt", "best.pt") if best else ("last.pt",):
-                models.save(run / name, update.evaluated, **card, epoch=epoch, val_acc1=val.acc1, test_acc1=None)
+                samples=samples, images_per_s=samples / (trained - begun), epoch_s=trained - begun, val_s=evaluated - trained,
+                total_s=run.elapsed(), peak_mem_mb=machine.peak_memory_mb()), card if best else None)
             progress.epoch(run.rows[-1], best)
-            if stop.stop:
-                break
 
-        results = loop.test(run, data, machine)
+        writer.wait()
+        results = loop.test(run, update.evaluated, data, machine)
         run.close(results | {
-            "best_epoch": stop.best_epoch, "epochs": epoch, "stopped_early": epoch < args.epochs, "selected_on": data.selected_on,
+            "best_epoch": stop.best_epoch, "epochs": len(run.rows), "stopped_early": len(run.rows) < args.epochs,
+            "selected_on": data.selected_on,
             "params": models.parameters(student), "flops": models.flops(student, image_size),
             "teacher_test_acc1": teacher_test.acc1, "teacher_params": models.parameters(teacher),
             "retention": 100 * results["test_acc1_best"] / teacher_test.acc1,
             "compression": models.parameters(teacher) / models.parameters(student),
-            "verdict": runlog.verdict(run.rows, len(data.classes), epoch < args.epochs),
+            "verdict": runlog.verdict(run.rows, len(data.classes), len(run.rows) < args.epochs),
             "note": f"student initialisation: {args.student_init}",
         })
 

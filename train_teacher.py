@@ -3,6 +3,7 @@
     python train_teacher.py                                                    EfficientNetV2-L on CIFAR-100
     python train_teacher.py --model efficientnet_v2_s --output runs/alone      the student's size, for comparison
     python train_teacher.py --dataset imagefolder --data-dir photos            your own images: photos/train/CLASS/*.jpg
+    python train_teacher.py --resume auto                                      whatever happened to it: goes on, or starts
 
 The data live on the device as uint8; every step augments a batch there, reads both labels of each mixed image and makes
 one optimizer step.  Leaves log.csv, summary.json, best.pt and last.pt in --output.
@@ -15,33 +16,40 @@ from training import options, runlog
 def main(args):
     from augment import BatchAugmenter
     from losses import mixed_ce
+    from training import checkpoint, loop, models
     from training import data as datasets
-    from training import loop, models
 
-    machine = loop.prepare_machine(args.device, args.amp, args.seed)
+    machine = loop.prepare_machine(args.device, args.amp, args.seed, args.deterministic)
     pretrained = models.is_torchvision(args.model) and not args.init if args.pretrained is None else args.pretrained
     config = vars(args) | {"script": "train_teacher", "pretrained": pretrained} | machine.describe()
     runlog.announce(config, options.objective(args))
     if args.dry_run:
         return
 
-    with runlog.RunDirectory(args.output, overwrite=args.overwrite) as run:
+    with runlog.RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume) as run, checkpoint.Writer() as writer:
+        saved, stop = checkpoint.find(run, config), loop.EarlyStop(args.monitor, args.patience)
+        if checkpoint.is_finished(run, saved, args.epochs, stop):
+            return
         data = datasets.load(**options.data(args), device=machine.device)
         loop.check_batch_size(args.batch_size, data)
         image_size = args.image_size or data.image_size
         net = models.build(args.model, len(data.classes), image_size)
-        models.initialise(net, args.model, pretrained=pretrained, init=args.init)
+        if not saved:
+            models.initialise(net, args.model, pretrained=pretrained, init=args.init)
         net.to(machine.device)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype)
         update = loop.Update(net, loop.build_optimizer(net, args), machine.scaler(), args.clip_grad, args.model_ema)
-        means, stop = loop.Means(machine.device), loop.EarlyStop(args.monitor, args.patience)
         card = {"model": args.model, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
                 "std": list(data.std), "dataset": args.dataset, "seed": args.seed}
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")
         run.open(config | {"image_size": image_size})
 
-        started, progress = time.perf_counter(), loop.Progress(args.epochs, augmenter.steps)
-        for epoch in range(1, args.epochs + 1):
+        state = checkpoint.State(run, writer, config, update=update, stop=stop)
+        first = state.restore(saved)
+        means, progress = loop.Means(machine.device), loop.Progress(args.epochs, augmenter.steps, first)
+        for epoch in range(first, args.epochs + 1):
+            if stop.stop:
+                break
             begun = time.perf_counter()
             net.train()
             augmenter.set_epoch(epoch)
@@ -51,30 +59,28 @@ def main(args):
                 with machine.autocast():
                     logits = net(batch.images)
                 loss = mixed_ce(logits, batch.targets, label_smoothing=args.label_smoothing)
-                update(loss, lr)
-                means.add(args.batch_size, train_loss=loss, train_loss_ce=loss,
+                kept = update(loss, lr)
+                means.add(args.batch_size, kept, train_loss=loss, train_loss_ce=loss,
                           train_acc1=loop.accuracy(logits, batch.targets.dominant))
                 progress.step(epoch, step, lr, means)
             columns = means.epoch_columns(epoch) | update.epoch_columns()  # the epoch's one wait for the device
             trained = time.perf_counter()
             val = loop.evaluate(update.evaluated, data.val, data.mean, data.std, machine)
             best = stop.update(epoch, val)
-            now, samples = time.perf_counter(), augmenter.steps * args.batch_size
-            run.log(runlog.EpochRow(
+            evaluated, samples = time.perf_counter(), augmenter.steps * args.batch_size
+            state.save(runlog.EpochRow(
                 epoch=epoch, lr=lr, **columns, **val.columns(), **stop.columns(), samples=samples,
-                images_per_s=samples / (trained - begun), epoch_s=trained - begun, val_s=now - trained,
-                total_s=now - started, peak_mem_mb=machine.peak_memory_mb()))
-            for name in ("last.pt", "best.pt") if best else ("last.pt",):
-                models.save(run / name, update.evaluated, **card, epoch=epoch, val_acc1=val.acc1, test_acc1=None)
+                images_per_s=samples / (trained - begun), epoch_s=trained - begun, val_s=evaluated - trained,
+                total_s=run.elapsed(), peak_mem_mb=machine.peak_memory_mb()), card if best else None)
             progress.epoch(run.rows[-1], best)
-            if stop.stop:
-                break
 
-        run.close(loop.test(run, data, machine) | {
-            "best_epoch": stop.best_epoch, "epochs": epoch, "stopped_early": epoch < args.epochs, "selected_on": data.selected_on,
+        writer.wait()
+        run.close(loop.test(run, update.evaluated, data, machine) | {
+            "best_epoch": stop.best_epoch, "epochs": len(run.rows), "stopped_early": len(run.rows) < args.epochs,
+            "selected_on": data.selected_on,
             "params": models.parameters(net), "flops": models.flops(net, image_size),
             "teacher_test_acc1": None, "teacher_params": None, "retention": None, "compression": None,
-            "verdict": runlog.verdict(run.rows, len(data.classes), epoch < args.epochs),
+            "verdict": runlog.verdict(run.rows, len(data.classes), len(run.rows) < args.epochs),
             "note": "initialisation: " + ("imagenet" if pretrained else args.init or "none"),
         })
 

@@ -112,8 +112,8 @@ def test_no_step_waits_for_the_gpu(recipe):
             with machine.autocast():
                 logits = model(batch.images)
             loss, terms = dkd_loss(logits, logits.detach(), batch.targets)
-            update(loss, 0.1)
-            means.add(64, train_loss=loss, train_acc1=loop.accuracy(logits, batch.targets.dominant), **terms)
+            kept = update(loss, 0.1)
+            means.add(64, kept, train_loss=loss, train_acc1=loop.accuracy(logits, batch.targets.dominant), **terms)
             means.glance()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -134,14 +134,24 @@ def test_moving_average():
 
 def test_means_weigh_samples_and_name_the_first_sick_term():
     means = loop.Means(CPU.device)
-    means.add(10, train_loss=torch.tensor(1.0), train_loss_ce=torch.tensor(2.0))
-    means.add(30, train_loss=torch.tensor(3.0), train_loss_ce=torch.tensor(2.0))
-    assert means.glance() == means.read() == {"train_loss": 2.5, "train_loss_ce": 2.0}
+    yes, no = torch.tensor(True), torch.tensor(False)
+    sick = {"train_loss": torch.tensor(math.nan), "train_loss_ce": torch.tensor(1.0), "train_loss_kl": torch.tensor(math.inf)}
+    healthy = {"train_loss": torch.tensor(3.0), "train_loss_ce": torch.tensor(2.0), "train_loss_kl": torch.tensor(1.0)}
+    means.add(10, yes, **healthy | {"train_loss": torch.tensor(1.0)})
+    means.add(30, yes, **healthy)
+    means.add(20, no, **sick)
+    assert means.glance() == means.read() == {"train_loss": 2.5, "train_loss_ce": 2.0, "train_loss_kl": 1.0} and means.samples == 60
     assert means.epoch_columns(1)["train_loss"] == 2.5
-    means.add(10, train_loss=torch.tensor(math.nan), train_loss_ce=torch.tensor(1.0), train_loss_kl=torch.tensor(math.inf))
-    with pytest.raises(Failure, match="train_loss_kl is not finite in epoch 2") as failure:
+    means.add(10, no, **sick)
+    with pytest.raises(Failure, match="train_loss_kl is not finite .no step of epoch 2 was kept") as failure:
         means.epoch_columns(2)
     assert failure.value.code == 6
+    means.clear()
+    means.add(10, yes, **healthy)
+    for _ in range(loop.SKIPS):
+        means.add(10, no, **healthy)
+    with pytest.raises(Failure, match="the gradient is not finite .more than 20 steps in a row"):
+        means.add(10, no, **healthy)
 
 
 def test_evaluate_counts_every_image_once(monkeypatch):
@@ -204,9 +214,9 @@ def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
             return True
 
     means = loop.Means(CPU.device)
-    means.add(8, train_loss=torch.tensor(1.5))
+    means.add(8, torch.tensor(True), train_loss=torch.tensor(1.5))
     for stream in (io.StringIO(), Terminal()):
-        progress = loop.Progress(3, 10, stream)
+        progress = loop.Progress(3, 10, stream=stream)
         progress.step(1, 4, 0.1, means)
         assert ("[5/10]" in stream.getvalue() and " loss 1.500" in stream.getvalue()) == stream.isatty()
     assert loop.clock(3725.4) == "1:02:05"

@@ -3,7 +3,10 @@ import csv
 import errno
 import getpass
 import json
+import shutil
+import signal
 import socket
+from contextlib import contextmanager
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -23,18 +26,18 @@ def row(epoch=1, **values):
     return runlog.EpochRow(**required | whole | values)
 
 
+@contextmanager
 def opened(path, **flags):
-    run = runlog.RunDirectory(path, overwrite=flags.pop("overwrite", False))
-    run.open({"seed": 1})
-    return run
+    with runlog.RunDirectory(path, **{"overwrite": False} | flags) as run:
+        run.open({"seed": 1})
+        yield run
 
 
 def test_log_has_the_columns_in_order_and_floats_round_trip(tmp_path):
     assert [field.name for field in fields(runlog.EpochRow)] == COLUMNS
-    run = opened(tmp_path / "a" / "run")
-    for epoch in (1, 2):
-        run.log(row(epoch, train_loss_kl=1 / 3))
-    text = (run / "log.csv").read_text()
+    with opened(tmp_path / "a" / "run") as run:
+        run.rows = [row(epoch, train_loss_kl=1 / 3) for epoch in (1, 2)]
+        text = run.table().decode()
     assert text.splitlines()[0].split(",") == COLUMNS and text.count("epoch,lr") == 1
     first, second = csv.DictReader(text.splitlines())
     assert (first["epoch"], second["epoch"]) == ("1", "2")
@@ -45,24 +48,30 @@ def test_log_has_the_columns_in_order_and_floats_round_trip(tmp_path):
 
 
 def test_a_used_directory_is_refused_before_anything_is_written(tmp_path):
-    run = opened(tmp_path / "run")
-    run.log(row())
-    with pytest.raises(runlog.Failure, match="not empty .*run.* --overwrite") as failure:
-        runlog.RunDirectory(tmp_path / "run", overwrite=False)
+    with opened(tmp_path / "run") as run:
+        runlog.write_atomic(run / "log.csv", run.table())
+    with pytest.raises(runlog.Failure, match="not empty .*run.* --resume auto .* --overwrite") as failure:
+        with runlog.RunDirectory(tmp_path / "run", overwrite=False):
+            pass
     assert failure.value.code == runlog.USAGE
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    opened(tmp_path / "run", overwrite=True)
-    assert not (run / "log.csv").exists() and (run / "notes.txt").exists(), "--overwrite removes what a run wrote, nothing else"
+    with opened(tmp_path / "run", resume="auto"):
+        assert (run / "log.csv").exists()
+    with opened(tmp_path / "run", overwrite=True):
+        assert not (run / "log.csv").exists() and (run / "notes.txt").exists(), "--overwrite removes what a run wrote, nothing else"
     (tmp_path / "file").write_text("")
     with pytest.raises(runlog.Failure, match="not a directory"):
         runlog.RunDirectory(tmp_path / "file", overwrite=True)
-    runlog.RunDirectory(tmp_path / "new", overwrite=False)
+    with runlog.RunDirectory(tmp_path / "new", overwrite=False):
+        with pytest.raises(runlog.Failure, match="in use") as failure, runlog.RunDirectory(tmp_path / "new", overwrite=True):
+            pass
+        assert failure.value.code == runlog.IN_USE
     assert not (tmp_path / "new").exists(), "a run that fails before its start leaves no directory behind"
 
 
 def test_status_says_how_a_run_ended(tmp_path):
     with pytest.raises(runlog.Failure), opened(tmp_path / "run") as run:
-        run.log(row())
+        run.rows.append(row())
         raise runlog.Failure(runlog.DIVERGED, "loss is not finite (nan)", "lower --lr")
     assert json.loads((run / "status.json").read_text()) == {"state": "failed", "reason": "loss is not finite (nan). lower --lr", "exit_code": 6, "epoch": 1}
     with opened(tmp_path / "done") as run:
@@ -76,15 +85,17 @@ def test_status_says_how_a_run_ended(tmp_path):
     (runlog.Failure(5, "two\nlines", "one"), 5, "two lines. one"),
     (OSError(errno.ENOSPC, "No space left on device", "runs/x/last.pt"), 8, "runs/x/last.pt"),
     (runlog.Unwritable(errno.ENOENT, "No such file or directory", "/proc/x"), 8, "/proc/x"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nmore"), 7, "--batch-size"),
-    (KeyboardInterrupt(), 130, "interrupted"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nmore"), 7, "(--batch-size 64). choose --batch-size 32, or a smaller --image-size"),
+    (RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but"), 2, "--deterministic"),
+    (runlog.Stopped(signal.SIGINT), 130, "--resume auto"),
+    (runlog.Stopped(signal.SIGTERM), 143, "SIGTERM"),
 ])
 def test_expected_errors_are_one_line_and_a_code(failure, code, words, capsys):
     def main(args):
         raise failure
 
     with pytest.raises(SystemExit) as stop:
-        runlog.run(main, SimpleNamespace(debug=False))
+        runlog.run(main, SimpleNamespace(debug=False, batch_size=64))
     err = capsys.readouterr().err
     assert stop.value.code == code
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
@@ -108,14 +119,28 @@ def test_a_failed_write_leaves_the_old_file_and_no_partial(tmp_path, monkeypatch
 
     monkeypatch.setattr(runlog.os, "fsync", full)
     with pytest.raises(runlog.Unwritable) as failure:
-        runlog.write_atomic(tmp_path / "file", b"new")
-    assert failure.value.filename == str(tmp_path / "file")
+        runlog.write_atomic(tmp_path / "file", b"new" * 10**6, previous=tmp_path / "before")
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"old"
+    failure.value.saved = 41
+    code, line = runlog.expected(failure.value)
+    free = shutil.disk_usage(tmp_path).free / 1e6
+    assert code == 8 and line.startswith(f"cannot write {tmp_path / 'file'} (No space left on device; needs 3.0 MB, ") and "epoch 41" in line
+    assert abs(float(line.split(", ")[1].split()[0]) - free) < 0.1 * free
+
+
+def test_the_previous_file_is_kept(tmp_path):
+    for content in (b"one", b"two", b"three"):
+        runlog.write_atomic(tmp_path / "file", content, previous=tmp_path / "before")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"three", "before": b"two"}
+    (tmp_path / "before").unlink()
+    (tmp_path / "before").hardlink_to(tmp_path / "file")  # what a crash between the two replacements leaves
+    runlog.write_atomic(tmp_path / "file", b"four", previous=tmp_path / "before")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"four", "before": b"three"}
 
 
 def test_environment_is_enough_to_repeat_and_holds_nothing_private():
     environment = runlog.environment()
-    assert environment["torch"] == torch.__version__ and {"git_commit", "gpu", "python"} <= set(environment)
+    assert environment["torch"] == torch.__version__ and {"git_commit", "gpu", "driver", "python"} <= set(environment)
     text = json.dumps(environment)
     assert socket.gethostname() not in text and str(runlog.Path.home()) not in text and getpass.getuser() not in text
 

@@ -12,6 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from training import data as datasets
+from training import loop, models
+
 ROOT = Path(__file__).parent.parent
 SMALL = ("--dataset imagefolder --epochs 2 --warmup-epochs 0 --batch-size 16 --opt sgd --lr 0.02 --weight-decay 5e-4 --label-smoothing 0.1 "
          "--val-size 20 --device cpu")
@@ -93,7 +96,7 @@ def test_the_whole_way_from_images_to_figures(here, capsys):
         assert json.loads((folder / "status.json").read_text())["state"] == "finished"
         config = json.loads((folder / "config.json").read_text())
         assert config["script"] == "distill" and config["teacher"] == "resnet8" and config["amp"] == "off" and config["seed"] == 1
-        assert {"config.json", "env.json", "log.csv", "status.json", "summary.json", "last.pt", "best.pt"} == {path.name for path in folder.iterdir()}
+        assert {".lock", "config.json", "env.json", "log.csv", "status.json", "summary.json", "last.pt", "prev.pt", "best.pt"} == {path.name for path in folder.iterdir()}
 
     # A student can be the next teacher, at another image size; and weights can be the start of another network.
     code, _, err = distill(capsys, "--teacher-checkpoint runs/v2-s1/best.pt --image-size 24 --model-ema 0.5 --output runs/chain")
@@ -118,7 +121,7 @@ def test_the_same_seed_gives_the_same_bits(here, capsys):
     for name, seed in (("one", 7), ("two", 7), ("three", 8)):
         assert distill(capsys, f"--method dkd --beta 2 --seed {seed} --output runs/{name}")[0] == 0
         logs.append([{key: value for key, value in row.items() if key not in clock} for row in rows(Path(f"runs/{name}/log.csv"))])
-        weights.append(torch.load(f"runs/{name}/last.pt", weights_only=True)["state_dict"])
+        weights.append(torch.load(f"runs/{name}/last.pt", weights_only=True)["update"]["net"])
     assert logs[0] == logs[1] and all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
     assert logs[0] != logs[2]
 
@@ -130,9 +133,14 @@ def test_an_unequal_end_keeps_the_best_epoch(here, capsys):
     summary, log = json.loads(Path("runs/wild/summary.json").read_text()), rows(Path("runs/wild/log.csv"))
     assert summary["best_epoch"] == min(range(len(log)), key=lambda i: float(log[i]["val_loss"])) + 1
     assert summary["epochs"] == len(log) and summary["stopped_early"] == (len(log) < 4)
-    saved = [torch.load(f"runs/wild/{name}.pt", weights_only=True) for name in ("best", "last")]
-    assert [content["epoch"] for content in saved] == [summary["best_epoch"], len(log)]
-    assert [content["test_acc1"] for content in saved] == [summary["test_acc1_best"], summary["test_acc1_last"]]
+    best, last = (torch.load(f"runs/wild/{name}.pt", weights_only=True) for name in ("best", "last"))
+    assert [best["epoch"], last["epoch"]] == [summary["best_epoch"], len(log)]
+    assert best["test_acc1"] == summary["test_acc1_best"]
+    net = models.load("runs/wild/best.pt")
+    net.load_state_dict(last["update"]["net"])
+    test = datasets.load("imagefolder", "images", val_size=20)
+    accuracy = loop.evaluate(net, test.test, test.mean, test.std, loop.Machine(torch.device("cpu"), "off")).acc1
+    assert accuracy == summary["test_acc1_last"]
 
 
 BAD = [  # what is wrong, script, flags, exit code, words of the line
@@ -153,6 +161,7 @@ BAD = [  # what is wrong, script, flags, exit code, words of the line
     ("run directory in use by another run", "train", "--output runs/teacher", 2, ["runs/teacher", "--overwrite"]),
     ("output is a file", "train", "--output text.pt", 2, ["text.pt"]),
     ("output below a file", "train", "--output text.pt/run", 8, ["text.pt"]),
+    ("nothing to resume", "train", "--resume nowhere/last.pt", 5, ["nowhere/last.pt"]),
     ("output where nothing can be made", "train", "--output /proc/nothing/run", 8, ["/proc/nothing"]),
     ("batch larger than the data", "train", "--batch-size 5000", 2, ["5000"]),
     ("validation larger than the data", "train", "--val-size 5000", 2, ["5000"]),

@@ -3,6 +3,7 @@
 Nothing here waits for the device inside a step: counts and sums stay on it and are read once per epoch.
 """
 import math
+import os
 import sys
 import time
 from typing import NamedTuple
@@ -17,6 +18,9 @@ from training.runlog import DIVERGED, USAGE, Failure
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 ECE_BINS = 15
 CALMER = "lower --lr or the weights of the loss, or use --amp bf16"
+SKIPS = 20  # optimizer steps in a row that a healthy run may skip: FP16's first scale of 2^16 finds its level in fewer
+SMALLEST_SCALE = 2.0**-14  # a loss that overflows FP16 at this scale is broken, not large
+ALIGNMENT = 16  # elements
 TEACHER_TOLERANCE = 0.1  # percentage points: more than rounding in another precision, less than another normalisation
 
 
@@ -43,9 +47,15 @@ class Machine(NamedTuple):
         return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if self.device.type == "cuda" else None
 
 
-def prepare_machine(device: str, amp: str | None, seed: int) -> Machine:
-    """Seed the weights' initialisation and choose device and precision; the data have generators of their own."""
+def prepare_machine(device: str, amp: str | None, seed: int, deterministic: bool = False) -> Machine:
+    """Seed the weights' initialisation and choose device and precision; the data have generators of their own.
+
+    deterministic: the same bits every time on one machine and one set of versions, at some cost on a GPU.
+    """
     torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -53,7 +63,7 @@ def prepare_machine(device: str, amp: str | None, seed: int) -> Machine:
         if (device.index or 0) >= torch.cuda.device_count():
             raise Failure(USAGE, f"no such GPU here (--device {device})", "use --device cpu, or check the driver")
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not deterministic
     return Machine(device, amp or ("fp16" if device.type == "cuda" else "off"))
 
 
@@ -81,10 +91,11 @@ def learning_rate(step: int, args, steps_per_epoch: int) -> float:
 
 
 class Update:
-    """`update(loss, lr)` is one optimizer step: scale, backward, unscale, clip, step, average; and the counts of the epoch.
+    """`kept = update(loss, lr)` is one optimizer step: scale, backward, unscale, clip, step, average; and its counts.
 
-    A step whose gradient is not finite leaves the weights alone under a GradScaler; it is counted as skipped and enters
-    neither the gradient norms nor the clipped share.
+    A step whose loss or gradient is not finite, in whatever precision, leaves weights, momentum and running statistics as they
+    were; it is counted as skipped and enters neither the gradient norms nor the clipped share.  `kept` is a 0-dim bool tensor:
+    the device decides, nothing waits for it.
     """
 
     def __init__(self, net, optimizer, scaler, clip_grad: float, ema_decay: float):
@@ -92,31 +103,41 @@ class Update:
         self.clip_grad = clip_grad or math.inf
         self.parameters = list(net.parameters())
         self.average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True) if ema_decay else None
+        self.buffers = flat_buffers(net)
         self.sums = torch.zeros(3, device=self.parameters[0].device)  # good steps, their norms, the clipped ones
         self.largest = torch.zeros((), device=self.parameters[0].device)
         self.steps = 0
+        self.remember_buffers()
 
     @property
     def evaluated(self):
         """The network whose weights count: the moving average where there is one."""
         return self.average.module if self.average else self.net
 
-    def __call__(self, loss, lr: float) -> None:
+    def __call__(self, loss, lr: float):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
-        self.scaler.step(self.optimizer)
+        kept = norm.isfinite() & loss.detach().isfinite()
+        self.optimizer.found_inf = (~kept).float()  # fused optimizers read it on the device; the scaler has its own for its scale
+        self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        for buffers, before in zip(self.buffers, self.before):
+            torch.where(kept, buffers, before, out=before)
+            buffers.copy_(before)
         if self.average:
             self.average.update_parameters(self.net)
-        finite = norm.isfinite()
-        norm = torch.where(finite, norm, 0.0)
-        self.sums += torch.stack([finite.float(), norm, (norm > self.clip_grad).float()])
+        norm = torch.where(kept, norm, 0.0)
+        self.sums += torch.stack([kept.float(), norm, (norm > self.clip_grad).float()])
         self.largest = torch.maximum(self.largest, norm)
         self.steps += 1
+        return kept
+
+    def remember_buffers(self) -> None:
+        self.before = [buffers.clone() for buffers in self.buffers]
 
     def epoch_columns(self) -> dict:
         """The epoch's columns of log.csv, read from the device once; starts the next epoch's counts."""
@@ -127,54 +148,113 @@ class Update:
             "amp_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
             "skipped_steps": round(self.steps - good), "steps": self.steps,
         }
+        if self.scaler.is_enabled() and columns["amp_scale"] < SMALLEST_SCALE:
+            raise Failure(DIVERGED, f"the gradient overflows FP16 at any loss scale (now {columns['amp_scale']:.3g})", CALMER)
         self.sums.zero_()
         self.largest.zero_()
         self.steps = 0
         return columns
 
+    def state_dict(self) -> dict:
+        """Weights, moving average, optimizer and loss scale, at the end of an epoch."""
+        return {"net": self.net.state_dict(), "average": self.average.state_dict() if self.average else None,
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.net.load_state_dict(state["net"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.remember_buffers()
+
+
+def flat_buffers(net) -> list:
+    """Put the buffers of `net` (running statistics) into one tensor per dtype, so that all are restored by one kernel."""
+    grouped = {}
+    for buffer in net.buffers():
+        grouped.setdefault(buffer.dtype, []).append(buffer)
+    flat = []
+    for dtype, buffers in grouped.items():
+        starts = [0]
+        for buffer in buffers:  # aligned for vector loads
+            starts.append(starts[-1] + -(-buffer.numel() // ALIGNMENT) * ALIGNMENT)
+        flat.append(torch.zeros(starts[-1], dtype=dtype, device=buffers[0].device))
+        for buffer, start in zip(buffers, starts):
+            view = flat[-1][start:start + buffer.numel()].view(buffer.shape)
+            view.copy_(buffer)
+            buffer.data = view
+    return flat
+
+
+class Glance:
+    """The numbers of a device tensor a moment ago, without waiting: a copy is started now and read once it has arrived."""
+
+    def __init__(self):
+        self.host = self.arrived = None
+
+    def __call__(self, tensor) -> list | None:
+        if tensor.device.type != "cuda":
+            return tensor.tolist()
+        numbers = None
+        if self.arrived is not None and self.arrived.query():
+            numbers, self.arrived = self.host.tolist(), None
+        if self.arrived is None:
+            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.host.copy_(tensor, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+        return numbers
+
 
 class Means:
-    """Means over an epoch's samples of named 0-dim tensors, summed on the device."""
+    """Means over an epoch's samples of named 0-dim tensors, summed on the device; and the end of a run that only skips steps."""
 
     def __init__(self, device):
-        self.device = device
+        self.row = torch.zeros(2, dtype=torch.int64, device=device)  # steps skipped in a row, now and at most
+        self.see_means, self.see_row = Glance(), Glance()
         self.clear()
 
     def clear(self) -> None:
-        self.names, self.sums, self.weight, self.snapshot, self.ready = (), None, 0, None, None
+        self.names, self.sums, self.sick, self.samples = (), None, None, 0
 
-    def add(self, samples: int, **values) -> None:
-        """Add batch means; the names are the same at every call."""
-        stacked = torch.stack([value.detach().double() for value in values.values()]) * samples
-        self.names, self.sums = tuple(values), stacked if self.sums is None else self.sums + stacked
-        self.weight += samples
+    def add(self, samples: int, kept, **values) -> None:
+        """Add batch means where the step was `kept`, bool 0-dim; the names are the same at every call.
+
+        Failure DIVERGED after too many steps in a row that were not; on a GPU a few steps later.
+        """
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        if self.sums is None:
+            self.names, self.sums, self.sick = tuple(values), stacked.new_zeros(len(values) + 1), torch.zeros_like(stacked)
+        self.sums += torch.where(kept, torch.cat([stacked, stacked.new_ones(1)]), 0) * samples
+        self.sick += ~stacked.isfinite()
+        self.samples += samples
+        self.row[0] = torch.where(kept, 0, self.row[0] + 1)
+        self.row[1] = self.row.amax()
+        row = self.see_row(self.row)
+        if row and row[1] > SKIPS:
+            raise self.failure(f"more than {SKIPS} steps in a row were skipped")
 
     def read(self) -> dict:
         """The means so far; waits for the device."""
-        return dict(zip(self.names, (self.sums / self.weight).tolist()))
+        return dict(zip(self.names, (self.sums[:-1] / self.sums[-1]).tolist()))
 
     def epoch_columns(self, epoch: int) -> dict:
-        """The epoch's means as columns of log.csv; starts the next epoch's.  A loss that is not finite ends the run."""
+        """The epoch's means as columns of log.csv; starts the next epoch's.  An epoch without a kept step ends the run."""
         columns = self.read()
+        if not all(map(math.isfinite, columns.values())):
+            raise self.failure(f"no step of epoch {epoch} was kept")
         self.clear()
-        for name, value in reversed(columns.items()):  # the terms stand after their sum: name the one that went first
-            if not math.isfinite(value):
-                raise Failure(DIVERGED, f"{name} is not finite in epoch {epoch} ({value})", CALMER)
         return columns
 
+    def failure(self, reason: str) -> Failure:
+        """Names the term that went first: the terms stand after their sum."""
+        sick = [name for name, count in zip(self.names, self.sick.tolist()) if count]
+        return Failure(DIVERGED, f"{sick[-1] if sick else 'the gradient'} is not finite ({reason})", CALMER)
+
     def glance(self) -> dict:
-        """The means of a moment ago, without waiting: a copy is started now and shown once it has arrived."""
-        if self.device.type != "cuda":
-            return self.read()
-        shown = {}
-        if self.snapshot is not None and self.ready.query():
-            shown, self.snapshot = dict(zip(self.names, self.snapshot.tolist())), None
-        if self.snapshot is None:
-            self.snapshot = torch.empty(len(self.names), dtype=torch.float64, pin_memory=True)
-            self.snapshot.copy_(self.sums / self.weight, non_blocking=True)
-            self.ready = torch.cuda.Event()
-            self.ready.record()
-        return shown
+        """The means of a moment ago, without waiting."""
+        return dict(zip(self.names, self.see_means(self.sums[:-1] / self.sums[-1]) or ()))
 
 
 class Evaluation(NamedTuple):
@@ -240,6 +320,12 @@ class EarlyStop:
         self.bad_epochs += 1
         return False
 
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in ("best_value", "best_loss", "best_epoch", "bad_epochs")}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
     @property
     def stop(self) -> bool:
         return 0 < self.patience <= self.bad_epochs
@@ -276,14 +362,12 @@ def check_teacher(teacher, data, machine: Machine) -> Evaluation:
     return evaluation
 
 
-def test(run, data, machine: Machine) -> dict:
-    """Read the test set, once: the accuracies of last.pt and best.pt, which are told their own."""
-    results = {}
-    for name in ("last", "best"):
-        net = models.load(run / f"{name}.pt", machine.device)
-        results[f"test_acc1_{name}"] = evaluate(net, data.test, data.mean, data.std, machine).acc1
-        models.save(run / f"{name}.pt", net, **net.info | {"test_acc1": results[f"test_acc1_{name}"]})
-    return results
+def test(run, net, data, machine: Machine) -> dict:
+    """Read the test set, once: the accuracies of `net`, the last epoch's, and of best.pt, which is told its own."""
+    best = models.load(run / "best.pt", machine.device)
+    last, chosen = (evaluate(each, data.test, data.mean, data.std, machine).acc1 for each in (net, best))
+    models.save(run / "best.pt", best, **best.info | {"test_acc1": chosen})
+    return {"test_acc1_last": last, "test_acc1_best": chosen}
 
 
 CLEAR = "\r\033[K"  # back to the start of the terminal's line, and empty it
@@ -292,8 +376,8 @@ CLEAR = "\r\033[K"  # back to the start of the terminal's line, and empty it
 class Progress:
     """One line per epoch; on a terminal also a live line inside the epoch, twice a second."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int, stream=None):
-        self.epochs, self.steps, self.stream = epochs, steps_per_epoch, stream or sys.stdout
+    def __init__(self, epochs: int, steps_per_epoch: int, first: int = 1, stream=None):
+        self.epochs, self.steps, self.first, self.stream = epochs, steps_per_epoch, first, stream or sys.stdout
         self.live, self.started, self.shown = self.stream.isatty(), time.perf_counter(), 0.0
 
     def step(self, epoch: int, step: int, lr: float, means: Means) -> None:
@@ -301,10 +385,10 @@ class Progress:
         if not self.live or now - self.shown < 0.5:
             return
         self.shown = now
-        done = (epoch - 1) * self.steps + step + 1
-        eta = (now - self.started) / done * (self.epochs * self.steps - done)
+        done = (epoch - self.first) * self.steps + step + 1  # since this process began
+        eta = (now - self.started) / done * ((self.epochs - self.first + 1) * self.steps - done)
         losses = " ".join(f"{name.removeprefix('train_')} {value:.3f}" for name, value in means.glance().items())
-        rate = means.weight * done / (step + 1) / (now - self.started)
+        rate = means.samples * done / (step + 1) / (now - self.started)
         self.stream.write(f"{CLEAR}epoch {epoch}/{self.epochs} [{step + 1}/{self.steps}] eta {clock(eta)} "
                           f"lr {lr:.2g} {losses} {rate:.0f} images/s")
         self.stream.flush()
@@ -312,7 +396,7 @@ class Progress:
     def epoch(self, row, best: bool) -> None:
         terms = {name: getattr(row, f"train_loss_{name}") for name in ("ce", "kl", "tckd", "nckd")}
         terms = " ".join(f"{name} {value:.3f}" for name, value in terms.items() if value is not None)
-        left = (time.perf_counter() - self.started) / row.epoch * (self.epochs - row.epoch)
+        left = (time.perf_counter() - self.started) / (row.epoch - self.first + 1) * (self.epochs - row.epoch)
         self.stream.write(
             f"{CLEAR * self.live}epoch {row.epoch}/{self.epochs}  lr {row.lr:.2g}  loss {row.train_loss:.3f} ({terms})  "
             f"train {row.train_acc1:.2f} %  val {row.val_acc1:.2f} % loss {row.val_loss:.3f}{' *' if best else '  '}  "

@@ -122,7 +122,10 @@ def machine_flags(parser, output) -> None:
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
     add("--amp", choices=("fp16", "bf16", "off"), help="default: fp16 on CUDA, off on a CPU")
     add("--seed", type=whole, default=42, metavar="N", help="of the weights, split, order and augmentation; " + DEFAULT)
+    add("--deterministic", action="store_true", help="the same bits every time on one GPU model and one set of versions; slower")
     add("--output", type=nonempty, metavar="DIR", help=f"run directory; default: {output}")
+    add("--resume", nargs="?", const="auto", type=nonempty, metavar="auto|PATH",
+        help="continue the run in --output, or start it where there is none yet; PATH: a run directory or its last.pt")
     add("--overwrite", action="store_true", help="replace what a run left in --output")
     add("--dry-run", action="store_true", help="print the configuration and the objective, then stop")
     add("--debug", action="store_true", help="show the traceback of expected errors too")

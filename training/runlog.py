@@ -1,23 +1,27 @@
-"""The run directory: its CSV contract, its JSON files, and how a script ends.
+"""The run directory: its lock, its CSV contract, its JSON files, and how a script ends.
 
 Every expected error is one line on stderr, `error: what (path or value). what to do`, and one of the exit codes below;
 anything else is a bug and keeps its traceback.  Imports nothing of ours and no torch.
 """
 import csv
 import errno
+import fcntl
 import io
 import json
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 DONE, BUG, USAGE, IN_USE, DATA, CHECKPOINT, DIVERGED, OUT_OF_MEMORY, DISK = range(9)
-INTERRUPTED = 130
+STOPPED = 128  # plus the signal's number: 130 is SIGINT, 143 SIGTERM
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
 OWNED = ("config.json", "env.json", "log.csv", "diagnostics.csv", "status.json", "summary.json", "last.pt", "prev.pt", "best.pt")
 
@@ -31,32 +35,82 @@ class Failure(Exception):
 
 
 class Unwritable(OSError):
-    """A file or directory of ours that cannot be written, for whatever reason the system gives."""
+    """A file or directory of ours that cannot be written, for whatever reason the system gives.
+
+    `needed` and `free` are bytes, `saved` the epoch of the last good checkpoint; 0 where there is none.
+    """
+    needed = free = saved = 0
 
 
-def expected(failure: BaseException) -> tuple[int, str] | None:
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM asked the process to end."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def expected(failure: BaseException, batch_size: int | None = None) -> tuple[int, str] | None:
     """The exit code and the line of an error that is not a bug; None for one that is."""
-    if isinstance(failure, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted. use --overwrite to start the run again"
+    if isinstance(failure, Stopped):
+        return STOPPED + failure.number, f"stopped ({failure}). the same command with --resume auto continues"
     if isinstance(failure, Failure):
         return failure.code, str(failure)
     if isinstance(failure, Unwritable) or isinstance(failure, OSError) and failure.errno in DISK_ERRORS:
-        return DISK, f"cannot write {failure.filename or 'a file'} ({failure.strerror}). free space, or choose another --output"
+        room, remedy = "", "free space, or choose another --output"
+        if getattr(failure, "needed", 0):
+            room = f"; needs {failure.needed / 1e6:.1f} MB, {failure.free / 1e6:.1f} MB free"
+        if getattr(failure, "saved", 0):
+            remedy = f"free space and continue with --resume auto: the last good checkpoint is of epoch {failure.saved}"
+        return DISK, f"cannot write {failure.filename or 'a file'} ({failure.strerror}{room}). {remedy}"
     if type(failure).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
-        return OUT_OF_MEMORY, "out of GPU memory. choose a smaller --batch-size or --image-size"
+        smaller = f"--batch-size {batch_size // 2}" if batch_size else "a smaller --batch-size"
+        return OUT_OF_MEMORY, f"out of GPU memory (--batch-size {batch_size}). choose {smaller}, or a smaller --image-size"
+    if isinstance(failure, RuntimeError) and "does not have a deterministic implementation" in str(failure):
+        return USAGE, f"an operation without a deterministic form here ({str(failure).split()[0]}). leave out --deterministic"
     return None
 
 
 def run(main, args) -> None:
     """Run `main(args)` and exit by the rules above; `--debug` shows the traceback of an expected error too."""
+    with stopping_on_signals() as stopped:
+        try:
+            main(args)
+        except BaseException as failure:
+            # Whatever the interrupted code made of the exception, the signal is what ended the run.
+            outcome = expected(stopped[0] if stopped else failure, vars(args).get("batch_size"))
+            if outcome is None or args.debug:
+                raise
+            print(f"error: {' '.join(outcome[1].split())}", file=sys.stderr)
+            raise SystemExit(outcome[0]) from None
+
+
+@contextmanager
+def stopping_on_signals():
+    """SIGINT and SIGTERM raise Stopped wherever the main thread is, a second signal ends the process at once.
+
+    That drops the epoch in flight; the epochs before it are in last.pt or being written by another thread, which is waited
+    for.  Under torchrun a handler would only delay its own shutdown.  Yields the list of what was raised.
+    """
+    stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def stop(number, frame):
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        stopped.append(Stopped(number))
+        raise stopped[0]
+
+    if "RANK" in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    else:
+        for number in numbers:
+            signal.signal(number, stop)
     try:
-        main(args)
-    except BaseException as failure:
-        outcome = expected(failure)
-        if outcome is None or args.debug:
-            raise
-        print(f"error: {' '.join(outcome[1].split())}", file=sys.stderr)
-        raise SystemExit(outcome[0]) from None
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +150,11 @@ class EpochRow:
     peak_mem_mb: float | None = None
 
 
-def write_atomic(path, data: bytes) -> None:
-    """Replace `path` by `data` in one step: a reader, or a crash, sees the old file or the new one, never half of it."""
+def write_atomic(path, data: bytes, previous=None) -> None:
+    """Replace `path` by `data` in one step: a reader, or a crash, sees the old file or the new one, never half of it.
+
+    previous: a name under which the old file is kept.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
     make_directory(path.parent)
@@ -106,10 +163,23 @@ def write_atomic(path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            link = Path(f"{previous}.tmp")
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+            os.replace(link, previous)
+            link.unlink(missing_ok=True)  # where both were one file already, replacing leaves both names
         os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or a power failure could undo the replacement
+        finally:
+            os.close(folder)
     except OSError as failure:
         partial.unlink(missing_ok=True)  # a failed partial would keep the space that is missing
-        raise Unwritable(failure.errno, failure.strerror, str(path)) from failure
+        unwritable = Unwritable(failure.errno, failure.strerror, str(path))
+        unwritable.needed, unwritable.free = len(data), shutil.disk_usage(path.parent).free
+        raise unwritable from failure
 
 
 def make_directory(path: Path) -> None:
@@ -124,56 +194,95 @@ def write_json(path, content: dict) -> None:
 
 
 class RunDirectory:
-    """`config.json`, `env.json`, `log.csv`, `status.json` and `summary.json` under one `--output`.
+    """The files of one run under its `--output`, in use by one process at a time.
 
-    `with RunDirectory(...) as run:` checks at once that the directory may be used, creates nothing before `run.open`, and
-    leaves in status.json how the run ended.
+    `with RunDirectory(...) as run:` locks the directory and checks that it may be used, writes nothing before `run.open`, and
+    leaves in status.json how the run ended.  The kernel frees the lock however the process ends.
+    rows: the epochs so far.  saved: the epoch of the last checkpoint that is safely on disk, 0 where there is none.
     """
 
-    def __init__(self, path, *, overwrite: bool):
-        self.path, self.rows, self.opened = Path(path), [], None
+    def __init__(self, path, *, overwrite: bool, resume: str | None = None):
+        self.path, self.overwrite, self.rows, self.saved, self.opened = Path(path), overwrite, [], 0, None
+        self.config, self.last = {}, None
+        if resume:  # the last.pt to continue from
+            source = self.path if resume == "auto" else Path(resume)
+            self.last = source / "last.pt" if resume == "auto" or source.is_dir() else source
+        self.required = resume not in (None, "auto")
+        self.continues = self.last is not None and self.last.parent.resolve() == self.path.resolve()
         if self.path.exists() and not self.path.is_dir():
             raise Failure(USAGE, f"--output is not a directory ({self.path})", "choose another --output")
-        if self.path.is_dir() and any(self.path.iterdir()) and not overwrite:
-            raise Failure(USAGE, f"run directory is not empty ({self.path})", "use --overwrite, or another --output")
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     def __enter__(self):
+        self.made = not self.path.exists()
+        make_directory(self.path)
+        try:
+            self.lock = open(self / ".lock", "ab")
+        except OSError as failure:
+            raise Unwritable(failure.errno, failure.strerror, str(self / ".lock")) from failure
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (self.overwrite or self.continues) and any(entry.name != ".lock" for entry in self.path.iterdir()):
+                raise Failure(USAGE, f"run directory is not empty ({self.path})",
+                              "use --resume auto to continue its run, --overwrite to replace it, or another --output")
+        except BlockingIOError:
+            self.lock.close()
+            raise Failure(IN_USE, f"run directory is in use by another run ({self.path})",
+                          "wait for its end, or choose another --output") from None
+        except Failure:
+            self.lock.close()
+            raise
         return self
 
     def __exit__(self, kind, failure, trace):
         if self.opened and failure is not None:
-            code, reason = expected(failure) or (BUG, repr(failure))
-            self.status("failed", reason, code)
+            if isinstance(failure, Unwritable):
+                failure.saved = self.saved
+            code, reason = expected(failure, self.config.get("batch_size")) or (BUG, repr(failure))
+            with suppress(Unwritable):  # the disk may be what failed
+                self.status("stopped" if isinstance(failure, Stopped) else "failed", reason, code)
+        elif self.made and not self.opened:
+            with suppress(OSError):
+                (self / ".lock").unlink()
+                self.path.rmdir()
+        self.lock.close()
 
     def open(self, config: dict) -> None:
         """Write what the run is, before its first step."""
-        make_directory(self.path)
-        for name in OWNED:  # what an overwritten run left must not be read as this one's
+        stale = ["summary.json"] if self.continues else OWNED  # what an overwritten run left must not be read as this one's
+        for name in stale:
             (self / name).unlink(missing_ok=True)
-        self.opened = time.perf_counter()
+        self.config, self.opened = config, time.perf_counter()
         write_json(self / "config.json", config)
         write_json(self / "env.json", environment())
         self.status("running")
 
-    def log(self, row: EpochRow) -> None:
-        """Add one epoch; log.csv is rewritten from the rows, so that it never holds half a line."""
-        self.rows.append(row)
+    def elapsed(self) -> float:
+        """Seconds that the run has taken, those before an interruption included as far as they were logged."""
+        return time.perf_counter() - self.opened
+
+    def restore(self, rows: list) -> None:
+        """Take over the epochs of an interrupted run; log.csv is derived from them."""
+        self.rows, self.saved, self.opened = rows, len(rows), self.opened - rows[-1].total_s
+        write_atomic(self / "log.csv", self.table())
+
+    def table(self) -> bytes:
+        """The content of log.csv: always the whole file, so that it never holds half a line."""
         text = io.StringIO()
         table = csv.DictWriter(text, [field.name for field in fields(EpochRow)], lineterminator="\n")
         table.writeheader()
         table.writerows({name: "" if value is None else value for name, value in asdict(row).items()} for row in self.rows)
-        write_atomic(self / "log.csv", text.getvalue().encode())
+        return text.getvalue().encode()
 
     def status(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         write_json(self / "status.json", {"state": state, "reason": reason, "exit_code": exit_code, "epoch": len(self.rows)})
 
     def close(self, summary: dict) -> None:
-        """Write the result and say it; the last thing that a run does."""
-        write_json(self / "summary.json", summary | {"wall_s": round(time.perf_counter() - self.opened, 1)})
+        """Write the result and say it; the last thing that a run does, and summary.json its last file: it marks a whole run."""
         self.status("finished", summary["verdict"], DONE)
+        write_json(self / "summary.json", summary | {"wall_s": round(self.elapsed(), 1)})
         print(f"{summary['verdict']}: test accuracy {summary['test_acc1_best']:.2f} % with the weights of the best epoch, "
               f"{summary['best_epoch']}, {summary['test_acc1_last']:.2f} % with the last -> {self / 'best.pt'}")
 
@@ -201,17 +310,19 @@ def environment() -> dict:
     import torch
     import torchvision
 
-    def git(*words):
+    def answer(*command):
         try:
-            done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
             return done.stdout.strip()
         except (OSError, subprocess.TimeoutExpired):
             return ""
 
     cuda = torch.cuda.is_available()
+    driver = answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else ""
     return {
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-        "cuda": torch.version.cuda if cuda else None, "gpu": torch.cuda.get_device_name() if cuda else None,
+        "cuda": torch.version.cuda if cuda else None, "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "driver": driver.partition("\n")[0] or None, "gpu": torch.cuda.get_device_name() if cuda else None,
         "processor": platform.machine(), "threads": torch.get_num_threads(),
-        "git_commit": git("rev-parse", "HEAD") or None, "git_dirty": bool(git("status", "--porcelain")),
+        "git_commit": answer("git", "rev-parse", "HEAD") or None, "git_dirty": bool(answer("git", "status", "--porcelain")),
     }
