@@ -57,3 +57,15 @@ def test_foreign_files_are_refused_in_one_line(content, tmp_path, monkeypatch):
         checkpoint.read(tmp_path / "x.pt")
     assert failure.value.code == 5 and "\n" not in str(failure.value)
     assert not (tmp_path / "evil-was-here").exists()
+
+
+def test_a_file_without_our_seal_is_checked_by_its_crcs(tmp_path):
+    """torch.save's own files, and ours from before the seal."""
+    torch.save({"format": 1, "w": torch.arange(600.0)}, tmp_path / "x.pt")
+    good = (tmp_path / "x.pt").read_bytes()
+    assert torch.equal(checkpoint.read(tmp_path / "x.pt")["w"], torch.arange(600.0))
+    place = good.index(torch.arange(600.0).numpy().tobytes()) + 1000
+    (tmp_path / "x.pt").write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1:])
+    with pytest.raises(Failure, match="x.pt: wrong checksum in .*data/0"):
+        checkpoint.read(tmp_path / "x.pt")
+    assert torch.load(write(tmp_path / "best.pt"), weights_only=True)["classes"] == ["cat", "dog"], "torch reads a sealed file"

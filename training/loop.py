@@ -293,7 +293,7 @@ def evaluate(net, split, mean, std, machine: Machine, batch_size: int = 500) -> 
         losses = F.cross_entropy(logits, labels, reduction="none")
         sums += torch.stack([losses.double().sum(), hits[:, 0].double().sum(), hits.double().sum()])
         confidence = logits.softmax(1).amax(1)
-        bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+        bins = (confidence.nan_to_num() * ECE_BINS).long().clamp(max=ECE_BINS - 1)  # NaN, as an index, would be a crash
         gaps.scatter_add_(0, bins, confidence.double() - hits[:, 0].double())
         predictions.append(best[:, 0])
     net.train(training)

@@ -156,7 +156,7 @@ def write_atomic(path, data: bytes, previous=None) -> None:
     previous: a name under which the old file is kept.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
+    partial, link = (Path(f"{name}.tmp") for name in (path, previous or path))
     make_directory(path.parent)
     try:
         with open(partial, "wb") as file:
@@ -164,7 +164,6 @@ def write_atomic(path, data: bytes, previous=None) -> None:
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
-            link = Path(f"{previous}.tmp")
             link.unlink(missing_ok=True)
             os.link(path, link)
             os.replace(link, previous)
@@ -176,7 +175,8 @@ def write_atomic(path, data: bytes, previous=None) -> None:
         finally:
             os.close(folder)
     except OSError as failure:
-        partial.unlink(missing_ok=True)  # a failed partial would keep the space that is missing
+        for leftover in (partial, link):  # they would keep the space that is missing
+            leftover.unlink(missing_ok=True)
         unwritable = Unwritable(failure.errno, failure.strerror, str(path))
         unwritable.needed, unwritable.free = len(data), shutil.disk_usage(path.parent).free
         raise unwritable from failure
