@@ -88,6 +88,72 @@ def test_an_overflowing_fp16_step_is_skipped_and_counted(recipe):
     assert columns["grad_norm_mean"] == pytest.approx(healthy["grad_norm_mean"], rel=1e-3), "unscaled before it is measured and clipped"
 
 
+@pytest.mark.parametrize("precision", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("recipe", [*OPTIMIZERS, OPTIMIZERS[1] | {"momentum": 0.0}], ids=["adamw", "sgd", "sgd without momentum"])
+@pytest.mark.parametrize("sick", [0, 2])
+def test_a_sick_step_leaves_no_trace(recipe, precision, sick):
+    """Weights, momentum and running statistics are bit for bit those of a run without that step, be it the first or a later one."""
+    ours, without = net(), net()
+    update, plain = updater(ours, recipe, precision=precision, clip_grad=1.0), updater(without, recipe, precision=precision, clip_grad=1.0)
+    for step in range(5):
+        images, labels = batch(step)
+        if step == sick:
+            kept = update(F.cross_entropy(ours(images * math.nan), labels), lr=0.1)
+        else:
+            kept = update(F.cross_entropy(ours(images), labels), lr=0.1)
+            plain(F.cross_entropy(without(images), labels), lr=0.1)
+        assert kept.item() == (step != sick)
+    both = [tensors(each.state_dict()) for each in (update, plain)]
+    assert both[0].keys() == both[1].keys()
+    for key, value in both[0].items():
+        assert torch.equal(value, both[1][key]), key
+    columns, healthy = update.epoch_columns(), plain.epoch_columns()
+    assert columns["skipped_steps"] == 1 and columns["grad_norm_mean"] == healthy["grad_norm_mean"]
+
+
+def tensors(tree, path=""):
+    if isinstance(tree, torch.Tensor):
+        return {path: tree}
+    return {name: leaf for key, value in tree.items() for name, leaf in tensors(value, f"{path}/{key}").items()} if isinstance(tree, dict) else {}
+
+
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
+    model = net()
+    update = updater(model, OPTIMIZERS[1])
+    before = copy.deepcopy(model.state_dict())
+    images, labels = batch()
+    assert not update(F.cross_entropy(model(images), labels) + math.inf, lr=0.1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_loss_scale_that_falls_without_end_stops_the_run():
+    model = net()
+    update = updater(model, OPTIMIZERS[1], precision="fp16")
+    images, labels = batch()
+    for _ in range(31):
+        update(F.cross_entropy(model(images), labels) * math.inf, lr=0.1)
+    with pytest.raises(Failure, match="overflows FP16 at any loss scale .now 3.05e-05") as failure:
+        update.epoch_columns()
+    assert failure.value.code == 6
+
+
+def test_a_restored_update_goes_on_as_the_one_that_was_saved():
+    for recipe in OPTIMIZERS:
+        one, two = net(), net(seed=1)
+        first, second = (updater(model, recipe, precision="fp16", clip_grad=1.0, ema_decay=0.9) for model in (one, two))
+        images, labels = batch()
+        for _ in range(3):
+            first(F.cross_entropy(one(images), labels), lr=0.1)
+        first(F.cross_entropy(one(images), labels) * math.inf, lr=0.1)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        for update, model in ((first, one), (second, two)):
+            update(F.cross_entropy(model(images * math.nan), labels), lr=0.1)
+            update(F.cross_entropy(model(images), labels), lr=0.1)
+        both = [tensors(update.state_dict()) for update in (first, second)]
+        assert all(torch.equal(value, both[1][key]) for key, value in both[0].items())
+        assert first.scaler.get_scale() == second.scaler.get_scale() == 16384.0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("recipe", OPTIMIZERS, ids=["adamw", "sgd"])
 def test_no_step_waits_for_the_gpu(recipe):

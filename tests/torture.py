@@ -270,10 +270,9 @@ def interruption(place: Workplace, kind: str, number: int, fraction: float) -> s
         took = time.perf_counter() - sent
         if number == signal.SIGKILL or result.code == 0:
             continue
-        if (result.code, result.err.count("\n")) != (128 + number, 1) and result.code != -number or took > 2:
+        started = bool(result.out)  # before it says what it is about to do, the flags are not parsed yet, and Python's own ways hold
+        if took > 2 or started and (result.code != 128 + number or result.err.count("\n") != 1 or "--resume auto" not in result.err):
             return f"exit {result.code} after {took:.1f} s: {result.err}"
-        if result.code > 0 and "--resume auto" not in result.err:
-            return f"no advice: {result.err}"
     return outcome_of_resuming(place, kind, run)
 
 

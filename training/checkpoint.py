@@ -209,7 +209,7 @@ class State:
         if "cuda" in saved["rng"] and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
         self.run.restore([EpochRow(**row) for row in saved["rows"]])
-        if saved["path"] == self.previous:
+        if saved["path"].resolve() == self.previous.resolve():
             self.previous = None  # last.pt is damaged: it must not take the place of the good one
         if saved["best"]:  # last.pt is written before best.pt, and holds the same weights
             write(self.run / "best.pt", **saved["best"], state_dict=on_cpu(self.update.evaluated.state_dict()))

@@ -64,8 +64,8 @@ def expected(failure: BaseException, batch_size: int | None = None) -> tuple[int
             remedy = f"free space and continue with --resume auto: the last good checkpoint is of epoch {failure.saved}"
         return DISK, f"cannot write {failure.filename or 'a file'} ({failure.strerror}{room}). {remedy}"
     if type(failure).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
-        smaller = f"--batch-size {batch_size // 2}" if batch_size else "a smaller --batch-size"
-        return OUT_OF_MEMORY, f"out of GPU memory (--batch-size {batch_size}). choose {smaller}, or a smaller --image-size"
+        smaller = max(2, (batch_size or 0) // 2)
+        return OUT_OF_MEMORY, f"out of GPU memory (--batch-size {batch_size}). try --batch-size {smaller}, or a smaller --image-size"
     if isinstance(failure, RuntimeError) and "does not have a deterministic implementation" in str(failure):
         return USAGE, f"an operation without a deterministic form here ({str(failure).split()[0]}). leave out --deterministic"
     return None
@@ -220,20 +220,16 @@ class RunDirectory:
         make_directory(self.path)
         try:
             self.lock = open(self / ".lock", "ab")
-        except OSError as failure:
-            raise Unwritable(failure.errno, failure.strerror, str(self / ".lock")) from failure
-        try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (self.overwrite or self.continues) and any(entry.name != ".lock" for entry in self.path.iterdir()):
-                raise Failure(USAGE, f"run directory is not empty ({self.path})",
-                              "use --resume auto to continue its run, --overwrite to replace it, or another --output")
         except BlockingIOError:
-            self.lock.close()
             raise Failure(IN_USE, f"run directory is in use by another run ({self.path})",
                           "wait for its end, or choose another --output") from None
-        except Failure:
+        except OSError as failure:
+            raise Unwritable(failure.errno, failure.strerror, str(self / ".lock")) from failure
+        if not (self.overwrite or self.continues) and any(entry.name != ".lock" for entry in self.path.iterdir()):
             self.lock.close()
-            raise
+            raise Failure(USAGE, f"run directory is not empty ({self.path})",
+                          "use --resume auto to continue its run, --overwrite to replace it, or another --output")
         return self
 
     def __exit__(self, kind, failure, trace):
@@ -265,7 +261,7 @@ class RunDirectory:
 
     def restore(self, rows: list) -> None:
         """Take over the epochs of an interrupted run; log.csv is derived from them."""
-        self.rows, self.saved, self.opened = rows, len(rows), self.opened - rows[-1].total_s
+        self.rows, self.saved, self.opened = rows, len(rows) if self.continues else 0, self.opened - rows[-1].total_s
         write_atomic(self / "log.csv", self.table())
 
     def table(self) -> bytes:
