@@ -33,7 +33,9 @@ def apply_operations(images: torch.Tensor, codes: torch.Tensor, counts: list[int
     if counts[GEOMETRY]:
         moved = rows[GEOMETRY]
         sources = tables.maps.index_select(0, tables.argument.index_select(0, codes[moved]))
-        images[moved] = F.pad(images[moved], (0, 1)).gather(1, sources.long())
+        first = torch.arange(len(sources), dtype=torch.int32, device=images.device).unsqueeze(1) * (sources.shape[1] + 1)
+        pixels = F.pad(images[moved], (0, 3)).view(-1, 3)  # behind each image one that is black
+        images[moved] = pixels.index_select(0, (sources + first).view(-1)).view(len(sources), -1)
 
     blended = slice(rows[SHARPNESS].start, rows[CONTRAST].stop)
     if blended.start < blended.stop:
@@ -81,7 +83,8 @@ def _make_gray(images):
 
 def _make_mean_gray(images):
     gray = _gray(images)
-    images.copy_(gray.sum(1, keepdim=True, dtype=torch.int64).float() / gray.shape[1])  # whole numbers: exact in any order
+    total = gray.sum(1, keepdim=True, dtype=torch.int64).float()  # of whole numbers: exact in any order
+    images.copy_(total / _number(gray.shape[1], images.device))
 
 
 def _gray(images):
@@ -120,7 +123,7 @@ def _lookup_index(images):
 
 def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """float32 (rows, 3*size*size), by the steps of ToTensor and Normalize; mean, std: float32 (3*size*size,)."""
-    return images.float().div_(255).sub_(mean).div_(std)
+    return images.float().div_(_number(255, images.device)).sub_(mean).div_(std)
 
 
 def erase(images: torch.Tensor, boxes: torch.Tensor) -> None:
@@ -152,6 +155,12 @@ def _outside(boxes, size):
 
 
 # Constants, which a small batch would spend more time on making than on using.
+
+@functools.cache
+def _number(value, device):
+    """What to divide by: by a number of Python's, a GPU multiplies with its rounded inverse instead."""
+    return torch.tensor(float(value), device=device)
+
 
 @functools.cache
 def _ramp(device):

@@ -2,19 +2,33 @@
 
 torchvision itself fills the tables, on the CPU, so every device that reads them agrees with it byte for byte.  A policy is a list
 of sub-policies, drawn uniformly; a sub-policy is a tuple of operations (name, probability, magnitude, signed), where a signed
-magnitude is negated in half of the draws.  AutoAugment: Cubuk et al. 2018, arXiv 1805.09501.
+magnitude is negated in half of the draws.
+
+AutoAugment: Cubuk et al. 2018, arXiv 1805.09501.  RandAugment: Cubuk et al. 2019, arXiv 1909.13719; its operations are drawn one
+by one, so its sub-policies are all pairs of them.  TrivialAugment: Müller and Hutter 2021, arXiv 2103.10158; its sub-policies are
+all operations at all magnitudes, and those without a magnitude as often.
 """
+import functools
+import itertools
 from typing import NamedTuple
 
 import torch
 
-# Private, but the only functions that hold torchvision's own list of magnitudes and the arguments of each operation.
-from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, InterpolationMode, _apply_op
+# Private, but the only functions that hold torchvision's own lists of magnitudes and the arguments of each operation.
+from torchvision.transforms.autoaugment import (
+    AutoAugment,
+    AutoAugmentPolicy,
+    InterpolationMode,
+    RandAugment,
+    TrivialAugmentWide,
+    _apply_op,
+)
+
+from kernels.augment import KINDS
 
 # The kinds of operation, in the order in which a batch is sorted: SHARPNESS to CONTRAST blend the image with another one, from
 # EQUALIZE on each value is looked up in a table of 256 per channel.
-NOTHING, GEOMETRY, SHARPNESS, COLOR, CONTRAST, EQUALIZE, AUTOCONTRAST, LOOKUP = range(8)
-KINDS = 8
+NOTHING, GEOMETRY, SHARPNESS, COLOR, CONTRAST, EQUALIZE, AUTOCONTRAST, LOOKUP = (kind.value for kind in KINDS)
 KIND_OF = {
     "Identity": NOTHING,
     "ShearX": GEOMETRY, "ShearY": GEOMETRY, "TranslateX": GEOMETRY, "TranslateY": GEOMETRY, "Rotate": GEOMETRY,
@@ -28,17 +42,39 @@ def _none(size: int) -> list:
     return [()]
 
 
-def _autoaugment_cifar10(size: int) -> list:
-    policy = AutoAugment(AutoAugmentPolicy.CIFAR10)
-    space = policy._augmentation_space(10, (size, size))
-
-    def operation(name, probability, level):
-        magnitudes, signed = space[name]
-        return name, probability, 0.0 if level is None else float(magnitudes[level]), signed
-    return [tuple(operation(*entry) for entry in subpolicy) for subpolicy in policy.policies]
+def _operation(space, name, probability, level):
+    magnitudes, signed = space[name]
+    return name, probability, float(magnitudes[level]) if magnitudes.ndim else 0.0, signed
 
 
-POLICIES = {"none": _none, "autoaugment": _autoaugment_cifar10}
+def _autoaugment(policy: AutoAugmentPolicy, size: int) -> list:
+    published = AutoAugment(policy)
+    space = published._augmentation_space(10, (size, size))
+    return [tuple(_operation(space, *entry) for entry in subpolicy) for subpolicy in published.policies]
+
+
+def _randaugment(size: int) -> list:
+    published = RandAugment()
+    space = published._augmentation_space(published.num_magnitude_bins, (size, size))
+    operations = [_operation(space, name, 1.0, published.magnitude) for name in space]
+    return list(itertools.product(operations, repeat=published.num_ops))
+
+
+def _trivialaugment(size: int) -> list:
+    published = TrivialAugmentWide()
+    levels = published.num_magnitude_bins
+    space = published._augmentation_space(levels)
+    return [(_operation(space, name, 1.0, level),) for name in space for level in range(levels)]
+
+
+POLICIES = {
+    "none": _none,
+    "autoaugment": functools.partial(_autoaugment, AutoAugmentPolicy.CIFAR10),
+    "autoaugment-imagenet": functools.partial(_autoaugment, AutoAugmentPolicy.IMAGENET),
+    "autoaugment-svhn": functools.partial(_autoaugment, AutoAugmentPolicy.SVHN),
+    "randaugment": _randaugment,
+    "trivialaugment": _trivialaugment,
+}
 
 
 class PolicyTables(NamedTuple):
@@ -50,7 +86,7 @@ class PolicyTables(NamedTuple):
     ratio: torch.Tensor  # float32 (C,), the weight of the image in a blend
     complement: torch.Tensor  # float32 (C,), and of the other one
     lookups: torch.Tensor  # uint8 (L, 256)
-    maps: torch.Tensor  # int32 (G, 3*size*size), the byte of an NHWC image that each byte is from; 3*size*size is fill, 0
+    maps: torch.Tensor  # int32 (G, size*size), the pixel that each pixel is from; size*size is fill, 0
     stretch: torch.Tensor  # float32 (256,), AutoContrast's factor by the range of a channel
     operations: list[tuple[str, float]]  # (name, signed magnitude) of each code
 
@@ -67,7 +103,8 @@ def build_tables(policy: str, size: int) -> PolicyTables:
                for subpolicy in subpolicies]
     used = [operation for subpolicy in by_sign for pair in subpolicy for operation in pair]
     operations = list(dict.fromkeys([IDENTITY, *used]))
-    codes = [[[operations.index(operation) for operation in pair] for pair in subpolicy] for subpolicy in by_sign]
+    code_of = {operation: code for code, operation in enumerate(operations)}
+    codes = [[[code_of[operation] for operation in pair] for pair in subpolicy] for subpolicy in by_sign]
     thresholds = [[int(probability * 2 ** 32) for _, probability, _, _ in subpolicy] for subpolicy in subpolicies]
 
     kinds = [KIND_OF[name] for name, _ in operations]
@@ -79,8 +116,7 @@ def build_tables(policy: str, size: int) -> PolicyTables:
         return torch.stack([_apply_op(image, *operation, InterpolationMode.NEAREST, None).flatten() for operation in rows[kind]])
     # An image whose values are its pixel numbers, from 1, shows when moved where each pixel is from; 0 is fill. float32 is exact.
     pixel_numbers = torch.arange(1, size * size + 1, dtype=torch.float32).view(1, size, size)
-    source = applied(GEOMETRY, pixel_numbers).int().unsqueeze(2) - 1
-    maps = torch.where(source < 0, 3 * size * size, 3 * source + torch.arange(3, dtype=torch.int32))
+    source = applied(GEOMETRY, pixel_numbers).int() - 1
 
     ratio = [1.0 + magnitude for _, magnitude in operations]
     stretch = 255 / torch.arange(256, dtype=torch.float32)
@@ -94,6 +130,6 @@ def build_tables(policy: str, size: int) -> PolicyTables:
         ratio=torch.tensor(ratio),
         complement=torch.tensor([1.0 - weight for weight in ratio]),
         lookups=applied(LOOKUP, torch.arange(256, dtype=torch.uint8).view(1, 1, 256)),
-        maps=maps.flatten(1),
+        maps=torch.where(source < 0, size * size, source),
         stretch=stretch,
         operations=operations)

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 
 from augment.policy import PolicyTables
+from kernels.augment import QUANTILE_BITS, STREAMS
 
-CROP, POLICY, ERASE, MIX, ORDER = range(5)  # the streams
-QUANTILES = 4096  # entries of a table that stands for a distribution
+CROP, POLICY, ERASE, MIX = (stream.value for stream in STREAMS)
+ORDER = len(STREAMS)  # drawn on the host alone
+QUANTILES = 2 ** QUANTILE_BITS.value  # entries of a table that stands for a distribution
 WORD = 0xFFFFFFFF
 
 
@@ -82,6 +84,7 @@ class Sampler:
         self.mix_threshold = int(mix_prob * 2 ** 32) if mixup or cutmix else 0
         self.cutmix_threshold = 0 if not cutmix else 1 if mixup else 2  # to be compared with one random bit
         device = policy.codes.device
+        self.pixels = torch.tensor(float(size * size), device=device)  # see ops._number
         self.erase_sizes = erase_sizes(size).to(device)
         self.lams = beta_quantiles(mixup or 1.0).to(device)  # of what is off, any table will do
         self.half_sides = (0.5 * (1 - beta_quantiles(cutmix or 1.0).double()).sqrt() * size).long().to(device)
@@ -118,4 +121,4 @@ class Sampler:
         pasted = torch.cat([centre - half_side, centre + half_side], -1).clamp_(0, self.size)
         area = (pasted[..., 2] - pasted[..., 0]) * (pasted[..., 3] - pasted[..., 1])
         lam = torch.where(mixed & ~cut, self.lams[quantile], 1.0)
-        return MixDraws(pasted, lam, torch.where(cut, 1 - area.float() / self.size ** 2, lam))
+        return MixDraws(pasted, lam, torch.where(cut, 1 - area.float() / self.pixels, lam))

@@ -1,0 +1,43 @@
+"""The batches by kernels/augment.py, one launch each: the same bytes as those of the twin."""
+import torch
+
+from augment import ops
+from augment.sampling import WORD, Sampler
+from kernels import augment as kernel
+from losses.targets import Targets
+
+SIZES = tuple(kernel.WARPS)
+
+
+class Fused:
+    """Makes batches of `images` on their device; the arguments are those of BatchAugmenter."""
+
+    def __init__(self, images, labels, sampler: Sampler, *, batch_size, rows_per_mix, mean, std, dtype):
+        policy, device = sampler.policy, images.device
+        numbers = kernel.Numbers(
+            seed=(sampler.seed + 2 ** 63 & 2 ** 64 - 1) - 2 ** 63,  # its low 64 bits, as a signed number
+            epoch=0, batch_size=batch_size, rows_per_mix=rows_per_mix, crop_pad=sampler.crop_pad, flip=int(sampler.flip),
+            subpolicies=len(policy.codes), erase=sampler.erase_threshold, mix=sampler.mix_threshold,
+            cutmix=sampler.cutmix_threshold)
+        every_byte = torch.arange(256, dtype=torch.uint8).unsqueeze(1).expand(-1, 3)
+        self.dtype, self._steps = dtype, torch.arange(len(images) // batch_size, device=device)
+        self.tables = kernel.Tables(
+            images=images.contiguous(), labels=labels.contiguous(),
+            order=torch.empty(len(images), dtype=torch.int64, device=device),
+            numbers=torch.tensor(numbers, device=device),
+            subpolicies=torch.cat([policy.codes, policy.thresholds.unsqueeze(2)], 2),
+            operations=torch.stack([policy.kind, policy.argument], 1).int(),
+            blends=torch.stack([policy.ratio, policy.complement], 1),
+            maps=policy.maps, lookups=policy.lookups, stretch=policy.stretch,
+            normalised=ops.normalise(every_byte, torch.tensor(mean), torch.tensor(std)).T.contiguous().to(device),
+            erase_sizes=sampler.erase_sizes.int(), lams=sampler.lams, half_sides=sampler.half_sides.int())
+
+    def set_epoch(self, epoch: int, order: torch.Tensor) -> None:
+        """Write the epoch where the kernel reads it, also from within a captured CUDA graph."""
+        self.tables.order.copy_(order)
+        self.tables.numbers[kernel.EPOCH.value] = epoch & WORD
+
+    def batch(self, step: int | torch.Tensor, rows: range) -> tuple[torch.Tensor, Targets]:
+        step = step if isinstance(step, torch.Tensor) else self._steps[step]
+        images, *targets = kernel.augment_triton(step, rows, self.tables, self.dtype)
+        return images, Targets(*targets)
