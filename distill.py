@@ -18,19 +18,13 @@ from training import options, runlog
 def main(args):
     import torch
 
-    import kernels
     from augment import BatchAugmenter
     from losses import METHODS
     from training import checkpoint, loop, models
     from training import data as datasets
 
-    machine = loop.prepare_machine(args.device, args.amp, args.seed, args.deterministic)
-    kernels.choose(args.kernels)
-    fused = kernels.use_triton(torch.empty(0, device=machine.device))
-    if args.kernels == "triton" and not fused:
-        raise runlog.Failure(runlog.USAGE, f"Triton needs a GPU (--kernels triton, --device {machine.device})",
-                             "use --kernels auto, or set TRITON_INTERPRET=1 to run it in Python")
-    config = vars(args) | {"script": "distill", "kernels": "triton" if fused else "reference"} | machine.describe()
+    machine = loop.prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic)
+    config = vars(args) | {"script": "distill"} | machine.describe()
     runlog.announce(config, options.objective(args))
     if args.dry_run:
         return

@@ -23,7 +23,7 @@ def main(args):
     from training import data as datasets
     from training import loop
 
-    machine = loop.prepare_machine(args.device, "off", args.seed)
+    machine = loop.prepare_machine(args.device, "off", args.seed, args.kernels)
     data = datasets.load(**options.data(args), device=machine.device)
     loop.check_batch_size(args.batch_size, data)
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std)

@@ -19,7 +19,7 @@ def main(args):
     from training import checkpoint, loop, models
     from training import data as datasets
 
-    machine = loop.prepare_machine(args.device, args.amp, args.seed, args.deterministic)
+    machine = loop.prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic)
     pretrained = models.is_torchvision(args.model) and not args.init if args.pretrained is None else args.pretrained
     config = vars(args) | {"script": "train_teacher", "pretrained": pretrained} | machine.describe()
     runlog.announce(config, options.objective(args))

@@ -56,6 +56,12 @@ def test_short_forms_and_names():
     assert options.ramped(distill("--method", "dkd"), 1) == {}
 
 
+def test_policies_are_those_of_the_augmenter():
+    from augment import POLICIES
+
+    assert options.POLICIES == tuple(POLICIES)
+
+
 def test_objective_is_printed_with_its_numbers():
     assert options.objective(distill()) == "loss = 0.3 CE(label smoothing 0.1) + 0.7 * 4^2 KL(teacher || student; T = 4)"
     assert options.objective(distill("--kl", "reverse", "--ce-weight", "1")) == (
@@ -71,11 +77,11 @@ BAD = {  # flag: values that are out of range or of the wrong kind
     "--epochs": ["0", "1.5"], "--batch-size": ["0", "1"], "-b": ["-4"], "--opt": ["lion"], "--lr": ["0", "-1", "nan", "inf"],
     "--momentum": ["1"], "--weight-decay": ["-1"], "--sched": ["step"], "--milestones": ["0"], "--warmup-epochs": ["-1", "200"],
     "--label-smoothing": ["1", "-0.1"], "--clip-grad": ["-1", "nan"], "--model-ema": ["1"], "--patience": ["-1"], "--monitor": ["loss"],
-    "--amp": ["fp8"], "--device": ["tpu", "cuda:x"], "--seed": ["-1", "x"], "--output": [""],
+    "--amp": ["fp8"], "--kernels": ["cuda"], "--device": ["tpu", "cuda:x"], "--seed": ["-1", "x"], "--output": [""],
 }
 BAD_DISTILL = {
     "--experiment": ["v5"], "--method": ["fitnet"], "--alpha": ["-1", "nan", "1.5"], "--beta": ["-1", "8"], "--temperature": ["0", "inf"],
-    "--ce-weight": ["-1"], "--kernels": ["cuda"], "--kl": ["both"], "--mixed-target": ["all", "pair"], "--dkd-warmup": ["-1", "20"], "--teacher-checkpoint": [""],
+    "--ce-weight": ["-1"],  "--kl": ["both"], "--mixed-target": ["all", "pair"], "--dkd-warmup": ["-1", "20"], "--teacher-checkpoint": [""],
     "--student": [""], "--student-init": [""], "--temp": ["4"], "--no-such-flag": ["1"],
 }
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import kernels
 from training import models
 from training.runlog import DIVERGED, USAGE, Failure
 
@@ -25,9 +26,10 @@ TEACHER_TOLERANCE = 0.1  # percentage points: more than rounding in another prec
 
 
 class Machine(NamedTuple):
-    """Where the run happens and in what precision."""
+    """Where the run happens, in what precision, and with which kernels: "triton" or "reference"."""
     device: torch.device
     precision: str
+    kernels: str = "reference"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,14 +43,15 @@ class Machine(NamedTuple):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def describe(self) -> dict:
-        return {"device": str(self.device), "amp": self.precision}
+        return {"device": str(self.device), "amp": self.precision, "kernels": self.kernels}
 
     def peak_memory_mb(self):
         return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if self.device.type == "cuda" else None
 
 
-def prepare_machine(device: str, amp: str | None, seed: int, deterministic: bool = False) -> Machine:
-    """Seed the weights' initialisation and choose device and precision; the data have generators of their own.
+def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str = "auto",
+                    deterministic: bool = False) -> Machine:
+    """Seed the weights' initialisation and choose device, precision and kernels; the data have generators of their own.
 
     deterministic: the same bits every time on one machine and one set of versions, at some cost on a GPU.
     """
@@ -64,7 +67,12 @@ def prepare_machine(device: str, amp: str | None, seed: int, deterministic: bool
             raise Failure(USAGE, f"no such GPU here (--device {device})", "use --device cpu, or check the driver")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not deterministic
-    return Machine(device, amp or ("fp16" if device.type == "cuda" else "off"))
+    kernels.choose(kernels_choice)
+    fused = kernels.use_triton(torch.empty(0, device=device))
+    if kernels_choice == "triton" and not fused:
+        raise Failure(USAGE, f"Triton needs a GPU (--kernels triton, --device {device})",
+                      "use --kernels auto, or set TRITON_INTERPRET=1 to run it in Python")
+    return Machine(device, amp or ("fp16" if device.type == "cuda" else "off"), "triton" if fused else "reference")
 
 
 def build_optimizer(net, args) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ import re
 import sys
 
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
-POLICIES = ("none", "autoaugment")
+POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "randaugment", "trivialaugment")
 DEFAULT = "default: %(default)s"
 
 # The numbers of each method, equal to the defaults of its function in losses/ (tested).  A flag that is not listed for the
@@ -117,9 +117,15 @@ def optimisation_flags(parser) -> None:
     add("--monitor", choices=("val_loss", "val_acc1"), default="val_loss", help="selects best.pt and stops early; " + DEFAULT)
 
 
+def kernels_flag(add) -> None:
+    add("--kernels", choices=("auto", "triton", "reference"), default="auto",
+        help="augmentation and loss in Triton's fused kernels or in plain PyTorch; auto is Triton on CUDA; " + DEFAULT)
+
+
 def machine_flags(parser, output) -> None:
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
+    kernels_flag(add)
     add("--amp", choices=("fp16", "bf16", "off"), help="default: fp16 on CUDA, off on a CPU")
     add("--seed", type=whole, default=42, metavar="N", help="of the weights, split, order and augmentation; " + DEFAULT)
     add("--deterministic", action="store_true", help="the same bits every time on one GPU model and one set of versions; slower")
@@ -175,8 +181,6 @@ def parse_distill(description, usage_lines, argv=None):
     add("--mixed-target", choices=("pair", "dominant", "first"), help="dkd: the target of a mixed image; default: pair")
     add("--dkd-warmup", type=whole, default=0, metavar="EPOCHS",
         help="dkd: ramp its two terms up over so many epochs; " + DEFAULT)
-    add("--kernels", choices=("auto", "triton", "reference"), default="auto",
-        help="the loss in Triton's fused kernel or in plain PyTorch; auto is Triton on CUDA; " + DEFAULT)
     add("--teacher-checkpoint", type=nonempty, default="runs/teacher/best.pt", metavar="PATH", help=DEFAULT)
     add("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help=DEFAULT)
     add("--student-init", type=nonempty, default="none", metavar="{none,imagenet,PATH}", help=DEFAULT)
@@ -216,6 +220,7 @@ def parse_show(description, usage_lines, argv=None):
     add("--step", type=whole, default=0, metavar="N", help="of the epoch, from 0; " + DEFAULT)
     add("--seed", type=whole, default=42, metavar="N", help=DEFAULT)
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
+    kernels_flag(add)
     add("--output", type=nonempty, default="batch.png", metavar="FILE", help=DEFAULT)
     add("--debug", action="store_true", help="show the traceback of expected errors too")
     return parser.parse_args(argv)

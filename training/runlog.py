@@ -65,7 +65,8 @@ def expected(failure: BaseException, batch_size: int | None = None) -> tuple[int
         return DISK, f"cannot write {failure.filename or 'a file'} ({failure.strerror}{room}). {remedy}"
     if type(failure).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
         smaller = max(2, (batch_size or 0) // 2)
-        return OUT_OF_MEMORY, f"out of GPU memory (--batch-size {batch_size}). try --batch-size {smaller}, or a smaller --image-size"
+        remedy = f"try --batch-size {smaller}, or a smaller --image-size"
+        return OUT_OF_MEMORY, f"out of GPU memory (--batch-size {batch_size}). {remedy}"
     if isinstance(failure, RuntimeError) and "does not have a deterministic implementation" in str(failure):
         return USAGE, f"an operation without a deterministic form here ({str(failure).split()[0]}). leave out --deterministic"
     return None
