@@ -1,10 +1,13 @@
 """A checkpoint is read back exactly, or refused by name; reading one never runs code."""
 import os
+import threading
+import time
+from dataclasses import fields
 
 import pytest
 import torch
 
-from training import checkpoint
+from training import checkpoint, runlog
 from training.runlog import Failure
 
 
@@ -69,3 +72,57 @@ def test_a_file_without_our_seal_is_checked_by_its_crcs(tmp_path):
     with pytest.raises(Failure, match="x.pt: wrong checksum in .*data/0"):
         checkpoint.read(tmp_path / "x.pt")
     assert torch.load(write(tmp_path / "best.pt"), weights_only=True)["classes"] == ["cat", "dog"], "torch reads a sealed file"
+
+
+def test_the_writer_writes_in_order_and_says_what_failed(tmp_path):
+    def fail():
+        raise Failure(8, "full", "wait")
+
+    said = []
+    with checkpoint.Writer() as writer:
+        for number in range(3):
+            writer(lambda number=number: said.append(number))
+        writer.wait()
+        assert said == [0, 1, 2]
+    for use in (lambda writer: writer(print), lambda writer: writer.wait(), lambda writer: None):
+        with pytest.raises(Failure, match="full"), checkpoint.Writer() as writer:
+            writer(fail)
+            use(writer)
+
+
+def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
+    """Training goes on, and changes the weights in place, while the last epoch is still being written."""
+    class Part:
+        def __init__(self):
+            self.weight = torch.zeros(3)
+            self.evaluated = self
+
+        def state_dict(self):
+            return {"weight": self.weight}
+
+        def load_state_dict(self, state):
+            self.weight = state["weight"]
+
+    row = runlog.EpochRow(**{field.name: 1 for field in fields(runlog.EpochRow)})
+    part, go = Part(), threading.Event()
+    with runlog.RunDirectory(tmp_path, overwrite=False) as run, checkpoint.Writer() as writer:
+        run.open({})
+        state = checkpoint.State(run, writer, {"epochs": 9, "sched": "cosine"}, update=part, stop=Part())
+        writer(go.wait)
+        threading.Timer(0.2, go.set).start()
+        state.save(row, {"classes": []})
+        monkeypatch.setattr(checkpoint, "write", slowly(checkpoint.write))
+        state.save(row, {"classes": []})
+        part.weight += 1
+        run.rows.append(row)
+    assert torch.equal(checkpoint.read_run(tmp_path / "last.pt")["update"]["weight"], torch.zeros(3))
+    assert torch.equal(checkpoint.read(tmp_path / "best.pt")["state_dict"]["weight"], torch.zeros(3))
+    assert (tmp_path / "log.csv").read_text().count("\n") == 3
+
+
+def slowly(function):
+    def call(*args, **flags):
+        time.sleep(0.2)
+        function(*args, **flags)
+
+    return call

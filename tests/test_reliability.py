@@ -66,9 +66,9 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(place, kind):
     assert torture.difference(run, place.undisturbed(kind)) == "log.csv"
 
 
-@pytest.mark.parametrize("kind, point", list(zip(KINDS * 3, (2, 10, 13, 21, 24, 40))))
+@pytest.mark.parametrize("kind, point", list(zip(KINDS * 4, (2, 10, 13, 21, 20, 40, 32))))
 def test_a_crash_before_any_write_loses_nothing(place, kind, point):
-    """Points 1 to 9 are config.json, env.json and status.json; 10 to 18 epoch 1; from 19 epoch 2, with prev.pt; the last the result."""
+    """Points 1 to 9 are config.json, env.json, status.json; 10 to 18 epoch 1; from 19 epoch 2, with prev.pt; 32 the teacher's last best.pt."""
     assert torture.crash_point(place, kind, point) == ""
 
 
@@ -174,7 +174,8 @@ def test_more_epochs_continue_a_finished_run_and_fewer_do_not(place):
     rows = torture.log_of(run)
     assert [row["epoch"] for row in rows] == list("12345") and rows[:3] == torture.log_of(place.undisturbed("teacher"))
     assert json.loads((run / "summary.json").read_text())["epochs"] == 5 and float(rows[3]["lr"]) > float(rows[2]["lr"])
-    assert float(list(csv.DictReader(open(run / "log.csv")))[3]["total_s"]) > float(list(csv.DictReader(open(run / "log.csv")))[2]["total_s"])
+    total = [float(row["total_s"]) for row in csv.DictReader((run / "log.csv").read_text().splitlines())]
+    assert total == sorted(total), "the clock of a resumed run goes on"
 
 
 def test_an_early_stop_stays_stopped_until_patience_grows(place):
@@ -243,7 +244,7 @@ def test_flags_that_make_another_experiment_are_refused_and_others_are_not(place
     assert contents(run) == before, "a refused run was touched"
     table = [text.split() for text in result.out.splitlines()]
     assert ["flag", "its", "run", "now"] in table
-    assert ["--lr", "0.02", "0.1"] in table or kind == "student"
+    assert ["--lr", "2.0", "0.1"] in table or kind == "student"
 
 
 def test_another_teacher_under_the_old_name_is_refused(place):
@@ -322,14 +323,14 @@ def test_no_flipped_bit_and_no_truncation_of_a_checkpoint_passes_unseen(place):
 def test_checkpoints_hold_plain_data_only(place):
     content = torture.tensors_of(checkpoint.read_run(place.undisturbed("student") / "last.pt"))
     assert {type(value) for value in content.values()} <= {torch.Tensor, int, float, str, bool, type(None), dict, list}
-    weights = [value for key, value in content.items() if key.startswith("/update/net/")]
+    weights = [value for value in content.values() if isinstance(value, torch.Tensor)]
     assert weights and all(value.untyped_storage().nbytes() == value.nbytes for value in weights), "a view drags its whole storage along"
 
 
 # --- the disk, and a crowded directory
 
 
-@pytest.mark.parametrize("kind, point", list(zip(KINDS * 3, (2, 10, 13, 21, 24, 48))))
+@pytest.mark.parametrize("kind, point", list(zip(KINDS * 3, (2, 10, 13, 21, 24, 40))))
 def test_a_full_disk_at_any_write_costs_nothing(place, kind, point):
     assert torture.full_disk_point(place, kind, point) == ""
 
