@@ -20,11 +20,11 @@ torture: $(INSTALLED)
 	$(PYTHON) tests/torture.py
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
-# Two one-thread processes side by side finish sooner than one with two threads.  A finished run is not repeated:
+# Two one-thread processes side by side finish sooner than one with two threads.  What was interrupted goes on, what is finished stays:
 # `rm -r runs/demo` starts over.
 DEMO := runs/demo
 RECIPE := --dataset synthetic --epochs 8 --batch-size 64 --opt sgd --lr 0.2 --weight-decay 5e-4 --warmup-epochs 2 \
-          --label-smoothing 0 --clip-grad 0 --patience 0 --mix-prob 0.5 --overwrite
+          --label-smoothing 0 --clip-grad 0 --patience 0 --mix-prob 0.5 --resume auto
 RUN = @set -o pipefail; OMP_NUM_THREADS=1 $(PYTHON) $(1) $(RECIPE) --output $(@D) 2>&1 | sed -u 's/^/[$(notdir $(@D))] /'
 STUDENTS := $(addprefix $(DEMO)/,v1 v2 v3 v3.1 v4)
 
