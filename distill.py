@@ -4,6 +4,7 @@
     python distill.py --method dkd --beta 8                    the setting that is said to collapse
     python distill.py --experiment v3.1 --seed 2               a preset of the study (v1, v2, v3, v3.1, v4)
     python distill.py --experiment v2 --resume auto            whatever happened to it: goes on, or starts
+    torchrun --nproc-per-node 2 distill.py --batch-size 64     on two GPUs, 64 images each
 
 Teacher and student see the same augmented images; the criterion reads both logits and both labels of each mixed image.
 To add a method: a file and a line in losses/, and its numbers in training/options.py.  Leaves log.csv, summary.json,
@@ -33,23 +34,29 @@ def main(args):
         raise runlog.Failure(runlog.CHECKPOINT, f"no teacher ({args.teacher_checkpoint})",
                              "train one first: python train_teacher.py, or name one with --teacher-checkpoint")
     config["teacher_sha256"] = checkpoint.digest(args.teacher_checkpoint)
-    with runlog.RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume) as run, checkpoint.Writer() as writer:
-        saved, stop = checkpoint.find(run, config), loop.EarlyStop(args.monitor, args.patience)
-        if checkpoint.is_finished(run, saved, args.epochs, stop):
+    ranks = machine.ranks
+    directory = runlog.RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=ranks.first)
+    with ranks, directory as run, checkpoint.Writer() as writer:
+        stop = loop.EarlyStop(args.monitor, args.patience)
+        saved = ranks.decide(lambda: checkpoint.find(run, config))
+        if ranks.decide(lambda: checkpoint.is_finished(run, saved, args.epochs, stop)):
             return
         teacher = models.load(args.teacher_checkpoint, machine.device)
-        data = datasets.load(**options.data(args), device=machine.device)
-        loop.check_batch_size(args.batch_size, data)
+        with ranks.in_turn():
+            data = datasets.load(**options.data(args), device=machine.device)
+            image_size = args.image_size or data.image_size
+            student = models.build(args.student, len(data.classes), image_size)
+            if not saved:
+                models.initialise(student, args.student, pretrained=args.student_init == "imagenet",
+                                  init=None if args.student_init in ("none", "imagenet") else args.student_init)
+        student.to(machine.device)
+        batch_size = loop.global_batch_size(args.batch_size, data, machine)
         teacher_test = loop.check_teacher(teacher, data, machine)
         teacher_val = loop.evaluate(teacher, data.val, data.mean, data.std, machine)
-        image_size = args.image_size or data.image_size
-        student = models.build(args.student, len(data.classes), image_size)
-        if not saved:
-            models.initialise(student, args.student, pretrained=args.student_init == "imagenet",
-                              init=None if args.student_init in ("none", "imagenet") else args.student_init)
-        student.to(machine.device)
-        augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype)
-        update = loop.Update(student, loop.build_optimizer(student, args), machine.scaler(), args.clip_grad, args.model_ema)
+        augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
+                                   batch_size=batch_size)
+        update = loop.Update(student, loop.build_optimizer(student, args), machine, args.clip_grad, args.model_ema)
+        model, rows = ranks.parallel(student, args.seed), ranks.rows(args.batch_size)
         criterion, numbers = METHODS[args.method], options.loss_numbers(args)
         card = {"model": args.student, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
                 "std": list(data.std), "dataset": args.dataset, "seed": args.seed}
@@ -59,9 +66,9 @@ def main(args):
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
         run.open(config | {"teacher": teacher.info["model"], "image_size": image_size})
 
-        state = checkpoint.State(run, writer, config, update=update, stop=stop)
+        state = checkpoint.State(run, writer, config, update=update, stop=stop, ranks=ranks)
         first = state.restore(saved)
-        means, progress = loop.Means(machine.device), loop.Progress(args.epochs, augmenter.steps, first)
+        means, progress = loop.Means(machine), loop.Progress(args.epochs, augmenter.steps, first)
         for epoch in range(first, args.epochs + 1):
             if stop.stop:
                 break
@@ -71,21 +78,22 @@ def main(args):
             numbers |= options.ramped(args, epoch)
             for step in range(augmenter.steps):
                 lr = loop.learning_rate((epoch - 1) * augmenter.steps + step, args, augmenter.steps)
-                batch = augmenter(step)
+                batch = augmenter(step, rows)
                 with machine.autocast():
                     with torch.no_grad():
                         teacher_logits = teacher(batch.images)
-                    logits = student(batch.images)
+                    logits = model(batch.images)
                 loss, terms = criterion(logits, teacher_logits, batch.targets, **numbers)
                 kept = update(loss, lr)
-                means.add(args.batch_size, kept, train_loss=loss, **{f"train_loss_{name}": term for name, term in terms.items()},
+                means.add(batch_size, kept, train_loss=loss, **{f"train_loss_{name}": term for name, term in terms.items()},
                           train_acc1=loop.accuracy(logits, batch.targets.dominant))
                 progress.step(epoch, step, lr, means)
             columns = means.epoch_columns(epoch) | update.epoch_columns()  # the epoch's one wait for the device
+            update.agree()
             trained = time.perf_counter()
             val = loop.evaluate(update.evaluated, data.val, data.mean, data.std, machine)
             best = stop.update(epoch, val)
-            evaluated, samples = time.perf_counter(), augmenter.steps * args.batch_size
+            evaluated, samples = time.perf_counter(), augmenter.steps * batch_size
             state.save(runlog.EpochRow(
                 epoch=epoch, lr=lr, **columns, **val.columns(), **stop.columns(), teacher_agree=val.agreement(teacher_val),
                 samples=samples, images_per_s=samples / (trained - begun), epoch_s=trained - begun, val_s=evaluated - trained,

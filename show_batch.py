@@ -25,8 +25,8 @@ def main(args):
 
     machine = loop.prepare_machine(args.device, "off", args.seed, args.kernels)
     data = datasets.load(**options.data(args), device=machine.device)
-    loop.check_batch_size(args.batch_size, data)
-    augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std)
+    augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std,
+                               batch_size=loop.global_batch_size(args.batch_size, data, machine))
     if args.step >= augmenter.steps:
         raise runlog.Failure(runlog.USAGE, f"no such step (--step {args.step})", f"choose one below {augmenter.steps}")
     augmenter.set_epoch(args.epoch)

@@ -4,6 +4,7 @@
     python train_teacher.py --model efficientnet_v2_s --output runs/alone      the student's size, for comparison
     python train_teacher.py --dataset imagefolder --data-dir photos            your own images: photos/train/CLASS/*.jpg
     python train_teacher.py --resume auto                                      whatever happened to it: goes on, or starts
+    torchrun --nproc-per-node 2 train_teacher.py --batch-size 64               on two GPUs, 64 images each
 
 The data live on the device as uint8; every step augments a batch there, reads both labels of each mixed image and makes
 one optimizer step.  Leaves log.csv, summary.json, best.pt and last.pt in --output.
@@ -26,27 +27,33 @@ def main(args):
     if args.dry_run:
         return
 
-    with runlog.RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume) as run, checkpoint.Writer() as writer:
-        saved, stop = checkpoint.find(run, config), loop.EarlyStop(args.monitor, args.patience)
-        if checkpoint.is_finished(run, saved, args.epochs, stop):
+    ranks = machine.ranks
+    directory = runlog.RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=ranks.first)
+    with ranks, directory as run, checkpoint.Writer() as writer:
+        stop = loop.EarlyStop(args.monitor, args.patience)
+        saved = ranks.decide(lambda: checkpoint.find(run, config))
+        if ranks.decide(lambda: checkpoint.is_finished(run, saved, args.epochs, stop)):
             return
-        data = datasets.load(**options.data(args), device=machine.device)
-        loop.check_batch_size(args.batch_size, data)
-        image_size = args.image_size or data.image_size
-        net = models.build(args.model, len(data.classes), image_size)
-        if not saved:
-            models.initialise(net, args.model, pretrained=pretrained, init=args.init)
+        with ranks.in_turn():
+            data = datasets.load(**options.data(args), device=machine.device)
+            image_size = args.image_size or data.image_size
+            net = models.build(args.model, len(data.classes), image_size)
+            if not saved:
+                models.initialise(net, args.model, pretrained=pretrained, init=args.init)
         net.to(machine.device)
-        augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype)
-        update = loop.Update(net, loop.build_optimizer(net, args), machine.scaler(), args.clip_grad, args.model_ema)
+        batch_size = loop.global_batch_size(args.batch_size, data, machine)
+        augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
+                                   batch_size=batch_size)
+        update = loop.Update(net, loop.build_optimizer(net, args), machine, args.clip_grad, args.model_ema)
+        model, rows = ranks.parallel(net, args.seed), ranks.rows(args.batch_size)
         card = {"model": args.model, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
                 "std": list(data.std), "dataset": args.dataset, "seed": args.seed}
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")
         run.open(config | {"image_size": image_size})
 
-        state = checkpoint.State(run, writer, config, update=update, stop=stop)
+        state = checkpoint.State(run, writer, config, update=update, stop=stop, ranks=ranks)
         first = state.restore(saved)
-        means, progress = loop.Means(machine.device), loop.Progress(args.epochs, augmenter.steps, first)
+        means, progress = loop.Means(machine), loop.Progress(args.epochs, augmenter.steps, first)
         for epoch in range(first, args.epochs + 1):
             if stop.stop:
                 break
@@ -55,19 +62,20 @@ def main(args):
             augmenter.set_epoch(epoch)
             for step in range(augmenter.steps):
                 lr = loop.learning_rate((epoch - 1) * augmenter.steps + step, args, augmenter.steps)
-                batch = augmenter(step)
+                batch = augmenter(step, rows)
                 with machine.autocast():
-                    logits = net(batch.images)
+                    logits = model(batch.images)
                 loss = mixed_ce(logits, batch.targets, label_smoothing=args.label_smoothing)
                 kept = update(loss, lr)
-                means.add(args.batch_size, kept, train_loss=loss, train_loss_ce=loss,
+                means.add(batch_size, kept, train_loss=loss, train_loss_ce=loss,
                           train_acc1=loop.accuracy(logits, batch.targets.dominant))
                 progress.step(epoch, step, lr, means)
             columns = means.epoch_columns(epoch) | update.epoch_columns()  # the epoch's one wait for the device
+            update.agree()
             trained = time.perf_counter()
             val = loop.evaluate(update.evaluated, data.val, data.mean, data.std, machine)
             best = stop.update(epoch, val)
-            evaluated, samples = time.perf_counter(), augmenter.steps * args.batch_size
+            evaluated, samples = time.perf_counter(), augmenter.steps * batch_size
             state.save(runlog.EpochRow(
                 epoch=epoch, lr=lr, **columns, **val.columns(), **stop.columns(), samples=samples,
                 images_per_s=samples / (trained - begun), epoch_s=trained - begun, val_s=evaluated - trained,

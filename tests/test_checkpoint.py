@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from training import checkpoint, runlog
+from training.distributed import Ranks
 from training.runlog import Failure
 
 
@@ -107,7 +108,7 @@ def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
     part, go = Part(), threading.Event()
     with runlog.RunDirectory(tmp_path, overwrite=False) as run, checkpoint.Writer() as writer:
         run.open({})
-        state = checkpoint.State(run, writer, {"epochs": 9, "sched": "cosine"}, update=part, stop=Part())
+        state = checkpoint.State(run, writer, {"epochs": 9, "sched": "cosine"}, update=part, stop=Part(), ranks=Ranks())
         writer(go.wait)
         threading.Timer(0.2, go.set).start()
         state.save(row, {"classes": []})

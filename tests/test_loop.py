@@ -28,8 +28,7 @@ def batch(seed=0):
 
 
 def updater(model, recipe, *, precision="off", clip_grad=0.0, ema_decay=0.0):
-    return loop.Update(model, loop.build_optimizer(model, SimpleNamespace(**recipe)), loop.Machine(CPU.device, precision).scaler(),
-                       clip_grad, ema_decay)
+    return loop.Update(model, loop.build_optimizer(model, SimpleNamespace(**recipe)), loop.Machine(CPU.device, precision), clip_grad, ema_decay)
 
 
 def test_learning_rate_warms_up_linearly_and_falls_by_cosine_or_steps():
@@ -169,7 +168,7 @@ def test_no_step_waits_for_the_gpu(recipe):
     augmenter = BatchAugmenter(images, torch.randint(10, (256,), generator=g).cuda(), batch_size=64, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3,
                                dtype=machine.dtype)
     args = SimpleNamespace(**recipe)
-    update, means = loop.Update(model, loop.build_optimizer(model, args), machine.scaler(), 1.0, 0.0), loop.Means(machine.device)
+    update, means = loop.Update(model, loop.build_optimizer(model, args), machine, 1.0, 0.0), loop.Means(machine)
     for step in range(augmenter.steps):
         if step == 2:  # what is made once has been made
             torch.cuda.set_sync_debug_mode("error")
@@ -199,7 +198,7 @@ def test_moving_average():
 
 
 def test_means_weigh_samples_and_name_the_first_sick_term():
-    means = loop.Means(CPU.device)
+    means = loop.Means(CPU)
     yes, no = torch.tensor(True), torch.tensor(False)
     sick = {"train_loss": torch.tensor(math.nan), "train_loss_ce": torch.tensor(1.0), "train_loss_kl": torch.tensor(math.inf)}
     healthy = {"train_loss": torch.tensor(3.0), "train_loss_ce": torch.tensor(2.0), "train_loss_kl": torch.tensor(1.0)}
@@ -279,7 +278,7 @@ def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
         def isatty(self):
             return True
 
-    means = loop.Means(CPU.device)
+    means = loop.Means(CPU)
     means.add(8, torch.tensor(True), train_loss=torch.tensor(1.5))
     for stream in (io.StringIO(), Terminal()):
         progress = loop.Progress(3, 10, stream=stream)

@@ -7,8 +7,11 @@ import csv
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -19,7 +22,7 @@ import torture
 from training import checkpoint
 
 STEPS = 4  # of an epoch of these runs
-KINDS = tuple(torture.COMMANDS)
+KINDS = ("teacher", "student")
 DRAW = random.Random(time.time_ns())  # other moments in every test run: each of them has to do
 
 
@@ -390,3 +393,108 @@ def test_a_run_that_only_skips_stops_with_the_last_healthy_checkpoint(place, kin
 def test_a_loss_that_becomes_infinite_by_itself(place):
     result = place.run(f"{torture.command('teacher')} --lr 1e30 --clip-grad 0 --output {torture.new_run(place)}")
     one_line(result, 6, "not finite")
+
+
+# --- several processes on one run
+
+
+def test_a_pair_is_repeatable_prints_once_and_is_one_identity(place):
+    place.undisturbed("teacher")
+    run, line = torture.new_run(place), torture.command("pair")
+    result = place.run(f"{line} --output {run}")
+    assert result.code == 0 and result.err == "" and torture.difference(run, place.undisturbed("pair")) == ""
+    assert result.out.count("epoch 1/3") == 1 and "2 processes with --batch-size 8: 16 images a step" in result.out
+    before = contents(run)
+    assert "already finished" in place.run(f"{line} --output {run} --resume auto").out and contents(run) == before
+    alone = line.replace("torchrun --nproc-per-node 2 ", "")
+    one_line(place.run(f"{alone} --output {run} --resume auto --batch-size 16"), 2, "processes 2 -> 1", "--batch-size 8 -> 16")
+    one_line(place.run(f"{line} --output {run}"), 2, "not empty")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("point", [13, 21])
+def test_a_pair_that_crashes_before_a_write_loses_nothing(place, point):
+    place.undisturbed("pair")
+    assert torture.crash_point(place, "pair", point) == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_pair_of_which_one_is_killed_or_both_are_stopped_loses_nothing(place, number):
+    place.undisturbed("pair")
+    assert torture.interruption(place, "pair", number, DRAW.random()) == ""
+
+
+def test_a_full_disk_ends_a_pair_in_one_line(place):
+    place.undisturbed("pair")
+    assert torture.full_disk_point(place, "pair", 21) == ""
+
+
+def run_out_of_memory():
+    import augment
+
+    def call(self, *args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    augment.BatchAugmenter.__call__ = call
+
+
+def drift():
+    from training import loop
+    agree = loop.Update.agree
+
+    def call(self):
+        with torch.no_grad():
+            self.parameters[0].add_(1e-3)
+        agree(self)
+
+    loop.Update.agree = call
+
+
+@pytest.mark.parametrize("flags, fault, code, words", [
+    ("", partial(torture.on_rank, 1, run_out_of_memory), 7, ["out of GPU memory", "--batch-size 4"]),
+    ("", partial(torture.on_rank, 1, drift), 1, ["ranks diverged", "2 processes", "--resume auto"]),
+    ("", partial(torture.on_rank, 1, partial(torture.poison, "kl", range(1000))), 6, ["train_loss_kl is not finite"]),
+    ("--batch-size 7", None, 2, ["odd --batch-size", "7"]),
+    ("--batch-size 40", None, 2, ["2 times 40 of 76 images"]),
+    ("--device cuda:1", None, 2, ["every process needs a GPU of its own"]),
+    ("--lr -1", None, 2, ["--lr"]),
+], ids=["memory", "drift", "loss", "odd", "large", "device", "flag"])
+def test_whatever_ends_a_pair_says_so_in_one_line(place, flags, fault, code, words):
+    place.undisturbed("teacher")
+    run = torture.new_run(place)
+    result = place.run(f"{torture.command('pair')} {flags} --epochs 20 --output {run}", fault)
+    one_line(result, code, *words)
+    assert result.err.count("\n") == 1 and result.seconds < 15
+
+
+def test_a_batch_that_is_sick_on_one_of_a_pair_is_skipped_by_both(place):
+    place.undisturbed("teacher")
+    run = torture.new_run(place)
+    result = place.run(f"{torture.command('pair')} --amp off --output {run}", partial(torture.on_rank, 1, partial(torture.poison, "kl", [5])))
+    assert result.code == 0 and [row["skipped_steps"] for row in torture.log_of(run)] == ["0", "1", "0"]
+
+
+def test_two_pairs_cannot_share_a_directory(place):
+    run, line = torture.new_run(place), torture.command("teacher").replace("train_teacher", "torchrun --nproc-per-node 2 train_teacher")
+    first = place.start(f"{line} --output {run}", partial(slow_steps, 0.2))
+    wait_for(run / "status.json", "running")
+    one_line(place.run(f"{line} --output {run} --overwrite"), 3, str(run))
+    assert place.finish(first).code == 0
+
+
+def test_torchrun_itself_stops_within_ten_seconds_and_the_run_goes_on(place):
+    """With one of its processes in the middle of a step; what it leaves is continued, and is the undisturbed run."""
+    line = torture.command("teacher").replace("train_teacher", "torchrun --nproc-per-node 2 train_teacher")
+    whole, run = torture.new_run(place), torture.new_run(place)
+    assert place.run(f"{line} --output {whole}").code == 0
+    command = line.replace("train_teacher.py", str(torture.ROOT / "train_teacher.py")).replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
+    with open(place.folder / "torchrun.log", "w") as log:
+        launcher = subprocess.Popen([*shlex.split(command), "--output", run], cwd=place.folder, stdout=log, stderr=log,
+                                    env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
+    wait_for(run / "log.csv")
+    sent = time.perf_counter()
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(10) != 0 and time.perf_counter() - sent < 10
+    assert len(torture.log_of(run)) < 3, "it was to be stopped before its end"
+    result = place.run(f"{line} --output {run} --resume auto")  # the lock is free: all its processes have ended
+    assert result.code == 0 and torture.difference(run, whole) == "", result.err

@@ -14,7 +14,8 @@ EVERYTHING = {"augment", "kernels", "losses", "training"}
 ALLOWED = {  # module or folder: what of ours it may import
     "training.data": {"training.runlog", "training.synthetic"}, "training.synthetic": set(),
     "training.models": {"training.checkpoint", "training.runlog"}, "training.checkpoint": {"training.runlog"},
-    "training.loop": {"training.models", "training.runlog", "kernels"}, "training.options": set(), "training.runlog": set(), "training": set(),
+    "training.loop": {"training.distributed", "training.models", "training.runlog", "kernels"},
+    "training.distributed": set(), "training.options": set(), "training.runlog": set(), "training": set(),
     "kernels": set(), "losses": {"kernels"}, "augment": {"kernels", "losses.targets"}, "plots": set(),
 }
 

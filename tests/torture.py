@@ -36,6 +36,8 @@ RECIPE = "--dataset imagefolder --data-dir images --epochs 3 --warmup-epochs 1 -
 COMMANDS = {  # between them: both optimizers, a moving average, an epoch that is not the best, a loss scale, and dropout
     "teacher": f"train_teacher.py --model resnet8 {RECIPE} --opt sgd --lr 2 --weight-decay 5e-4 --model-ema 0.9",
     "student": f"distill.py --method dkd --beta 2 --student forgetful_pico {RECIPE} --opt adamw --amp fp16 --kernels reference",
+    "pair": "torchrun --nproc-per-node 2 distill.py --student forgetful_pico --model-ema 0.9 "
+            f"{RECIPE} --batch-size 8 --opt adamw --amp fp16 --kernels reference",
 }
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torchvision", "torch.optim.swa_utils", "torch.utils.flop_counter", "triton", "matplotlib"])
@@ -49,6 +51,18 @@ class Result(NamedTuple):
     seconds: float
 
 
+class Job(NamedTuple):
+    """A command that runs, in one process or several."""
+    processes: list
+    logs: list
+    started: float
+    store: object  # by which several processes find each other
+
+    @property
+    def pid(self) -> int:
+        return self.processes[0].pid
+
+
 def forgetful_pico(num_classes: int):
     """A small network that draws random numbers: its dropout must go on where it was."""
     from training import models
@@ -57,9 +71,19 @@ def forgetful_pico(num_classes: int):
     return net
 
 
-def be_the_script(line: str, folder: str, log: str, fault) -> None:
+def as_torchrun_does(size: int) -> tuple:
+    """The store by which `size` processes find each other, and the variables for each of them."""
+    from torch.distributed import TCPStore
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
+              "TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "lo"}
+    return store, [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
+def be_the_script(line: str, folder: str, log: str, fault, environment: dict) -> None:
     """The child: run `line` in `folder`, with `fault()` called first."""
     os.chdir(folder)
+    os.environ |= environment
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{stream}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
@@ -89,26 +113,43 @@ class Workplace:
         make_images(self.folder / "images" / "train", classes, 24, seed=0)
         make_images(self.folder / "images" / "test", classes, 6, seed=1)
 
-    def start(self, line: str, fault=None):
-        log = str(self.folder / f"log{random.random()}")
-        process = CONTEXT.Process(target=be_the_script, args=(line, str(self.folder), log, fault))
-        process.log, process.started = log, time.perf_counter()
-        with self.one_at_a_time:
-            process.start()
-        return process
+    def start(self, line: str, fault=None) -> "Job":
+        """Start a script; `torchrun --nproc-per-node N` before it is played by this class: `fault()` is called in every process."""
+        store, environments = None, [{}]
+        if line.startswith("torchrun "):
+            _, _, size, line = line.split(maxsplit=3)
+            store, environments = as_torchrun_does(int(size))
+        job = Job([], [], time.perf_counter(), store)
+        for environment in environments:
+            job.logs.append(str(self.folder / f"log{random.random()}"))
+            job.processes.append(CONTEXT.Process(target=be_the_script, args=(line, str(self.folder), job.logs[-1], fault, environment)))
+            with self.one_at_a_time:
+                job.processes[-1].start()
+        return job
 
-    def finish(self, process, limit: float = 60) -> Result:
-        ended = multiprocessing.connection.wait([process.sentinel], limit)
-        seconds = time.perf_counter() - process.started
-        assert ended, f"still running after {limit} s"
-        with self.one_at_a_time:
-            process.join()
+    def finish(self, job: "Job", limit: float = 60) -> Result:
+        """Wait for the end; of several processes the first to fail gives the code, and the others are terminated, as torchrun does."""
+        running, code = list(job.processes), 0
+        while running:
+            ended = multiprocessing.connection.wait([process.sentinel for process in running], limit)
+            assert ended, f"still running after {limit} s"
+            with self.one_at_a_time:
+                for process in [process for process in running if process.sentinel in ended]:
+                    running.remove(process)
+                    process.join()
+                    if process.exitcode and not code:
+                        code = process.exitcode
+                        time.sleep(0.2 * len(running))  # torchrun looks ten times a second
+                        for other in running:
+                            other.terminate()
+        seconds = time.perf_counter() - job.started
         texts = []
         for stream in ("out", "err"):
-            path = Path(f"{process.log}.{stream}")
-            texts.append(path.read_text() if path.exists() else "")  # none where it was killed before it wrote
-            path.unlink(missing_ok=True)
-        return Result(process.exitcode, *texts, seconds)
+            paths = [Path(f"{log}.{stream}") for log in job.logs]
+            texts.append("".join(path.read_text() for path in paths if path.exists()))  # none where it was killed before it wrote
+            for path in paths:
+                path.unlink(missing_ok=True)
+        return Result(code, *texts, seconds)
 
     def run(self, line: str, fault=None) -> Result:
         return self.finish(self.start(line, fault))
@@ -117,7 +158,7 @@ class Workplace:
         """The run to compare with."""
         folder = self.folder / "undisturbed" / kind
         if not folder.exists():
-            if kind == "student":
+            if kind != "teacher":
                 self.undisturbed("teacher")
             result = self.run(f"{command(kind)} --output {folder}")
             assert result.code == 0, result.err
@@ -126,10 +167,16 @@ class Workplace:
 
 
 def command(kind: str) -> str:
-    return COMMANDS[kind] + (" --teacher-checkpoint undisturbed/teacher/best.pt" if kind == "student" else "")
+    return COMMANDS[kind] + (" --teacher-checkpoint undisturbed/teacher/best.pt" if kind != "teacher" else "")
 
 
 # --- faults: called in the child before the script
+
+
+def on_rank(rank: int, fault) -> None:
+    """A fault of one of several processes."""
+    if os.environ["RANK"] == str(rank):
+        fault()
 
 
 def die_at(point: int) -> None:
@@ -275,20 +322,26 @@ full_disk_point = partial(write_point, fault=no_space_at, code=8)
 
 
 def interruption(place: Workplace, kind: str, number: int, fraction: float) -> str:
-    """Send a signal after a fraction of a run's usual time; SIGKILL up to three times in one run."""
-    run, usual = new_run(place), place.usual[kind]
-    for _ in range(3 if number == signal.SIGKILL else 1):
-        process = place.start(f"{command(kind)} --output {run} --resume auto")
+    """Send a signal after a fraction of a run's usual time; SIGKILL up to three times in one run, to any one of its processes."""
+    run, usual, kill = new_run(place), place.usual[kind], number == signal.SIGKILL
+    for _ in range(3 if kill else 1):
+        job = place.start(f"{command(kind)} --output {run} --resume auto")
         time.sleep(fraction * usual)
         sent = time.perf_counter()
-        with suppress(ProcessLookupError):  # it may have ended
-            os.kill(process.pid, number)
-        result = place.finish(process)
+        for process in [random.choice(job.processes)] if kill else job.processes:
+            with suppress(ProcessLookupError):  # it may have ended
+                os.kill(process.pid, number)
+        result = place.finish(job)
         took = time.perf_counter() - sent
-        if number == signal.SIGKILL or result.code == 0:
+        if kill or result.code == 0:
+            if kill and (took > 10 and result.code or "Traceback" in result.err):
+                return f"exit {result.code} after {took:.1f} s: {result.err}"
             continue
-        started = bool(result.out)  # before it says what it is about to do, the flags are not parsed yet, and Python's own ways hold
-        if took > 2 or started and (result.code != 128 + number or result.err.count("\n") != 1 or "--resume auto" not in result.err):
+        if len(job.processes) > 1:
+            due = result.code == -number  # no handler under torchrun
+        else:  # before it says what it is about to do, the flags are not parsed yet, and Python's own ways hold
+            due = not result.out or result.code == 128 + number and result.err.count("\n") == 1 and "--resume auto" in result.err
+        if took > 2 or not due:
             return f"exit {result.code} after {took:.1f} s: {result.err}"
     return outcome_of_resuming(place, kind, run)
 

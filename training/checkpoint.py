@@ -24,7 +24,7 @@ FORMAT = 1
 SEAL = b"sha256:"
 SEALED = len(SEAL) + 64  # bytes, with the digest
 FREE = {"output", "epochs", "patience", "device", "resume", "overwrite", "debug", "dry_run"}  # what a resumed run may change
-NO_FLAGS = {"script", "teacher_sha256"}
+NO_FLAGS = {"script", "teacher_sha256", "processes"}
 REMEDY = "restore it from a copy or make it again"
 
 
@@ -188,10 +188,11 @@ class State:
     """All that decides how a run goes on: saved after every epoch, restored from what `find` found.
 
     update, stop: have state_dict() and load_state_dict() of plain types.  config: what must be the same when it is resumed.
+    ranks: training.distributed's; all processes restore and save together, the first one writes.
     """
 
-    def __init__(self, run, writer: Writer, config: dict, *, update, stop):
-        self.run, self.writer, self.config, self.update, self.stop = run, writer, config, update, stop
+    def __init__(self, run, writer: Writer, config: dict, *, update, stop, ranks):
+        self.run, self.writer, self.config, self.update, self.stop, self.ranks = run, writer, config, update, stop, ranks
         self.previous = run / "prev.pt"
 
     def restore(self, saved: dict | None) -> int:
@@ -205,10 +206,12 @@ class State:
                   "result is not that of a run planned so long", file=sys.stderr)
         self.update.load_state_dict(saved["update"])
         self.stop.load_state_dict(saved["stop"])
-        torch.set_rng_state(saved["rng"]["cpu"])
+        torch.set_rng_state(saved["rng"]["cpu"][self.ranks.rank])
         if "cuda" in saved["rng"] and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+            torch.cuda.set_rng_state(saved["rng"]["cuda"][self.ranks.rank])
         self.run.restore([EpochRow(**row) for row in saved["rows"]])
+        if not self.ranks.first:
+            return saved["epoch"] + 1
         if saved["path"].resolve() == self.previous.resolve():
             self.previous = None  # last.pt is damaged: it must not take the place of the good one
         if saved["best"]:  # last.pt is written before best.pt, and holds the same weights
@@ -220,9 +223,11 @@ class State:
     def save(self, row: EpochRow, card: dict | None) -> None:
         """End an epoch: last.pt, then best.pt where `card` says what is in it (None: not the best epoch), then log.csv."""
         self.run.rows.append(row)
-        generators = {"cpu": torch.get_rng_state()}
+        generators = {"cpu": self.ranks.gather(torch.get_rng_state())}
         if torch.cuda.is_initialized():
-            generators["cuda"] = torch.cuda.get_rng_state()
+            generators["cuda"] = self.ranks.gather(torch.cuda.get_rng_state())
+        if not self.ranks.first:
+            return
         best = card and {"kind": "weights", **card, "epoch": row.epoch, "val_acc1": row.val_acc1, "test_acc1": None}
         content = on_cpu({
             "kind": "run", "epoch": row.epoch, "config": self.config, "best": best, "rng": generators,

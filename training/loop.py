@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import kernels
 from training import models
-from training.runlog import DIVERGED, USAGE, Failure
+from training.distributed import Ranks
+from training.runlog import BUG, DIVERGED, USAGE, Failure
 
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 ECE_BINS = 15
@@ -26,10 +27,11 @@ TEACHER_TOLERANCE = 0.1  # percentage points: more than rounding in another prec
 
 
 class Machine(NamedTuple):
-    """Where the run happens, in what precision, and with which kernels: "triton" or "reference"."""
+    """Where the run happens, in what precision, with which kernels ("triton" or "reference"), and by which processes."""
     device: torch.device
     precision: str
     kernels: str = "reference"
+    ranks: Ranks = Ranks()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,7 +45,7 @@ class Machine(NamedTuple):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def describe(self) -> dict:
-        return {"device": str(self.device), "amp": self.precision, "kernels": self.kernels}
+        return {"device": str(self.device), "amp": self.precision, "kernels": self.kernels, "processes": self.ranks.size}
 
     def peak_memory_mb(self):
         return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if self.device.type == "cuda" else None
@@ -53,18 +55,25 @@ def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str
                     deterministic: bool = False) -> Machine:
     """Seed the weights' initialisation and choose device, precision and kernels; the data have generators of their own.
 
+    Under torchrun each process has a GPU of its own, or all share the CPU.
     deterministic: the same bits every time on one machine and one set of versions, at some cost on a GPU.
     """
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    ranks = Ranks.of_environment()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.size > 1 and device != "cpu":
+        if device != "cuda":
+            raise Failure(USAGE, f"every process needs a GPU of its own (--device {device})", "leave out --device")
+        device = f"cuda:{ranks.local}"
     device = torch.device(device)
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
-            raise Failure(USAGE, f"no such GPU here (--device {device})", "use --device cpu, or check the driver")
+            fewer = ", or fewer processes per machine" if ranks.size > 1 else ""
+            raise Failure(USAGE, f"no such GPU here (--device {device})", f"use --device cpu{fewer}, or check the driver")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not deterministic
     kernels.choose(kernels_choice)
@@ -72,7 +81,7 @@ def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str
     if kernels_choice == "triton" and not fused:
         raise Failure(USAGE, f"Triton needs a GPU (--kernels triton, --device {device})",
                       "use --kernels auto, or set TRITON_INTERPRET=1 to run it in Python")
-    return Machine(device, amp or ("fp16" if device.type == "cuda" else "off"), "triton" if fused else "reference")
+    return Machine(device, amp or ("fp16" if device.type == "cuda" else "off"), "triton" if fused else "reference", ranks)
 
 
 def build_optimizer(net, args) -> torch.optim.Optimizer:
@@ -103,15 +112,15 @@ class Update:
 
     A step whose loss or gradient is not finite, in whatever precision, leaves weights, momentum and running statistics as they
     were; it is counted as skipped and enters neither the gradient norms nor the clipped share.  `kept` is a 0-dim bool tensor:
-    the device decides, nothing waits for it.
+    the device decides, nothing waits for it.  Of several processes all keep a step or none: they see one mean gradient.
     """
 
-    def __init__(self, net, optimizer, scaler, clip_grad: float, ema_decay: float):
-        self.net, self.optimizer, self.scaler = net, optimizer, scaler
+    def __init__(self, net, optimizer, machine: Machine, clip_grad: float, ema_decay: float):
+        self.net, self.optimizer, self.scaler, self.ranks = net, optimizer, machine.scaler(), machine.ranks
         self.clip_grad = clip_grad or math.inf
         self.parameters = list(net.parameters())
         self.average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True) if ema_decay else None
-        self.buffers = flat_buffers(net)
+        self.buffers, self.average_buffers = flat_buffers(net), flat_buffers(self.average.module) if self.average else []
         self.sums = torch.zeros(3, device=self.parameters[0].device)  # good steps, their norms, the clipped ones
         self.largest = torch.zeros((), device=self.parameters[0].device)
         self.steps = 0
@@ -125,10 +134,11 @@ class Update:
     def __call__(self, loss, lr: float):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)  # then no process has a finite gradient
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
-        kept = norm.isfinite() & loss.detach().isfinite()
+        kept = norm.isfinite()
         self.optimizer.found_inf = (~kept).float()  # fused optimizers read it on the device; the scaler has its own for its scale
         self.optimizer.step()
         self.scaler.update()
@@ -146,6 +156,20 @@ class Update:
 
     def remember_buffers(self) -> None:
         self.before = [buffers.clone() for buffers in self.buffers]
+
+    def agree(self) -> None:
+        """Between training and evaluation: every process takes the mean of all running statistics.
+
+        Failure BUG: the weights are no longer the same everywhere, which only a fault of hardware or software can do.
+        """
+        bits = torch.stack([parameter.detach().view(torch.int32).sum() for parameter in self.parameters])
+        if not self.ranks.agree(bits):
+            raise Failure(BUG, f"ranks diverged: their weights are not the same ({self.ranks.size} processes)",
+                          "go back to the last checkpoint with --resume auto; if it happens again, suspect a GPU")
+        for buffers in (*self.buffers, *self.average_buffers):
+            if self.ranks.size > 1 and buffers.is_floating_point():
+                buffers.copy_(self.ranks.mean(buffers.double()))  # in float64 the mean of equal numbers is that number
+        self.remember_buffers()
 
     def epoch_columns(self) -> dict:
         """The epoch's columns of log.csv, read from the device once; starts the next epoch's counts."""
@@ -216,10 +240,14 @@ class Glance:
 
 
 class Means:
-    """Means over an epoch's samples of named 0-dim tensors, summed on the device; and the end of a run that only skips steps."""
+    """Means over an epoch's samples of named 0-dim tensors, summed on the device; and the end of a run that only skips steps.
 
-    def __init__(self, device):
-        self.row = torch.zeros(2, dtype=torch.int64, device=device)  # steps skipped in a row, now and at most
+    Of several processes each has the means over all of them, so that all decide alike.
+    """
+
+    def __init__(self, machine: Machine):
+        self.ranks = machine.ranks
+        self.row = torch.zeros(2, dtype=torch.int64, device=machine.device)  # steps skipped in a row, now and at most
         self.see_means, self.see_row = Glance(), Glance()
         self.clear()
 
@@ -227,11 +255,11 @@ class Means:
         self.names, self.sums, self.sick, self.samples = (), None, None, 0
 
     def add(self, samples: int, kept, **values) -> None:
-        """Add batch means where the step was `kept`, bool 0-dim; the names are the same at every call.
+        """Add the means of a batch of `samples` where the step was `kept`, bool 0-dim; the names are the same at every call.
 
         Failure DIVERGED after too many steps in a row that were not; on a GPU a few steps later.
         """
-        stacked = torch.stack([value.detach().double() for value in values.values()])
+        stacked = self.ranks.mean(torch.stack([value.detach().double() for value in values.values()]))
         if self.sums is None:
             self.names, self.sums, self.sick = tuple(values), stacked.new_zeros(len(values) + 1), torch.zeros_like(stacked)
         self.sums += torch.where(kept, torch.cat([stacked, stacked.new_ones(1)]), 0) * samples
@@ -283,30 +311,36 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(net, split, mean, std, machine: Machine, batch_size: int = 500) -> Evaluation:
-    """One pass over a split in eval mode, every image once; the network's mode is restored.
+    """One pass over a split in eval mode, every image once, by one of the processes; the network's mode is restored.
 
     Calibration error in 15 equal bins of confidence (Guo et al. 2017, arXiv 1706.04599).
     """
-    training = net.training
+    training, mine = net.training, machine.ranks.share(len(split.labels))
     net.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=machine.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=machine.device)
     gaps = torch.zeros(ECE_BINS, dtype=torch.float64, device=machine.device)
-    predictions = []
-    for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size)):
+    predictions = torch.zeros_like(split.labels)
+    for first in mine[::batch_size]:
+        rows = slice(first, min(first + batch_size, mine.stop))
+        labels = split.labels[rows]
         with machine.autocast():
-            logits = net(models.normalise(images, mean, std))
+            logits = net(models.normalise(split.images[rows], mean, std))
         logits = logits.float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
         losses = F.cross_entropy(logits, labels, reduction="none")
-        sums += torch.stack([losses.double().sum(), hits[:, 0].double().sum(), hits.double().sum()])
+        sums[:3] += torch.stack([losses.double().sum(), hits[:, 0].double().sum(), hits.double().sum()])
+        sums[3] += len(labels)
         confidence = logits.softmax(1).amax(1)
         bins = (confidence.nan_to_num() * ECE_BINS).long().clamp(max=ECE_BINS - 1)  # NaN, as an index, would be a crash
         gaps.scatter_add_(0, bins, confidence.double() - hits[:, 0].double())
-        predictions.append(best[:, 0])
+        predictions[rows] = best[:, 0]
     net.train(training)
-    loss, top1, top5 = (sums / len(split.labels)).tolist()
-    return Evaluation(loss, 100 * top1, 100 * top5, (gaps.abs().sum() / len(split.labels)).item(), torch.cat(predictions))
+    for part in (sums, gaps, predictions):
+        machine.ranks.sum(part)
+    loss, top1, top5, count = sums.tolist()
+    assert count == len(split.labels), f"{count:.0f} of {len(split.labels)} images were evaluated"
+    return Evaluation(loss / count, 100 * top1 / count, 100 * top5 / count, gaps.abs().sum().item() / count, predictions)
 
 
 class EarlyStop:
@@ -347,10 +381,19 @@ def accuracy(logits, labels):
     return 100 * (logits.argmax(1) == labels).float().mean()
 
 
-def check_batch_size(batch_size: int, data) -> None:
-    if batch_size > len(data.train.labels):
-        raise Failure(USAGE, f"--batch-size is larger than the training set ({batch_size} of {len(data.train.labels)} images)",
-                      "choose a smaller one")
+def global_batch_size(each: int, data, machine: Machine) -> int:
+    """Images per step, where every process takes `each` of them; says so where there are several."""
+    processes, images = machine.ranks.size, len(data.train.labels)
+    together = each * processes
+    if together > images:
+        share = f"{processes} times {each}" if processes > 1 else each
+        raise Failure(USAGE, f"--batch-size is larger than the training set ({share} of {images} images)", "choose a smaller one")
+    if processes > 1:
+        if each % 2:
+            raise Failure(USAGE, f"an odd --batch-size parts pairs of images to mix ({each} in each of {processes} processes)",
+                          "choose an even one")
+        print(f"{processes} processes with --batch-size {each}: {together} images a step")
+    return together
 
 
 def check_teacher(teacher, data, machine: Machine) -> Evaluation:
@@ -372,9 +415,11 @@ def check_teacher(teacher, data, machine: Machine) -> Evaluation:
 
 def test(run, net, data, machine: Machine) -> dict:
     """Read the test set, once: the accuracies of `net`, the last epoch's, and of best.pt, which is told its own."""
+    machine.ranks.wait()  # for the one that writes best.pt
     best = models.load(run / "best.pt", machine.device)
     last, chosen = (evaluate(each, data.test, data.mean, data.std, machine).acc1 for each in (net, best))
-    models.save(run / "best.pt", best, **best.info | {"test_acc1": chosen})
+    if machine.ranks.first:
+        models.save(run / "best.pt", best, **best.info | {"test_acc1": chosen})
     return {"test_acc1_last": last, "test_acc1_best": chosen}
 
 

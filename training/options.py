@@ -5,6 +5,7 @@ a flag beside it wins.
 """
 import argparse
 import math
+import os
 import re
 import sys
 
@@ -28,10 +29,11 @@ EXPERIMENTS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr and exit code 2."""
+    """argparse whose errors are one line on stderr, also where torchrun starts several processes, and exit code 2."""
 
     def error(self, message):
-        sys.stderr.write(f"error: {message}. see {self.prog} --help\n")
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"error: {message}. see {self.prog} --help\n")
         raise SystemExit(2)
 
 
@@ -246,8 +248,8 @@ def data(args) -> dict:
 
 
 def augmentation(args) -> dict:
-    """The keyword arguments of augment.BatchAugmenter that flags decide."""
-    names = ("batch_size", "seed", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")
+    """The keyword arguments of augment.BatchAugmenter that flags alone decide."""
+    names = ("seed", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")
     return {name: getattr(args, name) for name in names}
 
 

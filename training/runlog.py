@@ -18,6 +18,7 @@ import textwrap
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 DONE, BUG, USAGE, IN_USE, DATA, CHECKPOINT, DIVERGED, OUT_OF_MEMORY, DISK = range(9)
@@ -67,23 +68,51 @@ def expected(failure: BaseException, batch_size: int | None = None) -> tuple[int
         smaller = max(2, (batch_size or 0) // 2)
         remedy = f"try --batch-size {smaller}, or a smaller --image-size"
         return OUT_OF_MEMORY, f"out of GPU memory (--batch-size {batch_size}). {remedy}"
+    if type(failure).__name__.startswith("Dist") or isinstance(failure, RuntimeError) and "gloo/transport" in str(failure):
+        reason = str(failure).partition(". ")[0].rpartition("] ")[2]
+        return BUG, f"another process of this run does not answer ({reason}). the same command with --resume auto continues"
     if isinstance(failure, RuntimeError) and "does not have a deterministic implementation" in str(failure):
         return USAGE, f"an operation without a deterministic form here ({str(failure).split()[0]}). leave out --deterministic"
     return None
 
 
 def run(main, args) -> None:
-    """Run `main(args)` and exit by the rules above; `--debug` shows the traceback of an expected error too."""
+    """Run `main(args)` and exit by the rules above; `--debug` shows the traceback of an expected error too.
+
+    Of several processes on one run only the first to fail says why: the others fail because of it, or as it did.
+    """
+    attempt = ended_by_the_rules
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's report shows the traceback of a bug
+        from torch.distributed.elastic.multiprocessing.errors import record
+        attempt = record(attempt)
+    attempt(main, args)
+
+
+def ended_by_the_rules(main, args) -> None:
     with stopping_on_signals() as stopped:
         try:
             main(args)
         except BaseException as failure:
             # Whatever the interrupted code made of the exception, the signal is what ended the run.
-            outcome = expected(stopped[0] if stopped else failure, vars(args).get("batch_size"))
-            if outcome is None or args.debug:
+            outcome, first = expected(stopped[0] if stopped else failure, vars(args).get("batch_size")), first_to_fail()
+            if first and (outcome is None or args.debug):
                 raise
-            print(f"error: {' '.join(outcome[1].split())}", file=sys.stderr)
-            raise SystemExit(outcome[0]) from None
+            code, line = outcome or (BUG, "")
+            if first:
+                print(f"error: {' '.join(line.split())}", file=sys.stderr)
+            raise SystemExit(code) from None
+
+
+def first_to_fail() -> bool:
+    """Whether no other process of this run has asked this before; alone, always."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    from torch.distributed import TCPStore
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"fusekd/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # the store has ended with the process that kept it
+        return True
 
 
 @contextmanager
@@ -200,10 +229,12 @@ class RunDirectory:
     `with RunDirectory(...) as run:` locks the directory and checks that it may be used, writes nothing before `run.open`, and
     leaves in status.json how the run ended.  The kernel frees the lock however the process ends.
     rows: the epochs so far.  saved: the epoch of the last checkpoint that is safely on disk, 0 where there is none.
+    writes: whether this is the process that writes; of several on one run the others neither lock nor touch anything.
     """
 
-    def __init__(self, path, *, overwrite: bool, resume: str | None = None):
+    def __init__(self, path, *, overwrite: bool, resume: str | None = None, writes: bool = True):
         self.path, self.overwrite, self.rows, self.saved, self.opened = Path(path), overwrite, [], 0, None
+        self.writes = writes
         self.config, self.last = {}, None
         if resume:  # the last.pt to continue from
             source = self.path if resume == "auto" else Path(resume)
@@ -217,6 +248,8 @@ class RunDirectory:
         return self.path / name
 
     def __enter__(self):
+        if not self.writes:
+            return self
         self.made = not self.path.exists()
         make_directory(self.path)
         try:
@@ -234,6 +267,8 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind, failure, trace):
+        if not self.writes:
+            return
         if self.opened and failure is not None:
             if isinstance(failure, Unwritable):
                 failure.saved = self.saved
@@ -248,10 +283,12 @@ class RunDirectory:
 
     def open(self, config: dict) -> None:
         """Write what the run is, before its first step."""
+        self.config, self.opened = config, time.perf_counter()
+        if not self.writes:
+            return
         stale = ["summary.json"] if self.continues else OWNED  # what an overwritten run left must not be read as this one's
         for name in stale:
             (self / name).unlink(missing_ok=True)
-        self.config, self.opened = config, time.perf_counter()
         write_json(self / "config.json", config)
         write_json(self / "env.json", environment())
         self.status("running")
@@ -263,7 +300,8 @@ class RunDirectory:
     def restore(self, rows: list) -> None:
         """Take over the epochs of an interrupted run; log.csv is derived from them."""
         self.rows, self.saved, self.opened = rows, len(rows) if self.continues else 0, self.opened - rows[-1].total_s
-        write_atomic(self / "log.csv", self.table())
+        if self.writes:
+            write_atomic(self / "log.csv", self.table())
 
     def table(self) -> bytes:
         """The content of log.csv: always the whole file, so that it never holds half a line."""
@@ -278,6 +316,8 @@ class RunDirectory:
 
     def close(self, summary: dict) -> None:
         """Write the result and say it; the last thing that a run does, and summary.json its last file: it marks a whole run."""
+        if not self.writes:
+            return
         self.status("finished", summary["verdict"], DONE)
         write_json(self / "summary.json", summary | {"wall_s": round(self.elapsed(), 1)})
         print(f"{summary['verdict']}: test accuracy {summary['test_acc1_best']:.2f} % with the weights of the best epoch, "

@@ -1,0 +1,246 @@
+"""Two and three processes do what one would: the same images, weights and accuracies, one message, and no waiting for the dead."""
+import os
+import time
+import traceback
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torture
+
+import losses
+from augment import BatchAugmenter
+from training import distributed, loop
+from training.data import Split
+from training.distributed import Ranks
+from training.runlog import Failure
+
+ALONE = loop.Machine(torch.device("cpu"), "off")
+
+
+def be_a_rank(function, args, environment, answer):
+    os.environ |= environment
+    torch.set_num_threads(1)
+    try:
+        with Ranks.of_environment() as ranks:
+            function(ALONE._replace(ranks=ranks), *args)
+        answer.send("")
+    except BaseException:
+        answer.send(traceback.format_exc())
+
+
+def together(size, function, *args):
+    """Call `function(machine, *args)` in `size` processes that are one run; fails with the traceback of the first that fails."""
+    store, environments = torture.as_torchrun_does(size)
+    pipes = []
+    for environment in environments:
+        here, there = torture.CONTEXT.Pipe()
+        torture.CONTEXT.Process(target=be_a_rank, args=(function, args, environment, there), daemon=True).start()
+        there.close()
+        pipes.append(here)
+    for rank, pipe in enumerate(pipes):
+        assert pipe.poll(60), f"rank {rank} of {size} does not answer"
+        trace = pipe.recv()
+        assert not trace, f"rank {rank} of {size}: {trace}"
+    del store  # which has to outlive them
+
+
+# --- alone
+
+
+def test_alone_everything_is_the_identity(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    numbers, net = torch.arange(3.0), torch.nn.Linear(2, 2)
+    with Ranks.of_environment() as ranks:
+        assert ranks.first and ranks.size == 1 and ranks.rows(8) == range(8) and ranks.share(7) == range(7)
+        assert ranks.sum(numbers) is numbers and ranks.mean(numbers) is numbers and ranks.gather(numbers)[0] is numbers
+        assert ranks.agree(numbers) and ranks.decide(lambda: "yes") == "yes" and ranks.parallel(net, 0) is net
+        with ranks.in_turn():
+            ranks.wait()
+
+
+@pytest.mark.parametrize("count", range(8))
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_shares_cover_every_row_once(count, size):
+    shares = [Ranks(rank, rank, size).share(count) for rank in range(size)]
+    assert [row for share in shares for row in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# --- together
+
+
+def sums_and_answers(machine):
+    ranks = machine.ranks
+    mine = torch.tensor([1.0, ranks.rank])
+    assert ranks.sum(mine.clone()).tolist() == [3, 3] and ranks.mean(mine.clone()).tolist() == [1, 1]
+    assert [row.tolist() for row in ranks.gather(mine)] == [[1, 0], [1, 1], [1, 2]]
+    assert ranks.agree(torch.tensor([-5, 2**62])) and not ranks.agree(torch.tensor([7, ranks.rank // 2]))
+    assert ranks.decide(lambda: {"rank": ranks.rank, "weights": mine})["rank"] == 0
+    assert ranks.decide(lambda: None) is None
+    ranks.wait()
+
+
+def test_sums_and_decisions_are_the_same_everywhere():
+    together(3, sums_and_answers)
+
+
+def first_come(machine, path):
+    with machine.ranks.in_turn():
+        assert path.exists() == (machine.ranks.rank > 0), "the second did not wait for the first"
+        time.sleep(0.3 * machine.ranks.first)
+        path.touch()
+
+
+def test_one_downloads_and_the_others_find_it(tmp_path):
+    together(3, first_come, tmp_path / "downloaded")
+
+
+def evaluate_in_shares(machine):
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 6))
+    for count in range(12, 17):
+        images = torch.randint(256, (count, 4, 4, 3), generator=generator, dtype=torch.uint8)
+        split = Split(images, torch.randint(6, (count,), generator=generator))
+        whole = loop.evaluate(net, split, (0.5,) * 3, (0.25,) * 3, ALONE)
+        for batch_size in range(1, 7):
+            shared = loop.evaluate(net, split, (0.5,) * 3, (0.25,) * 3, machine, batch_size)
+            assert torch.equal(shared.predictions, whole.predictions)
+            assert (shared.acc1, shared.acc5) == (whole.acc1, whole.acc5)
+            assert shared.loss == pytest.approx(whole.loss, rel=1e-6) and shared.ece == pytest.approx(whole.ece, rel=1e-6)
+            assert shared.agreement(whole) == 1
+    few = Split(images[:1], split.labels[:1])  # fewer images than processes
+    assert loop.evaluate(net, few, (0.5,) * 3, (0.25,) * 3, machine).acc1 == loop.evaluate(net, few, (0.5,) * 3, (0.25,) * 3, ALONE).acc1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_image_is_evaluated_once(size):
+    together(size, evaluate_in_shares)
+
+
+METHODS = {
+    "ce": lambda logits, teacher, targets: (losses.mixed_ce(logits, targets, label_smoothing=0.1), {}),
+    "kd": lambda logits, teacher, targets: losses.kd_loss(logits, teacher, targets, label_smoothing=0.1),
+    "dkd": lambda logits, teacher, targets: losses.dkd_loss(logits, teacher, targets, beta=2.0),
+}
+
+
+def train(machine, each, method, steps=24):
+    """A network in float64 and without BatchNorm -> its weights and the means of the epoch."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (768, 8, 8, 3), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(10, (768,), generator=generator)
+    augmenter = BatchAugmenter(images, labels, batch_size=each * machine.ranks.size, seed=1, mean=(0.5,) * 3, std=(0.25,) * 3)
+    torch.manual_seed(0)
+    teacher, net = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 24), torch.nn.GELU(), torch.nn.Linear(24, 10)).double()
+                    for _ in range(2))
+    recipe = SimpleNamespace(opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
+    update, means = loop.Update(net, loop.build_optimizer(net, recipe), machine, 0.5, 0.0), loop.Means(machine)
+    model, rows = machine.ranks.parallel(net, seed=0), machine.ranks.rows(each)
+    for step in range(steps):
+        batch = augmenter(step % augmenter.steps, rows)
+        with torch.no_grad():
+            teacher_logits = teacher(batch.images.double()).float()
+        loss, _ = METHODS[method](model(batch.images.double()).float(), teacher_logits, batch.targets)
+        kept = update(loss, 0.1)
+        means.add(augmenter.batch_size, kept, train_loss=loss)
+    columns = means.epoch_columns(1) | update.epoch_columns()
+    return torch.cat([weight.detach().flatten() for weight in net.parameters()]), {name: columns[name] for name in columns if name != "amp_scale"}
+
+
+def train_like_one(machine):
+    for method in METHODS:
+        (shared, columns), (whole, expected) = train(machine, 16 // machine.ranks.size, method), train(ALONE, 16, method)
+        error = ((shared - whole).norm() / whole.norm()).item()
+        assert error <= 1e-12, f"{method}: {error}"
+        assert columns == pytest.approx(expected, rel=1e-5), method
+
+
+def test_two_processes_train_the_network_that_one_would():
+    together(2, train_like_one)
+
+
+def one_statistic(machine):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    recipe = SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0.05)
+    update = loop.Update(net, loop.build_optimizer(net, recipe), machine, 1.0, 0.9)
+    model = machine.ranks.parallel(net, seed=0)
+    torch.manual_seed(machine.ranks.rank)
+    for _ in range(3):
+        update(model(torch.randn(8, 4)).square().mean(), 0.1)
+    own = [(each[1].running_mean.clone(), each[1].running_var.clone()) for each in (net, update.average.module)]
+    update.agree()
+    for each, statistics in zip((net, update.average.module), own):
+        mean, variance = (torch.stack(machine.ranks.gather(statistic)).double().mean(0).float() for statistic in statistics)
+        assert not torch.equal(statistics[0], mean), "the processes saw different images"
+        assert torch.equal(each[1].running_mean, mean) and torch.equal(each[1].running_var, variance)
+    before = net[1].running_mean.clone()
+    update.agree()
+    assert net[1].num_batches_tracked == 3
+    assert torch.equal(net[1].running_mean, before), "the mean of equal numbers is that number"
+
+
+def test_running_statistics_are_averaged():
+    together(2, one_statistic)
+
+
+def drift(machine):
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    update = loop.Update(net, loop.build_optimizer(net, SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0)), machine, 1.0, 0.0)
+    update.agree()
+    with torch.no_grad():
+        if machine.ranks.rank == 1:
+            net.weight[0, 0, 0, 0] = torch.nextafter(net.weight[0, 0, 0, 0], torch.tensor(9.0))
+    with pytest.raises(Failure, match="diverged") as failure:
+        update.agree()
+    assert failure.value.code == 1
+
+
+def test_weights_that_drift_apart_by_one_bit_are_noticed():
+    together(2, drift)
+
+
+def a_sick_loss_on_one(machine):
+    """Its gradient is finite; yet no process may take a step that another one refuses."""
+    weight = torch.nn.Linear(2, 1, bias=False)
+    recipe = SimpleNamespace(opt="sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
+    update, means = loop.Update(weight, loop.build_optimizer(weight, recipe), machine, 0.0, 0.0), loop.Means(machine)
+    model, before = machine.ranks.parallel(weight, seed=0), weight.weight.detach().clone()
+    loss = model(torch.ones(1, 2)).sum() + (0, float("inf"))[machine.ranks.rank]
+    kept = update(loss, 1.0)
+    means.add(2, kept, train_loss=loss)
+    assert not kept and torch.equal(weight.weight, before)
+    assert "train_loss is not finite" in str(means.failure("")), "the process that saw nothing must name it, too"
+
+
+def test_a_loss_that_is_sick_on_one_process_is_skipped_by_all():
+    together(2, a_sick_loss_on_one)
+
+
+def own_dropout(machine):
+    torch.manual_seed(3)
+    machine.ranks.parallel(torch.nn.Linear(2, 2), seed=3)
+    draws = machine.ranks.gather(torch.rand(4))
+    assert not torch.equal(draws[0], draws[1])
+
+
+def test_every_process_has_dropout_of_its_own():
+    together(2, own_dropout)
+
+
+def test_the_first_to_fail_is_the_one_that_speaks():
+    together(3, speak)
+
+
+def speak(machine):
+    from training import runlog
+    count = machine.ranks.sum(torch.tensor(float(runlog.first_to_fail())))
+    assert count == 1 and not runlog.first_to_fail()
+
+
+def test_waiting_ends():
+    assert 60 <= distributed.TIMEOUT.total_seconds() <= 1800

@@ -1,0 +1,111 @@
+"""Several processes on one run, as torchrun starts them: which rows each takes, what they sum, and what they agree on.
+
+Every process holds all images on its device, so each makes its own slice of the batch that one process would have made.
+DistributedDataParallel averages the gradients; BatchNorm normalises by the slice, not by the whole batch.  Alone, without
+torchrun's variables in the environment, a process is rank 0 of 1, and every method gives back what it was given.
+"""
+import os
+import sys
+import warnings
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = timedelta(minutes=10)  # of waiting for the others; a download of images or weights by one of them is within it
+
+
+class Ranks:
+    """This process, `rank`, among the `size` of its run; `local` counts within its machine.  They talk inside of `with`."""
+
+    def __init__(self, rank: int = 0, local: int = 0, size: int = 1):
+        self.rank, self.local, self.size = rank, local, size
+
+    @classmethod
+    def of_environment(cls) -> "Ranks":
+        """As torchrun says; from here on only rank 0 prints to stdout."""
+        ranks = cls(*(int(os.environ.get(*variable)) for variable in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))))
+        if not ranks.first:
+            sys.stdout = open(os.devnull, "w")
+        return ranks
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one process that prints and writes."""
+        return self.rank == 0
+
+    def __enter__(self):
+        if self.size > 1:
+            gpu = torch.cuda.is_initialized()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
+        return self
+
+    def __exit__(self, kind, failure, trace):
+        if self.size > 1 and failure is None:  # else the others may never answer: ending this process ends them
+            dist.destroy_process_group()
+
+    def rows(self, each: int) -> range:
+        """This process's rows of a batch of `each` rows per process."""
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def share(self, count: int) -> range:
+        """This process's rows of `count`, which are dealt out without padding or repetition."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes, in place, the same bits on each."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean over the processes, in place."""
+        return self.sum(tensor).div_(self.size) if self.size > 1 else tensor
+
+    def agree(self, numbers: torch.Tensor) -> bool:
+        """Whether `numbers`, int64 (K,), are the same on all processes."""
+        if self.size == 1:
+            return True
+        extremes = torch.stack([numbers, -numbers])
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        return torch.equal(extremes[0], -extremes[1])
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The `tensor` of every process, on the CPU and of one shape."""
+        if self.size == 1:
+            return [tensor]
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor)
+        return gathered
+
+    def decide(self, function):
+        """What `function()` returns on rank 0, which alone calls it."""
+        answer = [function() if self.first else None]
+        if self.size > 1:
+            dist.broadcast_object_list(answer)
+        return answer[0]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.sum(torch.zeros(()))
+
+    @contextmanager
+    def in_turn(self):
+        """One process per machine goes first: what it downloads, unpacks or caches, the others find."""
+        if self.local:
+            self.wait()
+        yield
+        if not self.local:
+            self.wait()
+
+    def parallel(self, net, seed: int):
+        """`net` as the loop is to call it, so that backward averages gradients; from here on each process has its own dropout."""
+        if self.size == 1:
+            return net
+        if not self.first:
+            torch.manual_seed(seed + self.rank)
+        with warnings.catch_warnings():  # of the flag's new name, which older versions do not have
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(net, broadcast_buffers=False)
