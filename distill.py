@@ -56,7 +56,8 @@ def main(args):
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=batch_size)
         update = loop.Update(student, loop.build_optimizer(student, args), machine, args.clip_grad, args.model_ema)
-        model, rows = ranks.parallel(student, args.seed), ranks.rows(args.batch_size)
+        rows, example = ranks.rows(args.batch_size), torch.zeros(1, 3, image_size, image_size, device=machine.device)
+        model = ranks.parallel(student, args.seed, example)
         criterion, numbers = METHODS[args.method], options.loss_numbers(args)
         card = {"model": args.student, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
                 "std": list(data.std), "dataset": args.dataset, "seed": args.seed}

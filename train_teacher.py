@@ -15,6 +15,8 @@ from training import options, runlog
 
 
 def main(args):
+    import torch
+
     from augment import BatchAugmenter
     from losses import mixed_ce
     from training import checkpoint, loop, models
@@ -45,7 +47,8 @@ def main(args):
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=batch_size)
         update = loop.Update(net, loop.build_optimizer(net, args), machine, args.clip_grad, args.model_ema)
-        model, rows = ranks.parallel(net, args.seed), ranks.rows(args.batch_size)
+        rows, example = ranks.rows(args.batch_size), torch.zeros(1, 3, image_size, image_size, device=machine.device)
+        model = ranks.parallel(net, args.seed, example)
         card = {"model": args.model, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
                 "std": list(data.std), "dataset": args.dataset, "seed": args.seed}
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")

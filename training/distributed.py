@@ -100,12 +100,21 @@ class Ranks:
         if not self.local:
             self.wait()
 
-    def parallel(self, net, seed: int):
-        """`net` as the loop is to call it, so that backward averages gradients; from here on each process has its own dropout."""
+    def parallel(self, net, seed: int, example: torch.Tensor):
+        """`net` as the loop is to call it, so that backward averages gradients; from here on each process has its own dropout.
+
+        example: an input of `net`, to rehearse with.
+        """
         if self.size == 1:
             return net
         if not self.first:
             torch.manual_seed(seed + self.rank)
         with warnings.catch_warnings():  # of the flag's new name, which older versions do not have
             warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(net, broadcast_buffers=False)
+            model = DistributedDataParallel(net, broadcast_buffers=False)
+        # After its first backward it groups the gradients anew, and in another group three numbers may add up to other bits: a
+        # resumed run would differ.  In eval mode a rehearsal leaves no trace.
+        net.eval()
+        model(example).sum().backward()
+        net.zero_grad()
+        return model
