@@ -65,7 +65,7 @@ def main(args):
               f"teacher {teacher.info['model']}: {models.parameters(teacher) / 1e6:.2f} M parameters, "
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
-        run.open(config | {"teacher": teacher.info["model"], "image_size": image_size})
+        run.open(config | {"teacher": teacher.info["model"], "image_size": image_size}, update.checkpoint_bytes)
 
         state = checkpoint.State(run, writer, config, update=update, stop=stop, ranks=ranks)
         first = state.restore(saved)

@@ -52,7 +52,7 @@ def main(args):
         card = {"model": args.model, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
                 "std": list(data.std), "dataset": args.dataset, "seed": args.seed}
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")
-        run.open(config | {"image_size": image_size})
+        run.open(config | {"image_size": image_size}, update.checkpoint_bytes)
 
         state = checkpoint.State(run, writer, config, update=update, stop=stop, ranks=ranks)
         first = state.restore(saved)

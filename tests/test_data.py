@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.error import URLError
 
@@ -345,6 +346,23 @@ def test_photographs_are_decoded_by_threads_into_the_same_places(two_trees):
     assert loaded.image_size == 160
     paths = sorted((two_trees / "train").glob("*/*"))
     assert np.array_equal(loaded.train.images.numpy(), np.stack([np.asarray(Image.open(path)) for path in paths]))
+
+
+def test_an_interruption_does_not_wait_for_the_photographs_that_are_left(two_trees, monkeypatch):
+    class Interrupting(io.StringIO):
+        def write(self, text):
+            if text.startswith("decoding"):
+                raise KeyboardInterrupt
+
+    started, fit = [], data.ImageOps.fit
+    for path in two_trees.glob("*/*/*"):
+        Image.open(path).resize((160, 160)).save(path)
+    monkeypatch.setattr(data.ImageOps, "fit", lambda *args: (started.append(1), time.sleep(0.1), fit(*args))[-1])
+    total = len(list(two_trees.glob("*/*/*")))
+    monkeypatch.setattr(data, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(2))
+    with pytest.raises(KeyboardInterrupt):
+        data.load("imagefolder", two_trees, image_size=32, stream=Interrupting())
+    assert len(started) <= total / 2, f"{len(started)} of {total} were decoded"
 
 
 @pytest.mark.parametrize("case", ["no folder", "empty", "one class", "no test", "empty class", "odd in train", "odd in test",

@@ -110,6 +110,15 @@ def test_a_sick_step_leaves_no_trace(recipe, precision, sick):
     assert columns["skipped_steps"] == 1 and columns["grad_norm_mean"] == healthy["grad_norm_mean"]
 
 
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize("recipe", [*OPTIMIZERS, OPTIMIZERS[1] | {"momentum": 0.0}], ids=["adamw", "sgd", "sgd without momentum"])
+def test_the_size_of_a_checkpoint_is_known_before_the_first_step(recipe, ema_decay):
+    update = updater(torch.nn.Linear(1000, 100), recipe, ema_decay=ema_decay)
+    foreseen = update.checkpoint_bytes
+    update(update.net(torch.ones(2, 1000)).sum(), lr=0.1)
+    assert foreseen == update.checkpoint_bytes == pytest.approx(sum(value.nbytes for value in tensors(update.state_dict()).values()), rel=1e-3)
+
+
 def tensors(tree, path=""):
     if isinstance(tree, torch.Tensor):
         return {path: tree}

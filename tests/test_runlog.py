@@ -85,7 +85,7 @@ def test_status_says_how_a_run_ended(tmp_path):
     (runlog.Failure(5, "two\nlines", "one"), 5, "two lines. one"),
     (OSError(errno.ENOSPC, "No space left on device", "runs/x/last.pt"), 8, "runs/x/last.pt"),
     (runlog.Unwritable(errno.ENOENT, "No such file or directory", "/proc/x"), 8, "/proc/x"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nmore"), 7, "(--batch-size 64). try --batch-size 32, or a smaller --image-size"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nmore"), 7, "try --batch-size 32, or a smaller --image-size"),
     (RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but"), 2, "--deterministic"),
     (runlog.Stopped(signal.SIGINT), 130, "--resume auto"),
     (runlog.Stopped(signal.SIGTERM), 143, "SIGTERM"),
@@ -99,6 +99,13 @@ def test_expected_errors_are_one_line_and_a_code(failure, code, words, capsys):
     err = capsys.readouterr().err
     assert stop.value.code == code
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_the_memory_at_its_peak_is_told(monkeypatch):
+    for name, answer in (("is_available", True), ("max_memory_allocated", 7.6 * 2**30), ("mem_get_info", (0, 7.9 * 2**30))):
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    _, line = runlog.expected(torch.OutOfMemoryError("CUDA out of memory."), 512)
+    assert line == "out of GPU memory (--batch-size 512, 7.6 of 7.9 GiB at the peak). try --batch-size 256, or a smaller --image-size"
 
 
 def test_a_bug_keeps_its_traceback():
@@ -126,6 +133,19 @@ def test_a_failed_write_leaves_the_old_file_and_no_partial(tmp_path, monkeypatch
     free = shutil.disk_usage(tmp_path).free / 1e6
     assert code == 8 and line.startswith(f"cannot write {tmp_path / 'file'} (No space left on device; needs 3.0 MB, ") and "epoch 41" in line
     assert abs(float(line.split(", ")[1].split()[0]) - free) < 0.1 * free
+
+
+def test_a_run_does_not_start_without_room_for_three_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000))
+    with pytest.raises(runlog.Unwritable) as failure, runlog.RunDirectory(tmp_path / "run", overwrite=False) as run:
+        run.open({}, checkpoint_bytes=1_000_001)
+    assert runlog.expected(failure.value)[0] == 8 and "needs 3.0 MB, 3.0 MB free" in runlog.expected(failure.value)[1]
+    assert not (tmp_path / "run").exists()
+    with runlog.RunDirectory(tmp_path / "run", overwrite=False) as run:
+        run.open({}, checkpoint_bytes=1_000_000)
+    (tmp_path / "run" / "last.pt").write_bytes(bytes(1000))
+    with runlog.RunDirectory(tmp_path / "run", overwrite=False, resume="auto") as run:
+        run.open({}, checkpoint_bytes=1_000_333)  # what is there already need not be free
 
 
 def test_the_previous_file_is_kept(tmp_path):

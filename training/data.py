@@ -388,7 +388,11 @@ def decode(trees: list[Tree], image_size, stream) -> tuple[list[torch.Tensor], b
         # as fast as a plain loop, and images of 32x32 at 0.6 of its speed.
         apply = pool.map if max(max(first_with)) > THUMBNAIL else map
         decoded = progress(apply(decode_into, slots, paths), len(paths), "decoding", stream)
-        failed = [path for is_read, path in zip(decoded, paths) if not is_read]
+        try:
+            failed = [path for is_read, path in zip(decoded, paths) if not is_read]
+        except BaseException:  # a signal does not wait for all the others
+            pool.shutdown(cancel_futures=True)
+            raise
     if failed:
         raise unreadable(failed, len(paths))
     return images, is_native

@@ -187,6 +187,13 @@ class Update:
         self.steps = 0
         return columns
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What a state_dict holds after a step: each weight, its moments in the optimizer, and its average."""
+        group = self.optimizer.param_groups[0]
+        moments = 2 if "betas" in group else bool(group["momentum"])
+        return (1 + moments + bool(self.average)) * sum(parameter.nbytes for parameter in self.parameters)
+
     def state_dict(self) -> dict:
         """Weights, moving average, optimizer and loss scale, at the end of an epoch."""
         return {"net": self.net.state_dict(), "average": self.average.state_dict() if self.average else None,

@@ -65,9 +65,13 @@ def expected(failure: BaseException, batch_size: int | None = None) -> tuple[int
             remedy = f"free space and continue with --resume auto: the last good checkpoint is of epoch {failure.saved}"
         return DISK, f"cannot write {failure.filename or 'a file'} ({failure.strerror}{room}). {remedy}"
     if type(failure).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
-        smaller = max(2, (batch_size or 0) // 2)
-        remedy = f"try --batch-size {smaller}, or a smaller --image-size"
-        return OUT_OF_MEMORY, f"out of GPU memory (--batch-size {batch_size}). {remedy}"
+        from torch import cuda
+        used = f"--batch-size {batch_size}"
+        if cuda.is_available():
+            peak, total = cuda.max_memory_allocated() / 2**30, cuda.mem_get_info()[1] / 2**30
+            used += f", {peak:.1f} of {total:.1f} GiB at the peak"
+        remedy = f"try --batch-size {max(2, (batch_size or 0) // 2)}, or a smaller --image-size"
+        return OUT_OF_MEMORY, f"out of GPU memory ({used}). {remedy}"
     if type(failure).__name__.startswith("Dist") or isinstance(failure, RuntimeError) and "gloo/transport" in str(failure):
         reason = str(failure).partition(". ")[0].rpartition("] ")[2]
         return BUG, f"another process of this run does not answer ({reason}). the same command with --resume auto continues"
@@ -281,8 +285,18 @@ class RunDirectory:
                 self.path.rmdir()
         self.lock.close()
 
-    def open(self, config: dict) -> None:
-        """Write what the run is, before its first step."""
+    def open(self, config: dict, checkpoint_bytes: int = 0) -> None:
+        """Write what the run is, before its first step.
+
+        Unwritable: no room for three checkpoints, which is what there is while one is written and two are kept.
+        """
+        if self.writes:
+            there = sum((self / name).stat().st_size for name in ("last.pt", "prev.pt") if (self / name).exists())
+            needed, free = 3 * checkpoint_bytes - there, shutil.disk_usage(self.path).free
+            if free < needed:
+                unwritable = Unwritable(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self / "last.pt"))
+                unwritable.needed, unwritable.free = needed, free
+                raise unwritable
         self.config, self.opened = config, time.perf_counter()
         if not self.writes:
             return
