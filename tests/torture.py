@@ -35,12 +35,14 @@ CLOCK = ("images_per_s", "epoch_s", "val_s", "total_s", "peak_mem_mb")
 RECIPE = "--dataset imagefolder --data-dir images --epochs 3 --warmup-epochs 1 --batch-size 16 --val-size 20 --device cpu"
 COMMANDS = {  # between them: both optimizers, a moving average, an epoch that is not the best, a loss scale, and dropout
     "teacher": f"train_teacher.py --model resnet8 {RECIPE} --opt sgd --lr 2 --weight-decay 5e-4 --model-ema 0.9",
-    "student": f"distill.py --method dkd --beta 2 --student forgetful_pico {RECIPE} --opt adamw --amp fp16 --kernels reference",
-    "pair": "torchrun --nproc-per-node 2 distill.py --student forgetful_pico --model-ema 0.9 "
+    "student": "distill.py --method dkd --temperature 1 --alpha 0.25 --beta 0.5 --ce-weight 0.25 --student forgetful_pico "
+               f"{RECIPE} --opt adamw --amp fp16 --kernels reference",
+    "pair": "torchrun --nproc-per-node 2 distill.py --temperature 1 --alpha 0.25 --ce-weight 0.25 --student forgetful_pico --model-ema 0.9 "
             f"{RECIPE} --batch-size 8 --opt adamw --amp fp16 --kernels reference",
-}
+}  # with losses so small that FP16 finds its scale within a step or two of the four in an epoch, on any processor
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torchvision", "torch.optim.swa_utils", "torch.utils.flop_counter", "triton", "matplotlib"])
+os.environ["PYTHONPATH"] = str(ROOT)  # where the server from which all runs are forked finds our modules
+CONTEXT.set_forkserver_preload(["torch.optim.swa_utils", "torch.utils.flop_counter", "matplotlib", "augment", "losses", "training.loop", "training.data"])
 
 
 class Result(NamedTuple):
@@ -239,8 +241,8 @@ def poison_images(calls) -> None:
     import augment
     count, draw = [0], augment.BatchAugmenter.__call__
 
-    def call(self, step):
-        batch = draw(self, step)
+    def call(self, *args):
+        batch = draw(self, *args)
         bad = count[0] in calls
         count[0] += 1
         return batch._replace(images=batch.images * float("nan")) if bad else batch
