@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -442,6 +443,14 @@ def run_out_of_memory():
     augment.BatchAugmenter.__call__ = call
 
 
+def hang():
+    import augment
+    from training import distributed
+    distributed.TIMEOUT = timedelta(seconds=2)
+    if os.environ["RANK"] == "1":
+        augment.BatchAugmenter.__call__ = lambda *args: time.sleep(60)
+
+
 def drift():
     from training import loop
     agree = loop.Update.agree
@@ -458,11 +467,12 @@ def drift():
     ("", partial(torture.on_rank, 1, run_out_of_memory), 7, ["out of GPU memory", "--batch-size 4"]),
     ("", partial(torture.on_rank, 1, drift), 1, ["ranks diverged", "2 processes", "--resume auto"]),
     ("", partial(torture.on_rank, 1, partial(torture.poison, "kl", range(1000))), 6, ["train_loss_kl is not finite"]),
+    ("", hang, 1, ["another process of this run does not answer", "--resume auto"]),
     ("--batch-size 7", None, 2, ["odd --batch-size", "7"]),
     ("--batch-size 40", None, 2, ["2 times 40 of 76 images"]),
     ("--device cuda:1", None, 2, ["every process needs a GPU of its own"]),
     ("--lr -1", None, 2, ["--lr"]),
-], ids=["memory", "drift", "loss", "odd", "large", "device", "flag"])
+], ids=["memory", "drift", "loss", "hang", "odd", "large", "device", "flag"])
 def test_whatever_ends_a_pair_says_so_in_one_line(place, flags, fault, code, words):
     place.undisturbed("teacher")
     run = torture.new_run(place)

@@ -339,9 +339,8 @@ def interruption(place: Workplace, kind: str, number: int, fraction: float) -> s
             if kill and (took > 10 and result.code or "Traceback" in result.err):
                 return f"exit {result.code} after {took:.1f} s: {result.err}"
             continue
-        if len(job.processes) > 1:
-            due = result.code == -number  # no handler under torchrun
-        else:  # before it says what it is about to do, the flags are not parsed yet, and Python's own ways hold
+        due = len(job.processes) > 1  # there Python's and the system's own ways hold
+        if not due:  # before it says what it is about to do, the flags are not parsed yet, and Python's own ways hold
             due = not result.out or result.code == 128 + number and result.err.count("\n") == 1 and "--resume auto" in result.err
         if took > 2 or not due:
             return f"exit {result.code} after {took:.1f} s: {result.err}"
@@ -399,8 +398,9 @@ def main() -> None:
             place.usual[kind] = again.seconds
             report(f"{kind}: the same seed twice", [difference(place.folder / "again" / kind, undisturbed)], started)
         for kind in COMMANDS:
+            share = 5 if kind == "pair" else 2  # the two scripts share what is asked for; two processes on one run come on top
             for name, attempt in (("crash-points", crash_point), ("full-disks", full_disk_point)):
-                if name in chosen:
+                if name in chosen and (kind, name) != ("pair", "full-disks"):
                     started, outcomes = time.perf_counter(), []
                     while None not in outcomes:
                         points = range(len(outcomes) + 1, len(outcomes) + 9)
@@ -408,15 +408,14 @@ def main() -> None:
                     report(f"{kind}: {name} (all)", [outcome for outcome in outcomes if outcome is not None], started)
             for name, numbers in (("kills", [signal.SIGKILL]), ("signals", [signal.SIGINT, signal.SIGTERM])):
                 if name in chosen:
-                    started, count = time.perf_counter(), getattr(args, name) // len(COMMANDS)
+                    started, count = time.perf_counter(), getattr(args, name) // share
                     attempts = [(numbers[index % len(numbers)], draw.random()) for index in range(count)]
                     report(f"{kind}: {name}", list(pool.map(lambda attempt: interruption(place, kind, *attempt), attempts)), started)
             good = (place.undisturbed(kind) / "last.pt").read_bytes()
             for name, damage in (("flips", flip), ("truncations", truncate)):
-                if name in chosen:
+                if name in chosen and kind != "pair":
                     started = time.perf_counter()
-                    outcomes = [corrupted(good, place.folder / "damaged.pt", partial(damage, draw))
-                                for _ in range(getattr(args, name) // len(COMMANDS))]
+                    outcomes = [corrupted(good, place.folder / "damaged.pt", partial(damage, draw)) for _ in range(getattr(args, name) // share)]
                     report(f"{kind}: {name} of last.pt", outcomes, started)
     print("", f"{'attempts':32} {'made':>8} {'as due':>8} {'seconds':>8}", *table, sep="\n")
     sys.exit(any(line.split()[-3] != line.split()[-2] for line in table))

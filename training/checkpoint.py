@@ -149,12 +149,20 @@ def compare(run, old: dict, new: dict) -> None:
 
 def on_cpu(tree):
     """A copy of nested containers whose tensors lie on the CPU and share nothing with the originals."""
+    copy = queue_copy(tree)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copy
+
+
+def queue_copy(tree):
+    """What `on_cpu` returns, not yet filled where it comes from a GPU: copies to pinned memory, which are waited for together."""
     if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
+        return tree.detach().to("cpu", copy=True, non_blocking=True)
     if isinstance(tree, Mapping):
-        return {key: on_cpu(value) for key, value in tree.items()}
+        return {key: queue_copy(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map(on_cpu, tree))
+        return type(tree)(map(queue_copy, tree))
     return tree
 
 

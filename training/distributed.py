@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = timedelta(minutes=10)  # of waiting for the others; a download of images or weights by one of them is within it
+TIMEOUT = timedelta(minutes=10)  # of waiting for the others in a step
+PATIENCE = timedelta(hours=6)  # of waiting while one of them downloads or decodes images
 
 
 class Ranks:
@@ -40,6 +41,7 @@ class Ranks:
         if self.size > 1:
             gpu = torch.cuda.is_initialized()
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
+            self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         return self
 
     def __exit__(self, kind, failure, trace):
@@ -89,7 +91,8 @@ class Ranks:
 
     def wait(self) -> None:
         """Until every process is here."""
-        self.sum(torch.zeros(()))
+        if self.size > 1:
+            dist.all_reduce(torch.zeros(()), group=self.patient)
 
     @contextmanager
     def in_turn(self):

@@ -158,16 +158,18 @@ class Update:
         self.before = [buffers.clone() for buffers in self.buffers]
 
     def agree(self) -> None:
-        """Between training and evaluation: every process takes the mean of all running statistics.
+        """Of several processes, between training and evaluation: each takes the mean of all running statistics.
 
         Failure BUG: the weights are no longer the same everywhere, which only a fault of hardware or software can do.
         """
+        if self.ranks.size == 1:
+            return
         bits = torch.stack([parameter.detach().view(torch.int32).sum() for parameter in self.parameters])
         if not self.ranks.agree(bits):
             raise Failure(BUG, f"ranks diverged: their weights are not the same ({self.ranks.size} processes)",
                           "go back to the last checkpoint with --resume auto; if it happens again, suspect a GPU")
         for buffers in (*self.buffers, *self.average_buffers):
-            if self.ranks.size > 1 and buffers.is_floating_point():
+            if buffers.is_floating_point():
                 buffers.copy_(self.ranks.mean(buffers.double()))  # in float64 the mean of equal numbers is that number
         self.remember_buffers()
 
