@@ -14,7 +14,7 @@ $(INSTALLED): requirements.txt
 	rm -f $(VENV)/installed-* && touch $@
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 torture: $(INSTALLED)
 	$(PYTHON) tests/torture.py
