@@ -95,7 +95,8 @@ def augmentation_flags(parser) -> None:
 
 
 def batch_size_flag(add, default: int) -> None:
-    add("-b", "--batch-size", type=number(int, at_least=2), default=default, metavar="N", help=DEFAULT)
+    add("-b", "--batch-size", type=number(int, at_least=2), default=default, metavar="N",
+        help="images of a step, in each process; " + DEFAULT)
 
 
 def optimisation_flags(parser) -> None:
