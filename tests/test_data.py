@@ -1,11 +1,13 @@
 """Every data set comes out as the same kind of tensors; its files are not trusted; each fault is one line that names the file."""
 import errno
 import hashlib
+import http.server
 import io
 import os
 import shutil
 import struct
 import tarfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.error import URLError
@@ -13,6 +15,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from training import data, synthetic
@@ -209,6 +212,50 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch, error, code, wo
     monkeypatch.setattr(data, "download_url", download)
     fails(code, "cifar-100-python.tar.gz", tmp_path, *words, name="cifar100", data_dir=tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def server(archive, monkeypatch):
+    """A server of the archive, which is no longer on the disk; a connection ends after `server.kept` bytes."""
+    content = archive.read_bytes()
+    archive.unlink()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+
+        def do_GET(self):
+            self.do_HEAD()
+            self.wfile.write(content[:self.server.kept])
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(data, "download_url", torchvision.datasets.utils.download_url)
+        monkeypatch.setattr(data.CIFAR100, "url", f"http://localhost:{server.server_port}/{archive.name}")
+        server.kept, server.length = len(content), len(content)
+        yield server
+        server.shutdown()
+
+
+def test_a_download_that_is_cut_anywhere_leaves_nothing_and_the_next_one_repairs_it(server, tmp_path):
+    for tenth in range(10):
+        server.kept = server.length * tenth // 10
+        fails(4, "cifar-100-python.tar.gz", tmp_path / "new", name="cifar100", data_dir=tmp_path / "new")
+        assert os.listdir(tmp_path / "new") == []
+    server.kept = server.length
+    assert len(data.load("cifar100", tmp_path / "new", val_size=0).test.labels) == 100
+
+
+def test_two_may_download_at_once(server, tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: data.load("cifar100", tmp_path / "new", val_size=0), range(2))
+    assert torch.equal(one.train.images, two.train.images)
+    assert sorted(os.listdir(tmp_path / "new")) == ["cifar-100-python", "cifar-100-python.tar.gz"]
 
 
 # --- image folders
