@@ -37,9 +37,8 @@ def main(args):
     ranks = machine.ranks
     directory = runlog.RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=ranks.first)
     with ranks, directory as run, checkpoint.Writer() as writer:
-        stop = loop.EarlyStop(args.monitor, args.patience)
-        saved = ranks.decide(lambda: checkpoint.find(run, config))
-        if ranks.decide(lambda: checkpoint.is_finished(run, saved, args.epochs, stop)):
+        saved, stop = ranks.decide(lambda: checkpoint.find(run, config)), loop.EarlyStop(args.monitor, args.patience)
+        if checkpoint.is_finished(run, saved, args.epochs, stop):
             return
         teacher = models.load(args.teacher_checkpoint, machine.device)
         with ranks.in_turn():
@@ -56,8 +55,7 @@ def main(args):
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=batch_size)
         update = loop.Update(student, loop.build_optimizer(student, args), machine, args.clip_grad, args.model_ema)
-        rows, example = ranks.rows(args.batch_size), torch.zeros(1, 3, image_size, image_size, device=machine.device)
-        model = ranks.parallel(student, args.seed, example)
+        model, rows = ranks.parallel(student, args.seed, (3, image_size, image_size)), ranks.rows(args.batch_size)
         criterion, numbers = METHODS[args.method], options.loss_numbers(args)
         card = {"model": args.student, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
                 "std": list(data.std), "dataset": args.dataset, "seed": args.seed}

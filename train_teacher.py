@@ -15,8 +15,6 @@ from training import options, runlog
 
 
 def main(args):
-    import torch
-
     from augment import BatchAugmenter
     from losses import mixed_ce
     from training import checkpoint, loop, models
@@ -32,9 +30,8 @@ def main(args):
     ranks = machine.ranks
     directory = runlog.RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=ranks.first)
     with ranks, directory as run, checkpoint.Writer() as writer:
-        stop = loop.EarlyStop(args.monitor, args.patience)
-        saved = ranks.decide(lambda: checkpoint.find(run, config))
-        if ranks.decide(lambda: checkpoint.is_finished(run, saved, args.epochs, stop)):
+        saved, stop = ranks.decide(lambda: checkpoint.find(run, config)), loop.EarlyStop(args.monitor, args.patience)
+        if checkpoint.is_finished(run, saved, args.epochs, stop):
             return
         with ranks.in_turn():
             data = datasets.load(**options.data(args), device=machine.device)
@@ -47,8 +44,7 @@ def main(args):
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=batch_size)
         update = loop.Update(net, loop.build_optimizer(net, args), machine, args.clip_grad, args.model_ema)
-        rows, example = ranks.rows(args.batch_size), torch.zeros(1, 3, image_size, image_size, device=machine.device)
-        model = ranks.parallel(net, args.seed, example)
+        model, rows = ranks.parallel(net, args.seed, (3, image_size, image_size)), ranks.rows(args.batch_size)
         card = {"model": args.model, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
                 "std": list(data.std), "dataset": args.dataset, "seed": args.seed}
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")

@@ -143,7 +143,7 @@ def train(machine, each, method, steps=24):
                     for _ in range(2))
     recipe = SimpleNamespace(opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
     update, means = loop.Update(net, loop.build_optimizer(net, recipe), machine, 0.5, 0.0), loop.Means(machine)
-    model, rows = machine.ranks.parallel(net, 0, torch.zeros(1, 192).double()), machine.ranks.rows(each)
+    model, rows = machine.ranks.parallel(net, 0, (192,)), machine.ranks.rows(each)
     for step in range(steps):
         batch = augmenter(step % augmenter.steps, rows)
         with torch.no_grad():
@@ -173,7 +173,7 @@ def one_statistic(machine):
     recipe = SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0.05)
     update = loop.Update(net, loop.build_optimizer(net, recipe), machine, 1.0, 0.9)
     before = net[1].running_mean.clone(), torch.get_rng_state()
-    model = machine.ranks.parallel(net, 0, torch.ones(1, 4))
+    model = machine.ranks.parallel(net, 0, (4,))
     assert torch.equal(net[1].running_mean, before[0]) and (machine.ranks.rank or torch.equal(torch.get_rng_state(), before[1]))
     assert net[0].weight.grad is None
     net.train()
@@ -218,7 +218,7 @@ def a_sick_loss_on_one(machine):
     weight = torch.nn.Linear(2, 1, bias=False)
     recipe = SimpleNamespace(opt="sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
     update, means = loop.Update(weight, loop.build_optimizer(weight, recipe), machine, 0.0, 0.0), loop.Means(machine)
-    model, before = machine.ranks.parallel(weight, 0, torch.ones(1, 2)), weight.weight.detach().clone()
+    model, before = machine.ranks.parallel(weight, 0, (2,)), weight.weight.detach().clone()
     loss = model(torch.ones(1, 2)).sum() + (0, float("inf"))[machine.ranks.rank]
     kept = update(loss, 1.0)
     means.add(2, kept, train_loss=loss)
@@ -232,7 +232,7 @@ def test_a_loss_that_is_sick_on_one_process_is_skipped_by_all():
 
 def own_dropout(machine):
     torch.manual_seed(3)
-    machine.ranks.parallel(torch.nn.Linear(2, 2), 3, torch.ones(1, 2))
+    machine.ranks.parallel(torch.nn.Linear(2, 2), 3, (2,))
     draws = machine.ranks.gather(torch.rand(4))
     assert not torch.equal(draws[0], draws[1])
 

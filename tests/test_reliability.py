@@ -81,13 +81,13 @@ def all_as_due(place, attempt, *arguments):
 
 
 def test_a_crash_before_any_write_loses_nothing(place):
-    """Points 1 to 9 are config.json, env.json, status.json; 10 to 18 epoch 1; from 19 epoch 2, with prev.pt."""
-    points = [("teacher", 2), ("student", 10), ("teacher", 13), ("student", 21), ("teacher", 20), ("student", 40), ("pair", 21)]
+    """Points 1 to 9 are config.json, env.json, status.json; 10 to 18 epoch 1; from 19 epoch 2, with prev.pt; 32 the teacher's last best.pt."""
+    points = [("teacher", 2), ("student", 10), ("teacher", 13), ("student", 21), ("teacher", 20), ("student", 40), ("teacher", 32), ("pair", 21)]
     all_as_due(place, torture.crash_point, *points)
 
 
 def test_kill_9_at_any_time_loses_nothing(place):
-    kills = [(kind, signal.SIGKILL, DRAW.random()) for kind in (*KINDS, "pair")]
+    kills = [(kind, signal.SIGKILL, DRAW.random()) for kind in (*KINDS, "teacher", "pair")]
     all_as_due(place, torture.interruption, *kills)
 
 
@@ -283,7 +283,7 @@ def test_a_damaged_last_falls_back_to_the_one_before(place, damage):
     assert result.code == 0 and result.err.startswith("warning: ") and "last.pt" in result.err and "continuing with" in result.err, result.err
     assert "continuing after epoch 1" in result.out and torture.difference(run, place.undisturbed("student")) == ""
     if damage == "flipped":  # a crash while the first checkpoint is written must not lose the good one
-        for point in (17, 19, 21):  # last.pt, best.pt
+        for point in range(16, 22):  # last.pt, best.pt
             killed = place.folder / f"killed{point}"
             shutil.copytree(f"{run}-killed", killed)
             place.run(f"{torture.command('student')} --output {killed} --resume auto", partial(torture.die_at, point))
@@ -344,7 +344,8 @@ def test_checkpoints_hold_plain_data_only(place):
 
 
 def test_a_full_disk_at_any_write_costs_nothing(place):
-    all_as_due(place, torture.full_disk_point, ("teacher", 2), ("student", 10), ("teacher", 13), ("student", 21), ("pair", 13))
+    points = [("teacher", 2), ("student", 10), ("teacher", 13), ("student", 21), ("teacher", 24), ("student", 40), ("pair", 13)]
+    all_as_due(place, torture.full_disk_point, *points)
 
 
 def test_a_disk_that_fills_up_later_leaves_the_last_good_epoch(place):
@@ -405,6 +406,8 @@ def test_a_loss_that_becomes_infinite_by_itself(place):
 
 
 # --- several processes on one run
+
+TEACHER_PAIR = torture.command("teacher").replace("train_teacher", "torchrun --nproc-per-node 2 train_teacher")
 
 
 def test_a_pair_is_repeatable_prints_once_and_is_one_identity(place):
@@ -489,7 +492,7 @@ def test_a_batch_that_is_sick_on_one_of_a_pair_is_skipped_by_both(place):
 
 
 def test_two_pairs_cannot_share_a_directory(place):
-    run, line = torture.new_run(place), torture.command("teacher").replace("train_teacher", "torchrun --nproc-per-node 2 train_teacher")
+    run, line = torture.new_run(place), TEACHER_PAIR
     first = place.start(f"{line} --output {run}", partial(slow_steps, 0.2))
     wait_for(run / "status.json", "running")
     one_line(place.run(f"{line} --output {run} --overwrite"), 3, str(run))
@@ -498,8 +501,7 @@ def test_two_pairs_cannot_share_a_directory(place):
 
 def test_torchrun_itself_stops_within_ten_seconds_and_the_run_goes_on(place):
     """With one of its processes in the middle of a step; what it leaves is continued, and is the undisturbed run."""
-    line = torture.command("teacher").replace("train_teacher", "torchrun --nproc-per-node 2 train_teacher")
-    whole, run = torture.new_run(place), torture.new_run(place)
+    line, whole, run = TEACHER_PAIR, torture.new_run(place), torture.new_run(place)
     assert place.run(f"{line} --output {whole}").code == 0
     command = line.replace("train_teacher.py", str(torture.ROOT / "train_teacher.py")).replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
     with open(place.folder / "torchrun.log", "w") as log:

@@ -85,12 +85,14 @@ def test_status_says_how_a_run_ended(tmp_path):
     (runlog.Failure(5, "two\nlines", "one"), 5, "two lines. one"),
     (OSError(errno.ENOSPC, "No space left on device", "runs/x/last.pt"), 8, "runs/x/last.pt"),
     (runlog.Unwritable(errno.ENOENT, "No such file or directory", "/proc/x"), 8, "/proc/x"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nmore"), 7, "try --batch-size 32, or a smaller --image-size"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nmore"), 7, "(--batch-size 64). try --batch-size 32, or a smaller --image-size"),
     (RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but"), 2, "--deterministic"),
     (runlog.Stopped(signal.SIGINT), 130, "--resume auto"),
     (runlog.Stopped(signal.SIGTERM), 143, "SIGTERM"),
 ])
-def test_expected_errors_are_one_line_and_a_code(failure, code, words, capsys):
+def test_expected_errors_are_one_line_and_a_code(failure, code, words, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # where there is a GPU, its memory is told, too
+
     def main(args):
         raise failure
 

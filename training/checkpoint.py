@@ -117,12 +117,12 @@ def find(run, config: dict) -> dict | None:
         print(f"warning: {damage}; continuing with {previous}", file=sys.stderr)
         last = previous
     compare(run, saved["config"], config)
-    return saved | {"path": last}
+    return saved | {"path": last, "has_summary": (run / "summary.json").exists()}
 
 
 def is_finished(run, saved: dict | None, epochs: int, stop) -> bool:
     """Whether a run has nothing left to do, not even its test; says so.  stop: its EarlyStop, with the patience of now."""
-    if saved is None or not (run / "summary.json").exists():
+    if saved is None or not saved["has_summary"]:
         return False
     stop.load_state_dict(saved["stop"])
     if saved["epoch"] < epochs and not stop.stop:

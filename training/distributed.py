@@ -103,10 +103,10 @@ class Ranks:
         if not self.local:
             self.wait()
 
-    def parallel(self, net, seed: int, example: torch.Tensor):
+    def parallel(self, net, seed: int, shape: tuple):
         """`net` as the loop is to call it, so that backward averages gradients; from here on each process has its own dropout.
 
-        example: an input of `net`, to rehearse with.
+        shape: of one input of `net`.
         """
         if self.size == 1:
             return net
@@ -118,6 +118,6 @@ class Ranks:
         # After its first backward it groups the gradients anew, and in another group three numbers may add up to other bits: a
         # resumed run would differ.  In eval mode a rehearsal leaves no trace.
         net.eval()
-        model(example).sum().backward()
+        model(next(net.parameters()).new_zeros(1, *shape)).sum().backward()
         net.zero_grad()
         return model

@@ -211,9 +211,14 @@ def write_atomic(path, data: bytes, previous=None) -> None:
     except OSError as failure:
         for leftover in (partial, link):  # they would keep the space that is missing
             leftover.unlink(missing_ok=True)
-        unwritable = Unwritable(failure.errno, failure.strerror, str(path))
-        unwritable.needed, unwritable.free = len(data), shutil.disk_usage(path.parent).free
-        raise unwritable from failure
+        raise unwritable(path, failure, len(data)) from failure
+
+
+def unwritable(path: Path, failure: OSError, needed: int) -> Unwritable:
+    """The failure to write `needed` bytes to `path`, with the room that there is."""
+    named = Unwritable(failure.errno, failure.strerror, str(path))
+    named.needed, named.free = needed, shutil.disk_usage(path.parent).free
+    return named
 
 
 def make_directory(path: Path) -> None:
@@ -292,11 +297,9 @@ class RunDirectory:
         """
         if self.writes:
             there = sum((self / name).stat().st_size for name in ("last.pt", "prev.pt") if (self / name).exists())
-            needed, free = 3 * checkpoint_bytes - there, shutil.disk_usage(self.path).free
-            if free < needed:
-                unwritable = Unwritable(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self / "last.pt"))
-                unwritable.needed, unwritable.free = needed, free
-                raise unwritable
+            needed = 3 * checkpoint_bytes - there
+            if shutil.disk_usage(self.path).free < needed:
+                raise unwritable(self / "last.pt", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), needed)
         self.config, self.opened = config, time.perf_counter()
         if not self.writes:
             return
