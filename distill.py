@@ -40,7 +40,7 @@ def main(args):
         saved, stop = ranks.decide(lambda: checkpoint.find(run, config)), loop.EarlyStop(args.monitor, args.patience)
         if checkpoint.is_finished(run, saved, args.epochs, stop):
             return
-        teacher = models.load(args.teacher_checkpoint, machine.device)
+        teacher = models.load(args.teacher_checkpoint, machine.device, machine.dtype)
         with ranks.in_turn():
             data = datasets.load(**options.data(args), device=machine.device)
             image_size = args.image_size or data.image_size
@@ -50,8 +50,8 @@ def main(args):
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
         student.to(machine.device)
         batch_size = loop.global_batch_size(args.batch_size, data, machine)
-        teacher_test = loop.check_teacher(teacher, data, machine)
-        teacher_val = loop.evaluate(teacher, data.val, data.mean, data.std, machine)
+        teacher_test = loop.check_teacher(teacher, data, machine, args.batch_size)
+        teacher_val = loop.evaluate(teacher, data.val, data.mean, data.std, machine, args.batch_size)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=batch_size)
         update = loop.Update(student, loop.build_optimizer(student, args), machine, args.clip_grad, args.model_ema)
@@ -67,7 +67,7 @@ def main(args):
 
         state = checkpoint.State(run, writer, config, update=update, stop=stop, ranks=ranks)
         first = state.restore(saved)
-        means, progress = loop.Means(machine), loop.Progress(args.epochs, augmenter.steps, first)
+        means, progress = loop.Means(machine, augmenter.steps), loop.Progress(args.epochs, augmenter.steps, first)
         for epoch in range(first, args.epochs + 1):
             if stop.stop:
                 break
@@ -83,14 +83,14 @@ def main(args):
                         teacher_logits = teacher(batch.images)
                     logits = model(batch.images)
                 loss, terms = criterion(logits, teacher_logits, batch.targets, **numbers)
-                kept = update(loss, lr)
-                means.add(batch_size, kept, train_loss=loss, **{f"train_loss_{name}": term for name, term in terms.items()},
-                          train_acc1=loop.accuracy(logits, batch.targets.dominant))
+                skipped = update(loss, lr)
+                means.add(batch_size, skipped, loop.accuracy(logits, batch.targets.dominant), train_loss=loss,
+                          **{f"train_loss_{name}": term for name, term in terms.items()})
                 progress.step(epoch, step, lr, means)
             columns = means.epoch_columns(epoch) | update.epoch_columns()  # the epoch's one wait for the device
             update.agree()
             trained = time.perf_counter()
-            val = loop.evaluate(update.evaluated, data.val, data.mean, data.std, machine)
+            val = loop.evaluate(update.evaluated, data.val, data.mean, data.std, machine, args.batch_size)
             best = stop.update(epoch, val)
             evaluated, samples = time.perf_counter(), augmenter.steps * batch_size
             state.save(runlog.EpochRow(
@@ -100,7 +100,7 @@ def main(args):
             progress.epoch(run.rows[-1], best)
 
         writer.wait()
-        results = loop.test(run, update.evaluated, data, machine)
+        results = loop.test(run, update.evaluated, data, machine, args.batch_size)
         run.close(results | {
             "best_epoch": stop.best_epoch, "epochs": len(run.rows), "stopped_early": len(run.rows) < args.epochs,
             "selected_on": data.selected_on,

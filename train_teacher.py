@@ -52,7 +52,7 @@ def main(args):
 
         state = checkpoint.State(run, writer, config, update=update, stop=stop, ranks=ranks)
         first = state.restore(saved)
-        means, progress = loop.Means(machine), loop.Progress(args.epochs, augmenter.steps, first)
+        means, progress = loop.Means(machine, augmenter.steps), loop.Progress(args.epochs, augmenter.steps, first)
         for epoch in range(first, args.epochs + 1):
             if stop.stop:
                 break
@@ -65,14 +65,13 @@ def main(args):
                 with machine.autocast():
                     logits = model(batch.images)
                 loss = mixed_ce(logits, batch.targets, label_smoothing=args.label_smoothing)
-                kept = update(loss, lr)
-                means.add(batch_size, kept, train_loss=loss, train_loss_ce=loss,
-                          train_acc1=loop.accuracy(logits, batch.targets.dominant))
+                skipped = update(loss, lr)
+                means.add(batch_size, skipped, loop.accuracy(logits, batch.targets.dominant), train_loss=loss, train_loss_ce=loss)
                 progress.step(epoch, step, lr, means)
             columns = means.epoch_columns(epoch) | update.epoch_columns()  # the epoch's one wait for the device
             update.agree()
             trained = time.perf_counter()
-            val = loop.evaluate(update.evaluated, data.val, data.mean, data.std, machine)
+            val = loop.evaluate(update.evaluated, data.val, data.mean, data.std, machine, args.batch_size)
             best = stop.update(epoch, val)
             evaluated, samples = time.perf_counter(), augmenter.steps * batch_size
             state.save(runlog.EpochRow(
@@ -82,7 +81,7 @@ def main(args):
             progress.epoch(run.rows[-1], best)
 
         writer.wait()
-        run.close(loop.test(run, update.evaluated, data, machine) | {
+        run.close(loop.test(run, update.evaluated, data, machine, args.batch_size) | {
             "best_epoch": stop.best_epoch, "epochs": len(run.rows), "stopped_early": len(run.rows) < args.epochs,
             "selected_on": data.selected_on,
             "params": models.parameters(net), "flops": models.flops(net, image_size),

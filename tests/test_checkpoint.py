@@ -1,4 +1,5 @@
 """A checkpoint is read back exactly, or refused by name; reading one never runs code."""
+import io
 import os
 import threading
 import time
@@ -127,3 +128,27 @@ def slowly(function):
         function(*args, **flags)
 
     return call
+
+
+class FailsAt:
+    """A file that takes `room` bytes."""
+
+    def __init__(self, room: int):
+        self.room = room
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(28, "No space left on device")
+
+
+def test_a_failed_write_keeps_its_reason_and_counts_what_is_needed():
+    """torch.save itself would say "unexpected pos" of a file that is full."""
+    content = {"weights": torch.ones(10_000)}
+    whole, full = checkpoint.Sealed(content), checkpoint.Sealed(content)
+    whole(io.BytesIO())
+    for room in (0, 100, 20_000, len(whole) - 1):
+        with pytest.raises(OSError, match="No space left"):
+            full(FailsAt(room))
+        assert len(full) == len(whole)
+        full = checkpoint.Sealed(content)

@@ -109,7 +109,7 @@ def evaluate_in_shares(machine):
     for count in range(12, 17):
         images = torch.randint(256, (count, 4, 4, 3), generator=generator, dtype=torch.uint8)
         split = Split(images, torch.randint(6, (count,), generator=generator))
-        whole = loop.evaluate(net, split, (0.5,) * 3, (0.25,) * 3, ALONE)
+        whole = loop.evaluate(net, split, (0.5,) * 3, (0.25,) * 3, ALONE, 500)
         for batch_size in range(1, 7):
             shared = loop.evaluate(net, split, (0.5,) * 3, (0.25,) * 3, machine, batch_size)
             assert torch.equal(shared.predictions, whole.predictions)
@@ -117,7 +117,8 @@ def evaluate_in_shares(machine):
             assert shared.loss == pytest.approx(whole.loss, rel=1e-6) and shared.ece == pytest.approx(whole.ece, rel=1e-6)
             assert shared.agreement(whole) == 1
     few = Split(images[:1], split.labels[:1])  # fewer images than processes
-    assert loop.evaluate(net, few, (0.5,) * 3, (0.25,) * 3, machine).acc1 == loop.evaluate(net, few, (0.5,) * 3, (0.25,) * 3, ALONE).acc1
+    shared, whole = (loop.evaluate(net, few, (0.5,) * 3, (0.25,) * 3, each, 500) for each in (machine, ALONE))
+    assert shared.acc1 == whole.acc1
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -142,15 +143,15 @@ def train(machine, each, method, steps=24):
     teacher, net = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 24), torch.nn.GELU(), torch.nn.Linear(24, 10)).double()
                     for _ in range(2))
     recipe = SimpleNamespace(opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
-    update, means = loop.Update(net, loop.build_optimizer(net, recipe), machine, 0.5, 0.0), loop.Means(machine)
+    update, means = loop.Update(net, loop.build_optimizer(net, recipe), machine, 0.5, 0.0), loop.Means(machine, steps)
     model, rows = machine.ranks.parallel(net, 0, (192,)), machine.ranks.rows(each)
     for step in range(steps):
         batch = augmenter(step % augmenter.steps, rows)
         with torch.no_grad():
             teacher_logits = teacher(batch.images.double()).float()
         loss, _ = METHODS[method](model(batch.images.double()).float(), teacher_logits, batch.targets)
-        kept = update(loss, 0.1)
-        means.add(augmenter.batch_size, kept, train_loss=loss)
+        skipped = update(loss, 0.1)
+        means.add(augmenter.batch_size, skipped, torch.tensor(0.0), train_loss=loss)
     columns = means.epoch_columns(1) | update.epoch_columns()
     return torch.cat([weight.detach().flatten() for weight in net.parameters()]), {name: columns[name] for name in columns if name != "amp_scale"}
 
@@ -217,12 +218,12 @@ def a_sick_loss_on_one(machine):
     """Its gradient is finite; yet no process may take a step that another one refuses."""
     weight = torch.nn.Linear(2, 1, bias=False)
     recipe = SimpleNamespace(opt="sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
-    update, means = loop.Update(weight, loop.build_optimizer(weight, recipe), machine, 0.0, 0.0), loop.Means(machine)
+    update, means = loop.Update(weight, loop.build_optimizer(weight, recipe), machine, 0.0, 0.0), loop.Means(machine, 1)
     model, before = machine.ranks.parallel(weight, 0, (2,)), weight.weight.detach().clone()
     loss = model(torch.ones(1, 2)).sum() + (0, float("inf"))[machine.ranks.rank]
-    kept = update(loss, 1.0)
-    means.add(2, kept, train_loss=loss)
-    assert not kept and torch.equal(weight.weight, before)
+    skipped = update(loss, 1.0)
+    means.add(2, skipped, torch.tensor(0.0), train_loss=loss)
+    assert skipped and torch.equal(weight.weight, before)
     assert "train_loss is not finite" in str(means.failure("")), "the process that saw nothing must name it, too"
 
 

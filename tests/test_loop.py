@@ -97,11 +97,11 @@ def test_a_sick_step_leaves_no_trace(recipe, precision, sick):
     for step in range(5):
         images, labels = batch(step)
         if step == sick:
-            kept = update(F.cross_entropy(ours(images * math.nan), labels), lr=0.1)
+            skipped = update(F.cross_entropy(ours(images * math.nan), labels), lr=0.1)
         else:
-            kept = update(F.cross_entropy(ours(images), labels), lr=0.1)
+            skipped = update(F.cross_entropy(ours(images), labels), lr=0.1)
             plain(F.cross_entropy(without(images), labels), lr=0.1)
-        assert kept.item() == (step != sick)
+        assert skipped.item() == (step == sick)
     both = [tensors(each.state_dict()) for each in (update, plain)]
     assert both[0].keys() == both[1].keys()
     for key, value in both[0].items():
@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
     update = updater(model, OPTIMIZERS[1])
     before = copy.deepcopy(model.state_dict())
     images, labels = batch()
-    assert not update(F.cross_entropy(model(images), labels) + math.inf, lr=0.1)
+    assert update(F.cross_entropy(model(images), labels) + math.inf, lr=0.1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -177,7 +177,7 @@ def test_no_step_waits_for_the_gpu(recipe):
     augmenter = BatchAugmenter(images, torch.randint(10, (256,), generator=g).cuda(), batch_size=64, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3,
                                dtype=machine.dtype)
     args = SimpleNamespace(**recipe)
-    update, means = loop.Update(model, loop.build_optimizer(model, args), machine, 1.0, 0.0), loop.Means(machine)
+    update, means = loop.Update(model, loop.build_optimizer(model, args), machine, 1.0, 0.0), loop.Means(machine, augmenter.steps)
     for step in range(augmenter.steps):
         if step == 2:  # what is made once has been made
             torch.cuda.set_sync_debug_mode("error")
@@ -186,9 +186,9 @@ def test_no_step_waits_for_the_gpu(recipe):
             with machine.autocast():
                 logits = model(batch.images)
             loss, terms = dkd_loss(logits, logits.detach(), batch.targets)
-            kept = update(loss, 0.1)
-            means.add(64, kept, train_loss=loss, train_acc1=loop.accuracy(logits, batch.targets.dominant), **terms)
-            means.glance()
+            skipped = update(loss, 0.1)
+            means.add(64, skipped, loop.accuracy(logits, batch.targets.dominant), train_loss=loss, **terms)
+            means.read()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert update.epoch_columns()["steps"] == augmenter.steps
@@ -207,25 +207,25 @@ def test_moving_average():
 
 
 def test_means_weigh_samples_and_name_the_first_sick_term():
-    means = loop.Means(CPU)
-    yes, no = torch.tensor(True), torch.tensor(False)
+    means = loop.Means(CPU, 3 + loop.SKIPS)
+    no, yes = torch.tensor([0.0, 1.0])
     sick = {"train_loss": torch.tensor(math.nan), "train_loss_ce": torch.tensor(1.0), "train_loss_kl": torch.tensor(math.inf)}
     healthy = {"train_loss": torch.tensor(3.0), "train_loss_ce": torch.tensor(2.0), "train_loss_kl": torch.tensor(1.0)}
-    means.add(10, yes, **healthy | {"train_loss": torch.tensor(1.0)})
-    means.add(30, yes, **healthy)
-    means.add(20, no, **sick)
-    assert means.glance() == means.read() == {"train_loss": 2.5, "train_loss_ce": 2.0, "train_loss_kl": 1.0} and means.samples == 60
+    means.add(10, no, torch.tensor(1.0), **healthy | {"train_loss": torch.tensor(1.0)})
+    means.add(30, no, torch.tensor(0.5), **healthy)
+    means.add(20, yes, torch.tensor(0.0), **sick)
+    assert means.read() == {"train_loss": 2.5, "train_loss_ce": 2.0, "train_loss_kl": 1.0, "train_acc1": 62.5} and sum(means.samples) == 60
     assert means.epoch_columns(1)["train_loss"] == 2.5
-    means.add(10, no, **sick)
+    means.add(10, yes, no, **sick)
     with pytest.raises(Failure, match="train_loss_kl is not finite .no step of epoch 2 was kept") as failure:
         means.epoch_columns(2)
     assert failure.value.code == 6
     means.clear()
-    means.add(10, yes, **healthy)
+    means.add(10, no, no, **healthy)
     for _ in range(loop.SKIPS):
-        means.add(10, no, **healthy)
+        means.add(10, yes, no, **healthy)
     with pytest.raises(Failure, match="the gradient is not finite .more than 20 steps in a row"):
-        means.add(10, no, **healthy)
+        means.add(10, yes, no, **healthy)
 
 
 def test_evaluate_counts_every_image_once(monkeypatch):
@@ -272,13 +272,13 @@ def test_a_teacher_that_is_not_what_its_checkpoint_says_is_refused():
     split = Split(torch.randint(256, (200, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 6)
     data = SimpleNamespace(classes=list("abcdef"), name="imagefolder", test=split, mean=(0.5,) * 3, std=(0.25,) * 3)
     teacher = net().eval()
-    accuracy = loop.evaluate(teacher, split, data.mean, data.std, CPU).acc1
+    accuracy = loop.evaluate(teacher, split, data.mean, data.std, CPU, 50).acc1
     teacher.info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": accuracy}
-    assert loop.check_teacher(teacher, data, CPU).acc1 == accuracy
+    assert loop.check_teacher(teacher, data, CPU, 50).acc1 == accuracy
     for change in ({"test_acc1": accuracy + 0.2}, {"classes": list("abcdeg")}, {"classes": list("abc")}):
         teacher.info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": accuracy} | change
         with pytest.raises(Failure) as failure:
-            loop.check_teacher(teacher, data, CPU)
+            loop.check_teacher(teacher, data, CPU, 50)
         assert failure.value.code == 2
 
 
@@ -287,8 +287,8 @@ def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
         def isatty(self):
             return True
 
-    means = loop.Means(CPU)
-    means.add(8, torch.tensor(True), train_loss=torch.tensor(1.5))
+    means = loop.Means(CPU, 1)
+    means.add(8, torch.tensor(0.0), torch.tensor(0.5), train_loss=torch.tensor(1.5))
     for stream in (io.StringIO(), Terminal()):
         progress = loop.Progress(3, 10, stream=stream)
         progress.step(1, 4, 0.1, means)

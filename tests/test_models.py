@@ -504,3 +504,22 @@ def test_load_refuses_what_is_not_a_trained_network(tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with fails(CHECKPOINT, "unreadable file"):
         models.load(path)
+
+
+@pytest.mark.parametrize("name", ["v2_tiny", "resnet8x4", "vit_b_32"])
+def test_weights_held_in_the_type_of_autocast_give_the_same_logits(tmp_path, name):
+    size = 32 if name != "vit_b_32" else 64
+    models.save(tmp_path / "best.pt", models.build(name, 10, size), model=name, classes=list("abcdefghij"), image_size=size, mean=[0.5] * 3, std=[0.25] * 3,
+                dataset="cifar10", seed=0, epoch=1, val_acc1=10.0, test_acc1=None)
+    plain, held = models.load(tmp_path / "best.pt"), models.load(tmp_path / "best.pt", dtype=torch.bfloat16)
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(plain(images), held(images))
+    kinds = {type(module): weight.dtype for module in held.modules() for weight in module.parameters(recurse=False)}
+    assert kinds[torch.nn.Linear] == torch.bfloat16 and kinds.get(torch.nn.BatchNorm2d, torch.float32) == torch.float32
+
+
+def test_activations_are_not_in_place_where_training_would_copy_them():
+    for name in ("v2_pico", "efficientnet_v2_s", "efficientnet_b0"):
+        found = [module for module in models.build(name, 10).modules() if isinstance(module, torch.nn.SiLU)]
+        assert found and not any(module.inplace for module in found)

@@ -30,13 +30,52 @@ REMEDY = "restore it from a copy or make it again"
 
 def write(path, *, previous=None, **content) -> None:
     """Save `content` (tensors and plain Python types) as a checkpoint of ours, atomically; `previous` as in write_atomic."""
-    buffer = io.BytesIO()  # serialising to memory first leaves a full disk to write_atomic, which names it
-    torch.save({"format": FORMAT, **content}, buffer)
-    with buffer.getbuffer() as data:
-        data[-2:] = SEALED.to_bytes(2, "little")  # a zip archive ends with the length of its comment, and that
-        seal = SEAL + hashlib.sha256(data).hexdigest().encode()
-    buffer.write(seal)
-    write_atomic(path, buffer.getbuffer(), previous)
+    write_atomic(path, Sealed({"format": FORMAT, **content}), previous)
+
+
+class Sealed:
+    """A checkpoint that is serialised and hashed while it is written to a file, and sealed at its end.
+
+    Serialising to memory first would hold the interpreter, and with it the training loop.  The last two bytes are held back: a
+    zip archive ends with the length of its comment, which will be the seal's.  torch.save would replace the reason of a failed
+    write by one of its own, so from there on nothing is written any more, only counted, and the reason is raised at the end.
+    """
+
+    def __init__(self, content: dict):
+        self.content, self.sha256, self.held, self.size, self.failure = content, hashlib.sha256(), b"", 0, None
+
+    def __call__(self, file) -> None:
+        self.file = file
+        torch.save(self.content, self)
+        self._put(self.held[:-2] + SEALED.to_bytes(2, "little"))
+        self._put(SEAL + self.sha256.hexdigest().encode())
+        if self.failure:
+            raise self.failure
+
+    def __len__(self) -> int:
+        return self.size
+
+    def write(self, data) -> int:
+        data = memoryview(data).cast("B")
+        if len(data) < 2:
+            self.held += bytes(data)
+        else:
+            self._put(self.held)
+            self._put(data[:-2])
+            self.held = bytes(data[-2:])
+        return len(data)
+
+    def flush(self) -> None:
+        """torch.save wants it; whoever opened the file flushes it."""
+
+    def _put(self, data) -> None:
+        self.size += len(data)
+        try:
+            if self.failure is None:
+                self.sha256.update(data)
+                self.file.write(data)
+        except OSError as failure:
+            self.failure = failure
 
 
 def read_tensors(path, code: int = CHECKPOINT):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 import kernels
 from training import models
@@ -60,6 +60,7 @@ def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str
     """
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # one more launch for each new tensor
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     ranks = Ranks.of_environment()
@@ -74,8 +75,10 @@ def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str
         if (device.index or 0) >= torch.cuda.device_count():
             fewer = ", or fewer processes per machine" if ranks.size > 1 else ""
             raise Failure(USAGE, f"no such GPU here (--device {device})", f"use --device cpu{fewer}, or check the driver")
+        device = torch.device("cuda", device.index or 0)  # CUDA takes no device without a number
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.allow_tf32 = amp != "off"  # which would keep 10 of fp32's 23 bits in every convolution
     kernels.choose(kernels_choice)
     fused = kernels.use_triton(torch.empty(0, device=device))
     if kernels_choice == "triton" and not fused:
@@ -108,22 +111,27 @@ def learning_rate(step: int, args, steps_per_epoch: int) -> float:
 
 
 class Update:
-    """`kept = update(loss, lr)` is one optimizer step: scale, backward, unscale, clip, step, average; and its counts.
+    """`skipped = update(loss, lr)` is one optimizer step: scale, backward, unscale, clip, step, average; and its gradient norm.
 
     A step whose loss or gradient is not finite, in whatever precision, leaves weights, momentum and running statistics as they
-    were; it is counted as skipped and enters neither the gradient norms nor the clipped share.  `kept` is a 0-dim bool tensor:
-    the device decides, nothing waits for it.  Of several processes all keep a step or none: they see one mean gradient.
+    were; it counts as skipped and enters neither the gradient norms nor the clipped share.  `skipped` is a 0-dim fp32 tensor, 1
+    or 0: the device decides, nothing waits for it.  Of several processes all skip a step or none: they see one mean gradient.
     """
 
     def __init__(self, net, optimizer, machine: Machine, clip_grad: float, ema_decay: float):
         self.net, self.optimizer, self.scaler, self.ranks = net, optimizer, machine.scaler(), machine.ranks
         self.clip_grad = clip_grad or math.inf
         self.parameters = list(net.parameters())
-        self.average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True) if ema_decay else None
-        self.buffers, self.average_buffers = flat_buffers(net), flat_buffers(self.average.module) if self.average else []
-        self.sums = torch.zeros(3, device=self.parameters[0].device)  # good steps, their norms, the clipped ones
-        self.largest = torch.zeros((), device=self.parameters[0].device)
-        self.steps = 0
+        self.buffers = FlatBuffers(net)
+        if ema_decay:
+            self.average = AveragedModel(net)
+            self.average_buffers = FlatBuffers(self.average.module)
+            self.averages = [*self.average.module.parameters(), *self.average_buffers.floats]
+        else:
+            self.average = None
+        self.ema_decay = ema_decay
+        self.zero, self.one = torch.arange(2.0, device=self.parameters[0].device)
+        self.norms = []  # of this epoch's steps, on the device
         self.remember_buffers()
 
     @property
@@ -134,28 +142,34 @@ class Update:
     def __call__(self, loss, lr: float):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)  # then no process has a finite gradient
-        self.scaler.scale(loss).backward()
+        seed = torch.addcmul(self.one, loss.detach(), self.zero)  # NaN for a sick loss: then no process has a finite gradient
+        loss.backward(self.scaler.scale(seed))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
-        kept = norm.isfinite()
-        self.optimizer.found_inf = (~kept).float()  # fused optimizers read it on the device; the scaler has its own for its scale
+        kept = norm < math.inf
+        skipped = torch.logical_not(kept, out=torch.empty((), device=norm.device))
+        self.optimizer.found_inf = skipped  # fused optimizers read it on the device; the scaler has its own for its scale
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        for buffers, before in zip(self.buffers, self.before):
-            torch.where(kept, buffers, before, out=before)
-            buffers.copy_(before)
+        torch.where(kept, self.buffers.words, self.before, out=self.before)
+        self.buffers.words.copy_(self.before)
         if self.average:
-            self.average.update_parameters(self.net)
-        norm = torch.where(kept, norm, 0.0)
-        self.sums += torch.stack([kept.float(), norm, (norm > self.clip_grad).float()])
-        self.largest = torch.maximum(self.largest, norm)
-        self.steps += 1
-        return kept
+            self.update_average()
+        self.norms.append(norm)
+        return skipped
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Weights and running statistics of the average by one call; the first step is its start, and counters are copied."""
+        share = 1 - self.ema_decay if self.average.n_averaged else 1.0
+        torch._foreach_lerp_(self.averages, [*self.parameters, *self.buffers.floats], share)
+        for count, now in zip(self.average_buffers.others, self.buffers.others):
+            count.copy_(now)
+        self.average.n_averaged += 1  # which is on the host
 
     def remember_buffers(self) -> None:
-        self.before = [buffers.clone() for buffers in self.buffers]
+        self.before = self.buffers.words.clone()
 
     def agree(self) -> None:
         """Of several processes, between training and evaluation: each takes the mean of all running statistics.
@@ -168,25 +182,23 @@ class Update:
         if not self.ranks.agree(bits):
             raise Failure(BUG, f"ranks diverged: their weights are not the same ({self.ranks.size} processes)",
                           "go back to the last checkpoint with --resume auto; if it happens again, suspect a GPU")
-        for buffers in (*self.buffers, *self.average_buffers):
-            if buffers.is_floating_point():
-                buffers.copy_(self.ranks.mean(buffers.double()))  # in float64 the mean of equal numbers is that number
+        for buffers in (*self.buffers.floats, *(self.average_buffers.floats if self.average else ())):
+            buffers.copy_(self.ranks.mean(buffers.double()))  # in float64 the mean of equal numbers is that number
         self.remember_buffers()
 
     def epoch_columns(self) -> dict:
         """The epoch's columns of log.csv, read from the device once; starts the next epoch's counts."""
-        good, total, clipped = self.sums.tolist()
+        norms = torch.stack(self.norms).tolist()
+        good = [norm for norm in norms if math.isfinite(norm)]
         columns = {
-            "grad_norm_mean": total / good if good else math.nan, "grad_norm_max": self.largest.item(),
-            "clip_frac": clipped / good if good else math.nan,
+            "grad_norm_mean": sum(good) / len(good) if good else math.nan, "grad_norm_max": max(good, default=0.0),
+            "clip_frac": sum(norm > self.clip_grad for norm in good) / len(good) if good else math.nan,
             "amp_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
-            "skipped_steps": round(self.steps - good), "steps": self.steps,
+            "skipped_steps": len(norms) - len(good), "steps": len(norms),
         }
         if self.scaler.is_enabled() and columns["amp_scale"] < SMALLEST_SCALE:
             raise Failure(DIVERGED, f"the gradient overflows FP16 at any loss scale (now {columns['amp_scale']:.3g})", CALMER)
-        self.sums.zero_()
-        self.largest.zero_()
-        self.steps = 0
+        self.norms.clear()
         return columns
 
     @property
@@ -210,82 +222,93 @@ class Update:
         self.remember_buffers()
 
 
-def flat_buffers(net) -> list:
-    """Put the buffers of `net` (running statistics) into one tensor per dtype, so that all are restored by one kernel."""
-    grouped = {}
-    for buffer in net.buffers():
-        grouped.setdefault(buffer.dtype, []).append(buffer)
-    flat = []
-    for dtype, buffers in grouped.items():
-        starts = [0]
-        for buffer in buffers:  # aligned for vector loads
-            starts.append(starts[-1] + -(-buffer.numel() // ALIGNMENT) * ALIGNMENT)
-        flat.append(torch.zeros(starts[-1], dtype=dtype, device=buffers[0].device))
-        for buffer, start in zip(buffers, starts):
-            view = flat[-1][start:start + buffer.numel()].view(buffer.shape)
-            view.copy_(buffer)
-            buffer.data = view
-    return flat
+class FlatBuffers:
+    """Moves the buffers of `net` (running statistics, counters) into one tensor, so that one kernel restores or averages all.
 
+    words: that tensor, int32.  floats, others: its parts of floating-point and of other numbers, one per dtype.
+    """
 
-class Glance:
-    """The numbers of a device tensor a moment ago, without waiting: a copy is started now and read once it has arrived."""
-
-    def __init__(self):
-        self.host = self.arrived = None
-
-    def __call__(self, tensor) -> list | None:
-        if tensor.device.type != "cuda":
-            return tensor.tolist()
-        numbers = None
-        if self.arrived is not None and self.arrived.query():
-            numbers, self.arrived = self.host.tolist(), None
-        if self.arrived is None:
-            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self.host.copy_(tensor, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-        return numbers
+    def __init__(self, net):
+        grouped, parts, end = {}, [], 0
+        for buffer in net.buffers():
+            grouped.setdefault(buffer.dtype, []).append(buffer)
+        for dtype, buffers in grouped.items():
+            starts = [0]
+            for buffer in buffers:  # aligned for vector loads
+                starts.append(starts[-1] + -(-buffer.numel() // ALIGNMENT) * ALIGNMENT)
+            begin, end = end, end + starts[-1] * dtype.itemsize // 4
+            parts.append((dtype, buffers, starts, begin, end))
+        self.words = torch.zeros(end, dtype=torch.int32, device=next(net.parameters()).device)
+        self.floats, self.others = [], []
+        for dtype, buffers, starts, begin, end in parts:
+            part = self.words[begin:end].view(dtype)
+            (self.floats if dtype.is_floating_point else self.others).append(part)
+            for buffer, start in zip(buffers, starts):
+                view = part[start:start + buffer.numel()].view(buffer.shape)
+                view.copy_(buffer)
+                buffer.data = view
 
 
 class Means:
-    """Means over an epoch's samples of named 0-dim tensors, summed on the device; and the end of a run that only skips steps.
+    """Means over an epoch's samples of losses and accuracy; and the end of a run that only skips steps.
 
-    Of several processes each has the means over all of them, so that all decide alike.
+    A step writes one row of a table on the device, by one launch: whether it was skipped, how much it got right, its losses.  The
+    host reads rows that have arrived, without waiting, and what is missing at the end of the epoch.  Of several processes each
+    has the means over all of them, so that all decide alike.
     """
 
-    def __init__(self, machine: Machine):
-        self.ranks = machine.ranks
-        self.row = torch.zeros(2, dtype=torch.int64, device=machine.device)  # steps skipped in a row, now and at most
-        self.see_means, self.see_row = Glance(), Glance()
+    def __init__(self, machine: Machine, steps: int):
+        self.ranks, self.steps = machine.ranks, steps
+        self.in_a_row = 0  # steps skipped
         self.clear()
 
     def clear(self) -> None:
-        self.names, self.sums, self.sick, self.samples = (), None, None, 0
+        self.names, self.table, self.samples, self.rows, self.arrived = (), None, [], [], None
 
-    def add(self, samples: int, kept, **values) -> None:
-        """Add the means of a batch of `samples` where the step was `kept`, bool 0-dim; the names are the same at every call.
+    def add(self, samples: int, skipped, correct, **losses) -> None:
+        """Add a step's batch of `samples`: whether it was `skipped`, the share that is `correct`, its losses; 0-dim fp32 tensors.
 
-        Failure DIVERGED after too many steps in a row that were not; on a GPU a few steps later.
+        The names are the same at every call.  Failure DIVERGED after too many skipped steps in a row; on a GPU some steps later.
         """
-        stacked = self.ranks.mean(torch.stack([value.detach().double() for value in values.values()]))
-        if self.sums is None:
-            self.names, self.sums, self.sick = tuple(values), stacked.new_zeros(len(values) + 1), torch.zeros_like(stacked)
-        self.sums += torch.where(kept, torch.cat([stacked, stacked.new_ones(1)]), 0) * samples
-        self.sick += ~stacked.isfinite()
-        self.samples += samples
-        self.row[0] = torch.where(kept, 0, self.row[0] + 1)
-        self.row[1] = self.row.amax()
-        row = self.see_row(self.row)
-        if row and row[1] > SKIPS:
-            raise self.failure(f"more than {SKIPS} steps in a row were skipped")
+        if self.table is None:
+            self.names = tuple(losses)
+            self.table = torch.empty(self.steps, 2 + len(losses), device=skipped.device)
+        row = self.table[len(self.samples)]
+        torch.stack([skipped, correct, *(loss.detach() for loss in losses.values())], out=row)
+        self.ranks.mean(row)
+        self.samples.append(samples)
+        new = self.table[len(self.rows):len(self.samples)]
+        if not new.is_cuda:
+            self.take(new)
+        elif self.arrived is None and len(new) >= SKIPS:  # a copy for each step would be one more launch
+            self.host = torch.empty(new.shape, pin_memory=True)
+            self.host.copy_(new, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+        elif self.arrived is not None and self.arrived.query():
+            self.take(self.host)
+            self.arrived = None
+
+    def take(self, rows) -> None:
+        for row in rows.tolist():
+            self.rows.append(row)
+            self.in_a_row = self.in_a_row + 1 if row[0] else 0
+            if self.in_a_row > SKIPS:
+                raise self.failure(f"more than {SKIPS} steps in a row were skipped")
 
     def read(self) -> dict:
-        """The means so far; waits for the device."""
-        return dict(zip(self.names, (self.sums[:-1] / self.sums[-1]).tolist()))
+        """The means over the rows that have arrived, as columns of log.csv; NaN where no step was kept."""
+        sums = [0.0] * (2 + len(self.names))
+        for samples, (skipped, *numbers) in zip(self.samples, self.rows):
+            if not skipped:
+                sums = [total + samples * number for total, number in zip(sums, (1.0, *numbers))]
+        count, correct, *losses = sums
+        return {name: total / count if count else math.nan
+                for name, total in zip((*self.names, "train_acc1"), (*losses, 100 * correct))}
 
     def epoch_columns(self, epoch: int) -> dict:
-        """The epoch's means as columns of log.csv; starts the next epoch's.  An epoch without a kept step ends the run."""
+        """The epoch's means; waits for the device and starts the next epoch's.  An epoch without a kept step ends the run."""
+        self.take(self.table[len(self.rows):len(self.samples)])
         columns = self.read()
         if not all(map(math.isfinite, columns.values())):
             raise self.failure(f"no step of epoch {epoch} was kept")
@@ -293,13 +316,9 @@ class Means:
         return columns
 
     def failure(self, reason: str) -> Failure:
-        """Names the term that went first: the terms stand after their sum."""
-        sick = [name for name, count in zip(self.names, self.sick.tolist()) if count]
+        """Names the loss that went first: the terms stand after their sum."""
+        sick = [name for name, *values in zip(self.names, *(row[2:] for row in self.rows)) if not all(map(math.isfinite, values))]
         return Failure(DIVERGED, f"{sick[-1] if sick else 'the gradient'} is not finite ({reason})", CALMER)
-
-    def glance(self) -> dict:
-        """The means of a moment ago, without waiting."""
-        return dict(zip(self.names, self.see_means(self.sums[:-1] / self.sums[-1]) or ()))
 
 
 class Evaluation(NamedTuple):
@@ -319,12 +338,15 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(net, split, mean, std, machine: Machine, batch_size: int = 500) -> Evaluation:
+def evaluate(net, split, mean, std, machine: Machine, batch_size: int) -> Evaluation:
     """One pass over a split in eval mode, every image once, by one of the processes; the network's mode is restored.
+
+    batch_size: that of training, so that what could be trained can be evaluated.
 
     Calibration error in 15 equal bins of confidence (Guo et al. 2017, arXiv 1706.04599).
     """
     training, mine = net.training, machine.ranks.share(len(split.labels))
+    mean, std = (torch.tensor(numbers, dtype=torch.float32, device=machine.device) for numbers in (mean, std))
     net.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=machine.device)
     gaps = torch.zeros(ECE_BINS, dtype=torch.float64, device=machine.device)
@@ -386,8 +408,9 @@ class EarlyStop:
 
 
 def accuracy(logits, labels):
-    """0-dim tensor: the percentage of rows whose largest logit is their label's."""
-    return 100 * (logits.argmax(1) == labels).float().mean()
+    """0-dim fp32 tensor: the share of rows whose largest logit is their label's."""
+    best = logits.argmax(1)
+    return torch.eq(best, labels, out=torch.empty(best.shape, device=best.device)).mean()  # compared and converted by one launch
 
 
 def global_batch_size(each: int, data, machine: Machine) -> int:
@@ -405,14 +428,14 @@ def global_batch_size(each: int, data, machine: Machine) -> int:
     return together
 
 
-def check_teacher(teacher, data, machine: Machine) -> Evaluation:
+def check_teacher(teacher, data, machine: Machine, batch_size: int) -> Evaluation:
     """The teacher on the test set; refuses one that knows other classes, or is not as accurate as its checkpoint says."""
     info = teacher.info
     if list(info["classes"]) != list(data.classes):
         both = f"{len(info['classes'])} of {info['dataset']}, {len(data.classes)} of {data.name}"
         raise Failure(USAGE, f"the teacher knows other classes than the data ({both})",
                       "choose the --dataset that it was trained on, or another --teacher-checkpoint")
-    evaluation = evaluate(teacher, data.test, data.mean, data.std, machine)
+    evaluation = evaluate(teacher, data.test, data.mean, data.std, machine, batch_size)
     if info["test_acc1"] is None:
         print("the teacher's run never finished, so its checkpoint states no accuracy to check against")
     elif abs(evaluation.acc1 - info["test_acc1"]) > TEACHER_TOLERANCE:
@@ -422,11 +445,11 @@ def check_teacher(teacher, data, machine: Machine) -> Evaluation:
     return evaluation
 
 
-def test(run, net, data, machine: Machine) -> dict:
+def test(run, net, data, machine: Machine, batch_size: int) -> dict:
     """Read the test set, once: the accuracies of `net`, the last epoch's, and of best.pt, which is told its own."""
     machine.ranks.wait()  # for the one that writes best.pt
     best = models.load(run / "best.pt", machine.device)
-    last, chosen = (evaluate(each, data.test, data.mean, data.std, machine).acc1 for each in (net, best))
+    last, chosen = (evaluate(each, data.test, data.mean, data.std, machine, batch_size).acc1 for each in (net, best))
     if machine.ranks.first:
         models.save(run / "best.pt", best, **best.info | {"test_acc1": chosen})
     return {"test_acc1_last": last, "test_acc1_best": chosen}
@@ -449,8 +472,8 @@ class Progress:
         self.shown = now
         done = (epoch - self.first) * self.steps + step + 1  # since this process began
         eta = (now - self.started) / done * ((self.epochs - self.first + 1) * self.steps - done)
-        losses = " ".join(f"{name.removeprefix('train_')} {value:.3f}" for name, value in means.glance().items())
-        rate = means.samples * done / (step + 1) / (now - self.started)
+        losses = " ".join(f"{name.removeprefix('train_')} {value:.3f}" for name, value in means.read().items())
+        rate = sum(means.samples) * done / (step + 1) / (now - self.started)
         self.stream.write(f"{CLEAR}epoch {epoch}/{self.epochs} [{step + 1}/{self.steps}] eta {clock(eta)} "
                           f"lr {lr:.2g} {losses} {rate:.0f} images/s")
         self.stream.flush()

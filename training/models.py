@@ -251,6 +251,9 @@ def build(name: str, num_classes: int, image_size: int = 32) -> nn.Module:
         raise Failure(USAGE, f"unknown model ({name})", f"{question}all names: {command}")
     try:
         net = _build_torchvision(theirs, num_classes, image_size) if theirs else NETWORKS[name](num_classes)
+        for module in net.modules():
+            if isinstance(module, nn.SiLU):
+                module.inplace = False  # in place, training copies what the backward pass needs
         net.register_forward_pre_hook(partial(_resize, image_size))
         _on_meta(net, image_size)
     except (RuntimeError, ValueError, AssertionError) as failure:  # what layers raise for sizes they cannot take
@@ -362,12 +365,13 @@ def normalise(images, mean, std, dtype=torch.float32):
 
 def save(path, net, **info) -> None:
     """Write what `load` reads: the weights of `net` and, in plain types, all that `CARD` asks for, as a loaded `info` has it."""
-    checkpoint.write(path, **info | {"kind": "weights", "state_dict": net.state_dict()})
+    checkpoint.write(path, **info | {"kind": "weights", "state_dict": checkpoint.on_cpu(net.state_dict())})
 
 
-def load(path, device="cpu") -> nn.Module:
+def load(path, device="cpu", dtype=torch.float32) -> nn.Module:
     """The trained network in a best.pt, in eval mode and frozen; `net.info` is what the file says of it, all but the weights.
 
+    dtype: in which convolutions and linear layers are held.  Under autocast it saves casting their weights at every call.
     Failure CHECKPOINT: unreadable or damaged, not a network's weights, or weights that are not those of the network it names.
     """
     info = checkpoint.read(path)
@@ -387,6 +391,9 @@ def load(path, device="cpu") -> nn.Module:
         raise Failure(CHECKPOINT, f"these weights are not a {info['model']} ({path}: {misfit})",
                       "restore the file from a copy or make it again")
     net.info = info
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(dtype)
     return net.to(device).eval().requires_grad_(False)
 
 

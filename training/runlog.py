@@ -184,9 +184,10 @@ class EpochRow:
     peak_mem_mb: float | None = None
 
 
-def write_atomic(path, data: bytes, previous=None) -> None:
-    """Replace `path` by `data` in one step: a reader, or a crash, sees the old file or the new one, never half of it.
+def write_atomic(path, content, previous=None) -> None:
+    """Replace `path` by `content` in one step: a reader, or a crash, sees the old file or the new one, never half of it.
 
+    content: bytes, or what writes to the open file that it is called with, and has a length, then or after a failure.
     previous: a name under which the old file is kept.
     """
     path = Path(path)
@@ -194,7 +195,7 @@ def write_atomic(path, data: bytes, previous=None) -> None:
     make_directory(path.parent)
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
@@ -211,7 +212,7 @@ def write_atomic(path, data: bytes, previous=None) -> None:
     except OSError as failure:
         for leftover in (partial, link):  # they would keep the space that is missing
             leftover.unlink(missing_ok=True)
-        raise unwritable(path, failure, len(data)) from failure
+        raise unwritable(path, failure, len(content)) from failure
 
 
 def unwritable(path: Path, failure: OSError, needed: int) -> Unwritable:

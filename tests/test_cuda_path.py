@@ -1,0 +1,82 @@
+"""Both scripts, from their flags to the summary, on fake CUDA tensors: devices agree, no step waits for the GPU, few launches are our own."""
+import pytest
+import torch
+from cuda_path import BOOKKEEPING, CudaPath, MixedDevices, Wait
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
+
+from training import loop
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # a deep copy of one asks for it
+STUDENTS = ("--method kd", "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda", "--method kd --kl reverse --amp off --model-ema 0.9",
+            "--method dkd --model-ema 0.9", "--method dkd --amp bf16 --opt sgd --momentum 0 --deterministic",
+            "--method dkd --amp off --kernels reference --mixed-target dominant", "--method dkd --kernels reference --opt sgd --policy none")
+TEACHERS = ("", "--opt sgd --model-ema 0.9 --deterministic --device cuda:0", "--amp bf16 --kernels reference --policy randaugment", "--amp off --mixup 0 --cutmix 0")
+
+
+@pytest.mark.parametrize("flags", STUDENTS)
+def test_a_student_is_distilled_without_waiting(tmp_path, flags):
+    with CudaPath(tmp_path) as path:
+        path.distill(flags)
+    assert path.watch.steps == 8 and (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("flags", TEACHERS)
+def test_a_teacher_is_trained_without_waiting(tmp_path, flags):
+    with CudaPath(tmp_path) as path:
+        path.train_teacher(flags)
+    assert path.watch.steps == 8 and (tmp_path / "run" / "summary.json").exists()
+
+
+def plant_a_read(logits, labels):
+    logits.sum().item()
+
+
+def plant_a_blocking_copy(logits, labels):
+    labels.cpu()
+
+
+def plant_an_upload(logits, labels):
+    torch.tensor([0.5, 0.5], device=logits.device)
+
+
+def plant_a_size_from_data(logits, labels):
+    logits[labels > 3]
+
+
+def plant_a_tensor_on_the_cpu(logits, labels):
+    labels + torch.zeros(len(labels), dtype=torch.int64)
+
+
+def plant_a_synchronisation(logits, labels):
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("plant, refused, reason", [
+    (plant_a_read, Wait, "a value is read"), (plant_a_blocking_copy, Wait, "from cuda to cpu"), (plant_an_upload, Wait, "from cpu to cuda"),
+    (plant_a_size_from_data, DynamicOutputShapeException, "nonzero"), (plant_a_tensor_on_the_cpu, RuntimeError, "cuda:0 and cpu"),
+    (plant_a_synchronisation, Wait, "synchronize")], ids=lambda value: getattr(value, "__name__", None))
+def test_a_planted_fault_is_caught(tmp_path, monkeypatch, plant, refused, reason):
+    accuracy = loop.accuracy
+    with CudaPath(tmp_path) as path:
+        monkeypatch.setattr(loop, "accuracy", lambda *arguments: plant(*arguments) or accuracy(*arguments))
+        with pytest.raises(refused, match=reason):
+            path.distill("--method kd --debug")
+
+
+def test_a_kernel_that_is_given_a_tensor_on_the_cpu_is_caught(tmp_path, monkeypatch):
+    from augment import fused
+    from losses import Targets
+    with CudaPath(tmp_path) as path:
+        monkeypatch.setattr(fused, "Targets", lambda label, other, lam: Targets(label, other, torch.ones(len(label))))
+        with pytest.raises((MixedDevices, RuntimeError), match="cpu"):
+            path.distill("--method kd --debug")
+
+
+def test_few_launches_are_our_own(tmp_path):
+    """PyTorch's networks and optimizers take what they take; at most as many as here are ours, and none is added unseen."""
+    with CudaPath(tmp_path, teacher="resnet32x4", student="resnet8x4") as path:
+        path.distill("--method dkd --amp fp16")
+    launches = path.watch.launches
+    assert launches["augmentation"] == 1 and launches["loss"] <= 2
+    assert launches[BOOKKEEPING] <= 12, "copies of rows to the host, frequent here, included"
+    assert launches["scaler, clip and optimizer"] <= 20 and sum(launches.values()) <= 280, launches
