@@ -2,6 +2,7 @@
 import torch
 
 from augment import ops
+from augment.policy import CONTRAST, KINDS, SHARPNESS
 from augment.sampling import WORD, Sampler
 from kernels import augment as kernel
 from losses.targets import Targets
@@ -13,20 +14,24 @@ class Fused:
     """Makes batches of `images` on their device; the arguments are those of BatchAugmenter."""
 
     def __init__(self, images, labels, sampler: Sampler, *, batch_size, rows_per_mix, mean, std, dtype):
-        policy, device = sampler.policy, images.device
+        policy, device, images = sampler.policy, images.device, images.contiguous()
+        if images.storage_offset() % 4:  # a part of other memory; the kernel reads whole words
+            images = images.clone()
         numbers = kernel.Numbers(
             seed=(sampler.seed + 2 ** 63 & 2 ** 64 - 1) - 2 ** 63,  # its low 64 bits, as a signed number
             epoch=0, batch_size=batch_size, rows_per_mix=rows_per_mix, crop_pad=sampler.crop_pad, flip=int(sampler.flip),
             subpolicies=len(policy.codes), erase=sampler.erase_threshold, mix=sampler.mix_threshold,
             cutmix=sampler.cutmix_threshold)
+        blended = (policy.kind >= SHARPNESS) & (policy.kind <= CONTRAST)
+        row = torch.where(blended, torch.arange(len(blended), device=device), policy.argument)
+        operations = policy.kind + len(KINDS) * row
         every_byte = torch.arange(256, dtype=torch.uint8).unsqueeze(1).expand(-1, 3)
         self.dtype, self._steps = dtype, torch.arange(len(images) // batch_size, device=device)
         self.tables = kernel.Tables(
-            images=images.contiguous(), labels=labels.contiguous(),
+            images=images.view(*images.shape[:2], -1).view(torch.int32), labels=labels.contiguous(),
             order=torch.empty(len(images), dtype=torch.int64, device=device),
             numbers=torch.tensor(numbers, device=device),
-            subpolicies=torch.cat([policy.codes, policy.thresholds.unsqueeze(2)], 2),
-            operations=torch.stack([policy.kind, policy.argument], 1).int(),
+            subpolicies=torch.cat([operations[policy.codes], policy.thresholds.unsqueeze(2)], 2),
             blends=torch.stack([policy.ratio, policy.complement], 1),
             maps=policy.maps, lookups=policy.lookups, stretch=policy.stretch,
             normalised=ops.normalise(every_byte, torch.tensor(mean), torch.tensor(std)).T.contiguous().to(device),

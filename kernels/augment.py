@@ -1,6 +1,6 @@
 """A training batch from uint8 images in one launch: gather, crop, flip, policy, normalise, erase and mix, with its own draws.
 
-A program makes rows 2k and 2k+1 of the batch, which are each other's partners in a mix.  Of each it draws from Philox4x32-10,
+A program makes rows 2k and 2k+1 of the batch, which are each other's partners in a mix.  For each it draws from Philox4x32-10,
 under a 64-bit seed and with the counter (position in the epoch, epoch, stream, 0), what is to be done, and does it:
 
     window     size x size pixels of the image, padded with zeros, by two draws below 2 * pad + 1; mirrored, by one bit
@@ -26,8 +26,7 @@ import triton.language as tl
 KINDS = NOTHING, GEOMETRY, SHARPNESS, COLOR, CONTRAST, EQUALIZE, AUTOCONTRAST, LOOKUP = tuple(map(tl.constexpr, range(8)))
 STREAMS = CROP, POLICY, ERASE, MIX = tuple(map(tl.constexpr, range(4)))
 QUANTILE_BITS = tl.constexpr(12)  # of the tables that stand for distributions
-WARPS = {32: 8, 64: 16}  # by the sizes of image that the kernel takes
-LINES = tl.constexpr(16)  # of an image, that are written at a time: more of them need more registers than there are
+WARPS = {32: 4, 64: 16}  # by the sizes of image that the kernel takes: eight pixels of each image to a thread
 
 
 class Numbers(NamedTuple):
@@ -50,12 +49,12 @@ SEED, EPOCH, BATCH_SIZE, ROWS_PER_MIX, CROP_PAD, FLIP, SUBPOLICIES, ERASE_BELOW,
 
 class Tables(NamedTuple):
     """What the kernel reads, contiguous tensors on one device: N images of size x size pixels, a policy and distributions."""
-    images: torch.Tensor  # uint8 (N, size, size, 3)
+    images: torch.Tensor  # int32 (N, size, 3*size/4): the bytes of NHWC images, four to a word
     labels: torch.Tensor  # int64 (N,)
     order: torch.Tensor  # int64 (N,), the image at each position of the epoch
     numbers: torch.Tensor  # int64, of Numbers
-    subpolicies: torch.Tensor  # int64 (S, slots, 3): the operation for a negative and a positive sign, and its threshold
-    operations: torch.Tensor  # int32 (C, 2): kind, and row of maps or lookups
+    subpolicies: torch.Tensor  # int64 (S, slots, 3): the operation for a negative and a positive sign, and its threshold;
+    #                            an operation is kind + 8 * row, of `maps`, `lookups` or `blends`; 0 does nothing
     blends: torch.Tensor  # float32 (C, 2): ratio, complement
     maps: torch.Tensor  # int32 (G, size*size): the pixel that each pixel is from; size*size is fill, 0
     lookups: torch.Tensor  # uint8 (L, 256)
@@ -67,6 +66,8 @@ class Tables(NamedTuple):
 
 
 # --- the draws: see augment/sampling.py ---------------------------------------------------------------------------------
+# Positions and what is drawn for them are tensors of two, one value per row: half of the work of a scalar for each.  The words
+# of all streams are drawn at once, each by another thread of a warp.
 
 @triton.jit
 def _below(word, limit):
@@ -74,18 +75,29 @@ def _below(word, limit):
 
 
 @triton.jit
-def _words(position, stream, tables):
+def _draw_words(position, mix_position, tables):
+    """Four words for each of STREAMS and each row, uint32 (4, 2)."""
+    stream = tl.arange(0, 4)[:, None]
+    position = tl.where(stream == MIX, mix_position[None, :], position[None, :])
     epoch = tl.load(tables.numbers + EPOCH).to(tl.int32)
     return tl.philox(tl.load(tables.numbers + SEED), position.to(tl.int32), epoch, stream, 0)
 
 
 @triton.jit
-def _draw_window(position, tables):
+def _of(stream, words):
+    """The four words of one stream, uint32 (2,) each."""
+    wanted = tl.arange(0, 4)[:, None] == stream
+    return (tl.sum(tl.where(wanted, words[0], 0), 0), tl.sum(tl.where(wanted, words[1], 0), 0),
+            tl.sum(tl.where(wanted, words[2], 0), 0), tl.sum(tl.where(wanted, words[3], 0), 0))
+
+
+@triton.jit
+def _draw_window(words, tables):
     """Top and left edge in the image without its padding, and whether to mirror."""
-    top, left, mirror, _ = _words(position, CROP, tables)
+    top, left, mirror, _ = _of(CROP, words)
     pad = tl.load(tables.numbers + CROP_PAD).to(tl.int32)
-    mirror = mirror.to(tl.int64) & tl.load(tables.numbers + FLIP)
-    return _below(top, 2 * pad + 1) - pad, _below(left, 2 * pad + 1) - pad, mirror > 0
+    mirror = mirror.to(tl.int32) & tl.load(tables.numbers + FLIP).to(tl.int32)
+    return _below(top, 2 * pad + 1) - pad, _below(left, 2 * pad + 1) - pad, mirror
 
 
 @triton.jit
@@ -95,9 +107,9 @@ def _draw_operation(subpolicy, word, sign, tables):
 
 
 @triton.jit
-def _draw_operations(position, tables, SLOTS: tl.constexpr):
-    """Two codes, 0 for nothing."""
-    subpolicy, first_word, second_word, signs = _words(position, POLICY, tables)
+def _draw_operations(words, tables, SLOTS: tl.constexpr):
+    """The first and the second operation of each, 0 for nothing."""
+    subpolicy, first_word, second_word, signs = _of(POLICY, words)
     subpolicy = _below(subpolicy, tl.load(tables.numbers + SUBPOLICIES)) * (3 * SLOTS)
     first = _draw_operation(subpolicy, first_word, (signs & 1).to(tl.int32), tables)
     second = first * 0
@@ -107,9 +119,9 @@ def _draw_operations(position, tables, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _draw_erased(position, tables, SIZE: tl.constexpr):
+def _draw_erased(words, tables, SIZE: tl.constexpr):
     """A box: top, left, bottom, right; empty where there is none."""
-    fires, quantile, top, left = _words(position, ERASE, tables)
+    fires, quantile, top, left = _of(ERASE, words)
     fires = (fires.to(tl.int64) < tl.load(tables.numbers + ERASE_BELOW)).to(tl.int32)
     quantile = (quantile >> (32 - QUANTILE_BITS)).to(tl.int32)
     height = tl.load(tables.erase_sizes + 2 * quantile) * fires
@@ -119,9 +131,9 @@ def _draw_erased(position, tables, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _draw_mix(position, alone, tables, SIZE: tl.constexpr):
+def _draw_mix(words, alone, tables, SIZE: tl.constexpr):
     """The pasted box, the weight of the image outside of it, and its share in the whole; nothing is mixed where it is alone."""
-    fires, quantile, line, column = _words(position, MIX, tables)
+    fires, quantile, line, column = _of(MIX, words)
     mixed = (fires.to(tl.int64) < tl.load(tables.numbers + MIX_BELOW)) & (alone == 0)
     cut = mixed & ((quantile & 1).to(tl.int64) < tl.load(tables.numbers + CUTMIX_BELOW))
     quantile = (quantile >> (32 - QUANTILE_BITS)).to(tl.int32)
@@ -132,6 +144,22 @@ def _draw_mix(position, alone, tables, SIZE: tl.constexpr):
     lam = tl.where(mixed & (cut == 0), tl.load(tables.lams + quantile), 1.0)
     area = ((bottom - top) * (right - left)).to(tl.float32)
     return (top, left, bottom, right), lam, tl.where(cut, 1.0 - area * (1.0 / (SIZE * SIZE)), lam)
+
+
+@triton.jit
+def _both(pair):
+    """The two values of `pair` as scalars."""
+    is_first = tl.arange(0, 2) == 0
+    return tl.sum(tl.where(is_first, pair, 0), 0), tl.sum(tl.where(is_first, 0, pair), 0)
+
+
+@triton.jit
+def _both_boxes(pairs):
+    top, next_top = _both(pairs[0])
+    left, next_left = _both(pairs[1])
+    bottom, next_bottom = _both(pairs[2])
+    right, next_right = _both(pairs[3])
+    return (top, left, bottom, right), (next_top, next_left, next_bottom, next_right)
 
 
 # --- the arithmetic: see augment/ops.py ---------------------------------------------------------------------------------
@@ -153,16 +181,19 @@ def _whole(values):
 
 
 @triton.jit
-def _read(index, position, tables, SIZE: tl.constexpr):
+def _read(index, top, left, mirror, tables, SIZE: tl.constexpr):
     """A window of image `index`, by address: cropping and mirroring cost nothing more."""
-    top, left, mirror = _draw_window(position, tables)
     pixel = tl.arange(0, SIZE * SIZE)
     line, column = pixel // SIZE + top, pixel % SIZE
-    column = tl.where(mirror, SIZE - 1 - column, column) + left
-    inside = (line >= 0) & (line < SIZE) & (column >= 0) & (column < SIZE)
-    source = tables.images + index * (3 * SIZE * SIZE) + (line * SIZE + column) * 3
-    return _pack(tl.load(source, inside, 0).to(tl.int32), tl.load(source + 1, inside, 0).to(tl.int32),
-                 tl.load(source + 2, inside, 0).to(tl.int32))
+    column = tl.where(mirror != 0, SIZE - 1 - column, column) + left
+    inside = (line.to(tl.uint32) < SIZE) & (column.to(tl.uint32) < SIZE)  # what is negative is large without its sign
+    # The three bytes of a pixel lie in one word or in two that are neighbours; a line begins with a whole word.
+    words = tables.images + index * (3 * SIZE * SIZE // 4) + line * (3 * SIZE // 4)
+    byte = 3 * column
+    low = tl.load(words + (byte >> 2), inside, 0).to(tl.uint32)
+    high = tl.load(words + ((byte + 2) >> 2), inside, 0).to(tl.uint32)
+    shift = 8 * (byte & 3).to(tl.uint32)
+    return (((low >> shift) | ((high << 1) << (31 - shift))) & 0xFFFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -212,17 +243,18 @@ def _stretch(channel, tables):
 
 
 @triton.jit
-def _operate(pixels, code, tables, SIZE: tl.constexpr):
-    """The image after operation `code`, a scalar, so that a program branches as one."""
+def _operate(pixels, operation, tables, SIZE: tl.constexpr):
+    """The image after `operation`, a scalar, so that a program branches as one."""
     PIXELS: tl.constexpr = SIZE * SIZE
-    kind, argument = tl.load(tables.operations + 2 * code), tl.load(tables.operations + 2 * code + 1)
+    kind, row = operation & 7, operation >> 3
     if kind == GEOMETRY:
-        source = tl.load(tables.maps + argument * PIXELS + tl.arange(0, PIXELS))
+        # One entry at a time, so that a warp works on pixels side by side: then no two are in one bank of shared memory.
+        source = tl.load(tables.maps + row * PIXELS + tl.max_contiguous(tl.arange(0, PIXELS), 1))
         pixels = tl.where(source < PIXELS, tl.gather(pixels, tl.minimum(source, PIXELS - 1), 0), 0)
     elif kind != NOTHING:
         red, green, blue = _unpack(pixels)
         if kind == LOOKUP:
-            lookup = tables.lookups + argument * 256
+            lookup = tables.lookups + row * 256
             red, green = tl.load(lookup + red).to(tl.int32), tl.load(lookup + green).to(tl.int32)
             blue = tl.load(lookup + blue).to(tl.int32)
         elif kind == EQUALIZE:
@@ -230,7 +262,7 @@ def _operate(pixels, code, tables, SIZE: tl.constexpr):
         elif kind == AUTOCONTRAST:
             red, green, blue = _stretch(red, tables), _stretch(green, tables), _stretch(blue, tables)
         else:
-            ratio, complement = tl.load(tables.blends + 2 * code), tl.load(tables.blends + 2 * code + 1)
+            ratio, complement = tl.load(tables.blends + 2 * row), tl.load(tables.blends + 2 * row + 1)
             if kind == SHARPNESS:
                 other_red, other_green, other_blue = _blur(red, green, blue, SIZE)
                 red, green = _blend(red, other_red, ratio, complement), _blend(green, other_green, ratio, complement)
@@ -245,92 +277,136 @@ def _operate(pixels, code, tables, SIZE: tl.constexpr):
     return pixels
 
 
-# From here on an image is worked on in tiles (LINES, WIDTH) of the values of its lines: a thread writes values that lie side by
-# side, and line and column come without a division for each.  WIDTH is the next power of two after 3 * size.
-
 @triton.jit
-def _tile(first_line, WIDTH: tl.constexpr):
-    return first_line + tl.arange(0, LINES)[:, None], tl.arange(0, WIDTH)[None, :]
-
-
-@triton.jit
-def _inside(line, byte, box):
+def _inside(box, SIZE: tl.constexpr):
     top, left, bottom, right = box
-    return ((line >= top) & (line < bottom)) & ((byte // 3 >= left) & (byte // 3 < right))
+    pixel = tl.arange(0, SIZE * SIZE)
+    line, column = (pixel // SIZE - top).to(tl.uint32), (pixel % SIZE - left).to(tl.uint32)
+    return (line < (bottom - top).to(tl.uint32)) & (column < (right - left).to(tl.uint32))
 
 
 @triton.jit
-def _normalised(pixels, line, byte, erased, tables, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """float32 (LINES, WIDTH); what lies beyond 3 * size is arbitrary."""
-    channel = byte % 3
-    packed = tl.gather(pixels, tl.reshape(line * SIZE + tl.minimum(byte // 3, SIZE - 1), [LINES * WIDTH]), 0)
-    values = tl.load(tables.normalised + channel * 256 + ((tl.reshape(packed, [LINES, WIDTH]) >> (8 * channel)) & 255))
-    return tl.where(_inside(line, byte, erased), 0.0, values)
+def _finish(channel: tl.constexpr, pixels, next_pixels, holes, weights, tables, DTYPE: tl.constexpr):
+    """One channel of both images, normalised, erased and mixed."""
+    table = tl.load(tables.normalised + 256 * channel + tl.arange(0, 256))
+    index = (tl.join(pixels, next_pixels) >> (8 * channel)) & 255
+    values = tl.gather(table, tl.reshape(index, [index.numel]), 0)  # of both at once: the table is laid out once
+    own, partner = tl.split(tl.reshape(values, index.shape))
+    own, partner = tl.where(holes[0], 0.0, own), tl.where(holes[1], 0.0, partner)
+    return ((weights[0] * own + (1.0 - weights[0]) * partner).to(DTYPE),
+            (weights[1] * partner + (1.0 - weights[1]) * own).to(DTYPE))
+
+
+# The result is written as 32-bit words, of which three make a group a b c: red, green and blue of a pixel, or with 16-bit values
+# those of two pixels.  A thread holds whole fours of groups, and stores each in three times four words:
+#
+#     a0 b0 c0 a1   b1 c1 a2 b2   c2 a3 b3 c3
+
+@triton.jit
+def _word(low, high):
+    """One word of two 16-bit values."""
+    low, high = low.to(tl.uint16, bitcast=True).to(tl.uint32), high.to(tl.uint16, bitcast=True).to(tl.uint32)
+    return low | (high << 16)
 
 
 @triton.jit
-def _write_mixed(out, row, own, partner, line, byte, pasted, lam, SIZE: tl.constexpr):
-    weights = tl.where(_inside(line, byte, pasted), 0.0, lam)
-    values = weights * own + (1.0 - weights) * partner
-    place = out + row.to(tl.int64) * (3 * SIZE * SIZE) + line * (3 * SIZE) + byte
-    tl.store(place, values.to(out.dtype.element_ty), byte < 3 * SIZE)
+def _halves(values):
+    """Every even one and every odd one."""
+    return tl.split(tl.reshape(values, [values.numel // 2, 2]))
 
 
 @triton.jit
-def _write_targets(row, own, partner, share, label, other, lam):
-    own = tl.where(share == 0.0, partner, own)
-    unmixed = (share == 1.0) | (own == partner)
-    tl.store(label + row, own)
-    tl.store(other + row, tl.where(unmixed, own, partner))
-    tl.store(lam + row, tl.where(unmixed, 1.0, share))
+def _quarters(words):
+    even, odd = _halves(words)
+    first, third = _halves(even)
+    second, fourth = _halves(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _store_four(place, first, second, third, fourth):
+    words = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [first.numel, 4])
+    tl.store(place + 12 * tl.arange(0, first.numel)[:, None] + tl.arange(0, 4)[None, :], words)
+
+
+@triton.jit
+def _write(out, row, red, green, blue):
+    if out.dtype.element_ty.primitive_bitwidth == 16:
+        even_red, odd_red = _halves(red)
+        even_green, odd_green = _halves(green)
+        even_blue, odd_blue = _halves(blue)
+        a, b, c = _word(even_red, even_green), _word(even_blue, odd_red), _word(odd_green, odd_blue)
+    else:
+        a, b, c = red.to(tl.uint32, bitcast=True), green.to(tl.uint32, bitcast=True), blue.to(tl.uint32, bitcast=True)
+    a0, a1, a2, a3 = _quarters(a)
+    b0, b1, b2, b3 = _quarters(b)
+    c0, c1, c2, c3 = _quarters(c)
+    place = (out + row.to(tl.int64) * (3 * red.numel)).to(tl.pointer_type(tl.uint32))
+    _store_four(place, a0, b0, c0, a1)
+    _store_four(place + 4, b1, c1, a2, b2)
+    _store_four(place + 8, c2, a3, b3, c3)
 
 
 @triton.jit(do_not_specialize=["step", "first", "rows"])
-def _augment_kernel(step, first, rows, tables, out, out_label, out_other, out_lam, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-                    SLOTS: tl.constexpr):
-    row = 2 * tl.program_id(0)
-    alone = row + 1 == rows  # the last of an odd batch, which stands in for its partner
+def _augment_kernel(step, first, rows, tables, out, out_label, out_other, out_lam, SIZE: tl.constexpr, SLOTS: tl.constexpr):
+    first_row = 2 * tl.program_id(0)
+    alone = first_row + 1 == rows  # the last of an odd batch, which stands in for its partner
+    row = first_row + tl.arange(0, 2)
+    in_batch = first + tl.minimum(row, rows - 1)
     start = tl.load(step) * tl.load(tables.numbers + BATCH_SIZE)
-    position = start + first + row
-    next_position = tl.where(alone, position, position + 1)
-    index, next_index = tl.load(tables.order + position), tl.load(tables.order + next_position)
-    pixels, next_pixels = _read(index, position, tables, SIZE), _read(next_index, next_position, tables, SIZE)
+    position = start + in_batch
+    source = tl.load(tables.order + position)
+
+    rows_per_mix = tl.load(tables.numbers + ROWS_PER_MIX).to(tl.int32)
+    words = _draw_words(position, position - in_batch % rows_per_mix, tables)
+    index, next_index = _both(source)
+    top, left, mirror = _draw_window(words, tables)
+    top, next_top = _both(top)
+    left, next_left = _both(left)
+    mirror, next_mirror = _both(mirror)
+    pixels = _read(index, top, left, mirror, tables, SIZE)
+    next_pixels = _read(next_index, next_top, next_left, next_mirror, tables, SIZE)
 
     if SLOTS > 0:
         # The images take turns, so that the operations are compiled once and not four times.
-        code, later_code = _draw_operations(position, tables, SLOTS)
-        next_code, last_code = _draw_operations(next_position, tables, SLOTS)
+        operation, later_operation = _draw_operations(words, tables, SLOTS)
+        operation, next_operation = _both(operation)
+        later_operation, last_operation = _both(later_operation)
         for _ in range(2 * SLOTS):
-            changed = _operate(pixels, code, tables, SIZE)
+            changed = _operate(pixels, operation, tables, SIZE)
             pixels = next_pixels
             next_pixels = changed
-            code = next_code
-            next_code = later_code
-            later_code = last_code
+            operation = next_operation
+            next_operation = later_operation
+            later_operation = last_operation
 
-    in_batch, rows_per_mix = first + row, tl.load(tables.numbers + ROWS_PER_MIX)
-    pasted, lam, share = _draw_mix(start + in_batch - in_batch % rows_per_mix, alone, tables, SIZE)
-    in_batch += 1
-    next_pasted, next_lam, next_share = _draw_mix(start + in_batch - in_batch % rows_per_mix, alone, tables, SIZE)
-    erased, next_erased = _draw_erased(position, tables, SIZE), _draw_erased(next_position, tables, SIZE)
-    for first_line in range(0, SIZE, LINES):
-        line, byte = _tile(first_line, WIDTH)
-        values = _normalised(pixels, line, byte, erased, tables, SIZE, WIDTH)
-        next_values = _normalised(next_pixels, line, byte, next_erased, tables, SIZE, WIDTH)
-        _write_mixed(out, row, values, next_values, line, byte, pasted, lam, SIZE)
-        if not alone:
-            _write_mixed(out, row + 1, next_values, values, line, byte, next_pasted, next_lam, SIZE)
-
-    own, partner = tl.load(tables.labels + index), tl.load(tables.labels + next_index)
-    _write_targets(row, own, partner, share, out_label, out_other, out_lam)
+    erased, next_erased = _both_boxes(_draw_erased(words, tables, SIZE))
+    pasted, lam, share = _draw_mix(words, alone, tables, SIZE)
+    pasted, next_pasted = _both_boxes(pasted)
+    lam, next_lam = _both(lam)
+    holes = _inside(erased, SIZE), _inside(next_erased, SIZE)
+    weights = tl.where(_inside(pasted, SIZE), 0.0, lam), tl.where(_inside(next_pasted, SIZE), 0.0, next_lam)
+    red, next_red = _finish(0, pixels, next_pixels, holes, weights, tables, out.dtype.element_ty)
+    green, next_green = _finish(1, pixels, next_pixels, holes, weights, tables, out.dtype.element_ty)
+    blue, next_blue = _finish(2, pixels, next_pixels, holes, weights, tables, out.dtype.element_ty)
+    _write(out, first_row, red, green, blue)
     if not alone:
-        _write_targets(row + 1, partner, own, next_share, out_label, out_other, out_lam)
+        _write(out, first_row + 1, next_red, next_green, next_blue)
+
+    partner_source = tl.load(tables.order + start + first + tl.minimum(row ^ 1, rows - 1))
+    own, partner = tl.load(tables.labels + source), tl.load(tables.labels + partner_source)
+    own = tl.where(share == 0.0, partner, own)
+    unmixed = (share == 1.0) | (own == partner)
+    exists = row < rows
+    tl.store(out_label + row, own, exists)
+    tl.store(out_other + row, tl.where(unmixed, own, partner), exists)
+    tl.store(out_lam + row, tl.where(unmixed, 1.0, share), exists)
 
 
 def augment_triton(step: torch.Tensor, rows: range, tables: Tables, dtype: torch.dtype):
     """`rows` of the batch with the number that is in `step`, a 0-dim int64 tensor: one launch, which reads it when it runs.
 
-    rows: whole pairs (2k, 2k+1), of which the last may lack its second.  Nothing is checked.
+    rows: whole pairs (2k, 2k+1), of which the last may lack its second.  dtype: of 16 or 32 bits.  Nothing is checked.
     Returns images (rows, 3, size, size), channels_last, of `dtype`; int64 label, other and float32 lam, (rows,).
     """
     size, device = tables.images.shape[1], tables.images.device
@@ -338,6 +414,6 @@ def augment_triton(step: torch.Tensor, rows: range, tables: Tables, dtype: torch
     # Each by itself, so that all are aligned: one code for all batch sizes.
     label, other, lam = (torch.empty(len(rows), dtype=kind, device=device) for kind in (torch.int64, torch.int64, torch.float32))
     _augment_kernel[(triton.cdiv(len(rows), 2),)](
-        step, rows.start, len(rows), tables, images, label, other, lam, SIZE=size, WIDTH=triton.next_power_of_2(3 * size),
-        SLOTS=tables.subpolicies.shape[1], num_warps=WARPS[size], enable_fp_fusion=False)
+        step, rows.start, len(rows), tables, images, label, other, lam, SIZE=size, SLOTS=tables.subpolicies.shape[1],
+        num_warps=WARPS[size], enable_fp_fusion=False)
     return images.permute(0, 3, 1, 2), label, other, lam

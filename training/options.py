@@ -129,7 +129,7 @@ def machine_flags(parser, output) -> None:
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
     kernels_flag(add)
-    add("--amp", choices=("fp16", "bf16", "off"), help="default: fp16 on CUDA, off on a CPU")
+    add("--amp", choices=("fp16", "bf16", "off"), help="off: fp32, without TF32; default: fp16 on CUDA, off on a CPU")
     add("--seed", type=whole, default=42, metavar="N", help="of the weights, split, order and augmentation; " + DEFAULT)
     add("--deterministic", action="store_true", help="the same bits every time on one GPU model and one set of versions; slower")
     add("--output", type=nonempty, metavar="DIR", help=f"run directory; default: {output}")
