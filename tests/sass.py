@@ -18,9 +18,14 @@ ARCHITECTURES = (80, 90, 120)
 
 def inspect(file) -> list[dict]:
     """Of every launch in `file`: its dict with sm, registers, spills (instructions), stack (bytes), warps, loads128, stores128, fused (FFMA)."""
+    return in_a_process(__file__, file)
+
+
+def in_a_process(*command) -> list[dict]:
+    """What `python COMMAND` prints, one JSON object a line, where Triton compiles: the process of the tests has it interpret."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, __file__, file], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

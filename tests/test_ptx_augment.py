@@ -1,0 +1,125 @@
+"""The compiled augmentation kernel, executed: byte for byte the reference's batches, no race, no address outside; and what it costs."""
+import itertools
+import json
+import sys
+
+import pytest
+import sass
+import torch
+
+MODES = {"batch": lambda batch_size: batch_size, "pair": lambda batch_size: 2, "elem": lambda batch_size: 1}
+POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "randaugment", "trivialaugment")
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COUNTED = ("autoaugment", 32, "elem", "fp16", 64, None)  # whose counts are limited below
+LIMITS = {"warp instructions": 5_200, "load sectors": 410, "store sectors": 390}  # an image
+
+
+def cases():
+    """policy, size, mode, type, batch size, seed of the order: every policy, mode, size and type, though not with each other."""
+    for number, policy in enumerate(POLICIES):
+        mode, kind = (list(table)[number % 3] for table in (MODES, TYPES))
+        yield policy, 32, mode, kind, 32, None
+        yield policy, 64, list(MODES)[(number + 1) % 3], list(TYPES)[(number + 2) % 3], 6, None
+    for seed, (mode, kind) in enumerate(itertools.product(MODES, TYPES)):
+        yield "autoaugment", 32, mode, kind, 7, seed
+    yield COUNTED
+
+
+def make(policy, size, mode, kind, batch_size):
+    """The kernel's and the reference's makers of the same batches."""
+    from augment.fused import Fused
+    from augment.policy import build_tables
+    from augment.sampling import Sampler
+    from augment.twin import Twin
+    g = torch.Generator().manual_seed(size)
+    sampler = Sampler(size, build_tables(policy, size), seed=3, crop_pad=4, flip=True, random_erasing=0.5, mixup=0.8, cutmix=1.0, mix_prob=0.8)
+    count = 2 * batch_size + 3
+    coarse = torch.nn.functional.interpolate(torch.rand(count, 3, 4, 4, generator=g), (size, size), mode="bilinear")
+    images = (200 * coarse + 55 * torch.rand(count, 3, size, size, generator=g)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    labels, order = torch.randint(100, (count,), generator=g), torch.randperm(count, generator=g)
+    options = {"batch_size": batch_size, "rows_per_mix": MODES[mode](batch_size), "mean": (0.5, 0.48, 0.44), "std": (0.2, 0.25, 0.27), "dtype": TYPES[kind]}
+    makers = [maker(images, labels, sampler, **options) for maker in (Fused, Twin)]
+    for maker in makers:
+        maker.set_epoch(5, order)
+    return makers
+
+
+def differing(batch, expected) -> int:
+    """The values that are not the same in the batch and its targets."""
+    (images, targets), (expected_images, expected_targets) = batch, expected
+    return sum((one != two).sum().item() for one, two in zip((images, *targets), (expected_images, *expected_targets)))
+
+
+def execute(sm, *case):
+    """One batch by the compiled kernel -> how many values are wrong, or the fault; and the counts per image."""
+    import ptx
+
+    from kernels import augment as op
+    *what, batch_size, seed = case
+    ours, reference = make(*what, batch_size)
+    try:
+        with ptx.executed(op, "_augment_kernel", sm, seed) as launches:
+            batch = ours.batch(1, range(batch_size))
+    except (ptx.Fault, NotImplementedError) as fault:
+        return {"sm": sm, "case": case, "fault": str(fault)}
+    counts = launches[0].counts
+    return {"sm": sm, "case": case, "wrong": differing(batch, reference.batch(1, range(batch_size))), "counts": {
+        name: count / batch_size for name, count in counts.items()}, "barriers": len(launches[0].program.barriers)}
+
+
+def without_barriers(sm, chosen):
+    """The counted case with the barriers `chosen` taken out, one at a time -> number, and whether that was noticed."""
+    import ptx
+
+    from kernels import augment as op
+    *what, batch_size, _ = COUNTED
+    ours, reference = make(*what, batch_size)
+    with ptx.executed(op, "_augment_kernel", sm) as launches:
+        batch, expected = ours.batch(1, range(batch_size)), reference.batch(1, range(batch_size))
+    (launch,) = launches
+    for number, place in enumerate(launch.program.barriers):
+        if chosen and number not in chosen:
+            continue
+        try:
+            launch.run(program=launch.program.without(place))
+            noticed = f"{differing(batch, expected)} values" if differing(batch, expected) else ""
+        except ptx.Fault as fault:
+            noticed = str(fault)
+        yield {"sm": sm, "removed": number, "noticed": noticed}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for sm in (80, 90):
+        if sys.argv[1:] == ["barriers"]:
+            results = without_barriers(sm, ())
+        else:
+            results = itertools.chain((execute(sm, *case) for case in cases()), without_barriers(sm, range(3, 100, 9)))
+        for result in results:
+            print(json.dumps(result), flush=True)
+
+
+@pytest.fixture(scope="module")
+def executed():
+    return sass.in_a_process(__file__)
+
+
+def test_ptx_of_augment_makes_the_batches_of_the_reference(executed):
+    results = [result for result in executed if "case" in result]
+    assert len(results) == 2 * len(list(cases()))
+    bad = [result for result in results if result.get("fault") or result["wrong"]]
+    assert not bad, "\n".join(map(str, bad))
+
+
+def test_ptx_of_augment_costs_no_more_than_counted(executed):
+    counts = [result["counts"] for result in executed if result.get("case") == list(COUNTED)]
+    assert len(counts) == 2
+    for count in counts:
+        assert all(count[name] <= limit for name, limit in LIMITS.items()), count
+        assert count["shared wavefronts"] <= 1.66 * count["shared accesses"], count
+
+
+def test_a_barrier_that_is_taken_out_of_augment_is_noticed(executed):
+    removed = [result for result in executed if "removed" in result]
+    assert len(removed) >= 6
+    assert all(result["noticed"] for result in removed), "\n".join(map(str, removed))
