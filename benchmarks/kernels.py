@@ -41,7 +41,7 @@ T, ALPHA, BETA, EPS = 4.0, 1.0, 8.0, 0.1
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one size: microseconds per call, and as a multiple of the first contender's; median and extremes."""
+    """One contender at one size: microseconds per call, and as a multiple of those of `base`; median and extremes."""
     hardware: str
     torch: str
     triton: str
@@ -55,9 +55,10 @@ class Row:
     us: float
     us_min: float
     us_max: float
-    times_first: float
-    times_first_min: float
-    times_first_max: float
+    base: str
+    times_base: float
+    times_base_min: float
+    times_base_max: float
 
 
 def published_kd(student, teacher, label):
@@ -103,14 +104,16 @@ def contenders(loss: str, student, teacher, label) -> dict:
         finally:
             kernels.choose("auto")
 
+    torch._dynamo.reset()  # or torch.compile would make its code for any shape from the second size on
     if not student.is_cuda:
         return {"reference": with_backward(ours), "published": with_backward(published)}
     found = {"fused": with_backward(ours), "reference": reference, "published": with_backward(published)}
 
-    hyper = hyperparameters(Weights(0.3, 0.7) if loss == "kd" else Weights(1.0, 0.0, ALPHA, BETA), T, EPS, student.device)
+    weights = Weights(ce=0.3, kl=0.7) if loss == "kd" else Weights(ce=1.0, tckd=ALPHA, nckd=BETA)
+    hyper = hyperparameters(weights, T, EPS, student.device)
 
     def operator():  # a script that gives the gradient to logits.backward needs no more
-        torch.ops.fusekd.softmax_kl(student.detach(), teacher, *targets, hyper, "pair", False, student.dtype)
+        torch.ops.fusekd.softmax_kl(student.detach(), teacher, *targets, hyper, weights.terms, "pair", False, student.dtype)
 
     gradient, half = torch.empty_like(student), torch.empty_like(student[: len(student) // 2])
 
@@ -118,7 +121,7 @@ def contenders(loss: str, student, teacher, label) -> dict:
         gradient.detach().copy_(teacher)
         half.detach().copy_(teacher[: len(half)])
 
-    found |= {"fused operator alone": operator, "torch.compile": with_backward(torch.compile(published)), "copy": copy,
+    found |= {"fused operator alone": operator, "torch.compile": with_backward(torch.compile(published, dynamic=False)), "copy": copy,
               "empty launch": lambda: _nothing[(1,)]()}
     if loss == "kd":
         try:
@@ -136,16 +139,17 @@ def contenders(loss: str, student, teacher, label) -> dict:
     return found
 
 
-def captured(call):
-    """The replay of a CUDA graph of `call`, or None where it cannot be captured."""
+def captured(call, pool):
+    """The replay of a CUDA graph of `call`, or None where it cannot be captured.  Graphs of one pool reuse each other's memory."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles, and makes what is made once
                 call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream, pool=pool):
             call()
         return graph.replay
     except RuntimeError as failure:
@@ -190,20 +194,31 @@ def benchmark(rows: int, classes: int, dtype, loss: str, device, repeats: int, h
     student, teacher = ((3 * torch.randn(rows, classes, generator=generator)).to(device, dtype) for _ in range(2))
     label = torch.randint(classes, (rows,), generator=generator).to(device)
     calls = contenders(loss, student.requires_grad_(), teacher, label)
-    for call in calls.values():
-        call()
+    calls = {name: call for name, call in calls.items() if works(name, call)}
     once = max(wall_us(calls["published"], 1, device), 1.0)
     modes = {"eager": measure(calls, lambda call: wall_us(call, max(1, int(2e4 / once)), device), repeats)}
     if device.type == "cuda":
         flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-        replays = {name: replay for name, call in calls.items() if (replay := captured(call))}
+        pool = torch.cuda.graph_pool_handle()
+        replays = {name: replay for name, call in calls.items() if (replay := captured(call, pool))}
         modes["graph"] = measure(replays, lambda replay: graph_us(replay, flush), repeats)
     for mode, times in modes.items():
+        base = next(iter(times))
         for name, values in times.items():
-            ratios = [value / first for value, first in zip(values, next(iter(times.values())))]
-            spread = [round(pick(column), 3) for column in (values, ratios) for pick in (median, min, max)]
+            ratios = [value / first for value, first in zip(values, times[base])]
+            spread = [[round(pick(column), 3) for pick in (median, min, max)] for column in (values, ratios)]
             yield Row(hardware, torch.__version__, triton.__version__, rows, classes, str(dtype).removeprefix("torch."),
-                      loss, name, mode, repeats, *spread)
+                      loss, name, mode, repeats, *spread[0], base, *spread[1])
+
+
+def works(name: str, call) -> bool:
+    """Whether a contender can be called; one that cannot does not keep the others from it."""
+    try:
+        call()
+    except (RuntimeError, ImportError) as failure:  # out of memory is a RuntimeError
+        print(f"  {name} failed and is left out: {str(failure).splitlines()[0]}")
+        return False
+    return True
 
 
 def draw(table: list[Row], path: Path) -> None:
@@ -219,16 +234,16 @@ def draw(table: list[Row], path: Path) -> None:
             width = 0.8 / len(names)
             left = [place + (index - len(names) / 2) * width for place, size in enumerate(sizes) if size in points]
             rows = [points[size] for size in sizes if size in points]
-            heights = [row.times_first for row in rows]
-            errors = [[row.times_first - row.times_first_min for row in rows],
-                      [row.times_first_max - row.times_first for row in rows]]
+            heights = [row.times_base for row in rows]
+            errors = [[row.times_base - row.times_base_min for row in rows],
+                      [row.times_base_max - row.times_base for row in rows]]
             axis.bar(left, heights, width, align="edge", label=name, color=f"C{index}", yerr=errors, error_kw={"elinewidth": 0.7})
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.set_xticks(range(len(sizes)), [f"{rows} x {classes}" for rows, classes in sizes])
-        axis.set_ylabel(f"time / {names[0]}")
+        axis.set_ylabel(f"time / {here[0].base}")
         axis.set_title(", ".join(panel), fontsize=9, loc="left")
     axes[-1, 0].set_xlabel(f"rows x classes; {table[0].hardware}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -256,7 +271,7 @@ def main() -> None:
                     for row in benchmark(rows, classes, dtype, loss, device, 10 if args.quick else 30, hardware):
                         table.append(row)
                         print(f"{rows:5} x {classes:6} {row.dtype:8} {loss:3} {row.mode:5} {row.contender:20} {row.us:10.1f} us "
-                              f"{row.times_first:7.2f} ({row.times_first_min:.2f} to {row.times_first_max:.2f})", flush=True)
+                              f"{row.times_base:7.2f} ({row.times_base_min:.2f} to {row.times_base_max:.2f})", flush=True)
                 except torch.OutOfMemoryError:
                     print(f"{rows:5} x {classes:6} {dtype} {loss}: out of memory, left out")
                 torch.cuda.empty_cache()

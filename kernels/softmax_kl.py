@@ -19,13 +19,15 @@ labels.  Knowledge distillation (Hinton et al. 2015, arXiv 1503.02531) is the we
 Gradient, T^2 included (times 1/N):
     i in {a, b}:  T * (tckd + kl) * (q_i - p_i)                                                  + ce * (softmax_i - y_i)
     i in R:       T * [(tckd * (q_R - p_R) + nckd + kl * q_R) * q^_i - (nckd + kl * p_R) * p^_i]  + ce * (softmax_i - y_i)
-Reversed, every KL has the student first, KL = TCKD + q_R * NCKD, and its gradient is  T * kl * q_i * [(ln q_i - ln p_i) - KL]
-for every i; it is offered for the KL alone.
+Reversed, every KL has the student first, KL = TCKD + q_R * NCKD, and its gradient is  T * kl * q_i * [L_i - KL]  for every i,
+L_i = ln q_i - ln p_i; it is offered for the KL alone.  L_i and KL can be large and nearly equal, so their difference is summed as
+sum_j q_j (L_i - L_j) over the groups, and inside R every L_i is taken relative to that of the student's largest class.
 
 Why it does not overflow: the targets are left out of the maximum and of the sum over R instead of being subtracted or
 masked by a large number, 1 - p is never formed, and everything else stays in log space.
 """
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -38,11 +40,16 @@ SPLITS = ("pair", "dominant", "first")
 
 
 class Weights(NamedTuple):
-    """What each term counts in the loss."""
-    ce: float = 0.0
-    kl: float = 0.0
-    tckd: float = 0.0
-    nckd: float = 0.0
+    """What each term counts in the loss.  None: not wanted, so neither computed nor reported; 0.0: reported, without a say."""
+    ce: float | None = None
+    kl: float | None = None
+    tckd: float | None = None
+    nckd: float | None = None
+
+    @property
+    def terms(self) -> str:
+        """The names of the wanted terms, as the operator takes them."""
+        return " ".join(name for name, weight in self._asdict().items() if weight is not None)
 
 
 _hyperparameters: dict = {}
@@ -54,9 +61,10 @@ def hyperparameters(weights: Weights, temperature: float, label_smoothing: float
     The kernel reads them there, so a schedule recompiles nothing, and a captured CUDA graph follows what is later written into
     the tensor that it was captured with.
     """
-    key = (*weights, temperature, label_smoothing, device)
+    key = (*(float(weight or 0.0) for weight in weights), float(temperature), float(label_smoothing), device)
     if key not in _hyperparameters:
-        _hyperparameters[key] = torch.tensor([*key[:6], 1.0], dtype=torch.float32, device=device)
+        numbers = torch.empty(7, pin_memory=device.type == "cuda").copy_(torch.tensor([*key[:6], 1.0]))
+        _hyperparameters[key] = numbers.to(device, non_blocking=True)  # a ramp makes new ones inside a step, which must not wait
     return _hyperparameters[key]
 
 
@@ -64,29 +72,37 @@ def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weigh
                label_smoothing: float = 0.0, split: str = "pair", reverse: bool = False, grad_scale=None):
     """The loss of the module docstring, ready for `backward`, and its terms.
 
-    student_logits, teacher_logits: (N, C) fp32, fp16 or bf16, any strides.  label, other: int64 (N,).  lam: float32 (N,).
+    student_logits, teacher_logits: (N, C) fp32, fp16 or bf16, any strides; the teacher is not read where CE alone is wanted,
+    and may be None there.  label, other: int64 (N,).  lam: float32 (N,).
     split: the target set of a mixed row: "pair" {label, other}; "dominant" the one with the larger share; "first" label.
     reverse: the student first in the KL, which is then the only divergence that may have a weight.
     grad_scale: 0-dim fp32 tensor that multiplies the gradient before it is rounded to a 16-bit dtype.  Without it the
     gradient is kept in fp32 until `backward`, where the upstream gradient multiplies it before the rounding.
     Returns the loss (0-dim fp32, backpropagates to student_logits only) and detached fp32 (4,): CE, KL, TCKD, NCKD,
-    unweighted, with T^2.  Raises ValueError for shapes or a split that do not fit.
+    unweighted, with T^2, NaN where not wanted.  Raises ValueError for shapes or a split that do not fit, and without any term.
     """
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape or 0 in student_logits.shape:
-        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
-        raise ValueError(f"logits must be (N, C), not empty, and alike: {shapes}")
+    if weights.terms in ("", "ce"):
+        teacher_logits = None
+    elif teacher_logits is None:
+        raise ValueError(f"{weights.terms} needs the teacher's logits")
+    shapes = [tuple(logits.shape) for logits in (student_logits, teacher_logits) if logits is not None]
+    if student_logits.ndim != 2 or len(set(shapes)) != 1 or 0 in student_logits.shape:
+        raise ValueError(f"logits must be (N, C), not empty, and alike: {' and '.join(map(str, shapes))}")
     if not label.shape == other.shape == lam.shape == student_logits.shape[:1]:
         raise ValueError(f"targets must be (N,): {tuple(label.shape)}, {tuple(other.shape)}, {tuple(lam.shape)}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
+    if not weights.terms:
+        raise ValueError("no term is wanted: every weight is None")
     if reverse and (weights.tckd or weights.nckd):
         raise ValueError("TCKD and NCKD have no reverse direction")
-    hyper = hyperparameters(Weights(*map(float, weights)), float(temperature), float(label_smoothing), student_logits.device)
+    hyper = hyperparameters(weights, temperature, label_smoothing, student_logits.device)
     dtype = torch.float32
     if grad_scale is not None:
         hyper, dtype = torch.cat([hyper[:6], grad_scale.reshape(1).float()]), student_logits.dtype
-    losses, grad = torch.ops.fusekd.softmax_kl(student_logits.detach(), teacher_logits.detach(), label, other, lam, hyper,
-                                               split, reverse, dtype)
+    teacher_logits = None if teacher_logits is None else teacher_logits.detach()
+    losses, grad = torch.ops.fusekd.softmax_kl(student_logits.detach(), teacher_logits, label, other, lam, hyper,
+                                               weights.terms, split, reverse, dtype)
     return _WithGradient.apply(student_logits, losses[0], grad), losses[1:]
 
 
@@ -109,15 +125,15 @@ class _WithGradient(torch.autograd.Function):
 # Opaque to torch.compile, functional (nothing is mutated, so CUDA graphs may hold it), autograd outside.
 
 _library = torch.library.Library("fusekd", "DEF")
-_library.define("softmax_kl(Tensor student, Tensor teacher, Tensor label, Tensor other, Tensor lam, Tensor hyper, str split, "
-                "bool reverse, ScalarType grad_dtype) -> (Tensor, Tensor)")
+_library.define("softmax_kl(Tensor student, Tensor? teacher, Tensor label, Tensor other, Tensor lam, Tensor hyper, str terms, "
+                "str split, bool reverse, ScalarType grad_dtype) -> (Tensor, Tensor)")
 
 
-def _softmax_kl(student, teacher, label, other, lam, hyper, split, reverse, grad_dtype):
-    """-> losses fp32 (5,): the weighted sum, CE, KL, TCKD, NCKD; and the gradient (N, C), contiguous."""
-    if use_triton(student):
-        return softmax_kl_triton(student, teacher, label, other, lam, hyper, split=split, reverse=reverse, grad_dtype=grad_dtype)
-    return softmax_kl_reference(student, teacher, label, other, lam, hyper, split=split, reverse=reverse, grad_dtype=grad_dtype)
+def _softmax_kl(student, teacher, label, other, lam, hyper, terms, split, reverse, grad_dtype):
+    """-> losses fp32 (5,): the weighted sum, CE, KL, TCKD, NCKD; the gradient (N, C), contiguous.  terms: names of Weights."""
+    implementation = softmax_kl_triton if use_triton(student) else softmax_kl_reference
+    return implementation(student, teacher, label, other, lam, hyper, terms=terms, split=split, reverse=reverse,
+                          grad_dtype=grad_dtype)
 
 
 _library.impl("softmax_kl", _softmax_kl, "CPU")
@@ -125,7 +141,7 @@ _library.impl("softmax_kl", _softmax_kl, "CUDA")
 
 
 @torch.library.register_fake("fusekd::softmax_kl", lib=_library)
-def _(student, teacher, label, other, lam, hyper, split, reverse, grad_dtype):
+def _(student, teacher, label, other, lam, hyper, terms, split, reverse, grad_dtype):
     return student.new_empty(5, dtype=torch.float32), student.new_empty(student.shape, dtype=grad_dtype)
 
 
@@ -171,52 +187,69 @@ def _differences(q, p):
     return torch.where((q > 0.5) & (p > 0.5), complement(p) - complement(q), q - p)
 
 
-def softmax_kl_reference(student, teacher, label, other, lam, hyper, *, split: str, reverse: bool, grad_dtype):
+def softmax_kl_reference(student, teacher, label, other, lam, hyper, *, terms: str, split: str, reverse: bool, grad_dtype):
     """The formulas of the module docstring in fp32 PyTorch; arguments and results of the operator."""
     w_ce, w_kl, w_tckd, w_nckd, T, eps, scale = hyper.unbind()
-    z, v = student.float(), teacher.float()
-    rows, classes = z.shape
+    wanted = [name in terms.split() for name in Weights._fields]
+    z = student.float()
     label, other = torch.where(lam <= 0, other, label), torch.where(lam >= 1, label, other)  # one label left: unmixed
-    mixed = (label != other)[:, None]
-    share = torch.where(mixed, lam[:, None], 1.0)
-    a, b = label, other
-    if split == "dominant":
-        a = b = torch.where(share[:, 0] >= 0.5, label, other)
-    if split == "first":
-        a = b = label
+    share = torch.where(label != other, lam, 1.0)[:, None]
+    means, grad = [torch.full((), torch.nan, device=z.device)] * 4, 0.0
+    if wanted[0]:
+        means[0], grad = _cross_entropy(z, label, other, share, w_ce, eps)
+    if any(wanted[1:]):
+        a, b = label, other
+        if split == "dominant":
+            a = b = torch.where(share[:, 0] >= 0.5, label, other)
+        if split == "first":
+            b = a
+        means[1:], on_logits = _divergences(z, teacher.float(), a, b, w_kl, w_tckd, w_nckd, T, reverse)
+        grad = grad + on_logits
+    means = torch.stack([mean if want else torch.full_like(mean, torch.nan) for mean, want in zip(means, wanted)])
+    weights = hyper[:4]
+    loss = torch.where(weights != 0, weights * means, 0.0).sum(0, keepdim=True)
+    return torch.cat([loss, means]), (grad * (scale / len(z))).to(grad_dtype)
 
-    q, p, s = _split(z, T, a, b), _split(v, T, a, b), _split(z, 1.0, label, other)
-    q_groups, p_groups, s_groups = q.groups, p.groups, s.groups
-    log_ratio = (q.logits - q.log_sum) - (p.logits - p.log_sum)  # ln q^ - ln p^ on R
+
+def _cross_entropy(z, label, other, share, w_ce, eps):
+    """Mean CE, and N times the gradient of w_ce * CE."""
+    labels, hard = torch.stack([label, other], 1), (1 - eps) * torch.cat([share, 1 - share], 1)
+    uniform = eps / z.shape[1]
+    log_softmax = z.log_softmax(1)
+    smooth = torch.where(eps > 0, uniform * log_softmax.sum(1).mean(), 0.0)
+    ce = _expectation(hard, -log_softmax.gather(1, labels)).mean() - smooth
+    return ce, w_ce * (log_softmax.exp() - uniform).scatter_add(1, labels, -hard)
+
+
+def _divergences(z, v, a, b, w_kl, w_tckd, w_nckd, T, reverse):
+    """Means of KL, TCKD and NCKD, T^2 included, fp32 (3,), and N times the gradient of their weighted sum."""
+    q, p = _split(z, T, a, b), _split(v, T, a, b)
+    q_groups, p_groups = q.groups, p.groups
     group_ratio = q.log_groups - p.log_groups
+    # ln q^ - ln p^ on R is distance + constant; reversed, the distance is 0 at the student's largest class.
+    base = torch.zeros_like(p.log_sum)
+    if reverse:
+        base = p.logits.gather(1, q.logits.masked_fill(~q.rest, -torch.inf).argmax(1, keepdim=True))
+    distance, constant = q.logits - (p.logits - base), p.log_sum - q.log_sum - base
     first, groups, sign = (q, q_groups, 1) if reverse else (p, p_groups, -1)
     tckd = _expectation(groups, sign * group_ratio)
-    nckd = _expectation(first.conditional, sign * log_ratio)
+    mean_distance = _expectation(first.conditional, distance)
+    nckd = torch.where(q.log_sum > -torch.inf, sign * (mean_distance + constant), 0.0)
     kl = tckd + torch.where(groups[:, 2:] > 0, groups[:, 2:] * nckd, 0.0)
-
-    hard = torch.cat([share, 1 - share, torch.zeros_like(share)], 1)
-    log_softmax = torch.where(s.rest, s.logits - s.log_sum + s.log_groups[:, 2:], 0.0).sum(1, keepdim=True)
-    log_softmax = log_softmax + s.log_groups[:, :1] + torch.where(mixed, s.log_groups[:, 1:2], 0.0)
-    ce = -(1 - eps) * _expectation(hard, s.log_groups) - torch.where(eps > 0, eps / classes * log_softmax, 0.0)
-    terms = torch.cat([ce, T * T * torch.cat([kl, tckd, nckd], 1)], 1).mean(0)
-    weights = hyper[:4]
-    total = torch.where(weights != 0, weights * terms, 0.0).sum(0, keepdim=True)
 
     # The targets' gradients come from the three groups, the other classes' from the conditional distributions.
     if reverse:
-        on_groups = T * w_kl * torch.where(q_groups > 0, q_groups * (group_ratio - kl), 0.0)
+        level = torch.cat([group_ratio[:, :2], group_ratio[:, 2:] + nckd], 1)  # the mean of L_i over each group
+        above = torch.stack([_expectation(q_groups, level[:, i:i + 1] - level)[:, 0] for i in range(3)], 1)
+        on_groups = T * w_kl * torch.where(q_groups > 0, q_groups * above, 0.0)
         q_rest = q_groups[:, 2:] * q.conditional
-        on_rest = T * w_kl * torch.where(q_rest > 0, q_rest * (log_ratio + group_ratio[:, 2:] - kl), 0.0)
+        on_rest = T * w_kl * torch.where(q_rest > 0, q_rest * (distance - mean_distance + above[:, 2:]), 0.0)
     else:
         delta = _differences(q_groups, p_groups)
         on_groups = T * (w_tckd + w_kl) * delta
         on_rest = T * ((w_tckd * delta[:, 2:] + w_nckd + w_kl * q_groups[:, 2:]) * q.conditional
                        - (w_nckd + w_kl * p_groups[:, 2:]) * p.conditional)
-    uniform = eps / classes
-    smooth = (1 - eps) * hard + uniform * torch.cat([torch.ones_like(share), mixed.float(), classes - 1 - mixed.float()], 1)
-    grad = (_place(on_rest, on_groups, a, b)
-            + w_ce * _place(s.conditional * s_groups[:, 2:] - uniform, _differences(s_groups, smooth), label, other))
-    return torch.cat([total, terms]), (grad * (scale / rows)).to(grad_dtype)
+    return T * T * torch.cat([kl, tckd, nckd], 1).mean(0), _place(on_rest, on_groups, a, b)
 
 
 def _place(on_rest, on_groups, a, b):
@@ -225,10 +258,15 @@ def _place(on_rest, on_groups, a, b):
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
-# A program takes ROWS rows.  x and y are tiles of student and teacher logits; `_t` marks the teacher, `1` temperature 1.
+# A program takes ROWS rows.  A tile is (CHUNKS, ROWS, LANES, VECTOR): a thread has the VECTOR adjacent classes of one 128-bit
+# load from every chunk, LANES threads share a row, and sums over chunks and vectors stay inside a thread.  x and y are tiles
+# of student and teacher logits in which both labels' own columns and what lies beyond the row are -inf; `_t` marks the
+# teacher, `1` temperature 1.  What a launch does not want is dead code to the compiler.
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 NONE = tl.constexpr(float("-inf"))
+LOWEST = tl.constexpr(-1e38)  # below every logit that counts, yet differences from it are finite
 
 
 @triton.jit
@@ -239,23 +277,25 @@ def _log1p(x):
 
 
 @triton.jit
-def _log(x):
-    return tl.where(x > 0, tl.log(tl.where(x > 0, x, 1.0)), NONE)
-
-
-@triton.jit
 def _inverse(x):
     return tl.where(x > 0, 1.0 / tl.where(x > 0, x, 1.0), 0.0)
 
 
 @triton.jit
-def _log_groups(a, b, rest):
-    """Log-weights of {a}, {b} and R -> ln (q_a, q_b, q_R), and the log of their sum."""
+def _times(p, value):
+    """p * value, 0 where p is 0: an impossible class contributes nothing."""
+    return tl.where(p > 0, p * value, 0.0)
+
+
+@triton.jit
+def _groups(a, b, rest):
+    """Log-weights of {a}, {b} and R -> ln (q_a, q_b, q_R), (q_a, q_b, q_R), and the log of the weights' sum."""
     top = tl.maximum(tl.maximum(a, b), rest)
-    in_a, in_b, in_rest = tl.exp(a - top), tl.exp(b - top), tl.exp(rest - top)
-    others = tl.where(a == top, in_b + in_rest, tl.where(b == top, in_a + in_rest, in_a + in_b))
-    log_total = _log1p(others)
-    return a - top - log_total, b - top - log_total, rest - top - log_total, top + log_total
+    a, b, rest = a - top, b - top, rest - top
+    in_a, in_b, in_rest = tl.exp(a), tl.exp(b), tl.exp(rest)
+    others = tl.where(a == 0, in_b + in_rest, tl.where(b == 0, in_a + in_rest, in_a + in_b))
+    log_total, share = _log1p(others), 1.0 / (1.0 + others)
+    return a - log_total, b - log_total, rest - log_total, in_a * share, in_b * share, in_rest * share, top + log_total
 
 
 @triton.jit
@@ -265,72 +305,60 @@ def _difference(q, q_others, p, p_others):
 
 
 @triton.jit
-def _term(p, log_p, log_q):
-    """p * (ln p - ln q), 0 where p is 0."""
-    return tl.where(p > 0, p * (log_p - log_q), 0.0)
+def _spread(values):
+    """Values of rows, or of the lanes of rows, over a tile."""
+    if len(values.shape) == 1:
+        values = values[:, None]
+    return values[None, :, :, None]
 
 
 @triton.jit
-def _finite(top):
-    """The maximum to subtract: 0 where R is empty."""
-    return tl.where(top == NONE, 0.0, top)
+def _lane_sum(tile):
+    return tl.sum(tl.sum(tile, 3), 0)
 
 
 @triton.jit
-def _load(logits, row, stride, column, live, C):
-    """A tile in fp32, -inf outside.  The targets are not in the mask: that would cost the 128-bit loads."""
-    inside = live[:, None] & (column < C)[None, :]
-    return tl.load(logits + (row * stride)[:, None] + column[None, :], inside, other=NONE).to(tl.float32)
+def _lane_max(tile):
+    return tl.max(tl.max(tile, 3), 0)
 
 
 @triton.jit
-def _store(grad, row, column, values, live, C):
-    """A tile of the contiguous gradient, rounded to its dtype."""
-    inside = live[:, None] & (column < C)[None, :]
-    tl.store(grad + (row * C)[:, None] + column[None, :], values.to(grad.dtype.element_ty), inside)
+def _load(at, column, live, left):
+    """The tile that begins at the rows' pointers `at` in fp32, -inf beyond the `left` classes that are left of a row.
+
+    The labels are not in the mask: that would cost the 128-bit loads.
+    """
+    return tl.load(_spread(at) + column, _spread(live) & (column < left), other=NONE).to(tl.float32)
 
 
 @triton.jit
-def _at(logits, row, stride, column, live):
-    return tl.load(logits + row * stride + column, live, other=0.0).to(tl.float32)
+def _at(logits, row, column, live, STRIDE: tl.constexpr):
+    return tl.load(logits + row * STRIDE + column, live, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _without(column, a, b, C):
-    """Which columns of a tile are neither a nor b."""
-    return (column[None, :] != a[:, None]) & (column[None, :] != b[:, None]) & (column < C)[None, :]
+def _anchor(x, y, top):
+    """The teacher's logit where the student has its maximum."""
+    return _lane_max(tl.where(x == _spread(top), y, LOWEST))
 
 
 @triton.jit
-def _tile_sums(x, y, top, top_t, own, column, rest, rest1, cold, C, REVERSE: tl.constexpr):
-    """Of one tile: sums of e^(x/T), e^x and e^(y/T), of x - y under the first distribution, unnormalised, and of x - own."""
-    spread = tl.sum(tl.where((column < C)[None, :], x - own[:, None], 0.0), 1)
-    x = x - top[:, None]
-    y = y - top_t[:, None]
-    weight = tl.where(rest, tl.exp2(x * cold), 0.0)
-    weight_t = tl.where(rest, tl.exp2(y * cold), 0.0)
-    first = weight_t
-    if REVERSE:
-        first = weight
-    gap = tl.where(first > 0, first * (x - y), 0.0)
-    return tl.sum(weight, 1), tl.sum(tl.where(rest1, tl.exp2(x * LOG2E), 0.0), 1), tl.sum(weight_t, 1), tl.sum(gap, 1), spread
+def _weights(x, y, top, top_t, cold):
+    """e^(x/T), e^x and e^(y/T), over those at the maxima."""
+    x, y = x - _spread(top), y - _spread(top_t)
+    return tl.exp2(x * cold), tl.exp2(x * LOG2E), tl.exp2(y * cold)
 
 
 @triton.jit
-def _tile_gradient(x, y, column, rest, rest1, a, b, label_a, label_b, grad_a, grad_b, ce_a, ce_b, of_q, of_gap, of_p, of_s,
-                   uniform, cold, REVERSE: tl.constexpr):
-    """The gradient of one tile of logits that have their maxima subtracted."""
-    weight = tl.where(rest, tl.exp2(x * cold), 0.0)
-    if REVERSE:
-        kd = tl.where(weight > 0, weight * (of_q[:, None] + of_gap[:, None] * (x - y)), 0.0)
-    else:
-        kd = weight * of_q[:, None] - tl.where(rest, tl.exp2(y * cold), 0.0) * of_p[:, None]
-    kd = tl.where(column[None, :] == b[:, None], grad_b[:, None], kd)
-    kd = tl.where(column[None, :] == a[:, None], grad_a[:, None], kd)
-    ce = tl.where(rest1, tl.exp2(x * LOG2E), 0.0) * of_s[:, None] - uniform
-    ce = tl.where(column[None, :] == label_b[:, None], ce_b[:, None], ce)
-    ce = tl.where(column[None, :] == label_a[:, None], ce_a[:, None], ce)
-    return kd + ce
+def _gap(first, x, y, top, base_t):
+    """Sum of x - y under the first distribution, unnormalised."""
+    return _lane_sum(_times(first, (x - _spread(top)) - (y - _spread(base_t))))
+
+
+@triton.jit
+def _moved_gap(gap, total, drop, shift):
+    """The gap when the maxima move: the weights shrink by `drop`, x - y grows by `shift`."""
+    return drop * (gap + total * shift)
 
 
 @triton.jit
@@ -350,164 +378,241 @@ def _weighted(weight, term):
 
 
 @triton.jit
-def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_terms, losses, finished, N, C,
-                       student_stride, teacher_stride, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
-                       WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REDUCE: tl.constexpr):
+def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_terms, losses, finished, N,
+                       C: tl.constexpr, STUDENT_STRIDE: tl.constexpr, TEACHER_STRIDE: tl.constexpr,
+                       CE: tl.constexpr, KL: tl.constexpr, TCKD: tl.constexpr, NCKD: tl.constexpr,
+                       SPLIT: tl.constexpr, REVERSE: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
+                       CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, REDUCE: tl.constexpr):
+    BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
+    DIVERGENCE: tl.constexpr = KL or TCKD or NCKD
     w_ce, w_kl, w_tckd, w_nckd = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2), tl.load(hyper + 3)
     T, eps, scale = tl.load(hyper + 4), tl.load(hyper + 5), tl.load(hyper + 6) / N
-    cold = LOG2E / T  # e^(x/T) = 2^(x * cold)
+    warm = 1.0 / T
+    cold = LOG2E * warm  # e^(x/T) = 2^(x * cold)
     uniform = eps / C
 
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < N
-    column = tl.arange(0, BLOCK)
+    column = (tl.arange(0, CHUNKS)[:, None, None, None] * (LANES * VECTOR) + tl.arange(0, LANES)[None, None, :, None] * VECTOR
+              + tl.arange(0, VECTOR)[None, None, None, :])
 
-    # Labels; one whose share is 0 goes, and the row counts as unmixed.  Then the target set {a, b}.
+    # Labels; one whose share is 0 goes, and the row counts as unmixed: a = b.
     share = tl.load(lam + row, live, other=1.0)
     given, partner = tl.load(label + row, live, other=0).to(tl.int32), tl.load(other + row, live, other=0).to(tl.int32)
-    label_a, label_b = tl.where(share <= 0, partner, given), tl.where(share >= 1, given, partner)
-    share = tl.where(label_a == label_b, 1.0, share)
-    a, b = label_a, label_b
-    if SPLIT == "dominant":
-        a = tl.where(share >= 0.5, label_a, label_b)
-        b = a
-    if SPLIT == "first":
-        b = label_a
-
-    on_a, on_b = _at(student, row, student_stride, label_a, live), _at(student, row, student_stride, label_b, live)
-    own = tl.where(share >= 0.5, on_a, on_b)
-
-    # First read: maxima over R and the sums under them, in one tile or online over blocks.
-    if WHOLE:
-        x, y = _load(student, row, student_stride, column, live, C), _load(teacher, row, teacher_stride, column, live, C)
-        rest, rest1 = _without(column, a, b, C), _without(column, label_a, label_b, C)
-        top, top_t = _finite(tl.max(tl.where(rest, x, NONE), 1)), _finite(tl.max(tl.where(rest, y, NONE), 1))
-        total, total1, total_t, gap, spread = _tile_sums(x, y, top, top_t, own, column, rest, rest1, cold, C, REVERSE)
-    else:
-        highest = tl.full([ROWS], NONE, tl.float32)
-        highest_t = tl.full([ROWS], NONE, tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        total1 = tl.zeros([ROWS], tl.float32)
-        total_t = tl.zeros([ROWS], tl.float32)
-        gap = tl.zeros([ROWS], tl.float32)
-        spread = tl.zeros([ROWS], tl.float32)
-        for start in range(0, C, BLOCK):
-            here = start + column
-            x, y = _load(student, row, student_stride, here, live, C), _load(teacher, row, teacher_stride, here, live, C)
-            rest, rest1 = _without(here, a, b, C), _without(here, label_a, label_b, C)
-            old, old_t = highest, highest_t
-            highest = tl.maximum(highest, tl.max(tl.where(rest, x, NONE), 1))
-            highest_t = tl.maximum(highest_t, tl.max(tl.where(rest, y, NONE), 1))
-            top, top_t = _finite(highest), _finite(highest_t)
-            more, more1, more_t, more_gap, more_spread = _tile_sums(x, y, top, top_t, own, here, rest, rest1, cold, C, REVERSE)
-            spread += more_spread
-            drop, drop_t = tl.exp2((old - top) * cold), tl.exp2((old_t - top_t) * cold)
-            if REVERSE:
-                gap = tl.where(total > 0, drop * (gap + total * ((old - top) - (old_t - top_t))), 0.0) + more_gap
-            else:
-                gap = tl.where(total_t > 0, drop_t * (gap + total_t * ((old - top) - (old_t - top_t))), 0.0) + more_gap
-            total = total * drop + more
-            total1 = total1 * tl.exp2((old - top) * LOG2E) + more1
-            total_t = total_t * drop_t + more_t
-        top, top_t = _finite(highest), _finite(highest_t)
-
-    # The three groups of student and teacher at T and of the student at 1, in log space and as probabilities.
-    log_total, log_total_t = _log(total), _log(total_t)
+    a, b = tl.where(share <= 0, partner, given), tl.where(share >= 1, given, partner)
     one = a == b
-    la, lb, lr, _ = _log_groups((_at(student, row, student_stride, a, live) - top) / T,
-                             tl.where(one, NONE, (_at(student, row, student_stride, b, live) - top) / T), log_total)
-    la_t, lb_t, lr_t, _ = _log_groups((_at(teacher, row, teacher_stride, a, live) - top_t) / T,
-                                   tl.where(one, NONE, (_at(teacher, row, teacher_stride, b, live) - top_t) / T), log_total_t)
-    one1 = label_a == label_b
-    la1, lb1, lr1, lse = _log_groups(on_a - top, tl.where(one1, NONE, on_b - top), _log(total1))
-    qa, qb, qr = tl.exp(la), tl.exp(lb), tl.exp(lr)
-    pa, pb, pr = tl.exp(la_t), tl.exp(lb_t), tl.exp(lr_t)
-    sa, sb, sr = tl.exp(la1), tl.exp(lb1), tl.exp(lr1)
+    share = tl.where(one, 1.0, share)
+    if SPLIT == "dominant":
+        a, b, share = tl.where(share >= 0.5, a, b), tl.where(share >= 0.5, b, a), tl.maximum(share, 1 - share)
+    x_a, x_b = _at(student, row, a, live, STUDENT_STRIDE), _at(student, row, b, live, STUDENT_STRIDE)
+    own = tl.where(share >= 0.5, x_a, x_b)
 
-    # KL, TCKD and NCKD.
-    if REVERSE:
-        tckd = _term(qa, la, la_t) + _term(qb, lb, lb_t) + _term(qr, lr, lr_t)
-        nckd = tl.where(total > 0, gap * _inverse(total) / T + log_total_t - log_total, 0.0)
-        kl = tckd + tl.where(qr > 0, qr * nckd, 0.0)
+    at, at_t, at_grad = student + row * STUDENT_STRIDE, teacher + row * TEACHER_STRIDE, grad + row * C
+
+    # First read: maxima over the classes besides both labels and the sums under them, in one tile or online, lane by lane.
+    if WHOLE:
+        rest = (column != _spread(a)) & (column != _spread(b))
+        x = tl.where(rest, _load(at, column, live, C), NONE)
+        y = x
+        if DIVERGENCE:
+            y = tl.where(rest, _load(at_t, column, live, C), NONE)
+        top = tl.maximum(tl.max(_lane_max(x), 1), LOWEST)
+        top_t = tl.maximum(tl.max(_lane_max(y), 1), LOWEST)
+        weight, weight1, weight_t = _weights(x, y, top, top_t, cold)
+        if REVERSE:
+            base_t = tl.max(_anchor(x, y, top), 1)
+            gap = tl.sum(_gap(weight, x, y, top, base_t), 1)
+        else:
+            base_t = top_t
+            gap = tl.sum(_gap(weight_t, x, y, top, base_t), 1)
+        total, total1, total_t = tl.sum(_lane_sum(weight), 1), tl.sum(_lane_sum(weight1), 1), tl.sum(_lane_sum(weight_t), 1)
+        beyond = tl.sum(_lane_sum(tl.where(rest & (column < C), x - _spread(own), 0.0)), 1)
     else:
-        tckd = _term(pa, la_t, la) + _term(pb, lb_t, lb) + _term(pr, lr_t, lr)
-        nckd = tl.where(total_t > 0, log_total - log_total_t - gap * _inverse(total_t) / T, 0.0)
-        kl = tckd + tl.where(pr > 0, pr * nckd, 0.0)
+        top = tl.full([ROWS, LANES], LOWEST, tl.float32)
+        top_t = tl.full([ROWS, LANES], LOWEST, tl.float32)
+        base_t = tl.full([ROWS, LANES], LOWEST, tl.float32)
+        total = tl.zeros([ROWS, LANES], tl.float32)
+        total1 = tl.zeros([ROWS, LANES], tl.float32)
+        total_t = tl.zeros([ROWS, LANES], tl.float32)
+        gap = tl.zeros([ROWS, LANES], tl.float32)
+        beyond = tl.zeros([ROWS, LANES], tl.float32)
+        for start in range(0, C, BLOCK):
+            rest = (column != _spread(a - start)) & (column != _spread(b - start))
+            x = tl.where(rest, _load(at, column, live, C - start), NONE)
+            y = x
+            if DIVERGENCE:
+                y = tl.where(rest, _load(at_t, column, live, C - start), NONE)
+            old, old_t, old_base = top, top_t, base_t
+            top, top_t = tl.maximum(top, _lane_max(x)), tl.maximum(top_t, _lane_max(y))
+            drop, drop_t = tl.exp2((old - top) * cold), tl.exp2((old_t - top_t) * cold)
+            weight, weight1, weight_t = _weights(x, y, top, top_t, cold)
+            if REVERSE:
+                base_t = tl.where(top > old, _anchor(x, y, top), base_t)
+                gap = _moved_gap(gap, total, drop, (old - top) - (old_base - base_t)) + _gap(weight, x, y, top, base_t)
+            else:
+                base_t = top_t
+                gap = _moved_gap(gap, total_t, drop_t, (old - top) - (old_base - base_t)) + _gap(weight_t, x, y, top, base_t)
+            total = total * drop + _lane_sum(weight)
+            total1 = total1 * tl.exp2((old - top) * LOG2E) + _lane_sum(weight1)
+            total_t = total_t * drop_t + _lane_sum(weight_t)
+            at, at_t = at + BLOCK, at_t + BLOCK
+            beyond += _lane_sum(tl.where(rest & (column < C - start), x - _spread(own), 0.0))
+        # The lanes of a row together.
+        old, old_t, old_base = top, top_t, base_t
+        top, top_t = tl.max(top, 1), tl.max(top_t, 1)
+        fall, fall_t = old - top[:, None], old_t - top_t[:, None]
+        drop, drop_t = tl.exp2(fall * cold), tl.exp2(fall_t * cold)
+        if REVERSE:
+            base_t = tl.max(tl.where(fall == 0, old_base, LOWEST), 1)
+            gap = _moved_gap(gap, total, drop, fall - (old_base - base_t[:, None]))
+        else:
+            base_t = top_t
+            gap = _moved_gap(gap, total_t, drop_t, fall - fall_t)
+        gap, beyond = tl.sum(gap, 1), tl.sum(beyond, 1)
+        total, total1, total_t = tl.sum(total * drop, 1), tl.sum(total1 * tl.exp2(fall * LOG2E), 1), tl.sum(total_t * drop_t, 1)
 
-    # Smoothing's share: the sum over all classes of ln softmax_i = (x_i - own) + ln softmax_own.
-    ce = -(1 - eps) * (tl.where(share > 0, share * la1, 0.0) + tl.where(share < 1, (1 - share) * lb1, 0.0))
-    ce -= tl.where(eps > 0, uniform * spread + eps * tl.where(share >= 0.5, la1, lb1), 0.0)
-    tl.store(row_terms + row, ce, live)
-    tl.store(row_terms + N + row, T * T * kl, live)
-    tl.store(row_terms + 2 * N + row, T * T * tckd, live)
-    tl.store(row_terms + 3 * N + row, T * T * nckd, live)
+    # Nothing to subtract where there is no class besides the labels.
+    top, top_t, base_t = tl.where(total > 0, top, 0.0), tl.where(total_t > 0, top_t, 0.0), tl.where(total_t > 0, base_t, 0.0)
+    x_a, x_b = x_a - top, tl.where(one, NONE, x_b - top)
+    grad_a = tl.zeros([ROWS], tl.float32)
+    grad_b = tl.zeros([ROWS], tl.float32)
+    of_q, of_p, of_gap, of_s = grad_a, grad_a, grad_a, grad_a
 
-    # The gradient: on a, on b, and on R as  weight * (of_q + of_gap * (x - y)) - of_p * weight_t;  CE's beside it.
-    if REVERSE:
-        grad_a = w_kl * T * tl.where(qa > 0, qa * (la - la_t - kl), 0.0)
-        grad_b = w_kl * T * tl.where(qb > 0, qb * (lb - lb_t - kl), 0.0)
-        of_gap = w_kl * qr * _inverse(total)
-        of_q = tl.where(qr > 0, of_gap * T * (log_total_t - log_total + lr - lr_t - kl), 0.0)
-        of_p = of_q
-    else:
-        delta_rest = _difference(qr, qa + qb, pr, pa + pb)
-        grad_a = T * (w_tckd + w_kl) * _difference(qa, qb + qr, pa, pb + pr)
-        grad_b = T * (w_tckd + w_kl) * _difference(qb, qa + qr, pb, pa + pr)
-        of_q = T * (w_tckd * delta_rest + w_nckd + w_kl * qr) * _inverse(total)
-        of_p = T * (w_nckd + w_kl * pr) * _inverse(total_t)
-        of_gap = of_p
-    ya, yb = (1 - eps) * share + uniform, (1 - eps) * (1 - share) + tl.where(one1, 0.0, uniform)
-    yr = uniform * tl.where(one1, C - 1, C - 2)
-    ce_a, ce_b = w_ce * _difference(sa, sb + sr, ya, yb + yr), w_ce * _difference(sb, sa + sr, yb, ya + yr)
-    of_s = w_ce * tl.exp(-lse)  # lse is relative to top and so not negative
+    if CE:
+        la, lb, lr, sa, sb, sr, lse = _groups(x_a, x_b, tl.log2(total1) * LN2)
+        # Smoothing's share: the sum over all classes of ln softmax_i = (x_i - own) + ln softmax_own.
+        l_own = tl.where(share >= 0.5, la, lb)
+        apart = tl.where(one, 1, 2)
+        ce = -(1 - eps) * (_times(share, la) + _times(1 - share, lb))
+        ce -= tl.where(eps > 0, uniform * (beyond + (C - apart) * l_own + la + tl.where(one, 0.0, lb)), 0.0)
+        tl.store(row_terms + row, ce, live)
+        ya, yb = (1 - eps) * share + uniform, (1 - eps) * (1 - share) + tl.where(one, 0.0, uniform)
+        yr = uniform * (C - apart)
+        grad_a = w_ce * _difference(sa, sb + sr, ya, yb + yr)
+        grad_b = w_ce * _difference(sb, sa + sr, yb, ya + yr)
+        of_s = w_ce * scale * tl.exp(-lse)  # lse is relative to top and so not negative
+
+    if DIVERGENCE:
+        y_a, y_b = _at(teacher, row, a, live, TEACHER_STRIDE) - top_t, _at(teacher, row, b, live, TEACHER_STRIDE) - top_t
+        y_b = tl.where(one, NONE, y_b)
+        in_b, in_b_t, in_rest, in_rest_t = grad_a, grad_a, 1.0, 1.0
+        if SPLIT != "pair":  # b joins R
+            up = tl.where(total > 0, tl.maximum(x_b, 0.0), tl.where(one, 0.0, x_b))
+            up_t = tl.where(total_t > 0, tl.maximum(y_b, 0.0), tl.where(one, 0.0, y_b))
+            in_rest, in_rest_t = tl.exp(-up * warm), tl.exp(-up_t * warm)
+            in_b, in_b_t = tl.exp((x_b - up) * warm), tl.exp((y_b - up_t) * warm)
+            gap = tl.where(total_t > 0, _moved_gap(gap, total_t, in_rest_t, up_t - up), 0.0)
+            gap += _times(in_b_t, (x_b - up) - (y_b - up_t))
+            total = tl.where(total > 0, total * in_rest, 0.0) + in_b
+            total_t = tl.where(total_t > 0, total_t * in_rest_t, 0.0) + in_b_t
+            x_a, y_a = x_a - up, y_a - up_t
+            x_b = tl.full([ROWS], NONE, tl.float32)
+            y_b = x_b
+        log_total, log_total_t = tl.log2(total) * LN2, tl.log2(total_t) * LN2
+        la, lb, lr, qa, qb, qr, _ = _groups(x_a * warm, x_b * warm, log_total)
+        la_t, lb_t, lr_t, pa, pb, pr, _ = _groups(y_a * warm, y_b * warm, log_total_t)
+        over_a, over_b, over_rest = la - la_t, lb - lb_t, lr - lr_t
+        inverse, inverse_t = _inverse(total), _inverse(total_t)
+        if REVERSE:
+            mean_gap = gap * inverse * warm
+            at_top = log_total_t - log_total - (base_t - top_t) * warm
+            nckd = tl.where(total > 0, mean_gap + at_top, 0.0)
+            over_mean = over_rest + nckd
+            tckd = _times(qa, over_a) + _times(qb, over_b) + _times(qr, over_rest)
+            kl = tckd + _times(qr, nckd)
+            grad_a += w_kl * T * _times(qa, _times(qb, over_a - over_b) + _times(qr, over_a - over_mean))
+            grad_b += w_kl * T * _times(qb, _times(qa, over_b - over_a) + _times(qr, over_b - over_mean))
+            of_gap = w_kl * scale * qr * inverse
+            of_q = of_gap * T * (_times(qa, over_mean - over_a) + _times(qb, over_mean - over_b) - mean_gap)
+        else:
+            tckd = -_times(pa, over_a) - _times(pb, over_b) - _times(pr, over_rest)
+            nckd = tl.where(total_t > 0, log_total - log_total_t - gap * inverse_t * warm, 0.0)
+            kl = tckd + _times(pr, nckd)
+            grad_a += T * (w_tckd + w_kl) * _difference(qa, qb + qr, pa, pb + pr)
+            of_q = T * scale * (w_tckd * _difference(qr, qa + qb, pr, pa + pb) + w_nckd + w_kl * qr) * inverse
+            of_p = T * scale * (w_nckd + w_kl * pr) * inverse_t
+            if SPLIT == "pair":
+                grad_b += T * (w_tckd + w_kl) * _difference(qb, qa + qr, pb, pa + pr)
+            else:
+                grad_b += (of_q * in_b - of_p * in_b_t) / scale
+                of_q *= in_rest
+                of_p *= in_rest_t
+        if KL:
+            tl.store(row_terms + N + row, T * T * kl, live)
+        if TCKD:
+            tl.store(row_terms + 2 * N + row, T * T * tckd, live)
+        if NCKD:
+            tl.store(row_terms + 3 * N + row, T * T * nckd, live)
+    grad_a *= scale
+    grad_b *= scale
+    of_1 = w_ce * uniform * scale
 
     # Second read, backwards while the end of the row is still in cache: the gradient.
-    if WHOLE:
-        g = _tile_gradient(x - top[:, None], y - top_t[:, None], column, rest, rest1, a, b, label_a, label_b,
-                           grad_a, grad_b, ce_a, ce_b, of_q, of_gap, of_p, of_s, w_ce * uniform, cold, REVERSE)
-        _store(grad, row, column, g * scale, live, C)
-    else:
-        blocks = (C + BLOCK - 1) // BLOCK
-        for block in range(0, blocks):
-            here = (blocks - 1 - block) * BLOCK + column
-            x, y = _load(student, row, student_stride, here, live, C), _load(teacher, row, teacher_stride, here, live, C)
-            rest, rest1 = _without(here, a, b, C), _without(here, label_a, label_b, C)
-            g = _tile_gradient(x - top[:, None], y - top_t[:, None], here, rest, rest1, a, b, label_a, label_b,
-                               grad_a, grad_b, ce_a, ce_b, of_q, of_gap, of_p, of_s, w_ce * uniform, cold, REVERSE)
-            _store(grad, row, here, g * scale, live, C)
+    LAST: tl.constexpr = (C - 1) // BLOCK * BLOCK
+    at_grad += LAST
+    for back in range(0, C, BLOCK):
+        start = LAST - back
+        if not WHOLE:
+            at, at_t = at - BLOCK, at_t - BLOCK
+            x = _load(at, column, live, C - start)
+            y = x
+            if DIVERGENCE:
+                y = _load(at_t, column, live, C - start)
+            weight, weight1, weight_t = _weights(x, y, top, top_t, cold)
+        g = tl.zeros([CHUNKS, ROWS, LANES, VECTOR], tl.float32)
+        if CE:
+            g = weight1 * _spread(of_s) - of_1
+        if DIVERGENCE:
+            if REVERSE:
+                g += _times(weight, _spread(of_q) + _spread(of_gap) * ((x - _spread(top)) - (y - _spread(base_t))))
+            else:
+                g += weight * _spread(of_q) - weight_t * _spread(of_p)
+        g = tl.where(column == _spread(b - start), _spread(grad_b), g)
+        g = tl.where(column == _spread(a - start), _spread(grad_a), g)
+        tl.store(_spread(at_grad) + column, g.to(grad.dtype.element_ty), _spread(live) & (column < C - start))
+        at_grad -= BLOCK
 
     # The program that finishes last adds up the rows, always in the same order, and leaves the counter as it found it.
     tl.debug_barrier()
     if tl.atomic_add(finished, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
-        mean_ce, mean_kl = _mean(row_terms, N, REDUCE), _mean(row_terms + N, N, REDUCE)
-        mean_tckd, mean_nckd = _mean(row_terms + 2 * N, N, REDUCE), _mean(row_terms + 3 * N, N, REDUCE)
-        tl.store(losses, _weighted(w_ce, mean_ce) + _weighted(w_kl, mean_kl)
-                 + _weighted(w_tckd, mean_tckd) + _weighted(w_nckd, mean_nckd))
-        tl.store(losses + 1, mean_ce)
-        tl.store(losses + 2, mean_kl)
-        tl.store(losses + 3, mean_tckd)
-        tl.store(losses + 4, mean_nckd)
+        loss = 0.0
+        for term in tl.static_range(4):
+            mean = float("nan")
+            if [CE, KL, TCKD, NCKD][term]:
+                mean = _mean(row_terms + term * N, N, REDUCE)
+                loss += _weighted(tl.load(hyper + term), mean)
+            tl.store(losses + 1 + term, mean)
+        tl.store(losses, loss)
         tl.store(finished, 0)
 
 
 class Tile(NamedTuple):
     """Launch sizes.  `registers` is the assembler's limit: left alone, it spills a value or two for another step of occupancy."""
     rows: int
-    block: int
+    lanes: int
+    chunks: int
     warps: int
     registers: int
-    whole: bool
 
 
-def tile_for(classes: int) -> Tile:
-    block = max(16, triton.next_power_of_2(classes))
+def vector_for(*logits) -> int:
+    """How many adjacent classes a thread may load at once: 128 bits, less where rows begin in between."""
+    steps = [128 // (8 * max(x.itemsize for x in logits)), logits[0].shape[1], *(x.stride(0) for x in logits)]
+    return math.gcd(*steps)
+
+
+def tile_for(classes: int, vector: int) -> Tile:
     if interpreted():  # which pays per program and per operation, hardly per lane
-        return Tile(64, block, 1, 0, True) if block <= 4096 else Tile(4, 4096, 1, 0, False)
-    if block <= 256:
-        return Tile(1, block, 1, 96, True)  # one warp per row: row scalars are computed once, not once per warp
-    if block <= 1024:
-        return Tile(1, block, 4, 96, True)
-    return Tile(1, 2048, 8, 80, block <= 2048)  # wider tiles would spill, or leave one program per multiprocessor
+        rows, lanes, block, warps, registers = 64 if classes <= 4096 else 4, 1, min(classes, 4096), 1, 0
+    elif classes <= 128:
+        rows, lanes, block, warps, registers = 4, 8, classes, 1, 144
+    elif classes <= 256:
+        rows, lanes, block, warps, registers = 2, 16, classes, 1, 144
+    elif classes <= 1024:
+        rows, lanes, block, warps, registers = 1, 32, classes, 1, 224
+    else:  # 2048 at a time: wider tiles would spill, or leave one program per multiprocessor
+        rows, lanes, block, warps, registers = (1, 64, classes, 2, 224) if classes <= 2048 else (1, 128, 2048, 4, 128)
+    return Tile(rows, lanes, triton.next_power_of_2(triton.cdiv(block, lanes * vector)), warps, registers)
 
 
 @functools.cache
@@ -524,18 +629,24 @@ def _counter_for(logits: torch.Tensor) -> torch.Tensor:
     return _counter(logits.device, torch.cuda.current_stream(logits.device).cuda_stream)
 
 
-def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, split: str, reverse: bool, grad_dtype,
+def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, terms: str, split: str, reverse: bool, grad_dtype,
                       tile: Tile | None = None):
     """One launch; arguments and results of the operator.  Logits whose classes are not adjacent are copied first."""
+    teacher = student if teacher is None else teacher
     student, teacher = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (student, teacher))
     rows, classes = student.shape
-    tile = tile or tile_for(classes)
+    vector = vector_for(student, teacher)
+    tile = tile or tile_for(classes, vector)
+    wanted = {name.upper(): name in terms.split() for name in Weights._fields}
+    if not wanted["TCKD"] and not wanted["NCKD"]:
+        split = "pair"  # on which KL and CE do not depend
     grad = torch.empty(student.shape, dtype=grad_dtype, device=student.device)
     row_terms = torch.empty(4, rows, dtype=torch.float32, device=student.device)
     losses = torch.empty(5, dtype=torch.float32, device=student.device)
     _softmax_kl_kernel[(triton.cdiv(rows, tile.rows),)](
         student, teacher, label.contiguous(), other.contiguous(), lam.contiguous(), hyper, grad, row_terms, losses,
-        _counter_for(student), rows, classes, student.stride(0), teacher.stride(0),
-        SPLIT=split, REVERSE=reverse, WHOLE=tile.whole, ROWS=tile.rows, BLOCK=tile.block, REDUCE=256 * tile.warps,
+        _counter_for(student), rows, classes, student.stride(0), teacher.stride(0), **wanted,
+        SPLIT=split, REVERSE=reverse, WHOLE=tile.lanes * tile.chunks * vector >= classes, ROWS=tile.rows,
+        CHUNKS=tile.chunks, LANES=tile.lanes, VECTOR=vector, REDUCE=256 * tile.warps,
         num_warps=tile.warps, maxnreg=tile.registers or None)
     return losses, grad

@@ -15,9 +15,9 @@ def launches():
         for dtype, split, reverse in VARIANTS:
             logits, label, lam = torch.empty(128, classes, dtype=dtype), torch.zeros(128, dtype=torch.int64), torch.ones(128)
             hyper = op.hyperparameters(op.Weights(1.0, 1.0), 4.0, 0.1, torch.device("cpu"))
-            about = {"classes": classes, "bytes": dtype.itemsize, "split": split, "reverse": reverse, "limit": op.tile_for(classes).registers}
+            about = {"classes": classes, "bytes": dtype.itemsize, "split": split, "reverse": reverse, "limit": op.tile_for(classes, op.vector_for(logits)).registers}
             yield about, op._softmax_kl_kernel, lambda: op.softmax_kl_triton(
-                logits, logits, label, label, lam, hyper, split=split, reverse=reverse, grad_dtype=dtype)
+                logits, logits, label, label, lam, hyper, terms="ce kl" if reverse else "ce tckd nckd", split=split, reverse=reverse, grad_dtype=dtype)
 
 
 @pytest.fixture(scope="module")
