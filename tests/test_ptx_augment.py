@@ -1,7 +1,7 @@
 """The compiled augmentation kernel, executed: byte for byte the reference's batches, no race, no address outside; and what it costs."""
 import itertools
 import json
-import sys
+import os
 
 import pytest
 import sass
@@ -67,8 +67,8 @@ def execute(sm, *case):
         name: count / batch_size for name, count in counts.items()}, "barriers": len(launches[0].program.barriers)}
 
 
-def without_barriers(sm, chosen):
-    """The counted case with the barriers `chosen` taken out, one at a time -> number, and whether that was noticed."""
+def without_barriers(sm):
+    """The counted case with every ninth barrier taken out, under torture every one -> number, and whether that was noticed."""
     import ptx
 
     from kernels import augment as op
@@ -78,7 +78,7 @@ def without_barriers(sm, chosen):
         batch, expected = ours.batch(1, range(batch_size)), reference.batch(1, range(batch_size))
     (launch,) = launches
     for number, place in enumerate(launch.program.barriers):
-        if chosen and number not in chosen:
+        if "TORTURE" not in os.environ and number % 9 != 3:
             continue
         try:
             launch.run(program=launch.program.without(place))
@@ -91,11 +91,7 @@ def without_barriers(sm, chosen):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for sm in (80, 90):
-        if sys.argv[1:] == ["barriers"]:
-            results = without_barriers(sm, ())
-        else:
-            results = itertools.chain((execute(sm, *case) for case in cases()), without_barriers(sm, range(3, 100, 9)))
-        for result in results:
+        for result in itertools.chain((execute(sm, *case) for case in cases()), without_barriers(sm)):
             print(json.dumps(result), flush=True)
 
 
@@ -122,4 +118,5 @@ def test_ptx_of_augment_costs_no_more_than_counted(executed):
 def test_a_barrier_that_is_taken_out_of_augment_is_noticed(executed):
     removed = [result for result in executed if "removed" in result]
     assert len(removed) >= 6
-    assert all(result["noticed"] for result in removed), "\n".join(map(str, removed))
+    needless = [result for result in removed if not result["noticed"]]  # the compiler sets one with nothing behind it to meet
+    assert len(needless) <= 2 * ("TORTURE" in os.environ), "\n".join(map(str, needless))

@@ -85,6 +85,29 @@ def test_reverse_kl_matches_float64_sums(kernel, classes):
     assert abs(forward[1] - terms[1]) > 1e-3, "both directions gave the same value"
 
 
+def test_reverse_kl_does_not_cancel_at_logits_of_1e4(kernel):
+    """ln q_i - ln p_i and their mean are then alike in all digits but a few."""
+    weights = Weights(kl=1.0)
+    for seed in range(4):
+        z, v, targets = rows(33, 100, 1e4, seed=seed)
+        expected, expected_grad = truth(z, v, targets, Weights(0.0, 1.0, 0.0, 0.0), 4.0, reverse=True)
+        _, terms, grad = run(z, v, targets, weights, 4.0, reverse=True)
+        assert_terms(terms, expected)
+        assert_grad(grad, expected_grad, f"seed {seed}")
+
+
+def test_cross_entropy_alone_reads_no_teacher(kernel):
+    z, _, targets = rows(37, 10)
+    leaf = z.to(DEVICE).requires_grad_()
+    targets = tuple(part.to(DEVICE) for part in targets)
+    loss, terms = softmax_kl(leaf, None, *targets, Weights(ce=2.0), temperature=4.0, label_smoothing=0.1)
+    expected, expected_grad = truth(z, z, rows(37, 10)[2], Weights(2.0, 0.0, 0.0, 0.0), 4.0, smoothing=0.1)
+    assert_terms(terms.cpu(), expected)
+    assert_grad(torch.autograd.grad(loss, leaf)[0].cpu(), expected_grad)
+    with pytest.raises(ValueError, match="kl needs the teacher's logits"):
+        softmax_kl(leaf, None, *targets, Weights(kl=1.0), temperature=4.0)
+
+
 def hard_cases():
     """Logits on which naive code gives inf, NaN or the wrong digits."""
     noise = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
@@ -274,6 +297,7 @@ def test_a_captured_graph_follows_its_inputs_and_numbers():
         return torch.ops.fusekd.softmax_kl(z, v, *targets, hyper, MIX.terms, "pair", False, torch.float32)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
     torch.cuda.synchronize()
