@@ -32,7 +32,7 @@ class BatchAugmenter:
     mixup, cutmix: alpha of Beta(alpha, alpha) (Zhang et al. 2017, arXiv 1710.09412; Yun et al. 2019, arXiv 1905.04899); 0 is off;
     with both on, each draw is one of them with probability one half.  mix_prob: share of the draws that mix at all.
     mix_mode: rows 2k and 2k+1 are mixed with one draw for the "batch", for each "pair" or for each row ("elem"); an odd last row
-    stays unmixed.  mean, std: three floats each, for images in [0, 1].  dtype: of the result, which is rounded to it once.
+    stays unmixed.  mean, std: three floats each, for images in [0, 1].  dtype: of the result, fp32, fp16 or bf16; rounded once.
     ValueError: images of another shape or type, an unknown name, fewer images than one batch.
     """
 

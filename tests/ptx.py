@@ -689,6 +689,21 @@ class Launch:
         memory.give_back()
 
 
+def without_barriers(launch: Launch, wrong, numbers, seeds=(None,)):
+    """Takes out the barriers `numbers` one at a time -> number, and what noticed it: a Fault, `wrong()` results in one of the orders, or ""."""
+    for number in numbers:
+        noticed = ""
+        for seed in seeds:
+            try:
+                launch.run(seed, launch.program.without(launch.program.barriers[number]))
+                noticed = "wrong results" if wrong() else ""
+            except Fault as fault:
+                noticed = str(fault)
+            if noticed:
+                break
+        yield number, noticed
+
+
 @contextmanager
 def executed(module, name: str, sm: int, seed: int | None = None):
     """While it is entered, each launch of the kernel `module.name` is compiled for `sm` and executed here -> list of the launches so far.

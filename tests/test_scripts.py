@@ -205,23 +205,23 @@ def test_a_dry_run_prints_and_touches_nothing(here, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles and takes no CPU tensors")
 def test_fused_kernels_and_references_train_alike(here, capsys):
-    """Augmentation gives the same bytes, so a teacher's log is the same to the last digit.  The loss rounds differently, by 1e-6
-    of a gradient's largest entry, which over two epochs of 48 images stays below 1e-3 of every logged term."""
+    """Augmentation gives the same bytes.  The loss rounds differently, by 1e-6 of a gradient's largest entry, which over two epochs
+    of 48 images stays below 1e-3 of every logged term."""
     make_images(here / "wide" / "train", [f"class{index}" for index in range(6)], 10, seed=4, size=32)
     make_images(here / "wide" / "test", [f"class{index}" for index in range(6)], 4, seed=5, size=32)
-    clock = ("images_per_s", "epoch_s", "val_s", "total_s", "peak_mem_mb")
     teachers, students = [], []
     for kernels in ("triton", "reference"):
         flags = f"{SMALL} --data-dir wide --val-size 12 --kernels {kernels}"
         code, out, err = run(capsys, "train_teacher.py", f"--model resnet8 {flags} --output runs/wide-{kernels}")
         assert code == 0, err
         assert f"kernels={kernels}" in out and json.loads(Path(f"runs/wide-{kernels}/config.json").read_text())["kernels"] == kernels
-        teachers.append([{key: value for key, value in row.items() if key not in clock} for row in rows(Path(f"runs/wide-{kernels}/log.csv"))])
+        teachers.append(rows(Path(f"runs/wide-{kernels}/log.csv")))
         code, out, err = run(capsys, "distill.py", f"--student v2_pico --method dkd --beta 8 {flags} --output runs/wide-dkd-{kernels} "
-                             f"--teacher-checkpoint runs/wide-{kernels}/best.pt")
+                             "--teacher-checkpoint runs/wide-triton/best.pt")
         assert code == 0, err
         students.append(rows(Path(f"runs/wide-dkd-{kernels}/log.csv")))
-    assert teachers[0] == teachers[1]
-    for fused, plain in zip(*students):
-        for column in ("train_loss", "train_loss_ce", "train_loss_tckd", "train_loss_nckd", "grad_norm_mean"):
-            assert float(fused[column]) == pytest.approx(float(plain[column]), rel=1e-3), column
+    for logs, columns in ((teachers, ("train_loss", "train_loss_ce", "val_loss", "grad_norm_mean")),
+                          (students, ("train_loss", "train_loss_ce", "train_loss_tckd", "train_loss_nckd", "grad_norm_mean"))):
+        for fused, plain in zip(*logs, strict=True):
+            for column in columns:
+                assert float(fused[column]) == pytest.approx(float(plain[column]), rel=1e-3), column
