@@ -1,4 +1,5 @@
 """A checkpoint is read back exactly, or refused by name; reading one never runs code."""
+import hashlib
 import io
 import os
 import threading
@@ -23,6 +24,16 @@ def test_round_trip(tmp_path):
     assert content["format"] == checkpoint.FORMAT and content["classes"] == ["cat", "dog"]
     assert torch.equal(content["state_dict"]["w"], torch.arange(600.0))
     assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_a_file_is_what_torch_save_makes_with_its_checksum_as_the_comment(tmp_path):
+    """Written piece by piece: from tensors of all sizes, and in one piece."""
+    for weights in ({}, {"w": torch.arange(3.0)}, {str(size): torch.randn(size) for size in (1, 17, 4096, 100_000)}):
+        checkpoint.write(tmp_path / "x.pt", kind="weights", state_dict=weights)
+        whole = io.BytesIO()
+        torch.save({"format": checkpoint.FORMAT, "kind": "weights", "state_dict": weights}, whole)
+        data = whole.getvalue()[:-2] + (7 + 64).to_bytes(2, "little")  # a zip archive ends with the length of its comment
+        assert (tmp_path / "x.pt").read_bytes() == data + b"sha256:" + hashlib.sha256(data).hexdigest().encode()
 
 
 def test_no_flipped_bit_and_no_truncation_passes_unseen(tmp_path):

@@ -24,7 +24,18 @@ def test_a_student_is_distilled_without_waiting(tmp_path, flags):
 def test_a_teacher_is_trained_without_waiting(tmp_path, flags):
     with CudaPath(tmp_path) as path:
         path.train_teacher(flags)
+        assert torch.backends.cudnn.allow_tf32 == ("--amp off" not in flags), "fp32 is exact, or it was not asked for"
+        assert not torch.utils.deterministic.fill_uninitialized_memory, "a launch more for every new tensor"
     assert path.watch.steps == 8 and (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("script", ["distill", "train_teacher"])
+def test_evaluation_takes_no_more_images_at_once_than_training(tmp_path, monkeypatch, script):
+    sizes, evaluate = [], loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *args, **named: sizes.append(args[5]) or evaluate(*args, **named))
+    with CudaPath(tmp_path) as path:
+        getattr(path, script)("--batch-size 64")
+    assert len(sizes) >= 4 and set(sizes) == {64}
 
 
 def plant_a_read(logits, labels):

@@ -112,6 +112,11 @@ def test_cross_entropy_alone_reads_no_teacher(kernel):
     assert_grad(torch.autograd.grad(loss, leaf)[0].cpu(), expected_grad)
     with pytest.raises(ValueError, match="kl needs the teacher's logits"):
         softmax_kl(leaf, None, *targets, Weights(kl=1.0), temperature=4.0)
+    with pytest.raises(ValueError, match="no term is wanted"):
+        softmax_kl(leaf, leaf, *targets, Weights(), temperature=4.0)
+    for weights in (Weights(kl=1.0, tckd=1.0), Weights(nckd=1.0)):
+        with pytest.raises(ValueError, match="no reverse"):
+            softmax_kl(leaf, leaf, *targets, weights, temperature=4.0, reverse=True)
 
 
 def hard_cases():
