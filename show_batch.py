@@ -8,7 +8,7 @@ The same flags and seed as a training run give the very batch that the run saw.
 """
 import io
 
-from training import options, runlog
+from training import errors, options
 
 COLUMNS, INCHES = 8, 1.7
 
@@ -21,14 +21,15 @@ def main(args):
 
     from augment import BatchAugmenter
     from training import data as datasets
-    from training import loop
+    from training.files import write_atomic
+    from training.machine import global_batch_size, prepare_machine
 
-    machine = loop.prepare_machine(args.device, "off", args.seed, args.kernels)
+    machine = prepare_machine(args.device, "off", args.seed, args.kernels)
     data = datasets.load(**options.data(args), device=machine.device)
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std,
-                               batch_size=loop.global_batch_size(args.batch_size, data, machine))
+                               batch_size=global_batch_size(args.batch_size, data, machine))
     if args.step >= augmenter.steps:
-        raise runlog.Failure(runlog.USAGE, f"no such step (--step {args.step})", f"choose one below {augmenter.steps}")
+        raise errors.Failure(errors.USAGE, f"no such step (--step {args.step})", f"choose one below {augmenter.steps}")
     augmenter.set_epoch(args.epoch)
     batch = augmenter(args.step)
     mean, std = (torch.tensor(values, device=machine.device).view(3, 1, 1) for values in (data.mean, data.std))
@@ -48,9 +49,9 @@ def main(args):
                   ha="center", va="top", fontsize=6, color="0.3")
     sheet = io.BytesIO()
     figure.savefig(sheet, dpi=150)
-    runlog.write_atomic(args.output, sheet.getvalue())
+    write_atomic(args.output, sheet.getvalue())
     print(f"{args.output}: batch {args.step} of epoch {args.epoch}, {args.batch_size} images of {args.dataset}")
 
 
 if __name__ == "__main__":
-    runlog.run(main, options.parse_show(*__doc__.split("\n\n", 1)))
+    errors.run(main, options.parse_show(*__doc__.split("\n\n", 1)))

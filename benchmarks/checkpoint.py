@@ -59,11 +59,11 @@ def clocked(function) -> float:
 
 def benchmark(network: str, machine, repeats: int, hardware: str) -> Row:
     net = models.build(network, CLASSES).to(machine.device).train()
-    update = loop.Update(net, loop.build_optimizer(net, RECIPE), machine, 1.0, 0.0)
+    update = step.Update(net, step.build_optimizer(net, RECIPE), machine, 1.0, 0.0)
     images = torch.randn(BATCH, 3, 32, 32, device=machine.device).to(machine.dtype, memory_format=torch.channels_last)
     label = torch.randint(CLASSES, (BATCH,), device=machine.device)
     targets = Targets(label, label, torch.ones(BATCH, device=machine.device))
-    row = runlog.EpochRow(**{field.name: 1 for field in fields(runlog.EpochRow)})
+    row = rundir.EpochRow(**{field.name: 1 for field in fields(rundir.EpochRow)})
 
     def train(steps: int) -> None:
         for _ in range(steps):
@@ -73,9 +73,9 @@ def benchmark(network: str, machine, repeats: int, hardware: str) -> Row:
         update.epoch_columns()  # waits for the device
 
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".benchmark-") as folder, \
-            runlog.RunDirectory(folder, overwrite=True) as run, checkpoint.Writer() as writer:
+            rundir.RunDirectory(folder, overwrite=True) as run, checkpoint.Writer() as writer:
         run.open({})
-        state = checkpoint.State(run, writer, {}, update=update, stop=loop.EarlyStop("val_loss", 0), ranks=machine.ranks)
+        state = resume.State(run, writer, {}, update=update, stop=evaluation.EarlyStop("val_loss", 0), ranks=machine.ranks)
 
         def save() -> None:
             state.save(row, {"model": network})
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the student's network alone, fewer repeats")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args()
-    machine = loop.prepare_machine(args.device, None, seed=0)
+    machine = machine.prepare_machine(args.device, None, seed=0)
     gpu = machine.device.type == "cuda"
     hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if gpu:

@@ -1,8 +1,14 @@
-"""Distillation losses.  A method is a function of both logits, the targets and its own keyword numbers, and one line here."""
-from losses.dkd import dkd_loss
-from losses.kd import kd_loss
-from losses.mixed_ce import mixed_ce
-from losses.targets import Targets
+"""Distillation losses.  A method is a function of both logits, the targets and its own numbers, and a record in methods.py.
 
-__all__ = ["METHODS", "Targets", "dkd_loss", "kd_loss", "mixed_ce"]
-METHODS = {"kd": kd_loss, "dkd": dkd_loss}
+Importing this imports no torch, so that the flags are checked before it is loaded.
+"""
+from importlib import import_module
+
+__all__ = ["Targets", "dist_loss", "dkd_loss", "kd_loss", "mixed_ce"]
+_HOMES = {"Targets": "targets", "dist_loss": "dist", "dkd_loss": "dkd", "kd_loss": "kd", "mixed_ce": "cross_entropy"}
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"losses.{_HOMES[name]}"), name)

@@ -1,10 +1,11 @@
 """Decoupled knowledge distillation (Zhao et al. 2022, arXiv 2203.08679), defined for mixed labels too."""
 from kernels.softmax_kl import Weights, softmax_kl
+from losses.standardize import standardized_softmax_kl
 from losses.targets import Targets
 
 
 def dkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=1.0, beta=8.0, temperature=4.0, ce_weight=1.0,
-             label_smoothing=0.0, mixed_target="pair", grad_scale=None):
+             label_smoothing=0.0, mixed_target="pair", standardize=False):
     """loss = ce_weight * CE + T^2 * (alpha * TCKD + beta * NCKD), means over the batch, teacher first in every KL.
 
     Logits (N, C) in fp32, fp16 or bf16.  DKD splits the classes into the target and the rest, which leaves open what the
@@ -15,10 +16,11 @@ def dkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=1.0, bet
                   where it takes nearly all the mass.
       "first"     `label`, whatever its share.
     An unmixed row is plain DKD under all three.  With two classes, or one besides the pair, NCKD is 0.
+    standardize: z-score both rows of logits before the split, not for the cross-entropy (losses/standardize.py).
     Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "tckd", "nckd"}, detached, unweighted, T^2 included.
     """
     weights = Weights(ce=ce_weight, tckd=alpha, nckd=beta)
-    loss, (ce, _, tckd, nckd) = softmax_kl(
-        student_logits, teacher_logits, *targets, weights, temperature=temperature,
-        label_smoothing=label_smoothing, split=mixed_target, grad_scale=grad_scale)
+    op = standardized_softmax_kl if standardize else softmax_kl
+    loss, (ce, _, tckd, nckd) = op(student_logits, teacher_logits, *targets, weights, temperature=temperature,
+                                   label_smoothing=label_smoothing, split=mixed_target)
     return loss, {"ce": ce, "tckd": tckd, "nckd": nckd}

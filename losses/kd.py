@@ -1,22 +1,24 @@
 """Knowledge distillation (Hinton, Vinyals & Dean 2015, arXiv 1503.02531)."""
 from kernels.softmax_kl import Weights, softmax_kl
+from losses.standardize import standardized_softmax_kl
 from losses.targets import Targets
 
 DIRECTIONS = ("forward", "reverse")
 
 
 def kd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.7, temperature=4.0, ce_weight=None,
-            label_smoothing=0.0, kl="forward", grad_scale=None):
+            label_smoothing=0.0, kl="forward", standardize=False):
     """loss = alpha * T^2 * KL(teacher || student) + ce_weight * CE, means over the batch.
 
     Logits (N, C) in fp32, fp16 or bf16; `ce_weight=None` means 1 - alpha.  kl="reverse" takes KL(student || teacher).
     Some papers write the student first; what they and every public implementation compute is the forward direction.
+    standardize: z-score both rows of logits before the KL, which then compares their shapes alone (losses/standardize.py).
     Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "kl"}, detached, unweighted, T^2 included.
     """
     if kl not in DIRECTIONS:
         raise ValueError(f"kl must be one of {DIRECTIONS}, not {kl!r}")
     weights = Weights(ce=1 - alpha if ce_weight is None else ce_weight, kl=alpha)
-    loss, (ce, divergence, _, _) = softmax_kl(
-        student_logits, teacher_logits, *targets, weights, temperature=temperature,
-        label_smoothing=label_smoothing, reverse=kl == "reverse", grad_scale=grad_scale)
+    op = standardized_softmax_kl if standardize else softmax_kl
+    loss, (ce, divergence, _, _) = op(student_logits, teacher_logits, *targets, weights, temperature=temperature,
+                                      label_smoothing=label_smoothing, reverse=kl == "reverse")
     return loss, {"ce": ce, "kl": divergence}

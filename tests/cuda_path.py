@@ -13,6 +13,7 @@ import functools
 import sys
 from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -284,7 +285,7 @@ class CudaPath(ExitStack):
     def _replace_project(self) -> None:
         from augment import augmenter, sampling
         from kernels import augment, softmax_kl
-        from training import checkpoint, data, loop, models
+        from training import checkpoint, data, means, models
 
         real_write = checkpoint.write
 
@@ -306,7 +307,7 @@ class CudaPath(ExitStack):
             image_size=32, mean=[0.5] * 3, std=[0.25] * 3, dataset="cifar100", seed=0, epoch=1, val_acc1=100.0, test_acc1=100.0)
         self.replace(checkpoint, write=write)
         self.replace(data, load=load)
-        self.replace(loop, SKIPS=2)  # so that rows are copied to the host within a few steps
+        self.replace(means, SKIPS=2)  # so that rows are copied to the host within a few steps
         self.replace(models, build=self.outside(models.build), load=self.outside(models.load), initialise=lambda *_, **__: None, flops=lambda *_: 1)
         self.replace(augmenter, build_tables=self.outside(augmenter.build_tables))
         self.replace(sampling, erase_sizes=self.outside(sampling.erase_sizes), beta_quantiles=self.outside(sampling.beta_quantiles))
@@ -320,9 +321,10 @@ class CudaPath(ExitStack):
         """A step begins where the batch is asked for and ends after the progress line."""
         import losses
         from augment import BatchAugmenter
-        from training import loop
+        from losses.methods import METHODS
+        from training import progress
 
-        make, end = BatchAugmenter.__call__, loop.Progress.step
+        make, end = BatchAugmenter.__call__, progress.Progress.step
 
         def begin_step(*args):
             self.watch.steps, self.watch.inside = self.watch.steps + 1, True
@@ -342,22 +344,16 @@ class CudaPath(ExitStack):
                 backward(loss, torch.ones_like(loss) if gradient is None else gradient)
 
         self.replace(BatchAugmenter, __call__=begin_step)
-        self.replace(loop.Progress, step=end_step)
+        self.replace(progress.Progress, step=end_step)
         self.replace(torch.nn.Module, __call__=call)
         self.replace(torch.Tensor, backward=walk)
         for target, name in ((torch.amp.GradScaler, "scale"), (torch.amp.GradScaler, "unscale_"), (torch.amp.GradScaler, "update"),
                              (torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step"), (torch.optim.SGD, "step")):
             self.phase(target, name, "scaler, clip and optimizer")
         self.phase(losses, "mixed_ce", "loss")
-        self.enter_context(mock.patch.dict(losses.METHODS))
-        for name, function in losses.METHODS.items():
-            losses.METHODS[name] = functools.wraps(function)(self._objective(function))
-
-    def _objective(self, function):
-        def call(*args, **kwargs):
-            with self.watch.during("loss"):
-                return function(*args, **kwargs)
-        return call
+        for method in METHODS.values():
+            module, name = method.function.split(":")
+            self.phase(import_module(module), name, "loss")
 
     def distill(self, flags: str) -> None:
         import distill

@@ -9,9 +9,9 @@ from dataclasses import fields
 import pytest
 import torch
 
-from training import checkpoint, runlog
+from training import checkpoint, resume, rundir
 from training.distributed import Ranks
-from training.runlog import Failure
+from training.errors import Failure
 
 
 def write(path):
@@ -116,11 +116,11 @@ def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
         def load_state_dict(self, state):
             self.weight = state["weight"]
 
-    row = runlog.EpochRow(**{field.name: 1 for field in fields(runlog.EpochRow)})
+    row = rundir.EpochRow(**{field.name: 1 for field in fields(rundir.EpochRow)})
     part, go = Part(), threading.Event()
-    with runlog.RunDirectory(tmp_path, overwrite=False) as run, checkpoint.Writer() as writer:
+    with rundir.RunDirectory(tmp_path, overwrite=False) as run, checkpoint.Writer() as writer:
         run.open({})
-        state = checkpoint.State(run, writer, {"epochs": 9, "sched": "cosine"}, update=part, stop=Part(), ranks=Ranks())
+        state = resume.State(run, writer, {"epochs": 9, "sched": "cosine"}, update=part, stop=Part(), ranks=Ranks())
         writer(go.wait)
         threading.Timer(0.2, go.set).start()
         state.save(row, {"classes": []})
@@ -128,7 +128,7 @@ def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
         state.save(row, {"classes": []})
         part.weight += 1
         run.rows.append(row)
-    assert torch.equal(checkpoint.read_run(tmp_path / "last.pt")["update"]["weight"], torch.zeros(3))
+    assert torch.equal(resume.read_run(tmp_path / "last.pt")["update"]["weight"], torch.zeros(3))
     assert torch.equal(checkpoint.read(tmp_path / "best.pt")["state_dict"]["weight"], torch.zeros(3))
     assert (tmp_path / "log.csv").read_text().count("\n") == 3
 

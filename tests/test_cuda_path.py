@@ -4,7 +4,7 @@ import torch
 from cuda_path import BOOKKEEPING, CudaPath, MixedDevices, Wait
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
-from training import loop
+from training import evaluation, run, step
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # a deep copy of one asks for it
 STUDENTS = ("--method kd", "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda", "--method kd --kl reverse --amp off --model-ema 0.9",
@@ -31,8 +31,9 @@ def test_a_teacher_is_trained_without_waiting(tmp_path, flags):
 
 @pytest.mark.parametrize("script", ["distill", "train_teacher"])
 def test_evaluation_takes_no_more_images_at_once_than_training(tmp_path, monkeypatch, script):
-    sizes, evaluate = [], loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda *args, **named: sizes.append(args[5]) or evaluate(*args, **named))
+    sizes, evaluate = [], evaluation.evaluate
+    for user in (run, evaluation):
+        monkeypatch.setattr(user, "evaluate", lambda *args, **named: sizes.append(args[5]) or evaluate(*args, **named))
     with CudaPath(tmp_path) as path:
         getattr(path, script)("--batch-size 64")
     assert len(sizes) >= 4 and set(sizes) == {64}
@@ -67,9 +68,9 @@ def plant_a_synchronisation(logits, labels):
     (plant_a_size_from_data, DynamicOutputShapeException, "nonzero"), (plant_a_tensor_on_the_cpu, RuntimeError, "cuda:0 and cpu"),
     (plant_a_synchronisation, Wait, "synchronize")], ids=lambda value: getattr(value, "__name__", None))
 def test_a_planted_fault_is_caught(tmp_path, monkeypatch, plant, refused, reason):
-    accuracy = loop.accuracy
+    accuracy = step.accuracy
     with CudaPath(tmp_path) as path:
-        monkeypatch.setattr(loop, "accuracy", lambda *arguments: plant(*arguments) or accuracy(*arguments))
+        monkeypatch.setattr(run, "accuracy", lambda *arguments: plant(*arguments) or accuracy(*arguments))
         with pytest.raises(refused, match=reason):
             path.distill("--method kd --debug")
 

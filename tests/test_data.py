@@ -18,16 +18,16 @@ import torch
 import torchvision
 from PIL import Image
 
-from training import data, synthetic
+from training import cifar, data, imagefolder, synthetic
 from training.data import Split
-from training.runlog import Failure
+from training.errors import Failure
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     def refuse(*args):
         raise AssertionError("a download was started though the files are there")
-    monkeypatch.setattr(data, "download_url", refuse)
+    monkeypatch.setattr(cifar, "download_url", refuse)
 
 
 def fails(code, *words, **arguments):
@@ -91,7 +91,7 @@ def cifar100(write_cifar):
         return {"filenames": ["x.png"] * count, "fine_labels": fine, "coarse_labels": coarse, "data": pixels(count, seed)}
     names = {"fine_label_names": [f"fine {k}" for k in range(100)], "coarse_label_names": [f"coarse {k}" for k in range(20)]}
     contents = {"train": batch(300, 0), "test": batch(100, 1), "meta": names}
-    return write_cifar(data.CIFAR100, {name: python2_pickle(content) for name, content in contents.items()})
+    return write_cifar(cifar.CIFAR100, {name: python2_pickle(content) for name, content in contents.items()})
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def archive(cifar100, monkeypatch):
     with tarfile.open(path, "w:gz") as tar:
         tar.add(cifar100, cifar100.name)
     shutil.rmtree(cifar100)
-    monkeypatch.setattr(data.CIFAR100, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar.CIFAR100, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
     return path
 
 
@@ -121,7 +121,7 @@ def test_cifar10_joins_its_batches(write_cifar):
     contents = {f"data_batch_{k}": {"labels": [k, *range(10)], "data": pixels(11, k)} for k in range(1, 6)}
     contents["test_batch"] = {"labels": list(range(10)), "data": pixels(10, 9)}
     contents["batches.meta"] = {"label_names": list("abcdefghij")}
-    folder = write_cifar(data.CIFAR10, {name: python2_pickle(content) for name, content in contents.items()})
+    folder = write_cifar(cifar.CIFAR10, {name: python2_pickle(content) for name, content in contents.items()})
     loaded = data.load("cifar10", folder.parent, val_size=5)
     assert loaded.selected_on == "validation split of 5 training images"
     assert (len(loaded.train.labels), len(loaded.val.labels), len(loaded.test.labels)) == (50, 5, 10)
@@ -158,7 +158,7 @@ def test_a_cifar_pickle_cannot_run_code_even_with_the_right_checksum(cifar100, w
     contents = {name: (cifar100 / name).read_bytes() for name in ("train", "test", "meta")}
     argument = f"touch {trap}" if b"system" in call else f"open({str(trap)!r}, 'w')"
     contents["test"] = b"\x80\x02" + call + b"X" + struct.pack("<i", len(argument)) + argument.encode() + b"\x85R."
-    write_cifar(data.CIFAR100, contents)
+    write_cifar(cifar.CIFAR100, contents)
     fails(4, cifar100 / "test", call.decode().split()[1], name="cifar100", data_dir=cifar100.parent)
     assert not trap.exists(), "the pickle ran code"
 
@@ -189,10 +189,10 @@ def test_absent_files_are_downloaded(archive, monkeypatch):
     archive.unlink()
 
     def download(url, root, filename, md5):
-        assert url.startswith("https://") and md5 == data.CIFAR100.tgz_md5
+        assert url.startswith("https://") and md5 == cifar.CIFAR100.tgz_md5
         with open(os.path.join(root, filename), "wb") as file:
             file.write(content)
-    monkeypatch.setattr(data, "download_url", download)
+    monkeypatch.setattr(cifar, "download_url", download)
     target = archive.parent / "new" / "datasets"
     assert len(data.load("cifar100", target, val_size=0).test.labels) == 100
     assert sorted(os.listdir(target)) == ["cifar-100-python", "cifar-100-python.tar.gz"]
@@ -209,7 +209,7 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch, error, code, wo
         with open(os.path.join(root, filename), "wb") as file:
             file.write(b"half")
         raise error
-    monkeypatch.setattr(data, "download_url", download)
+    monkeypatch.setattr(cifar, "download_url", download)
     fails(code, "cifar-100-python.tar.gz", tmp_path, *words, name="cifar100", data_dir=tmp_path)
     assert os.listdir(tmp_path) == []
 
@@ -235,8 +235,8 @@ def server(archive, monkeypatch):
 
     with http.server.ThreadingHTTPServer(("localhost", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(data, "download_url", torchvision.datasets.utils.download_url)
-        monkeypatch.setattr(data.CIFAR100, "url", f"http://localhost:{server.server_port}/{archive.name}")
+        monkeypatch.setattr(cifar, "download_url", torchvision.datasets.utils.download_url)
+        monkeypatch.setattr(cifar.CIFAR100, "url", f"http://localhost:{server.server_port}/{archive.name}")
         server.kept, server.length = len(content), len(content)
         yield server
         server.shutdown()
@@ -401,12 +401,12 @@ def test_an_interruption_does_not_wait_for_the_photographs_that_are_left(two_tre
             if text.startswith("decoding"):
                 raise KeyboardInterrupt
 
-    started, fit = [], data.ImageOps.fit
+    started, fit = [], imagefolder.ImageOps.fit
     for path in two_trees.glob("*/*/*"):
         Image.open(path).resize((160, 160)).save(path)
-    monkeypatch.setattr(data.ImageOps, "fit", lambda *args: (started.append(1), time.sleep(0.1), fit(*args))[-1])
+    monkeypatch.setattr(imagefolder.ImageOps, "fit", lambda *args: (started.append(1), time.sleep(0.1), fit(*args))[-1])
     total = len(list(two_trees.glob("*/*/*")))
-    monkeypatch.setattr(data, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(2))
+    monkeypatch.setattr(imagefolder, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(2))
     with pytest.raises(KeyboardInterrupt):
         data.load("imagefolder", two_trees, image_size=32, stream=Interrupting())
     assert len(started) <= total / 2, f"{len(started)} of {total} were decoded"
@@ -469,7 +469,7 @@ def test_images_that_cannot_fit_in_memory(two_trees):
 
 def test_a_second_load_reads_the_cache(two_trees, monkeypatch):
     first, said = load_folder(two_trees)
-    monkeypatch.setattr(data, "decode", None)  # decoding again would fail
+    monkeypatch.setattr(imagefolder, "decode", None)  # decoding again would fail
     second, silence = load_folder(two_trees)
     assert said and not silence
     assert all(torch.equal(getattr(first, part).images, getattr(second, part).images) for part in ("train", "val", "test"))
@@ -516,7 +516,7 @@ def test_a_damaged_cache_is_decoded_again(two_trees, damage):
 def test_without_room_for_the_cache_the_images_are_still_there(two_trees, monkeypatch):
     def full(path, content):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
-    monkeypatch.setattr(data, "write_atomic", full)
+    monkeypatch.setattr(imagefolder, "write_atomic", full)
     loaded, said = load_folder(two_trees)
     assert len(loaded.test.labels) == 7 and str(two_trees) in said and "Read-only file system" in said
 
@@ -538,7 +538,7 @@ def test_a_cache_for_each_image_size(two_trees):
 def test_progress_is_one_line_on_a_terminal():
     stream = io.StringIO()
     stream.isatty = lambda: True
-    assert list(data.progress(range(300), 300, "decoding", stream)) == list(range(300))
+    assert list(imagefolder.progress(range(300), 300, "decoding", stream)) == list(range(300))
     said = stream.getvalue()
     assert said.count("\r") == 100 and said.count("\n") == 1 and said.endswith("\rdecoding 300 images: 100%\n")
 

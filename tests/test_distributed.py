@@ -11,12 +11,16 @@ import torture
 
 import losses
 from augment import BatchAugmenter
-from training import distributed, loop
+from training import distributed, errors
 from training.data import Split
 from training.distributed import Ranks
-from training.runlog import Failure
+from training.errors import Failure
+from training.evaluation import evaluate
+from training.machine import Machine
+from training.means import Means
+from training.step import Update, build_optimizer
 
-ALONE = loop.Machine(torch.device("cpu"), "off")
+ALONE = Machine(torch.device("cpu"), "off")
 
 
 def be_a_rank(function, args, environment, answer):
@@ -109,15 +113,15 @@ def evaluate_in_shares(machine):
     for count in range(12, 17):
         images = torch.randint(256, (count, 4, 4, 3), generator=generator, dtype=torch.uint8)
         split = Split(images, torch.randint(6, (count,), generator=generator))
-        whole = loop.evaluate(net, split, (0.5,) * 3, (0.25,) * 3, ALONE, 500)
+        whole = evaluate(net, split, (0.5,) * 3, (0.25,) * 3, ALONE, 500)
         for batch_size in range(1, 7):
-            shared = loop.evaluate(net, split, (0.5,) * 3, (0.25,) * 3, machine, batch_size)
+            shared = evaluate(net, split, (0.5,) * 3, (0.25,) * 3, machine, batch_size)
             assert torch.equal(shared.predictions, whole.predictions)
             assert (shared.acc1, shared.acc5) == (whole.acc1, whole.acc5)
             assert shared.loss == pytest.approx(whole.loss, rel=1e-6) and shared.ece == pytest.approx(whole.ece, rel=1e-6)
             assert shared.agreement(whole) == 1
     few = Split(images[:1], split.labels[:1])  # fewer images than processes
-    shared, whole = (loop.evaluate(net, few, (0.5,) * 3, (0.25,) * 3, each, 500) for each in (machine, ALONE))
+    shared, whole = (evaluate(net, few, (0.5,) * 3, (0.25,) * 3, each, 500) for each in (machine, ALONE))
     assert shared.acc1 == whole.acc1
 
 
@@ -143,7 +147,7 @@ def train(machine, each, method, steps=24):
     teacher, net = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 24), torch.nn.GELU(), torch.nn.Linear(24, 10)).double()
                     for _ in range(2))
     recipe = SimpleNamespace(opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
-    update, means = loop.Update(net, loop.build_optimizer(net, recipe), machine, 0.5, 0.0), loop.Means(machine, steps)
+    update, means = Update(net, build_optimizer(net, recipe), machine, 0.5, 0.0), Means(machine, steps)
     model, rows = machine.ranks.parallel(net, 0, (192,)), machine.ranks.rows(each)
     for step in range(steps):
         batch = augmenter(step % augmenter.steps, rows)
@@ -172,7 +176,7 @@ def one_statistic(machine):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
     recipe = SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0.05)
-    update = loop.Update(net, loop.build_optimizer(net, recipe), machine, 1.0, 0.9)
+    update = Update(net, build_optimizer(net, recipe), machine, 1.0, 0.9)
     before = net[1].running_mean.clone(), torch.get_rng_state()
     model = machine.ranks.parallel(net, 0, (4,))
     assert torch.equal(net[1].running_mean, before[0]) and (machine.ranks.rank or torch.equal(torch.get_rng_state(), before[1]))
@@ -200,7 +204,7 @@ def test_running_statistics_are_averaged():
 def drift(machine):
     torch.manual_seed(0)
     net = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    update = loop.Update(net, loop.build_optimizer(net, SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0)), machine, 1.0, 0.0)
+    update = Update(net, build_optimizer(net, SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0)), machine, 1.0, 0.0)
     update.agree()
     with torch.no_grad():
         if machine.ranks.rank == 1:
@@ -218,7 +222,7 @@ def a_sick_loss_on_one(machine):
     """Its gradient is finite; yet no process may take a step that another one refuses."""
     weight = torch.nn.Linear(2, 1, bias=False)
     recipe = SimpleNamespace(opt="sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
-    update, means = loop.Update(weight, loop.build_optimizer(weight, recipe), machine, 0.0, 0.0), loop.Means(machine, 1)
+    update, means = Update(weight, build_optimizer(weight, recipe), machine, 0.0, 0.0), Means(machine, 1)
     model, before = machine.ranks.parallel(weight, 0, (2,)), weight.weight.detach().clone()
     loss = model(torch.ones(1, 2)).sum() + (0, float("inf"))[machine.ranks.rank]
     skipped = update(loss, 1.0)
@@ -247,6 +251,5 @@ def test_the_first_to_fail_is_the_one_that_speaks():
 
 
 def speak(machine):
-    from training import runlog
-    count = machine.ranks.sum(torch.tensor(float(runlog.first_to_fail())))
-    assert count == 1 and not runlog.first_to_fail()
+    count = machine.ranks.sum(torch.tensor(float(errors.first_to_fail())))
+    assert count == 1 and not errors.first_to_fail()

@@ -8,11 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training import loop
 from training.data import Split
-from training.runlog import Failure
+from training.errors import Failure
+from training.evaluation import EarlyStop, Evaluation, check_teacher, evaluate
+from training.machine import Machine, prepare_machine
+from training.means import SKIPS, Means
+from training.progress import Progress, clock
+from training.step import Update, accuracy, build_optimizer, learning_rate
 
-CPU = loop.Machine(torch.device("cpu"), "off")
+CPU = Machine(torch.device("cpu"), "off")
 RECIPE = {"lr": 1.0, "epochs": 10, "warmup_epochs": 2, "sched": "cosine", "milestones": [4, 8]}
 OPTIMIZERS = [{"opt": "adamw", "lr": 0.1, "weight_decay": 0.05, "momentum": 0.9}, {"opt": "sgd", "lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9}]
 
@@ -28,20 +32,20 @@ def batch(seed=0):
 
 
 def updater(model, recipe, *, precision="off", clip_grad=0.0, ema_decay=0.0):
-    return loop.Update(model, loop.build_optimizer(model, SimpleNamespace(**recipe)), loop.Machine(CPU.device, precision), clip_grad, ema_decay)
+    return Update(model, build_optimizer(model, SimpleNamespace(**recipe)), Machine(CPU.device, precision), clip_grad, ema_decay)
 
 
 def test_learning_rate_warms_up_linearly_and_falls_by_cosine_or_steps():
     args = SimpleNamespace(**RECIPE)
-    rates = [loop.learning_rate(step, args, 5) for step in range(50)]
+    rates = [learning_rate(step, args, 5) for step in range(50)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10] == 1.0 and rates[30] == pytest.approx(0.5) and rates[49] == pytest.approx(0.5 * (1 + math.cos(math.pi * 39 / 40)))
     args.sched = "multistep"
-    rates = [loop.learning_rate(step, args, 5) for step in range(50)]
+    rates = [learning_rate(step, args, 5) for step in range(50)]
     assert (rates[10], rates[19]) == (1.0, 1.0)
     assert rates[20] == rates[39] == pytest.approx(0.1) and rates[40] == rates[49] == pytest.approx(0.01)
     args.warmup_epochs = 0
-    assert loop.learning_rate(0, args, 5) == 1.0
+    assert learning_rate(0, args, 5) == 1.0
 
 
 @pytest.mark.parametrize("recipe", OPTIMIZERS, ids=["adamw", "sgd"])
@@ -169,7 +173,7 @@ def test_no_step_waits_for_the_gpu(recipe):
     from augment import BatchAugmenter
     from losses import dkd_loss
 
-    machine = loop.Machine(torch.device("cuda"), "fp16")
+    machine = Machine(torch.device("cuda"), "fp16")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).cuda()
     g = torch.Generator().manual_seed(0)
@@ -177,7 +181,7 @@ def test_no_step_waits_for_the_gpu(recipe):
     augmenter = BatchAugmenter(images, torch.randint(10, (256,), generator=g).cuda(), batch_size=64, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3,
                                dtype=machine.dtype)
     args = SimpleNamespace(**recipe)
-    update, means = loop.Update(model, loop.build_optimizer(model, args), machine, 1.0, 0.0), loop.Means(machine, augmenter.steps)
+    update, means = Update(model, build_optimizer(model, args), machine, 1.0, 0.0), Means(machine, augmenter.steps)
     for step in range(augmenter.steps):
         if step == 2:  # what is made once has been made
             torch.cuda.set_sync_debug_mode("error")
@@ -187,7 +191,7 @@ def test_no_step_waits_for_the_gpu(recipe):
                 logits = model(batch.images)
             loss, terms = dkd_loss(logits, logits.detach(), batch.targets)
             skipped = update(loss, 0.1)
-            means.add(64, skipped, loop.accuracy(logits, batch.targets.dominant), train_loss=loss, **terms)
+            means.add(64, skipped, accuracy(logits, batch.targets.dominant), train_loss=loss, **terms)
             means.read()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -207,7 +211,7 @@ def test_moving_average():
 
 
 def test_means_weigh_samples_and_name_the_first_sick_term():
-    means = loop.Means(CPU, 3 + loop.SKIPS)
+    means = Means(CPU, 3 + SKIPS)
     no, yes = torch.tensor([0.0, 1.0])
     sick = {"train_loss": torch.tensor(math.nan), "train_loss_ce": torch.tensor(1.0), "train_loss_kl": torch.tensor(math.inf)}
     healthy = {"train_loss": torch.tensor(3.0), "train_loss_ce": torch.tensor(2.0), "train_loss_kl": torch.tensor(1.0)}
@@ -222,7 +226,7 @@ def test_means_weigh_samples_and_name_the_first_sick_term():
     assert failure.value.code == 6
     means.clear()
     means.add(10, no, no, **healthy)
-    for _ in range(loop.SKIPS):
+    for _ in range(SKIPS):
         means.add(10, yes, no, **healthy)
     with pytest.raises(Failure, match="the gradient is not finite .more than 20 steps in a row"):
         means.add(10, yes, no, **healthy)
@@ -232,7 +236,7 @@ def test_evaluate_counts_every_image_once(monkeypatch):
     g = torch.Generator().manual_seed(0)
     split = Split(torch.randint(256, (53, 4, 4, 3), generator=g, dtype=torch.uint8), torch.randint(6, (53,), generator=g))
     model = net().train()
-    result = loop.evaluate(model, split, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), CPU, batch_size=10)
+    result = evaluate(model, split, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), CPU, batch_size=10)
     assert model.training, "evaluate changed the mode"
     images = (split.images.float() / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.3, 0.4])
     logits = model.eval()(images.permute(0, 3, 1, 2)).detach()
@@ -254,14 +258,14 @@ def test_evaluate_counts_every_image_once(monkeypatch):
 
 def test_early_stop_counts_epochs_without_a_better_one():
     def val(loss, acc1=50.0):
-        return loop.Evaluation(loss, acc1, 90.0, 0.1, torch.zeros(1))
+        return Evaluation(loss, acc1, 90.0, 0.1, torch.zeros(1))
 
-    stop = loop.EarlyStop("val_loss", patience=2)
+    stop = EarlyStop("val_loss", patience=2)
     assert [stop.update(epoch, val(loss)) for epoch, loss in enumerate([2.0, 1.0, 1.0], 1)] == [True, True, False]
     assert not stop.stop and stop.columns() == {"best_val_loss": 1.0, "best_epoch": 2, "bad_epochs": 1}
     stop.update(4, val(1.5))
     assert stop.stop and stop.best_epoch == 2
-    accuracy = loop.EarlyStop("val_acc1", patience=0)
+    accuracy = EarlyStop("val_acc1", patience=0)
     assert [accuracy.update(epoch, val(1.0, acc1)) for epoch, acc1 in enumerate([10, 30, 20], 1)] == [True, True, False]
     assert not accuracy.stop, "patience 0 never stops"
     with pytest.raises(Failure, match="val_loss is not finite in epoch 3"):
@@ -272,13 +276,13 @@ def test_a_teacher_that_is_not_what_its_checkpoint_says_is_refused():
     split = Split(torch.randint(256, (200, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 6)
     data = SimpleNamespace(classes=list("abcdef"), name="imagefolder", test=split, mean=(0.5,) * 3, std=(0.25,) * 3)
     teacher = net().eval()
-    accuracy = loop.evaluate(teacher, split, data.mean, data.std, CPU, 50).acc1
+    accuracy = evaluate(teacher, split, data.mean, data.std, CPU, 50).acc1
     teacher.info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": accuracy}
-    assert loop.check_teacher(teacher, data, CPU, 50).acc1 == accuracy
+    assert check_teacher(teacher, data, CPU, 50).acc1 == accuracy
     for change in ({"test_acc1": accuracy + 0.2}, {"classes": list("abcdeg")}, {"classes": list("abc")}):
         teacher.info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": accuracy} | change
         with pytest.raises(Failure) as failure:
-            loop.check_teacher(teacher, data, CPU, 50)
+            check_teacher(teacher, data, CPU, 50)
         assert failure.value.code == 2
 
 
@@ -287,17 +291,17 @@ def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
         def isatty(self):
             return True
 
-    means = loop.Means(CPU, 1)
+    means = Means(CPU, 1)
     means.add(8, torch.tensor(0.0), torch.tensor(0.5), train_loss=torch.tensor(1.5))
     for stream in (io.StringIO(), Terminal()):
-        progress = loop.Progress(3, 10, stream=stream)
+        progress = Progress(3, 10, stream=stream)
         progress.step(1, 4, 0.1, means)
         assert ("[5/10]" in stream.getvalue() and " loss 1.500" in stream.getvalue()) == stream.isatty()
-    assert loop.clock(3725.4) == "1:02:05"
+    assert clock(3725.4) == "1:02:05"
 
 
 def test_devices_that_are_not_there_are_refused():
     with pytest.raises(Failure, match="cuda:99") as failure:
-        loop.prepare_machine("cuda:99", None, 0)
+        prepare_machine("cuda:99", None, 0)
     assert failure.value.code == 2
-    assert loop.prepare_machine("cpu", None, 0).dtype == torch.float32 and loop.prepare_machine("cpu", "bf16", 0).dtype == torch.bfloat16
+    assert prepare_machine("cpu", None, 0).dtype == torch.float32 and prepare_machine("cpu", "bf16", 0).dtype == torch.bfloat16

@@ -1,13 +1,19 @@
 """losses/: each is its formula, in the right direction, and only the student learns.  The op behind them: test_softmax_kl.py."""
 import inspect
+from pkgutil import resolve_name
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import rows, soft_label, true_terms
 
-from losses import METHODS, Targets, dkd_loss, kd_loss, mixed_ce
-from training import options
+from losses import Targets, dist_loss, dkd_loss, kd_loss, mixed_ce
+from losses.methods import METHODS
+from losses.standardize import standardized
+
+
+def function_of(method):
+    return resolve_name(METHODS[method].function)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -15,8 +21,8 @@ def test_upstream_gradient_reaches_the_student_alone(method):
     z, v, targets = rows(8, 12)
     v.requires_grad_()
     one, two = z.clone().requires_grad_(), z.clone().requires_grad_()
-    METHODS[method](one, v, targets)[0].backward()
-    loss, terms = METHODS[method](two, v, targets)
+    function_of(method)(one, v, targets)[0].backward()
+    loss, terms = function_of(method)(two, v, targets)
     (0.3 * loss + 1.7 * loss.square()).backward()
     torch.testing.assert_close(two.grad, one.grad * (0.3 + 3.4 * loss.item()), rtol=1e-5, atol=1e-7)
     assert v.grad is None
@@ -72,16 +78,105 @@ def test_mixed_ce_is_cross_entropy_with_the_dense_soft_label():
         assert kd_loss(z, z, targets, alpha=0.0, label_smoothing=smoothing)[0].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
+def z_scored(x):
+    """In float64, by numpy's definition of the deviation."""
+    return torch.from_numpy((x.numpy() - x.numpy().mean(1, keepdims=True)) / (x.numpy().std(1, ddof=1, keepdims=True) + 1e-7))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+@pytest.mark.parametrize("method, flags, terms", [
+    (kd_loss, {}, (0, 1)), (kd_loss, {"kl": "reverse"}, (0, 1)), (dkd_loss, {"beta": 2.0}, (0, 2, 3)),
+    (dkd_loss, {"mixed_target": "dominant"}, (0, 2, 3)), (dkd_loss, {"mixed_target": "first"}, (0, 2, 3))])
+def test_standardised_logits_have_the_formula_of_z_scores_and_leave_the_labels_alone(method, flags, terms, classes):
+    """Loss, terms and gradient against float64, mixed labels and smoothing included."""
+    z, v, targets = rows(16, classes)
+    student = z.clone().requires_grad_()
+    loss, found = method(student, v, targets, standardize=True, label_smoothing=0.1, **flags)
+    loss.backward()
+    wanted = z.double().requires_grad_()
+    scores = (wanted - wanted.mean(1, keepdim=True)) / (wanted.std(1, keepdim=True) + 1e-7)
+    torch.testing.assert_close(scores.detach(), z_scored(z.double()), rtol=1e-9, atol=1e-9)
+    how = {"split": flags.get("mixed_target", "pair"), "reverse": "kl" in flags}
+    ce = true_terms(wanted, v.double(), targets, 4.0, smoothing=0.1)[0]
+    expected = [ce, *true_terms(scores, z_scored(v.double()), targets, 4.0, **how)[1:]]
+    weights = (0.3, 0.7) if method is kd_loss else (1.0, 1.0, flags.get("beta", 8.0))
+    total = sum(weight * expected[term] for weight, term in zip(weights, terms))
+    total.backward()
+    for value, term in zip(found.values(), terms):
+        assert value.item() == pytest.approx(expected[term].item(), rel=1e-5, abs=1e-6)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    # Two z-scores are always +-0.7: their gradient is 0, and what is left of it grows as the logits' deviation falls.
+    exact = 2e-5 if classes > 2 else 1e-4
+    assert (student.grad - wanted.grad).abs().max() <= exact * wanted.grad.abs().max().clamp(min=0.01)
+
+
+def test_standardised_logits_ignore_the_range_of_the_teacher_and_stay_finite():
+    z, v, targets = rows(16, 10)
+    near, far = (kd_loss(z, factor * v, targets, standardize=True)[0].item() for factor in (1.0, 50.0))
+    assert near == pytest.approx(far, rel=1e-5)
+    assert standardized(torch.full((3, 10), 7.0)).abs().max() == 0 and standardized(torch.tensor([[5.0]])).item() == 0
+    flat = torch.zeros(16, 10).requires_grad_()
+    kd_loss(flat, v, targets, standardize=True)[0].backward()
+    assert flat.grad.isfinite().all()
+
+
+def pearson(x, y):
+    """Pearson's correlation of two vectors by its definition, float64."""
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / ((x * x).sum().sqrt() * (y * y).sum().sqrt() + 1e-8)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("size", [(16, 10), (5, 100), (40, 2)])
+def test_dist_is_its_formula(size, temperature):
+    """Row by row and column by column in float64, with mixed labels, smoothing and the gradient."""
+    z, v, targets = rows(*size)
+    student, numbers = z.clone().requires_grad_(), {"beta": 2.0, "gamma": 3.0, "ce_weight": 0.5, "temperature": temperature}
+    loss, terms = dist_loss(student, v, targets, label_smoothing=0.1, **numbers)
+    loss.backward()
+    wanted = z.double().requires_grad_()
+    q, p = (wanted / temperature).softmax(1), (v.double() / temperature).softmax(1)
+    inter, intra = (temperature ** 2 * (1 - torch.stack([pearson(x, y) for x, y in zip(one, two)]).mean())
+                    for one, two in ((q, p), (q.T, p.T)))
+    ce = true_terms(wanted, v.double(), targets, 4.0, smoothing=0.1)[0]
+    total = 0.5 * ce + 2 * inter + 3 * intra
+    total.backward()
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(
+        {"ce": ce.item(), "inter": inter.item(), "intra": intra.item()}, rel=1e-5, abs=2e-6)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    assert (student.grad - wanted.grad).abs().max() <= 2e-5 * wanted.grad.abs().max().clamp(min=0.01)
+
+
+def test_dist_is_zero_for_the_teacher_itself_and_ignores_scale_and_shift_of_its_probabilities():
+    z, _, targets = rows(16, 10)
+    _, terms = dist_loss(z, z, targets)
+    assert abs(terms["inter"]) < 1e-5 and abs(terms["intra"]) < 1e-5
+    q = z.softmax(1)
+    _, terms = dist_loss(q.log(), (0.5 * q + 0.05).log(), targets)  # 0.5 q + 0.05 still sums to 1
+    assert abs(terms["inter"]) < 1e-5 and abs(terms["intra"]) < 1e-5
+    flat = torch.zeros(16, 10).requires_grad_()
+    loss, terms = dist_loss(flat, z, targets)
+    loss.backward()
+    assert terms["inter"] == terms["intra"] == 1 and flat.grad.isfinite().all(), "a constant row correlates with nothing"
+    for huge in (1e4 * z, 1e4 * z.half().float()):
+        leaf = huge.clone().requires_grad_()
+        dist_loss(leaf, z, targets)[0].backward()
+        assert leaf.grad.isfinite().all()
+    with pytest.raises(ValueError, match="alike"):
+        dist_loss(z, z[:, 1:], targets)
+
+
 def test_dominant_label():
     targets = Targets(torch.tensor([1, 1, 1]), torch.tensor([2, 2, 2]), torch.tensor([0.4, 0.5, 0.6]))
     assert targets.dominant.tolist() == [2, 1, 1]
 
 
 def test_flags_and_functions_have_the_same_defaults():
-    for name, function in METHODS.items():
-        numbers = {key: parameter.default for key, parameter in inspect.signature(function).parameters.items() if key in options.METHODS[name]}
-        assert numbers == options.METHODS[name]
-    assert set(METHODS) == set(options.METHODS)
+    for name, method in METHODS.items():
+        numbers = {key: number.default for key, number in method.numbers.items()}
+        signature = inspect.signature(function_of(name)).parameters
+        assert numbers == {key: parameter.default for key, parameter in signature.items() if key in numbers}
+        assert list(signature)[:3] == ["student_logits", "teacher_logits", "targets"] and set(numbers) | {"label_smoothing"} == set(list(signature)[3:])
 
 
 @pytest.mark.parametrize("call", [

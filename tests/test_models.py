@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from training import checkpoint, models
-from training.runlog import CHECKPOINT, DATA, USAGE, Failure
+from training import checkpoint, models, networks
+from training.errors import CHECKPOINT, DATA, USAGE, Failure
 
 # With 100 classes, counted on the networks of RepDistiller, the code behind the published tables.
 PUBLISHED = {
@@ -122,10 +122,10 @@ def test_shortcuts_start_where_published():
     """Wide ResNets: at the input, but after its activation where the width changes.  MobileNetV2: only at equal shape."""
     negative = -torch.rand(2, 4, 6, 6)
     for width, expected in ((4, negative), (8, torch.zeros(2, 8, 6, 6))):
-        block = models.PreActivationBlock(4, width, stride=1).eval()
+        block = networks.PreActivationBlock(4, width, stride=1).eval()
         torch.testing.assert_close(block(negative), expected, msg=f"wrong shortcut from 4 to {width} channels")
     for width, stride, kept in ((4, 1, negative), (4, 2, torch.zeros(2, 4, 3, 3)), (8, 1, torch.zeros(2, 8, 6, 6))):
-        block = models.InvertedResidual(4, width, stride, expansion=6).eval()
+        block = networks.InvertedResidual(4, width, stride, expansion=6).eval()
         nn.init.zeros_(block[-1][1].weight)
         torch.testing.assert_close(block(negative), kept, msg=f"wrong shortcut from 4 to {width} channels, stride {stride}")
 
@@ -369,7 +369,7 @@ def test_pretrained_does_not_hide_a_full_disk(hub, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", full)
-    with pytest.raises(OSError, match="No space left"):  # which runlog.run turns into exit code 8
+    with pytest.raises(OSError, match="No space left"):  # which errors.run turns into exit code 8
         models.initialise(models.build("squeezenet1_1", 10), "squeezenet1_1", pretrained=True)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from training import options
+from training import method, options
 
 
 def distill(*argv):
@@ -45,15 +45,15 @@ def test_presets_set_defaults_and_flags_win(experiment, expected):
 def test_a_preset_of_one_method_can_be_run_with_the_other():
     args = distill("--experiment", "v3", "--method", "kd")
     assert (args.method, args.beta, args.alpha, args.mixed_target) == ("kd", None, 0.7, None)
-    assert options.loss_numbers(args) == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward", "label_smoothing": 0.1}
+    assert method.numbers(args) == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward", "standardize": False, "label_smoothing": 0.1}
 
 
 def test_short_forms_and_names():
     assert distill("--no-autoaugment").policy == "none" and distill("--policy", "none", "--autoaugment").policy == "autoaugment"
     assert distill("--method", "dkd", "--beta", "2", "--temperature", "1.5").output == "runs/dkd-beta2-T1.5-s42"
-    assert options.ramped(distill("--method", "dkd", "--dkd-warmup", "20"), 5) == {"alpha": 0.25, "beta": 2.0}
-    assert options.ramped(distill("--method", "dkd", "--dkd-warmup", "20"), 40) == {"alpha": 1.0, "beta": 8.0}
-    assert options.ramped(distill("--method", "dkd"), 1) == {}
+    assert method.ramped(distill("--method", "dkd", "--dkd-warmup", "20"), 5) == {"alpha": 0.25, "beta": 2.0}
+    assert method.ramped(distill("--method", "dkd", "--dkd-warmup", "20"), 40) == {"alpha": 1.0, "beta": 8.0}
+    assert method.ramped(distill("--method", "dkd"), 1) == {}
 
 
 def test_policies_are_those_of_the_augmenter():
@@ -63,12 +63,12 @@ def test_policies_are_those_of_the_augmenter():
 
 
 def test_objective_is_printed_with_its_numbers():
-    assert options.objective(distill()) == "loss = 0.3 CE(label smoothing 0.1) + 0.7 * 4^2 KL(teacher || student; T = 4)"
-    assert options.objective(distill("--kl", "reverse", "--ce-weight", "1")) == (
+    assert method.objective(distill()) == "loss = 0.3 CE(label smoothing 0.1) + 0.7 * 4^2 KL(teacher || student; T = 4)"
+    assert method.objective(distill("--kl", "reverse", "--ce-weight", "1")) == (
         "loss = 1 CE(label smoothing 0.1) + 0.7 * 4^2 KL(student || teacher; T = 4)")
-    assert options.objective(distill("--experiment", "v3", "--dkd-warmup", "20", "--label-smoothing", "0")) == (
+    assert method.objective(distill("--experiment", "v3", "--dkd-warmup", "20", "--label-smoothing", "0")) == (
         "loss = 1 CE(label smoothing 0) + 4^2 (1 TCKD + 8 NCKD) * min(epoch / 20, 1); T = 4, targets of mixed images: pair")
-    assert options.objective(teacher()) == "loss = CE(label smoothing 0.1)"
+    assert method.objective(teacher()) == "loss = CE(label smoothing 0.1)"
 
 
 BAD = {  # flag: values that are out of range or of the wrong kind

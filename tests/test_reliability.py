@@ -21,7 +21,7 @@ import pytest
 import torch
 import torture
 
-from training import checkpoint
+from training import resume
 
 STEPS = 4  # of an epoch of these runs
 KINDS = ("teacher", "student")
@@ -334,7 +334,7 @@ def test_no_flipped_bit_and_no_truncation_of_a_checkpoint_passes_unseen(place):
 
 
 def test_checkpoints_hold_plain_data_only(place):
-    content = torture.tensors_of(checkpoint.read_run(place.undisturbed("student") / "last.pt"))
+    content = torture.tensors_of(resume.read_run(place.undisturbed("student") / "last.pt"))
     assert {type(value) for value in content.values()} <= {torch.Tensor, int, float, str, bool, type(None), dict, list}
     weights = [value for value in content.values() if isinstance(value, torch.Tensor)]
     assert weights and all(value.untyped_storage().nbytes() == value.nbytes for value in weights), "a view drags its whole storage along"
@@ -381,7 +381,7 @@ def test_one_poisoned_batch_is_skipped(place, kind, precision, spoil_step):
     run = torture.new_run(place)
     result = place.run(f"{torture.command(kind)} --amp {precision} --output {run}", partial(spoil_step, calls=[6]))
     assert result.code == 0, result.err
-    last, rows = checkpoint.read_run(run / "last.pt"), torture.log_of(run)
+    last, rows = resume.read_run(run / "last.pt"), torture.log_of(run)
     assert all(value.isfinite().all() for value in last["update"]["net"].values())
     assert int(rows[1]["skipped_steps"]) >= 1 and (precision == "fp16" or [row["skipped_steps"] for row in rows] == ["0", "1", "0"])
     assert all(float(row["train_loss"]) < 100 for row in rows)
@@ -393,7 +393,7 @@ def test_a_run_that_only_skips_stops_with_the_last_healthy_checkpoint(place, kin
     run = torture.new_run(place)
     line = f"{torture.command(kind)} --amp {precision} --output {run}"
     one_line(place.run(line, partial(torture.poison, term, range(7, 1000))), 6, named, "not finite", "--lr")
-    last = checkpoint.read_run(run / "last.pt")
+    last = resume.read_run(run / "last.pt")
     assert last["epoch"] >= 1 and all(value.isfinite().all() for value in last["update"]["net"].values())
     assert json.loads((run / "status.json").read_text())["exit_code"] == 6
     healthy = place.run(f"{line} --resume auto")
@@ -455,15 +455,15 @@ def hang():
 
 
 def drift():
-    from training import loop
-    agree = loop.Update.agree
+    from training import step
+    agree = step.Update.agree
 
     def call(self):
         with torch.no_grad():
             self.parameters[0].add_(1e-3)
         agree(self)
 
-    loop.Update.agree = call
+    step.Update.agree = call
 
 
 @pytest.mark.parametrize("flags, fault, code, words", [

@@ -8,33 +8,35 @@ import signal
 import socket
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from training import runlog
+from training import errors, files, rundir
 
-COLUMNS = """epoch lr train_loss train_loss_ce train_loss_kl train_loss_tckd train_loss_nckd train_acc1 val_loss val_acc1 val_acc5 val_ece
+COLUMNS = """epoch lr train_loss train_loss_ce train_loss_kl train_loss_tckd train_loss_nckd train_loss_inter train_loss_intra train_acc1 val_loss val_acc1 val_acc5 val_ece
 teacher_agree best_val_loss best_epoch bad_epochs grad_norm_mean grad_norm_max clip_frac amp_scale skipped_steps steps samples
 images_per_s epoch_s val_s total_s peak_mem_mb""".split()
 
 
 def row(epoch=1, **values):
     whole = {"epoch": epoch, "best_epoch": 1, "bad_epochs": 0, "skipped_steps": 0, "steps": 3, "samples": 192}
-    required = {name: 0.1 + 0.2 for name in COLUMNS if name not in ("train_loss_kl", "train_loss_tckd", "train_loss_nckd", "teacher_agree", "amp_scale", "peak_mem_mb")}
-    return runlog.EpochRow(**required | whole | values)
+    required = {name: 0.1 + 0.2 for name in COLUMNS if name not in ("teacher_agree", "amp_scale", "peak_mem_mb")
+                and (name == "train_loss_ce" or not name.startswith("train_loss_"))}
+    return rundir.EpochRow(**required | whole | values)
 
 
 @contextmanager
 def opened(path, **flags):
-    with runlog.RunDirectory(path, **{"overwrite": False} | flags) as run:
+    with rundir.RunDirectory(path, **{"overwrite": False} | flags) as run:
         run.open({"seed": 1})
         yield run
 
 
 def test_log_has_the_columns_in_order_and_floats_round_trip(tmp_path):
-    assert [field.name for field in fields(runlog.EpochRow)] == COLUMNS
+    assert [field.name for field in fields(rundir.EpochRow)] == COLUMNS
     with opened(tmp_path / "a" / "run") as run:
         run.rows = [row(epoch, train_loss_kl=1 / 3) for epoch in (1, 2)]
         text = run.table().decode()
@@ -49,30 +51,30 @@ def test_log_has_the_columns_in_order_and_floats_round_trip(tmp_path):
 
 def test_a_used_directory_is_refused_before_anything_is_written(tmp_path):
     with opened(tmp_path / "run") as run:
-        runlog.write_atomic(run / "log.csv", run.table())
-    with pytest.raises(runlog.Failure, match="not empty .*run.* --resume auto .* --overwrite") as failure:
-        with runlog.RunDirectory(tmp_path / "run", overwrite=False):
+        files.write_atomic(run / "log.csv", run.table())
+    with pytest.raises(errors.Failure, match="not empty .*run.* --resume auto .* --overwrite") as failure:
+        with rundir.RunDirectory(tmp_path / "run", overwrite=False):
             pass
-    assert failure.value.code == runlog.USAGE
+    assert failure.value.code == errors.USAGE
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with opened(tmp_path / "run", resume="auto"):
         assert (run / "log.csv").exists()
     with opened(tmp_path / "run", overwrite=True):
         assert not (run / "log.csv").exists() and (run / "notes.txt").exists(), "--overwrite removes what a run wrote, nothing else"
     (tmp_path / "file").write_text("")
-    with pytest.raises(runlog.Failure, match="not a directory"):
-        runlog.RunDirectory(tmp_path / "file", overwrite=True)
-    with runlog.RunDirectory(tmp_path / "new", overwrite=False):
-        with pytest.raises(runlog.Failure, match="in use") as failure, runlog.RunDirectory(tmp_path / "new", overwrite=True):
+    with pytest.raises(errors.Failure, match="not a directory"):
+        rundir.RunDirectory(tmp_path / "file", overwrite=True)
+    with rundir.RunDirectory(tmp_path / "new", overwrite=False):
+        with pytest.raises(errors.Failure, match="in use") as failure, rundir.RunDirectory(tmp_path / "new", overwrite=True):
             pass
-        assert failure.value.code == runlog.IN_USE
+        assert failure.value.code == errors.IN_USE
     assert not (tmp_path / "new").exists(), "a run that fails before its start leaves no directory behind"
 
 
 def test_status_says_how_a_run_ended(tmp_path):
-    with pytest.raises(runlog.Failure), opened(tmp_path / "run") as run:
+    with pytest.raises(errors.Failure), opened(tmp_path / "run") as run:
         run.rows.append(row())
-        raise runlog.Failure(runlog.DIVERGED, "loss is not finite (nan)", "lower --lr")
+        raise errors.Failure(errors.DIVERGED, "loss is not finite (nan)", "lower --lr")
     assert json.loads((run / "status.json").read_text()) == {"state": "failed", "reason": "loss is not finite (nan). lower --lr", "exit_code": 6, "epoch": 1}
     with opened(tmp_path / "done") as run:
         run.close({"verdict": "completed", "test_acc1_best": 50.0, "test_acc1_last": 49.0, "best_epoch": 3})
@@ -81,14 +83,14 @@ def test_status_says_how_a_run_ended(tmp_path):
 
 
 @pytest.mark.parametrize("failure, code, words", [
-    (runlog.Failure(4, "no data (x)", "get it"), 4, "no data (x). get it"),
-    (runlog.Failure(5, "two\nlines", "one"), 5, "two lines. one"),
+    (errors.Failure(4, "no data (x)", "get it"), 4, "no data (x). get it"),
+    (errors.Failure(5, "two\nlines", "one"), 5, "two lines. one"),
     (OSError(errno.ENOSPC, "No space left on device", "runs/x/last.pt"), 8, "runs/x/last.pt"),
-    (runlog.Unwritable(errno.ENOENT, "No such file or directory", "/proc/x"), 8, "/proc/x"),
+    (errors.Unwritable(errno.ENOENT, "No such file or directory", "/proc/x"), 8, "/proc/x"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nmore"), 7, "(--batch-size 64). try --batch-size 32, or a smaller --image-size"),
     (RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but"), 2, "--deterministic"),
-    (runlog.Stopped(signal.SIGINT), 130, "--resume auto"),
-    (runlog.Stopped(signal.SIGTERM), 143, "SIGTERM"),
+    (errors.Stopped(signal.SIGINT), 130, "--resume auto"),
+    (errors.Stopped(signal.SIGTERM), 143, "SIGTERM"),
 ])
 def test_expected_errors_are_one_line_and_a_code(failure, code, words, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # where there is a GPU, its memory is told, too
@@ -97,7 +99,7 @@ def test_expected_errors_are_one_line_and_a_code(failure, code, words, capsys, m
         raise failure
 
     with pytest.raises(SystemExit) as stop:
-        runlog.run(main, SimpleNamespace(debug=False, batch_size=64))
+        errors.run(main, SimpleNamespace(debug=False, batch_size=64))
     err = capsys.readouterr().err
     assert stop.value.code == code
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
@@ -106,7 +108,7 @@ def test_expected_errors_are_one_line_and_a_code(failure, code, words, capsys, m
 def test_the_memory_at_its_peak_is_told(monkeypatch):
     for name, answer in (("is_available", True), ("max_memory_allocated", 7.6 * 2**30), ("mem_get_info", (0, 7.9 * 2**30))):
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
-    _, line = runlog.expected(torch.OutOfMemoryError("CUDA out of memory."), 512)
+    _, line = errors.expected(torch.OutOfMemoryError("CUDA out of memory."), 512)
     assert line == "out of GPU memory (--batch-size 512, 7.6 of 7.9 GiB at the peak). try --batch-size 256, or a smaller --image-size"
 
 
@@ -115,59 +117,59 @@ def test_a_bug_keeps_its_traceback():
         raise KeyError("bug")
 
     with pytest.raises(KeyError):
-        runlog.run(main, SimpleNamespace(debug=False))
+        errors.run(main, SimpleNamespace(debug=False))
     with pytest.raises(FileNotFoundError):
-        runlog.run(lambda args: open("/no/such/file"), SimpleNamespace(debug=False))
+        errors.run(lambda args: open("/no/such/file"), SimpleNamespace(debug=False))
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_partial(tmp_path, monkeypatch):
-    runlog.write_atomic(tmp_path / "file", b"old")
+    files.write_atomic(tmp_path / "file", b"old")
 
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(runlog.os, "fsync", full)
-    with pytest.raises(runlog.Unwritable) as failure:
-        runlog.write_atomic(tmp_path / "file", b"new" * 10**6, previous=tmp_path / "before")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(errors.Unwritable) as failure:
+        files.write_atomic(tmp_path / "file", b"new" * 10**6, previous=tmp_path / "before")
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"old"
     failure.value.saved = 41
-    code, line = runlog.expected(failure.value)
+    code, line = errors.expected(failure.value)
     free = shutil.disk_usage(tmp_path).free / 1e6
     assert code == 8 and line.startswith(f"cannot write {tmp_path / 'file'} (No space left on device; needs 3.0 MB, ") and "epoch 41" in line
     assert abs(float(line.split(", ")[1].split()[0]) - free) < 0.1 * free
 
 
 def test_a_run_does_not_start_without_room_for_three_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr(runlog.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000))
-    with pytest.raises(runlog.Unwritable) as failure, runlog.RunDirectory(tmp_path / "run", overwrite=False) as run:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000))
+    with pytest.raises(errors.Unwritable) as failure, rundir.RunDirectory(tmp_path / "run", overwrite=False) as run:
         run.open({}, checkpoint_bytes=1_000_001)
-    assert runlog.expected(failure.value)[0] == 8 and "needs 3.0 MB, 3.0 MB free" in runlog.expected(failure.value)[1]
+    assert errors.expected(failure.value)[0] == 8 and "needs 3.0 MB, 3.0 MB free" in errors.expected(failure.value)[1]
     assert not (tmp_path / "run").exists()
-    with runlog.RunDirectory(tmp_path / "run", overwrite=False) as run:
+    with rundir.RunDirectory(tmp_path / "run", overwrite=False) as run:
         run.open({}, checkpoint_bytes=1_000_000)
     (tmp_path / "run" / "last.pt").write_bytes(bytes(1000))
-    with runlog.RunDirectory(tmp_path / "run", overwrite=False, resume="auto") as run:
+    with rundir.RunDirectory(tmp_path / "run", overwrite=False, resume="auto") as run:
         run.open({}, checkpoint_bytes=1_000_333)  # what is there already need not be free
 
 
 def test_the_previous_file_is_kept(tmp_path):
     for content in (b"one", b"two", b"three"):
-        runlog.write_atomic(tmp_path / "file", content, previous=tmp_path / "before")
+        files.write_atomic(tmp_path / "file", content, previous=tmp_path / "before")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"three", "before": b"two"}
     (tmp_path / "before").unlink()
     (tmp_path / "before").hardlink_to(tmp_path / "file")  # what a crash between the two replacements leaves
-    runlog.write_atomic(tmp_path / "file", b"four", previous=tmp_path / "before")
+    files.write_atomic(tmp_path / "file", b"four", previous=tmp_path / "before")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"four", "before": b"three"}
 
 
 def test_environment_is_enough_to_repeat_and_holds_nothing_private():
-    environment = runlog.environment()
+    environment = rundir.environment()
     assert environment["torch"] == torch.__version__ and {"git_commit", "gpu", "driver", "python"} <= set(environment)
     text = json.dumps(environment)
-    assert socket.gethostname() not in text and str(runlog.Path.home()) not in text and getpass.getuser() not in text
+    assert socket.gethostname() not in text and str(Path.home()) not in text and getpass.getuser() not in text
 
 
 @pytest.mark.parametrize("accuracies, early, expected", [
     ([10, 30, 50], False, "completed"), ([10, 50, 45], True, "early stop"), ([1, 1.2, 1.5], False, "collapsed"), ([10, 60, 20], True, "collapsed")])
 def test_verdict(accuracies, early, expected):
-    assert runlog.verdict([row(val_acc1=value) for value in accuracies], 100, early) == expected
+    assert rundir.verdict([row(val_acc1=value) for value in accuracies], 100, early) == expected

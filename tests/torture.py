@@ -26,7 +26,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +44,7 @@ COMMANDS = {  # between them: both optimizers, a moving average, an epoch that i
 }  # with losses so small that FP16 finds its scale within a step or two of the four in an epoch, on any processor
 CONTEXT = multiprocessing.get_context("forkserver")
 os.environ["PYTHONPATH"] = str(ROOT)  # where the server from which all runs are forked finds our modules
-CONTEXT.set_forkserver_preload(["torch.optim.swa_utils", "torch.utils.flop_counter", "matplotlib", "augment", "losses", "training.loop", "training.data"])
+CONTEXT.set_forkserver_preload(["torch.optim.swa_utils", "torch.utils.flop_counter", "matplotlib", "augment", "losses.kd", "losses.dkd", "training.run"])
 
 
 class Result(NamedTuple):
@@ -217,6 +219,7 @@ def fill_the_disk(largest: int) -> None:
 def poison(term: str, calls) -> None:
     """NaN into the loss of the given calls (from 0); term: "loss", or one of the named terms as well."""
     import losses
+    from losses.methods import METHODS
 
     def poisoned(function):
         def call(*args, **flags):
@@ -233,7 +236,9 @@ def poison(term: str, calls) -> None:
 
     count = [0]
     losses.mixed_ce = poisoned(losses.mixed_ce)
-    losses.METHODS = {name: poisoned(function) for name, function in losses.METHODS.items()}
+    for method in METHODS.values():
+        module, name = method.function.split(":")
+        setattr(import_module(module), name, poisoned(resolve_name(method.function)))
 
 
 def poison_images(calls) -> None:
@@ -349,17 +354,17 @@ def interruption(place: Workplace, kind: str, number: int, fraction: float) -> s
 
 def corrupted(good: bytes, path: Path, damage) -> str:
     """Read a damaged last.pt: refused in one line, or equal to the good one."""
-    from training import checkpoint
-    from training.runlog import Failure
+    from training import resume
+    from training.errors import Failure
     path.write_bytes(damage(good))
     try:
-        content = tensors_of(checkpoint.read_run(path))
+        content = tensors_of(resume.read_run(path))
     except Failure as failure:
         return "" if failure.code == 5 and str(path) in str(failure) and "\n" not in str(failure) else f"bad line: {failure}"
     except Exception as failure:
         return f"traceback: {failure!r}"
     path.write_bytes(good)
-    wanted = tensors_of(checkpoint.read_run(path))
+    wanted = tensors_of(resume.read_run(path))
     wrong = [key for key in content.keys() | wanted.keys() if key not in content or key not in wanted or not equal(content[key], wanted[key])]
     return f"other content without a word: {wrong[:3]}" if wrong else ""
 

@@ -4,21 +4,14 @@ The defaults are the recipe of the study that this project re-runs (experiment v
 a flag beside it wins.
 """
 import argparse
-import math
-import os
-import re
-import sys
+
+from losses.methods import METHODS
+from training import method
+from training.flag_types import Parser, count, device, nonempty, nonnegative, number, positive, probability, whole
 
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
 POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "randaugment", "trivialaugment")
 DEFAULT = "default: %(default)s"
-
-# The numbers of each method, equal to the defaults of its function in losses/ (tested).  A flag that is not listed for the
-# chosen method is refused rather than ignored.
-METHODS = {
-    "kd": {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward"},
-    "dkd": {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "ce_weight": 1.0, "mixed_target": "pair"},
-}
 EXPERIMENTS = {
     "v1": {"method": "kd", "policy": "none", "random_erasing": 0.0},
     "v2": {"method": "kd"},
@@ -26,50 +19,6 @@ EXPERIMENTS = {
     "v3.1": {"method": "dkd", "beta": 2.0},
     "v4": {"method": "kd", "teacher_checkpoint": "runs/teacher-strong/best.pt"},
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr, also where torchrun starts several processes, and exit code 2."""
-
-    def error(self, message):
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"error: {message}. see {self.prog} --help\n")
-        raise SystemExit(2)
-
-
-def number(kind, at_least=None, above=None, at_most=None, below=None):
-    """An argparse type: a finite `kind` (int or float) within the bounds."""
-    limits = ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
-    bounds = [f"{sign} {limit}" for sign, limit in limits if limit is not None]
-    wanted = f"must be {'an integer' if kind is int else 'a number'} {' and '.join(bounds)}".rstrip()
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{wanted} ({text})") from None
-        if not (math.isfinite(value) and (at_least is None or value >= at_least) and (above is None or value > above)
-                and (at_most is None or value <= at_most) and (below is None or value < below)):
-            raise argparse.ArgumentTypeError(f"{wanted} ({text})")
-        return value
-
-    return parse
-
-
-def nonempty(text):
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty ('')")
-    return text
-
-
-def device(text):
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N ({text})")
-    return text
-
-
-count, whole = number(int, above=0), number(int, at_least=0)
-positive, nonnegative, probability = number(float, above=0), number(float, at_least=0), number(float, at_least=0, at_most=1)
 
 
 def data_flags(parser) -> None:
@@ -176,39 +125,19 @@ def parse_distill(description, usage_lines, argv=None):
     add = parser.add_argument_group("distillation").add_argument
     add("--experiment", choices=EXPERIMENTS, help="a preset of the study: sets defaults, flags beside it win")
     add("--method", choices=METHODS, default="kd", help=DEFAULT)
-    add("--alpha", type=nonnegative, help="weight of KL (kd, default 0.7) or TCKD (dkd, default 1)")
-    add("--beta", type=nonnegative, help="weight of NCKD (dkd, default 8)")
-    add("--temperature", type=positive, help="default: 4")
-    add("--ce-weight", type=nonnegative, help="weight of the labels' cross-entropy; default: 1 - alpha (kd), 1 (dkd)")
-    add("--kl", choices=("forward", "reverse"), help="kd: KL(teacher || student), or the reverse; default: forward")
-    add("--mixed-target", choices=("pair", "dominant", "first"), help="dkd: the target of a mixed image; default: pair")
-    add("--dkd-warmup", type=whole, default=0, metavar="EPOCHS",
-        help="dkd: ramp its two terms up over so many epochs; " + DEFAULT)
     add("--teacher-checkpoint", type=nonempty, default="runs/teacher/best.pt", metavar="PATH", help=DEFAULT)
     add("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help=DEFAULT)
     add("--student-init", type=nonempty, default="none", metavar="{none,imagenet,PATH}", help=DEFAULT)
+    method.add_flags(parser)
     data_flags(parser)
     augmentation_flags(parser)
     optimisation_flags(parser)
     machine_flags(parser, output="runs/<experiment, or method and its numbers>-s<seed>")
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-
-    numbers = METHODS[args.method]
-    given = {name for method in METHODS.values() for name in method if getattr(args, name) is not None}
-    for name in sorted(given - set(numbers) - (set(preset) if args.method != preset.get("method") else set())):
-        parser.error(f"--{name.replace('_', '-')} does not belong to --method {args.method} ({getattr(args, name)})")
-    if args.dkd_warmup and args.method != "dkd":
-        parser.error(f"--dkd-warmup does not belong to --method {args.method} ({args.dkd_warmup})")
-    for name in {name for method in METHODS.values() for name in method}:
-        if name not in numbers:
-            setattr(args, name, None)
-        elif getattr(args, name) is None:
-            setattr(args, name, numbers[name])
-    if args.method == "kd" and args.ce_weight is None and args.alpha > 1:
-        parser.error(f"argument --alpha: must be <= 1 unless --ce-weight is given ({args.alpha:g})")
+    method.fill_in(parser, args, of_preset=set(preset) if args.method != preset.get("method") else set())
     check_schedule(parser, args)
-    args.output = args.output or f"runs/{args.experiment or run_name(args)}-s{args.seed}"
+    args.output = args.output or f"runs/{args.experiment or method.run_name(args)}-s{args.seed}"
     return args
 
 
@@ -236,12 +165,6 @@ def check_schedule(parser, args) -> None:
         parser.error(f"--milestones must increase ({' '.join(map(str, args.milestones))})")
 
 
-def run_name(args) -> str:
-    """The method with the numbers that tell its runs apart: kd-alpha0.7-T4, dkd-beta8-T4."""
-    weight = {"kd": "alpha", "dkd": "beta"}[args.method]
-    return f"{args.method}-{weight}{getattr(args, weight):g}-T{args.temperature:g}"
-
-
 def data(args) -> dict:
     """The arguments of training.data.load that flags decide."""
     return {"name": args.dataset, "data_dir": args.data_dir, "val_size": args.val_size, "seed": args.seed,
@@ -252,31 +175,3 @@ def augmentation(args) -> dict:
     """The keyword arguments of augment.BatchAugmenter that flags alone decide."""
     names = ("seed", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")
     return {name: getattr(args, name) for name in names}
-
-
-def loss_numbers(args) -> dict:
-    """The keyword arguments of the method's function in losses/."""
-    return {name: getattr(args, name) for name in METHODS[args.method]} | {"label_smoothing": args.label_smoothing}
-
-
-def ramped(args, epoch: int) -> dict:
-    """The numbers of the method that change with the epoch (from 1): DKD's two weights under --dkd-warmup."""
-    if not args.dkd_warmup:
-        return {}
-    factor = min(epoch / args.dkd_warmup, 1)
-    return {"alpha": factor * args.alpha, "beta": factor * args.beta}
-
-
-def objective(args) -> str:
-    """What is minimised, as a formula with its numbers; one for both scripts."""
-    ce = f"CE(label smoothing {args.label_smoothing:g})"
-    if "method" not in args:
-        return f"loss = {ce}"
-    temperature = f"{args.temperature:g}"
-    if args.method == "kd":
-        weight = 1 - args.alpha if args.ce_weight is None else args.ce_weight
-        divergence = "teacher || student" if args.kl == "forward" else "student || teacher"
-        return f"loss = {weight:.4g} {ce} + {args.alpha:g} * {temperature}^2 KL({divergence}; T = {temperature})"
-    ramp = f" * min(epoch / {args.dkd_warmup}, 1)" if args.dkd_warmup else ""
-    return (f"loss = {args.ce_weight:g} {ce} + {temperature}^2 ({args.alpha:g} TCKD + {args.beta:g} NCKD){ramp}"
-            f"; T = {temperature}, targets of mixed images: {args.mixed_target}")

@@ -1,0 +1,136 @@
+"""How a script ends: exit codes, errors in one line, signals.
+
+Every expected error is one line on stderr, `error: what (path or value). what to do`, and one of the exit codes below;
+anything else is a bug and keeps its traceback.  Imports nothing of ours and no torch.
+"""
+import errno
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+DONE, BUG, USAGE, IN_USE, DATA, CHECKPOINT, DIVERGED, OUT_OF_MEMORY, DISK = range(9)
+CALMER = "lower --lr or the weights of the loss, or use --amp bf16"  # the remedy where numbers are no longer finite
+STOPPED = 128  # plus the signal's number: 130 is SIGINT, 143 SIGTERM
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+
+
+class Failure(Exception):
+    """An error that the user can mend: exit `code`, `what` went wrong and with which file or value, and the `remedy`."""
+
+    def __init__(self, code: int, what: str, remedy: str):
+        super().__init__(f"{what}. {remedy}")
+        self.code = code
+
+
+class Unwritable(OSError):
+    """A file or directory of ours that cannot be written, for whatever reason the system gives.
+
+    `needed` and `free` are bytes, `saved` the epoch of the last good checkpoint; 0 where there is none.
+    """
+    needed = free = saved = 0
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM asked the process to end."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def expected(failure: BaseException, batch_size: int | None = None) -> tuple[int, str] | None:
+    """The exit code and the line of an error that is not a bug; None for one that is."""
+    if isinstance(failure, Stopped):
+        return STOPPED + failure.number, f"stopped ({failure}). the same command with --resume auto continues"
+    if isinstance(failure, Failure):
+        return failure.code, str(failure)
+    if isinstance(failure, Unwritable) or isinstance(failure, OSError) and failure.errno in DISK_ERRORS:
+        room, remedy = "", "free space, or choose another --output"
+        if getattr(failure, "needed", 0):
+            room = f"; needs {failure.needed / 1e6:.1f} MB, {failure.free / 1e6:.1f} MB free"
+        if getattr(failure, "saved", 0):
+            remedy = f"free space and continue with --resume auto: the last good checkpoint is of epoch {failure.saved}"
+        return DISK, f"cannot write {failure.filename or 'a file'} ({failure.strerror}{room}). {remedy}"
+    if type(failure).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+        from torch import cuda
+        used = f"--batch-size {batch_size}"
+        if cuda.is_available():
+            peak, total = cuda.max_memory_allocated() / 2**30, cuda.mem_get_info()[1] / 2**30
+            used += f", {peak:.1f} of {total:.1f} GiB at the peak"
+        remedy = f"try --batch-size {max(2, (batch_size or 0) // 2)}, or a smaller --image-size"
+        return OUT_OF_MEMORY, f"out of GPU memory ({used}). {remedy}"
+    if type(failure).__name__.startswith("Dist") or isinstance(failure, RuntimeError) and "gloo/transport" in str(failure):
+        reason = str(failure).partition(". ")[0].rpartition("] ")[2]
+        return BUG, f"another process of this run does not answer ({reason}). the same command with --resume auto continues"
+    if isinstance(failure, RuntimeError) and "does not have a deterministic implementation" in str(failure):
+        return USAGE, f"an operation without a deterministic form here ({str(failure).split()[0]}). leave out --deterministic"
+    return None
+
+
+def run(main, args) -> None:
+    """Run `main(args)` and exit by the rules above; `--debug` shows the traceback of an expected error too.
+
+    Of several processes on one run only the first to fail says why: the others fail because of it, or as it did.
+    """
+    attempt = ended_by_the_rules
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's report shows the traceback of a bug
+        from torch.distributed.elastic.multiprocessing.errors import record
+        attempt = record(attempt)
+    attempt(main, args)
+
+
+def ended_by_the_rules(main, args) -> None:
+    with stopping_on_signals() as stopped:
+        try:
+            main(args)
+        except BaseException as failure:
+            # Whatever the interrupted code made of the exception, the signal is what ended the run.
+            outcome, first = expected(stopped[0] if stopped else failure, vars(args).get("batch_size")), first_to_fail()
+            if first and (outcome is None or args.debug):
+                raise
+            code, line = outcome or (BUG, "")
+            if first:
+                print(f"error: {' '.join(line.split())}", file=sys.stderr)
+            raise SystemExit(code) from None
+
+
+def first_to_fail() -> bool:
+    """Whether no other process of this run has asked this before; alone, always."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    from torch.distributed import TCPStore
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"fusekd/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # the store has ended with the process that kept it
+        return True
+
+
+@contextmanager
+def stopping_on_signals():
+    """SIGINT and SIGTERM raise Stopped wherever the main thread is, a second signal ends the process at once.
+
+    That drops the epoch in flight; the epochs before it are in last.pt or being written by another thread, which is waited
+    for.  Under torchrun a handler would only delay its own shutdown.  Yields the list of what was raised.
+    """
+    stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def stop(number, frame):
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        stopped.append(Stopped(number))
+        raise stopped[0]
+
+    if "RANK" in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    else:
+        for number in numbers:
+            signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

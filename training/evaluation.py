@@ -1,0 +1,116 @@
+"""Evaluation: of a split, of a teacher before it teaches, of the finished student on the test set; and early stopping by it."""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from training import models
+from training.errors import CALMER, DIVERGED, USAGE, Failure
+from training.machine import Machine
+
+ECE_BINS = 15
+TEACHER_TOLERANCE = 0.1  # percentage points: more than rounding in another precision, less than another normalisation
+
+
+class Evaluation(NamedTuple):
+    """Cross-entropy in nats, accuracies in percent, expected calibration error as a fraction, int64 (N,) predictions."""
+    loss: float
+    acc1: float
+    acc5: float
+    ece: float
+    predictions: torch.Tensor
+
+    def columns(self) -> dict:
+        return {"val_loss": self.loss, "val_acc1": self.acc1, "val_acc5": self.acc5, "val_ece": self.ece}
+
+    def agreement(self, other: "Evaluation") -> float:
+        """The share of images on which both predict the same class."""
+        return (self.predictions == other.predictions).double().mean().item()
+
+
+@torch.no_grad()
+def evaluate(net, split, mean, std, machine: Machine, batch_size: int) -> Evaluation:
+    """One pass over a split in eval mode, every image once, by one of the processes; the network's mode is restored.
+
+    batch_size: that of training, so that what could be trained can be evaluated.
+
+    Calibration error in 15 equal bins of confidence (Guo et al. 2017, arXiv 1706.04599).
+    """
+    training, mine = net.training, machine.ranks.share(len(split.labels))
+    mean, std = (torch.tensor(numbers, dtype=torch.float32, device=machine.device) for numbers in (mean, std))
+    net.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=machine.device)
+    gaps = torch.zeros(ECE_BINS, dtype=torch.float64, device=machine.device)
+    predictions = torch.zeros_like(split.labels)
+    for first in mine[::batch_size]:
+        rows = slice(first, min(first + batch_size, mine.stop))
+        labels = split.labels[rows]
+        with machine.autocast():
+            logits = net(models.normalise(split.images[rows], mean, std))
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == labels[:, None]
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        sums[:3] += torch.stack([losses.double().sum(), hits[:, 0].double().sum(), hits.double().sum()])
+        sums[3] += len(labels)
+        confidence = logits.softmax(1).amax(1)
+        bins = (confidence.nan_to_num() * ECE_BINS).long().clamp(max=ECE_BINS - 1)  # NaN, as an index, would be a crash
+        gaps.scatter_add_(0, bins, confidence.double() - hits[:, 0].double())
+        predictions[rows] = best[:, 0]
+    net.train(training)
+    for part in (sums, gaps, predictions):
+        machine.ranks.sum(part)
+    loss, top1, top5, count = sums.tolist()
+    assert count == len(split.labels), f"{count:.0f} of {len(split.labels)} images were evaluated"
+    return Evaluation(loss / count, 100 * top1 / count, 100 * top5 / count, gaps.abs().sum().item() / count, predictions)
+
+
+class EarlyStop:
+    """Keeps the best epoch by `monitor` and says when `patience` epochs have passed without a better one."""
+
+    def __init__(self, monitor: str, patience: int):
+        self.monitor, self.patience = monitor, patience
+        self.best_value, self.best_loss, self.best_epoch, self.bad_epochs = -math.inf, math.inf, 0, 0
+
+    def update(self, epoch: int, evaluation: Evaluation) -> bool:
+        """Count an epoch; True where it is the best so far."""
+        value = -evaluation.loss if self.monitor == "val_loss" else evaluation.acc1
+        if not math.isfinite(evaluation.loss):
+            raise Failure(DIVERGED, f"val_loss is not finite in epoch {epoch} ({evaluation.loss})", CALMER)
+        self.best_loss = min(self.best_loss, evaluation.loss)
+        if value > self.best_value:
+            self.best_value, self.best_epoch, self.bad_epochs = value, epoch, 0
+            return True
+        self.bad_epochs += 1
+        return False
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in ("best_value", "best_loss", "best_epoch", "bad_epochs")}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+    @property
+    def stop(self) -> bool:
+        return 0 < self.patience <= self.bad_epochs
+
+    def columns(self) -> dict:
+        return {"best_val_loss": self.best_loss, "best_epoch": self.best_epoch, "bad_epochs": self.bad_epochs}
+
+
+def check_teacher(teacher, data, machine: Machine, batch_size: int) -> Evaluation:
+    """The teacher on the test set; refuses one that knows other classes, or is not as accurate as its checkpoint says."""
+    info = teacher.info
+    if list(info["classes"]) != list(data.classes):
+        both = f"{len(info['classes'])} of {info['dataset']}, {len(data.classes)} of {data.name}"
+        raise Failure(USAGE, f"the teacher knows other classes than the data ({both})",
+                      "choose the --dataset that it was trained on, or another --teacher-checkpoint")
+    evaluation = evaluate(teacher, data.test, data.mean, data.std, machine, batch_size)
+    if info["test_acc1"] is None:
+        print("the teacher's run never finished, so its checkpoint states no accuracy to check against")
+    elif abs(evaluation.acc1 - info["test_acc1"]) > TEACHER_TOLERANCE:
+        both = f"{evaluation.acc1:.2f} %, its checkpoint says {info['test_acc1']:.2f} % of {info['dataset']}"
+        raise Failure(USAGE, f"the teacher's test accuracy is not what it was ({both})",
+                      "check that --dataset and --data-dir are those that it was trained on")
+    return evaluation

@@ -1,0 +1,56 @@
+"""Files that are replaced in one step: a reader, or a crash, sees the old one or the new one."""
+import json
+import os
+import shutil
+from pathlib import Path
+
+from training.errors import Unwritable
+
+
+def write_atomic(path, content, previous=None) -> None:
+    """Replace `path` by `content` in one step: a reader, or a crash, sees the old file or the new one, never half of it.
+
+    content: bytes, or what writes to the open file that it is called with, and has a length, then or after a failure.
+    previous: a name under which the old file is kept.
+    """
+    path = Path(path)
+    partial, link = (Path(f"{name}.tmp") for name in (path, previous or path))
+    make_directory(path.parent)
+    try:
+        with open(partial, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+            os.replace(link, previous)
+            link.unlink(missing_ok=True)  # where both were one file already, replacing leaves both names
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or a power failure could undo the replacement
+        finally:
+            os.close(folder)
+    except OSError as failure:
+        for leftover in (partial, link):  # they would keep the space that is missing
+            leftover.unlink(missing_ok=True)
+        raise unwritable(path, failure, len(content)) from failure
+
+
+def unwritable(path: Path, failure: OSError, needed: int) -> Unwritable:
+    """The failure to write `needed` bytes to `path`, with the room that there is."""
+    named = Unwritable(failure.errno, failure.strerror, str(path))
+    named.needed, named.free = needed, shutil.disk_usage(path.parent).free
+    return named
+
+
+def make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise Unwritable(failure.errno, failure.strerror, str(path)) from failure
+
+
+def write_json(path, content: dict) -> None:
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,0 +1,50 @@
+"""What a flag may be: argparse types that say what they want, and a parser that says what is wrong in one line."""
+import argparse
+import math
+import os
+import re
+import sys
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on stderr, also where torchrun starts several processes, and exit code 2."""
+
+    def error(self, message):
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"error: {message}. see {self.prog} --help\n")
+        raise SystemExit(2)
+
+
+def number(kind, at_least=None, above=None, at_most=None, below=None):
+    """An argparse type: a finite `kind` (int or float) within the bounds."""
+    limits = ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
+    bounds = [f"{sign} {limit}" for sign, limit in limits if limit is not None]
+    wanted = f"must be {'an integer' if kind is int else 'a number'} {' and '.join(bounds)}".rstrip()
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{wanted} ({text})") from None
+        if not (math.isfinite(value) and (at_least is None or value >= at_least) and (above is None or value > above)
+                and (at_most is None or value <= at_most) and (below is None or value < below)):
+            raise argparse.ArgumentTypeError(f"{wanted} ({text})")
+        return value
+
+    return parse
+
+
+def nonempty(text):
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty ('')")
+    return text
+
+
+def device(text):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N ({text})")
+    return text
+
+
+count, whole = number(int, above=0), number(int, at_least=0)
+positive, nonnegative, probability = number(float, above=0), number(float, at_least=0), number(float, at_least=0, at_most=1)

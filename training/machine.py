@@ -1,0 +1,87 @@
+"""Where a run happens: device, precision, kernels, processes."""
+import os
+from typing import NamedTuple
+
+import torch
+
+import kernels
+from training.distributed import Ranks
+from training.errors import USAGE, Failure
+
+AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
+
+
+class Machine(NamedTuple):
+    """Where the run happens, in what precision, with which kernels ("triton" or "reference"), and by which processes."""
+    device: torch.device
+    precision: str
+    kernels: str = "reference"
+    ranks: Ranks = Ranks()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return AMP[self.precision]
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def scaler(self):
+        """fp16 gradients need scaling; the other types have fp32's range."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def describe(self) -> dict:
+        return {"device": str(self.device), "amp": self.precision, "kernels": self.kernels, "processes": self.ranks.size}
+
+    def peak_memory_mb(self):
+        return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if self.device.type == "cuda" else None
+
+
+def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str = "auto",
+                    deterministic: bool = False) -> Machine:
+    """Seed the weights' initialisation and choose device, precision and kernels; the data have generators of their own.
+
+    Under torchrun each process has a GPU of its own, or all share the CPU.
+    deterministic: the same bits every time on one machine and one set of versions, at some cost on a GPU.
+    """
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # one more launch for each new tensor
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    ranks = Ranks.of_environment()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.size > 1 and device != "cpu":
+        if device != "cuda":
+            raise Failure(USAGE, f"every process needs a GPU of its own (--device {device})", "leave out --device")
+        device = f"cuda:{ranks.local}"
+    device = torch.device(device)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            fewer = ", or fewer processes per machine" if ranks.size > 1 else ""
+            raise Failure(USAGE, f"no such GPU here (--device {device})", f"use --device cpu{fewer}, or check the driver")
+        device = torch.device("cuda", device.index or 0)  # CUDA takes no device without a number
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.allow_tf32 = amp != "off"  # which would keep 10 of fp32's 23 bits in every convolution
+    kernels.choose(kernels_choice)
+    fused = kernels.use_triton(torch.empty(0, device=device))
+    if kernels_choice == "triton" and not fused:
+        raise Failure(USAGE, f"Triton needs a GPU (--kernels triton, --device {device})",
+                      "use --kernels auto, or set TRITON_INTERPRET=1 to run it in Python")
+    return Machine(device, amp or ("fp16" if device.type == "cuda" else "off"), "triton" if fused else "reference", ranks)
+
+
+def global_batch_size(each: int, data, machine: Machine) -> int:
+    """Images per step, where every process takes `each` of them; says so where there are several."""
+    processes, images = machine.ranks.size, len(data.train.labels)
+    together = each * processes
+    if together > images:
+        share = f"{processes} times {each}" if processes > 1 else each
+        raise Failure(USAGE, f"--batch-size is larger than the training set ({share} of {images} images)", "choose a smaller one")
+    if processes > 1:
+        if each % 2:
+            raise Failure(USAGE, f"an odd --batch-size parts pairs of images to mix ({each} in each of {processes} processes)",
+                          "choose an even one")
+        print(f"{processes} processes with --batch-size {each}: {together} images a step")
+    return together

@@ -1,0 +1,148 @@
+"""The networks that are not torchvision's: functions of the number of classes, by name in NETWORKS."""
+from collections import OrderedDict
+from functools import partial
+
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
+from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
+from torchvision.ops import Conv2dNormActivation
+
+
+def _classifier(features, channels: int, num_classes: int) -> nn.Sequential:
+    """A chain of modules, global average pooling and one linear head, initialised as the published networks are."""
+    net = nn.Sequential(OrderedDict(
+        features=nn.Sequential(*features), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+        head=nn.Linear(channels, num_classes),
+    ))
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return net
+
+
+def _small_head(net: nn.Sequential) -> nn.Sequential:
+    nn.init.normal_(net.head.weight, std=0.01)
+    nn.init.zeros_(net.head.bias)
+    return net
+
+
+def resnet(num_classes: int, *, depth: int, widths) -> nn.Module:
+    """ResNet for 32x32 images (He et al. 2016, arXiv 1512.03385 §4.2): stem and three stages of `widths`; `depth` = 6n + 2."""
+    channels, *stages = widths
+    features = [Conv2dNormActivation(3, channels)]
+    for stage, width in enumerate(stages):
+        for block in range((depth - 2) // 6):
+            stride = 2 if stage > 0 and block == 0 else 1
+            shortcut = None
+            if stride != 1 or channels != width:
+                shortcut = nn.Sequential(conv1x1(channels, width, stride), nn.BatchNorm2d(width))
+            features.append(BasicBlock(channels, width, stride, shortcut))
+            channels = width
+    return _classifier(features, channels, num_classes)
+
+
+class PreActivationBlock(nn.Module):
+    """Normalise, activate, convolve, twice; a shortcut that changes the width starts after the first activation."""
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(channels), conv3x3(channels, width, stride)
+        self.norm2, self.conv2 = nn.BatchNorm2d(width), conv3x3(width, width)
+        self.shortcut = conv1x1(channels, width, stride) if channels != width else None
+
+    def forward(self, features):
+        active = F.relu(self.norm1(features))
+        residual = self.conv2(F.relu(self.norm2(self.conv1(active))))
+        return residual + (features if self.shortcut is None else self.shortcut(active))
+
+
+def wide_resnet(num_classes: int, *, depth: int, widen: int) -> nn.Module:
+    """Wide ResNet for 32x32 images (Zagoruyko and Komodakis 2016, arXiv 1605.07146) without dropout; `depth` = 6n + 4."""
+    channels = 16
+    features = [conv3x3(3, channels)]
+    for stage, width in enumerate((16 * widen, 32 * widen, 64 * widen)):
+        for block in range((depth - 4) // 6):
+            features.append(PreActivationBlock(channels, width, 2 if stage > 0 and block == 0 else 1))
+            channels = width
+    net = _classifier([*features, nn.BatchNorm2d(channels), nn.ReLU()], channels, num_classes)
+    nn.init.zeros_(net.head.bias)
+    return net
+
+
+class LargeImagePool(nn.MaxPool2d):
+    """The VGGs' fourth pooling: 64-pixel images need it, 32-pixel ones reach it with 4x4 positions left and keep them."""
+
+    def forward(self, features):
+        return super().forward(features) if features.shape[-1] >= 8 else features
+
+
+def vgg(num_classes: int, *, convolutions: int) -> nn.Module:
+    """VGG for 32x32 images (Simonyan and Zisserman 2015, arXiv 1409.1556): five equal stages, batch norm, one linear layer."""
+    channels, features = 3, []
+    for width, pool in ((64, nn.MaxPool2d), (128, nn.MaxPool2d), (256, nn.MaxPool2d), (512, LargeImagePool), (512, None)):
+        for _ in range(convolutions):
+            features.append(Conv2dNormActivation(channels, width, bias=True))
+            channels = width
+        if pool:
+            features.append(pool(2))
+    return _small_head(_classifier(features, channels, num_classes))
+
+
+class InvertedResidual(nn.Sequential):
+    """Expand, filter each channel, project; unlike torchvision's it expands by a convolution even where the factor is one."""
+
+    def __init__(self, channels: int, width: int, stride: int, expansion: int):
+        hidden = channels * expansion
+        super().__init__(
+            Conv2dNormActivation(channels, hidden, 1),
+            Conv2dNormActivation(hidden, hidden, 3, stride, groups=hidden),
+            Conv2dNormActivation(hidden, width, 1, activation_layer=None),
+        )
+        self.skip = stride == 1 and channels == width
+
+    def forward(self, features):
+        return features + super().forward(features) if self.skip else super().forward(features)
+
+
+def half_mobilenet_v2(num_classes: int) -> nn.Module:
+    """MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381) of half width, with one stride fewer than for ImageNet, and ReLUs."""
+    channels = 16
+    features = [Conv2dNormActivation(3, channels, stride=2)]
+    for expansion, width, blocks, first_stride in (
+        (1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1),
+    ):
+        for block in range(blocks):
+            features.append(InvertedResidual(channels, width, first_stride if block == 0 else 1, expansion))
+            channels = width
+    return _small_head(_classifier([*features, Conv2dNormActivation(channels, 1280, 1)], 1280, num_classes))
+
+
+def small_efficientnet_v2(num_classes: int, *, stem: int, stages, last: int) -> nn.Module:
+    """torchvision's EfficientNetV2 with few stages of (block, expansion, stride, width, layers), all 3x3, and no dropout."""
+    channels, settings = stem, []
+    for block, expansion, stride, width, layers in stages:
+        settings.append(block(expansion, 3, stride, channels, width, layers))
+        channels = width
+    return EfficientNet(settings, dropout=0.0, stochastic_depth_prob=0.0, num_classes=num_classes, last_channel=last,
+                        norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
+
+
+NETWORKS = {
+    **{f"resnet{depth}": partial(resnet, depth=depth, widths=(16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": partial(resnet, depth=depth, widths=(32, 64, 128, 256)) for depth in (8, 32)},
+    "wrn_16_2": partial(wide_resnet, depth=16, widen=2),
+    "wrn_40_1": partial(wide_resnet, depth=40, widen=1),
+    "wrn_40_2": partial(wide_resnet, depth=40, widen=2),
+    "vgg8": partial(vgg, convolutions=1),
+    "vgg13": partial(vgg, convolutions=2),
+    "mobilenet_v2": half_mobilenet_v2,
+    "v2_pico": partial(small_efficientnet_v2, stem=8, last=128, stages=(
+        (FusedMBConvConfig, 1, 1, 8, 1), (FusedMBConvConfig, 2, 2, 16, 1),
+        (FusedMBConvConfig, 2, 2, 24, 1), (MBConvConfig, 2, 1, 32, 1))),
+    "v2_tiny": partial(small_efficientnet_v2, stem=16, last=320, stages=(
+        (FusedMBConvConfig, 1, 1, 16, 1), (FusedMBConvConfig, 4, 2, 32, 1),
+        (FusedMBConvConfig, 4, 2, 48, 2), (MBConvConfig, 4, 1, 80, 2))),
+}

@@ -1,0 +1,44 @@
+"""What a terminal shows of a run: a line per epoch, and one inside the epoch."""
+import sys
+import time
+
+from losses.methods import TERMS
+from training.means import Means
+
+CLEAR = "\r\033[K"  # back to the start of the terminal's line, and empty it
+
+
+class Progress:
+    """One line per epoch; on a terminal also a live line inside the epoch, twice a second."""
+
+    def __init__(self, epochs: int, steps_per_epoch: int, first: int = 1, stream=None):
+        self.epochs, self.steps, self.first, self.stream = epochs, steps_per_epoch, first, stream or sys.stdout
+        self.live, self.started, self.shown = self.stream.isatty(), time.perf_counter(), 0.0
+
+    def step(self, epoch: int, step: int, lr: float, means: Means) -> None:
+        now = time.perf_counter()
+        if not self.live or now - self.shown < 0.5:
+            return
+        self.shown = now
+        done = (epoch - self.first) * self.steps + step + 1  # since this process began
+        eta = (now - self.started) / done * ((self.epochs - self.first + 1) * self.steps - done)
+        losses = " ".join(f"{name.removeprefix('train_')} {value:.3f}" for name, value in means.read().items())
+        rate = sum(means.samples) * done / (step + 1) / (now - self.started)
+        self.stream.write(f"{CLEAR}epoch {epoch}/{self.epochs} [{step + 1}/{self.steps}] eta {clock(eta)} "
+                          f"lr {lr:.2g} {losses} {rate:.0f} images/s")
+        self.stream.flush()
+
+    def epoch(self, row, best: bool) -> None:
+        terms = {name: getattr(row, f"train_loss_{name}") for name in TERMS}
+        terms = " ".join(f"{name} {value:.3f}" for name, value in terms.items() if value is not None)
+        left = (time.perf_counter() - self.started) / (row.epoch - self.first + 1) * (self.epochs - row.epoch)
+        self.stream.write(
+            f"{CLEAR * self.live}epoch {row.epoch}/{self.epochs}  lr {row.lr:.2g}  loss {row.train_loss:.3f} ({terms})  "
+            f"train {row.train_acc1:.2f} %  val {row.val_acc1:.2f} % loss {row.val_loss:.3f}{' *' if best else '  '}  "
+            f"{row.images_per_s:.0f} images/s  eta {clock(left)}\n")
+        self.stream.flush()
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

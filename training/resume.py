@@ -1,0 +1,144 @@
+"""How a run goes on: what --resume finds, whether it may be continued, and all that decides its next epoch.
+
+A run keeps all that it needs to go on in last.pt, replaced after every epoch, and the one before it in prev.pt.  Whatever
+is lost in a crash is the epoch in flight and the one being written; both are computed again, to the same bits on a CPU.
+"""
+import sys
+from dataclasses import asdict
+
+import torch
+
+from training import checkpoint
+from training.checkpoint import on_cpu
+from training.errors import CHECKPOINT, USAGE, Failure
+from training.files import write_atomic
+from training.rundir import EpochRow
+
+FREE = {"output", "epochs", "patience", "device", "resume", "overwrite", "debug", "dry_run"}  # what a resumed run may change
+NO_FLAGS = {"script", "teacher_sha256", "processes"}
+
+
+def read_run(path) -> dict:
+    """The content of a last.pt or prev.pt."""
+    content = checkpoint.read(path)
+    if content.get("kind") != "run":
+        raise Failure(CHECKPOINT, f"not the state of a run ({path}: its kind is {content.get('kind')})", "name a run's last.pt")
+    return content
+
+
+def find(run, config: dict) -> dict | None:
+    """What `--resume` asks to continue, None to start; prints which.
+
+    run: the entered RunDirectory.  A damaged last.pt gives way to prev.pt, with a warning; a run is never silently started
+    again.  Failure CHECKPOINT: nothing readable.  Failure USAGE: flags that make another experiment than the run's.
+    """
+    if run.last is None:
+        return None
+    if not run.last.exists() and not run.required:
+        left = [name for name in ("prev.pt", "log.csv", "summary.json") if (run / name).exists()]
+        if not left:
+            print(f"nothing to continue in {run.path}: a new run starts")
+            return None
+    last, previous = run.last, run.last.with_name("prev.pt")
+    try:
+        saved = read_run(last)
+    except Failure as damage:
+        if last.name != "last.pt":
+            raise
+        try:
+            saved = read_run(previous)
+        except Failure:
+            raise damage from None
+        print(f"warning: {damage}; continuing with {previous}", file=sys.stderr)
+        last = previous
+    compare(run, saved["config"], config)
+    return saved | {"path": last, "has_summary": (run / "summary.json").exists()}
+
+
+def is_finished(run, saved: dict | None, epochs: int, stop) -> bool:
+    """Whether a run has nothing left to do, not even its test; says so.  stop: its EarlyStop, with the patience of now."""
+    if saved is None or not saved["has_summary"]:
+        return False
+    stop.load_state_dict(saved["stop"])
+    if saved["epoch"] < epochs and not stop.stop:
+        return False
+    print(f"already finished ({run.path}): {saved['epoch']} epochs{', early stop' * stop.stop}, the best is {stop.best_epoch}")
+    return True
+
+
+def compare(run, old: dict, new: dict) -> None:
+    """Refuse flags that differ from those of the run; shows both in a table."""
+    old = {key: value for key, value in new.items() if not value} | old  # a flag that is newer than the run was off
+    changed = sorted(key for key in old.keys() | new.keys() if key not in FREE and old.get(key) != new.get(key))
+    if new["epochs"] < old["epochs"]:
+        changed.append("epochs")
+    if not changed:
+        return
+    rows = [("flag", "its run", "now")]
+    rows += [(key if key in NO_FLAGS else f"--{key.replace('_', '-')}", str(old.get(key)), str(new.get(key))) for key in changed]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print(*("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows), sep="\n")
+    both = ", ".join(f"{name} {before} -> {now}" for name, before, now in rows[1:])
+    raise Failure(USAGE, f"these flags make another experiment than the run to continue ({run.last.parent}: {both})",
+                  "give it the flags that it had, or start another run in another --output")
+
+
+class State:
+    """All that decides how a run goes on: saved after every epoch, restored from what `find` found.
+
+    update, stop: have state_dict() and load_state_dict() of plain types.  config: what must be the same when it is resumed.
+    ranks: training.distributed's; all processes restore and save together, the first one writes.
+    """
+
+    def __init__(self, run, writer: checkpoint.Writer, config: dict, *, update, stop, ranks):
+        self.run, self.writer, self.config, self.update, self.stop, self.ranks = run, writer, config, update, stop, ranks
+        self.previous = run / "prev.pt"
+
+    def restore(self, saved: dict | None) -> int:
+        """Go back to the end of the epoch that was saved -> the epoch to run next."""
+        if saved is None:
+            return 1
+        print(f"continuing after epoch {saved['epoch']} ({saved['path']})")
+        before, now = saved["config"]["epochs"], self.config["epochs"]
+        if now > before and self.config["sched"] == "cosine":
+            print(f"warning: --epochs grows from {before} to {now}: the epochs so far followed the shorter cosine, so the "
+                  "result is not that of a run planned so long", file=sys.stderr)
+        self.update.load_state_dict(saved["update"])
+        self.stop.load_state_dict(saved["stop"])
+        torch.set_rng_state(saved["rng"]["cpu"][self.ranks.rank])
+        if "cuda" in saved["rng"] and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(saved["rng"]["cuda"][self.ranks.rank])
+        self.run.restore([EpochRow(**row) for row in saved["rows"]])
+        if not self.ranks.first:
+            return saved["epoch"] + 1
+        if saved["path"].resolve() == self.previous.resolve():
+            self.previous = None  # last.pt is damaged: it must not take the place of the good one
+        if saved["best"]:  # last.pt is written before best.pt, and holds the same weights
+            checkpoint.write(self.run / "best.pt", **saved["best"], state_dict=on_cpu(self.update.evaluated.state_dict()))
+        elif not self.run.continues:
+            checkpoint.write(self.run / "best.pt", **checkpoint.read(saved["path"].with_name("best.pt")))
+        return saved["epoch"] + 1
+
+    def save(self, row: EpochRow, card: dict | None) -> None:
+        """End an epoch: last.pt, then best.pt where `card` says what is in it (None: not the best epoch), then log.csv."""
+        self.run.rows.append(row)
+        generators = {"cpu": self.ranks.gather(torch.get_rng_state())}
+        if torch.cuda.is_initialized():
+            generators["cuda"] = self.ranks.gather(torch.cuda.get_rng_state())
+        if not self.ranks.first:
+            return
+        best = card and {"kind": "weights", **card, "epoch": row.epoch, "val_acc1": row.val_acc1, "test_acc1": None}
+        content = on_cpu({
+            "kind": "run", "epoch": row.epoch, "config": self.config, "best": best, "rng": generators,
+            "rows": list(map(asdict, self.run.rows)), "update": self.update.state_dict(), "stop": self.stop.state_dict()})
+        weights = on_cpu(self.update.evaluated.state_dict()) if best else None
+        table, previous, self.previous = self.run.table(), self.previous, self.run / "prev.pt"
+
+        def job():
+            checkpoint.write(self.run / "last.pt", previous=previous, **content)
+            self.run.saved = row.epoch
+            if best:
+                checkpoint.write(self.run / "best.pt", **best, state_dict=weights)
+            write_atomic(self.run / "log.csv", table)
+
+        self.writer(job)

@@ -1,0 +1,127 @@
+"""What stands around the loops of both scripts: the run directory and its lock, resuming, the log, the summary."""
+import time
+from contextlib import ExitStack
+
+from training import data as datasets
+from training import models, options, resume
+from training.checkpoint import Writer
+from training.evaluation import EarlyStop, Evaluation, evaluate
+from training.machine import Machine, global_batch_size
+from training.means import Means
+from training.progress import Progress
+from training.rundir import EpochRow, RunDirectory, verdict
+from training.step import accuracy
+
+
+class Run:
+    """One run of a script, from the lock on its directory to its summary; the script calls it, and keeps the loop.
+
+    `with Run(args, config, machine) as run:` locks --output and finds what --resume continues; where `run.finished`, nothing is
+    left to do.  After `start`, `epochs` counts the epochs; in each the script calls `log_step` after every step, `end_training`,
+    and `end_epoch` with its evaluation; and after the last epoch `close`.
+    args: of training.options.  config: what must be the same when the run is resumed.
+    """
+
+    def __init__(self, args, config: dict, machine: Machine):
+        self.args, self.config, self.machine, self.ranks = args, config, machine, machine.ranks
+        self.directory = RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=self.ranks.first)
+        self.stop = EarlyStop(args.monitor, args.patience)
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            stack.enter_context(self.ranks)
+            stack.enter_context(self.directory)
+            self.writer = stack.enter_context(Writer())
+            self.saved = self.ranks.decide(lambda: resume.find(self.directory, self.config))
+            self.finished = resume.is_finished(self.directory, self.saved, self.args.epochs, self.stop)
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *failure):
+        return self.stack.__exit__(*failure)
+
+    def load_data(self) -> datasets.Dataset:
+        with self.ranks.in_turn():
+            self.data = datasets.load(**options.data(self.args), device=self.machine.device)
+        self.batch_size = global_batch_size(self.args.batch_size, self.data, self.machine)
+        return self.data
+
+    def new_network(self, name: str, *, pretrained: bool, init: str | None):
+        """The network to train, on the device; `net.info` is what best.pt will say of it.  A run to resume fills its weights."""
+        data, image_size = self.data, self.args.image_size or self.data.image_size
+        with self.ranks.in_turn():
+            net = models.build(name, len(data.classes), image_size)
+            if not self.saved:
+                models.initialise(net, name, pretrained=pretrained, init=init)
+        net.info = {"model": name, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
+                    "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed}
+        return net.to(self.machine.device)
+
+    def parallel(self, net):
+        """`net` as the loop is to call it, so that all processes have one gradient."""
+        return self.ranks.parallel(net, self.args.seed, (3, net.info["image_size"], net.info["image_size"]))
+
+    def start(self, update, steps: int, **facts) -> None:
+        """Write the first files, or restore what was saved.  steps: of an epoch.  facts: what config.json holds besides."""
+        self.update = update
+        self.directory.open(self.config | facts | {"image_size": update.net.info["image_size"]}, update.checkpoint_bytes)
+        self.state = resume.State(self.directory, self.writer, self.config, update=update, stop=self.stop, ranks=self.ranks)
+        self.first = self.state.restore(self.saved)
+        self.means, self.progress = Means(self.machine, steps), Progress(self.args.epochs, steps, self.first)
+
+    def epochs(self):
+        """The numbers of the epochs to train, from 1 or where the run was left, up to the last or the early stop."""
+        for self.epoch in range(self.first, self.args.epochs + 1):
+            if self.stop.stop:
+                return
+            self.begun = time.perf_counter()
+            yield self.epoch
+
+    def log_step(self, step: int, lr: float, skipped, logits, targets, loss, **terms) -> None:
+        """Add a step to the means of the epoch, without waiting for the device."""
+        self.means.add(self.batch_size, skipped, accuracy(logits, targets.dominant), train_loss=loss,
+                       **{f"train_loss_{name}": term for name, term in terms.items()})
+        self.progress.step(self.epoch, step, lr, self.means)
+        self.lr = lr
+
+    def end_training(self) -> None:
+        """Read the epoch's means: its one wait for the device.  All processes agree on the running statistics."""
+        self.samples = self.batch_size * self.means.steps
+        self.columns = self.means.epoch_columns(self.epoch) | self.update.epoch_columns()
+        self.update.agree()
+        self.trained = time.perf_counter()
+
+    def evaluate(self, net, split) -> Evaluation:
+        return evaluate(net, split, self.data.mean, self.data.std, self.machine, self.args.batch_size)
+
+    def end_epoch(self, val: Evaluation, **more) -> None:
+        """Count the epoch, save it, and say it.  more: columns of log.csv that only this script has."""
+        best, evaluated, took = self.stop.update(self.epoch, val), time.perf_counter(), self.trained - self.begun
+        row = EpochRow(
+            epoch=self.epoch, lr=self.lr, **self.columns, **val.columns(), **self.stop.columns(), **more, samples=self.samples,
+            images_per_s=self.samples / took, epoch_s=took, val_s=evaluated - self.trained,
+            total_s=self.directory.elapsed(), peak_mem_mb=self.machine.peak_memory_mb())
+        self.state.save(row, self.update.net.info if best else None)
+        self.progress.epoch(row, best)
+
+    def close(self, note: str, teacher=None, teacher_acc1: float | None = None) -> None:
+        """Read the test set, once, with the last weights and with best.pt, which is told its accuracy; and write the summary."""
+        self.writer.wait()
+        self.ranks.wait()  # for the one that writes best.pt
+        path, net, rows = self.directory / "best.pt", self.update.net, self.directory.rows
+        best = models.load(path, self.machine.device)
+        last, chosen = (self.evaluate(each, self.data.test).acc1 for each in (self.update.evaluated, best))
+        if self.ranks.first:
+            models.save(path, best, **best.info | {"test_acc1": chosen})
+        stopped, params = len(rows) < self.args.epochs, models.parameters(net)
+        of_teacher = dict.fromkeys(("teacher_test_acc1", "teacher_params", "retention", "compression"))
+        if teacher:
+            size = models.parameters(teacher)
+            of_teacher = {"teacher_test_acc1": teacher_acc1, "teacher_params": size, "retention": 100 * chosen / teacher_acc1,
+                          "compression": size / params}
+        self.directory.close({
+            "test_acc1_last": last, "test_acc1_best": chosen, "best_epoch": self.stop.best_epoch, "epochs": len(rows),
+            "stopped_early": stopped, "selected_on": self.data.selected_on,
+            "params": params, "flops": models.flops(net, net.info["image_size"]), **of_teacher,
+            "verdict": verdict(rows, len(self.data.classes), stopped), "note": note,
+        })

@@ -1,0 +1,182 @@
+"""One optimizer step: learning rate, optimizer, and `Update`, which scales, clips, steps and averages.
+
+Nothing here waits for the device inside a step: counts stay on it and are read once per epoch.
+"""
+import math
+
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from training.errors import BUG, CALMER, DIVERGED, Failure
+from training.machine import Machine
+
+SMALLEST_SCALE = 2.0**-14  # a loss that overflows FP16 at this scale is broken, not large
+ALIGNMENT = 16  # elements
+
+
+def build_optimizer(net, args) -> torch.optim.Optimizer:
+    """AdamW or SGD over all parameters, in the fused form that leaves a skipped FP16 step to the device."""
+    if args.opt == "adamw":
+        return torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+    if args.momentum:
+        # Fused SGD allocates its momentum uninitialised; were the first step skipped (usual in FP16), the second would use it.
+        for parameter in net.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def learning_rate(step: int, args, steps_per_epoch: int) -> float:
+    """The rate of global step `step` (from 0): linear warmup from 0, then cosine to 0 or x0.1 at every milestone epoch."""
+    warmup = args.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    if args.sched == "multistep":
+        return args.lr * 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in args.milestones)
+    progress = (step - warmup) / (args.epochs * steps_per_epoch - warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Update:
+    """`skipped = update(loss, lr)` is one optimizer step: scale, backward, unscale, clip, step, average; and its gradient norm.
+
+    A step whose loss or gradient is not finite, in whatever precision, leaves weights, momentum and running statistics as they
+    were; it counts as skipped and enters neither the gradient norms nor the clipped share.  `skipped` is a 0-dim fp32 tensor, 1
+    or 0: the device decides, nothing waits for it.  Of several processes all skip a step or none: they see one mean gradient.
+    """
+
+    def __init__(self, net, optimizer, machine: Machine, clip_grad: float, ema_decay: float):
+        self.net, self.optimizer, self.scaler, self.ranks = net, optimizer, machine.scaler(), machine.ranks
+        self.clip_grad = clip_grad or math.inf
+        self.parameters = list(net.parameters())
+        self.buffers = FlatBuffers(net)
+        if ema_decay:
+            self.average = AveragedModel(net)
+            self.average_buffers = FlatBuffers(self.average.module)
+            self.averages = [*self.average.module.parameters(), *self.average_buffers.floats]
+        else:
+            self.average = None
+        self.ema_decay = ema_decay
+        self.zero, self.one = torch.arange(2.0, device=self.parameters[0].device)
+        self.norms = []  # of this epoch's steps, on the device
+        self.remember_buffers()
+
+    @property
+    def evaluated(self):
+        """The network whose weights count: the moving average where there is one."""
+        return self.average.module if self.average else self.net
+
+    def __call__(self, loss, lr: float):
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        seed = torch.addcmul(self.one, loss.detach(), self.zero)  # NaN for a sick loss: then no process has a finite gradient
+        loss.backward(self.scaler.scale(seed))
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+        kept = norm < math.inf
+        skipped = torch.logical_not(kept, out=torch.empty((), device=norm.device))
+        self.optimizer.found_inf = skipped  # fused optimizers read it on the device; the scaler has its own for its scale
+        self.optimizer.step()
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.where(kept, self.buffers.words, self.before, out=self.before)
+        self.buffers.words.copy_(self.before)
+        if self.average:
+            self.update_average()
+        self.norms.append(norm)
+        return skipped
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Weights and running statistics of the average by one call; the first step is its start, and counters are copied."""
+        share = 1 - self.ema_decay if self.average.n_averaged else 1.0
+        torch._foreach_lerp_(self.averages, [*self.parameters, *self.buffers.floats], share)
+        for count, now in zip(self.average_buffers.others, self.buffers.others):
+            count.copy_(now)
+        self.average.n_averaged += 1  # which is on the host
+
+    def remember_buffers(self) -> None:
+        self.before = self.buffers.words.clone()
+
+    def agree(self) -> None:
+        """Of several processes, between training and evaluation: each takes the mean of all running statistics.
+
+        Failure BUG: the weights are no longer the same everywhere, which only a fault of hardware or software can do.
+        """
+        if self.ranks.size == 1:
+            return
+        bits = torch.stack([parameter.detach().view(torch.int32).sum() for parameter in self.parameters])
+        if not self.ranks.agree(bits):
+            raise Failure(BUG, f"ranks diverged: their weights are not the same ({self.ranks.size} processes)",
+                          "go back to the last checkpoint with --resume auto; if it happens again, suspect a GPU")
+        for buffers in (*self.buffers.floats, *(self.average_buffers.floats if self.average else ())):
+            buffers.copy_(self.ranks.mean(buffers.double()))  # in float64 the mean of equal numbers is that number
+        self.remember_buffers()
+
+    def epoch_columns(self) -> dict:
+        """The epoch's columns of log.csv, read from the device once; starts the next epoch's counts."""
+        norms = torch.stack(self.norms).tolist()
+        good = [norm for norm in norms if math.isfinite(norm)]
+        columns = {
+            "grad_norm_mean": sum(good) / len(good) if good else math.nan, "grad_norm_max": max(good, default=0.0),
+            "clip_frac": sum(norm > self.clip_grad for norm in good) / len(good) if good else math.nan,
+            "amp_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
+            "skipped_steps": len(norms) - len(good), "steps": len(norms),
+        }
+        if self.scaler.is_enabled() and columns["amp_scale"] < SMALLEST_SCALE:
+            raise Failure(DIVERGED, f"the gradient overflows FP16 at any loss scale (now {columns['amp_scale']:.3g})", CALMER)
+        self.norms.clear()
+        return columns
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What a state_dict holds after a step: each weight, its moments in the optimizer, and its average."""
+        group = self.optimizer.param_groups[0]
+        moments = 2 if "betas" in group else bool(group["momentum"])
+        return (1 + moments + bool(self.average)) * sum(parameter.nbytes for parameter in self.parameters)
+
+    def state_dict(self) -> dict:
+        """Weights, moving average, optimizer and loss scale, at the end of an epoch."""
+        return {"net": self.net.state_dict(), "average": self.average.state_dict() if self.average else None,
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.net.load_state_dict(state["net"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.remember_buffers()
+
+
+class FlatBuffers:
+    """Moves the buffers of `net` (running statistics, counters) into one tensor, so that one kernel restores or averages all.
+
+    words: that tensor, int32.  floats, others: its parts of floating-point and of other numbers, one per dtype.
+    """
+
+    def __init__(self, net):
+        grouped, parts, end = {}, [], 0
+        for buffer in net.buffers():
+            grouped.setdefault(buffer.dtype, []).append(buffer)
+        for dtype, buffers in grouped.items():
+            starts = [0]
+            for buffer in buffers:  # aligned for vector loads
+                starts.append(starts[-1] + -(-buffer.numel() // ALIGNMENT) * ALIGNMENT)
+            begin, end = end, end + starts[-1] * dtype.itemsize // 4
+            parts.append((dtype, buffers, starts, begin, end))
+        self.words = torch.zeros(end, dtype=torch.int32, device=next(net.parameters()).device)
+        self.floats, self.others = [], []
+        for dtype, buffers, starts, begin, end in parts:
+            part = self.words[begin:end].view(dtype)
+            (self.floats if dtype.is_floating_point else self.others).append(part)
+            for buffer, start in zip(buffers, starts):
+                view = part[start:start + buffer.numel()].view(buffer.shape)
+                view.copy_(buffer)
+                buffer.data = view
+
+
+def accuracy(logits, labels):
+    """0-dim fp32 tensor: the share of rows whose largest logit is their label's."""
+    best = logits.argmax(1)
+    return torch.eq(best, labels, out=torch.empty(best.shape, device=best.device)).mean()  # compared and converted by one launch
