@@ -5,8 +5,9 @@
     python plots/make_figures.py --runs runs/v2-* runs/v3-*   one study out of several
 
 A run is a directory with config.json and log.csv; one without summary.json is unfinished and appears in curves only.  Runs that
-differ in nothing but the seed become one line: mean and sample standard deviation.  To add a figure, write a function
-`(study, names) -> Figure` and name it in FIGURES.  Imports nothing of ours, so that it also works on copied run directories.
+differ in nothing but the seed become one line: mean and sample standard deviation.  Runs of other methods join the figures of
+all students where data, networks and teacher are the study's.  To add a figure, write a function `(study, names) -> Figure` and
+name it in FIGURES.  Imports nothing of ours, so that it also works on copied run directories.
 """
 import argparse
 import csv
@@ -55,6 +56,10 @@ TEACHERS = {
     "teacher-strong": Series("#000000", "dashdot", "", "stronger teacher"),
 }
 SERIES = TEACHERS | ALONE | EXPERIMENTS
+STUDENTS = (*EXPERIMENTS, *ALONE)
+OTHERS = (  # of students outside the study, in the order of their names, again from the start where there are more
+    Series("#56B4E9", (0, (3, 1, 1, 1)), "<"), Series("#8C6D1F", (0, (1, 2)), ">"), Series("#7F3C8D", (0, (6, 2)), "p"),
+)
 
 DATASETS = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "imagefolder": "image folder", "synthetic": "synthetic images"}
 POLICIES = {
@@ -107,20 +112,27 @@ class Run:
     summary: dict | None
 
     @property
-    def group(self) -> str | None:
-        """The name in SERIES under which the run is drawn; None for a run outside the study."""
-        name = self.config.get("experiment") or re.sub(r"-s\d+$", "", self.path.resolve().name)
-        return name if name in (EXPERIMENTS if self.config["script"] == "distill" else TEACHERS | ALONE) else None
+    def distilled(self) -> bool:
+        return self.config["script"] == "distill"
+
+    @property
+    def group(self) -> str:
+        """The name under which the run is drawn: its experiment's, else its directory's without the seed."""
+        return self.config.get("experiment") or re.sub(r"-s\d+$", "", self.path.resolve().name)
+
+    @property
+    def in_study(self) -> bool:
+        return self.group in (EXPERIMENTS if self.distilled else TEACHERS | ALONE)
 
     @property
     def network(self) -> str:
         """The network that was trained."""
-        return self.config["student" if self.group in EXPERIMENTS else "model"]
+        return self.config["student" if self.distilled else "model"]
 
     @property
     def teacher(self) -> str:
         """The network that taught; of a teacher's own run, itself."""
-        return self.config["teacher" if self.group in EXPERIMENTS else "model"]
+        return self.config["teacher" if self.distilled else "model"]
 
     @property
     def on_test(self) -> bool:
@@ -181,8 +193,10 @@ def read_run(directory: Path) -> Run:
     require(path, config, script=str, dataset=str, epochs=int, seed=int)
     distilled = config["script"] == "distill"
     if distilled:
-        require(path, config, teacher=str, student=str, method=str, alpha=float, temperature=float)
-        require(path, config, **{"beta": float} if config["method"] == "dkd" else {})
+        require(path, config, teacher=str, student=str, method=str)
+        for key in ("method_in_tables", "method_in_figures"):  # a run from before they were recorded has its method's name
+            config.setdefault(key, config["method"].upper())
+        require(path, config, method_in_tables=str, method_in_figures=str)
     else:
         require(path, config, model=str)
     epochs, val_acc1 = read_log(log)
@@ -209,20 +223,33 @@ def run_directories(top: Path) -> list[Path]:
 
 
 def read_study(directories) -> tuple[dict[str, list[Run]], list[Run]]:
-    """The runs at or below `directories`: those of the study by group, in the order of SERIES and of seeds, and all others."""
+    """The runs at or below `directories`: by group, in the order of SERIES, then of names, and of seeds; and those left out."""
     found = {path.resolve(): path for top in directories for path in run_directories(top)}
     runs = [read_run(path) for path in sorted(found.values())]
-    study = {name: sorted((run for run in runs if run.group == name), key=lambda run: run.config["seed"]) for name in SERIES}
-    study = {name: members for name, members in study.items() if members}
+    known = [run for run in runs if run.in_study]
+    joining = [run for run in runs if not run.in_study and joins(run, known)]
+    groups = {name: [] for name in (*SERIES, *sorted({run.group for run in joining}))}
+    for run in sorted(known + joining, key=lambda run: run.config["seed"]):
+        groups[run.group].append(run)
+    study = {name: members for name, members in groups.items() if members}
     refuse_mixtures(study)
-    return study, [run for run in runs if run.group is None]
+    return study, [run for run in runs if run not in known and run not in joining]
 
 
-# The seeds of one experiment may differ in where and how fast they ran, not in what was computed.
-SAME_IN_A_GROUP = (
-    "dataset", "model", "teacher", "student", "epochs", "method", "alpha", "beta", "temperature", "image_size", "val_size",
-    "batch_size", "lr", "policy", "random_erasing", "mixup", "cutmix",
-)
+def joins(run, known) -> bool:
+    """Whether a run outside the study is a student of a teacher of the study, comparable with its students."""
+    students = [other for other in known if other.distilled or other.group in ALONE]
+    teachers = {other.teacher for other in known if other.group not in ALONE}
+    return (run.distilled and run.teacher in teachers and run.config["dataset"] == known[0].config["dataset"]
+            and all(run.network == other.network and run.config.get("image_size") == other.config.get("image_size")
+                    and run.on_test == other.on_test for other in students))
+
+
+# The seeds of one experiment may differ in these, which say where and how a run was done, not what was computed.
+MAY_DIFFER = {
+    "seed", "output", "device", "kernels", "amp", "processes", "deterministic", "experiment", "teacher_checkpoint",
+    "teacher_sha256", "init", "student_init", "data_dir", "resume", "overwrite", "debug", "dry_run", "patience",
+}
 
 
 def refuse_mixtures(study) -> None:
@@ -237,7 +264,7 @@ def refuse_mixtures(study) -> None:
                               f"({runs[0].path} and {run.path})", remedy)
 
     for name, runs in study.items():
-        for key in SAME_IN_A_GROUP:
+        for key in dict.fromkeys(key for run in runs for key in run.config if key not in MAY_DIFFER):
             same(f"{key} of {name}", [name], lambda run, key=key: run.config.get(key))
         for one, other in zip(runs, runs[1:]):
             if one.config["seed"] == other.config["seed"]:
@@ -277,7 +304,7 @@ def mean_curve(runs) -> tuple[np.ndarray, ...]:
 
 def retentions(finished, name) -> list[float]:
     """Each seed's share of its teacher's test accuracy, in percent; for the student alone, of one that it did not have."""
-    if name in EXPERIMENTS:
+    if finished[name][0].distilled:
         return [run.summary["retention"] for run in finished[name]]
     teacher = [run.summary["test_acc1_best"] for run in finished.get("teacher", ())] or [
         run.summary["teacher_test_acc1"] for other in ("v1", "v2", "v3", "v3.1") for run in finished.get(other, ())]
@@ -288,12 +315,6 @@ def retentions(finished, name) -> list[float]:
 
 # Figures
 
-def method(config) -> str:
-    """The method with its numbers, in ASCII for tables."""
-    beta = f" beta {config['beta']:g}" if config["method"] == "dkd" else ""
-    return f"{config['method'].upper()} alpha {config['alpha']:g}{beta} T {config['temperature']:g}"
-
-
 def dataset(study) -> str:
     name = next(iter(study.values()))[0].config["dataset"]
     return DATASETS.get(name, name)
@@ -301,11 +322,14 @@ def dataset(study) -> str:
 
 def label(study, name) -> str:
     """What the group is, for legends and ticks; no line may break inside `β = 8`."""
-    if name not in EXPERIMENTS:
-        return SERIES[name].remark
-    config = study[name][0].config
-    beta = f" β\u00a0=\u00a0{config['beta']:g}" if config["method"] == "dkd" else ""
-    return f"{name}: {config['method'].upper()}{beta}{SERIES[name].remark}"
+    remark, run = look(study, name).remark, study[name][0]
+    return f"{name}: {run.config['method_in_figures']}{remark}" if run.distilled else remark
+
+
+def look(study, name) -> Series:
+    if name in SERIES:
+        return SERIES[name]
+    return OTHERS[[other for other in study if other not in SERIES].index(name) % len(OTHERS)]
 
 
 def new_axis(study, names, statistic):
@@ -314,7 +338,7 @@ def new_axis(study, names, statistic):
     axis = figure.add_subplot()
     counts = [len(study[name]) for name in names]
     seeds = "1 seed" if max(counts) == 1 else f"n = {extent(counts)} seeds, {statistic} = ± 1 SD"
-    teachers = dict.fromkeys(run.teacher for name in names if name in EXPERIMENTS for run in study[name])
+    teachers = dict.fromkeys(run.teacher for name in names for run in study[name] if run.distilled)
     networks = textwrap.fill(f"{' / '.join(teachers)} → {study[names[0]][0].network}", 52)
     axis.set_title(f"{dataset(study)}, {seeds}\n{networks}", loc="left")
     return axis
@@ -328,7 +352,7 @@ def draw_curves(study, names, first_epoch=1):
     axis = new_axis(study, names, "band")
     unequal = len({len(study[name]) for name in names}) > 1
     for index, name in enumerate(names):
-        series, runs = SERIES[name], study[name]
+        series, runs = look(study, name), study[name]
         curve = mean_curve(runs)
         epochs, mean, deviation, present = (column[curve[0] >= first_epoch] for column in curve)
         text = label(study, name) + (f" (n = {len(runs)})" if unequal else "")
@@ -438,7 +462,7 @@ def retention_bars(study, names) -> Figure:
     axis = new_axis(study, names, "error bar")
     for position, name in enumerate(names):
         mean, deviation = spread(retentions(study, name))
-        axis.bar(position, mean, width=0.7, color=SERIES[name].colour, edgecolor="black", linewidth=0.5,
+        axis.bar(position, mean, width=0.7, color=look(study, name).colour, edgecolor="black", linewidth=0.5,
                  yerr=deviation, error_kw={"elinewidth": 0.8, "capsize": 2})
         top, lines = mean + (deviation or 0), [f"{mean:.1f}"] + ([] if deviation is None else [f"± {deviation:.1f}"])
         crosses = 98 - 9 * len(lines) < top < 100  # the teacher's line would run through the text, 9 units of the axis a line
@@ -459,14 +483,14 @@ def last_epochs(study, names) -> Figure:
     return legend(draw_curves(study, names, first_epoch=last - min(50, math.ceil(last / 2)) + 1))
 
 
-# How each figure is drawn, of which experiments, and whether it needs the summary of finished runs.
+# How each figure is drawn, of which runs, and whether it needs the summary of finished runs.  To STUDENTS all others are added.
 FIGURES = {
     "figure1": (comparison, ("v2", "v3"), False),
     "figure2": (teacher_comparison, ("v2", "v4"), False),
     "figure3": (comparison, ("v3", "v3.1"), False),
-    "figure4": (all_curves, (*EXPERIMENTS, *ALONE), False),
-    "figure5": (retention_bars, (*EXPERIMENTS, *ALONE), True),
-    "figure6": (last_epochs, (*EXPERIMENTS, *ALONE), False),
+    "figure4": (all_curves, STUDENTS, False),
+    "figure5": (retention_bars, STUDENTS, True),
+    "figure6": (last_epochs, STUDENTS, False),
 }
 
 
@@ -506,13 +530,13 @@ def table1(finished) -> tuple[list[list[Cell]], str]:
     """What was run and what came out, beside the report's numbers where the setting is the report's."""
     rows, reported = [], in_the_reports_setting(finished)
     for name, runs in finished.items():
-        config, distilled = runs[0].config, name in EXPERIMENTS
+        config, distilled = runs[0].config, runs[0].distilled
         teachers = [run.summary["teacher_test_acc1"] for run in runs]
         ran, chosen = [int(run.epochs[-1]) for run in runs], [run.summary["best_epoch"] for run in runs]
         verdicts = Counter(run.summary["verdict"] for run in runs)
         row = [
             words("exp.", "experiment", name),
-            words("method", "method", method(config) if distilled else "labels only"),
+            words("method", "method", config["method_in_tables"] if distilled else "labels only"),
             words("augm.", "augmentation", augmentation(config)),
             number("teacher", "teacher_test_acc1", np.mean(teachers) if distilled else None),
             measured("accuracy (%)", "test_acc1_best", [run.summary["test_acc1_best"] for run in runs]),
@@ -561,7 +585,7 @@ def table2(finished) -> tuple[list[list[Cell]], str]:
 
 
 def in_the_reports_setting(finished) -> bool:
-    students = [runs[0] for name, runs in finished.items() if name in EXPERIMENTS]
+    students = [runs[0] for runs in finished.values() if runs[0].distilled]
     return any((run.config["dataset"], run.teacher, run.network) == REPORT_SETTING for run in students)
 
 
@@ -668,7 +692,7 @@ def write_outputs(directories, output: Path) -> None:
     study, others = read_study(directories)
     started = selected(study, lambda run: len(run.epochs))
     finished = selected(study, lambda run: run.summary)
-    if not finished and not EXPERIMENTS.keys() & started.keys():
+    if not finished and not any(run.distilled for runs in started.values() for run in runs):
         where = ", ".join(map(str, directories))
         raise Failure(DATA, f"no runs of the study to draw ({where})", "train first, or name other directories with --runs")
     if others:
@@ -682,7 +706,8 @@ def write_outputs(directories, output: Path) -> None:
     for name, (draw, wanted, needs_summary) in FIGURES.items():
         pool = finished if needs_summary else started
         names, missing = [key for key in wanted if key in pool], [key for key in wanted if key not in pool]
-        if not EXPERIMENTS.keys() & set(names):
+        names += [key for key in pool if wanted is STUDENTS and key not in SERIES]
+        if not any(pool[name][0].distilled for name in names):
             print(f"{name}: not drawn, without {' and '.join(missing)}")
             continue
         write_figure(draw(pool, names), output / name)

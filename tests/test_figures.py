@@ -10,13 +10,16 @@ import shutil
 import statistics
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib.image
 import matplotlib.style
 import numpy as np
 import pytest
 
+from losses.methods import METHODS
 from plots import make_figures
+from training import method
 
 LARGE, SMALL = "efficientnet_v2_l", "efficientnet_v2_s"
 TRAINING = {
@@ -51,6 +54,8 @@ def write_run(path, name, *, seed=1, ran=None, finished=True, summary=(), **flag
     if distilled:
         config |= {"experiment": name, "temperature": 4.0, "teacher": LARGE, "student": SMALL}
     config |= special | flags
+    if distilled:
+        config |= method.labels(SimpleNamespace(**dict.fromkeys(METHODS[config["method"]].numbers) | config)) | flags
     accuracies = curve(plateau, ran or config["epochs"], config["epochs"], seed)
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
@@ -384,6 +389,27 @@ def test_runs_outside_the_study_are_left_out_and_named(tmp_path, quick):
     code, output, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")
     assert (code, errors) == (0, "") and f"left out, not of the study: {other}\n" in output
     assert list(table(tmp_path / "out" / "table1.csv")) == ["v2", "v3", "v4"], "by --experiment, or else by directory"
+
+
+def test_a_run_of_another_method_joins_where_data_networks_and_teacher_are_the_studys(tmp_path, quick):
+    write_run(tmp_path / "runs" / "teacher", "teacher", epochs=8)
+    write_run(tmp_path / "runs" / "v3", "v3", epochs=8)
+    labels = {"experiment": None, "method_in_tables": "NEW strength 2", "method_in_figures": "NEW"}
+    for seed in (1, 2):
+        write_run(tmp_path / "runs" / f"new-strength2-s{seed}", "v2", epochs=8, seed=seed, **labels)
+    left = [write_run(tmp_path / "runs" / f"other-{key}", "v2", epochs=8, **labels | {key: value})
+            for key, value in (("teacher", "resnet20"), ("student", "resnet20"), ("image_size", 64), ("dataset", "cifar10"))]
+    code, output, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")
+    assert (code, errors) == (0, "") and f"left out, not of the study: {', '.join(map(str, sorted(left)))}\n" in output
+    rows = table(tmp_path / "out" / "table1.csv")
+    assert list(rows) == ["teacher", "v3", "new-strength2"] and rows["new-strength2"]["method"] == "NEW strength 2"
+    assert rows["new-strength2"]["n"] == "2"
+    study, _ = make_figures.read_study([tmp_path / "runs"])
+    figure = make_figures.all_curves(study, ["v3", "new-strength2"])
+    curve = line(figure, "new-strength2: NEW")
+    assert curve.get_color() == make_figures.OTHERS[0].colour and len(curve.get_xdata()) == 8
+    bars = make_figures.retention_bars(study, ["v3", "new-strength2"])
+    assert len(bars.axes[0].patches) == 2
 
 
 def test_nothing_to_draw_is_an_error(tmp_path):
