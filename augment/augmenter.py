@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 
 import kernels
-from augment.fused import SIZES, Fused
 from augment.policy import build_tables
+from augment.reference import Reference
 from augment.sampling import Sampler
-from augment.twin import Twin
+from kernels.vocabulary import WARPS
 from losses.targets import Targets
 
 
@@ -50,11 +50,11 @@ class BatchAugmenter:
         self.batch_size, self.steps, self.rows_per_mix = batch_size, len(images) // batch_size, rows_per_mix[mix_mode]
         self.sampler = Sampler(size, build_tables(policy, size).to(images.device), seed=seed, crop_pad=crop_pad, flip=flip,
                                random_erasing=random_erasing, mixup=mixup, cutmix=cutmix, mix_prob=mix_prob)
-        self.fused = kernels.use_triton(images) and size in SIZES
+        self.fused = kernels.use_triton(images) and size in WARPS
         if kernels.use_triton(images) and not self.fused:
             _say_once(f"images of {size}x{size} are augmented in plain PyTorch: the fused kernel takes "
-                      + " and ".join(f"{size}x{size}" for size in SIZES))
-        self._maker = (Fused if self.fused else Twin)(
+                      + " and ".join(f"{size}x{size}" for size in WARPS))
+        self._maker = (_fused() if self.fused else Reference)(
             images, labels, self.sampler, batch_size=batch_size, rows_per_mix=self.rows_per_mix, mean=mean, std=std, dtype=dtype)
         self._images = images
         self.set_epoch(0)
@@ -95,6 +95,11 @@ class BatchAugmenter:
                  for lam, share in zip(mixes.lam.tolist(), mixes.share.tolist())]
         return [(", ".join(words) or "as it is") + (mixed[row // self.rows_per_mix] if row ^ 1 < self.batch_size else "")
                 for row, words in enumerate(done)]
+
+
+def _fused():
+    from augment.fused import Fused  # which needs Triton
+    return Fused
 
 
 @functools.cache

@@ -1,13 +1,11 @@
-"""The batches by kernels/augment.py, one launch each: the same bytes as those of the twin."""
+"""The batches by kernels/augment.py, one launch each: the same bytes as those of the reference."""
 import torch
 
 from augment import ops
-from augment.policy import CONTRAST, KINDS, SHARPNESS
 from augment.sampling import WORD, Sampler
 from kernels import augment as kernel
+from kernels.vocabulary import CONTRAST, KINDS, SHARPNESS
 from losses.targets import Targets
-
-SIZES = tuple(kernel.WARPS)
 
 
 class Fused:

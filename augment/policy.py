@@ -24,11 +24,10 @@ from torchvision.transforms.autoaugment import (
     _apply_op,
 )
 
-from kernels.augment import KINDS
+from kernels.vocabulary import AUTOCONTRAST, COLOR, CONTRAST, EQUALIZE, GEOMETRY, LOOKUP, NOTHING, SHARPNESS
 
 # The kinds of operation, in the order in which a batch is sorted: SHARPNESS to CONTRAST blend the image with another one, from
 # EQUALIZE on each value is looked up in a table of 256 per channel.
-NOTHING, GEOMETRY, SHARPNESS, COLOR, CONTRAST, EQUALIZE, AUTOCONTRAST, LOOKUP = (kind.value for kind in KINDS)
 KIND_OF = {
     "Identity": NOTHING,
     "ShearX": GEOMETRY, "ShearY": GEOMETRY, "TranslateX": GEOMETRY, "TranslateY": GEOMETRY, "Rotate": GEOMETRY,

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from augment.policy import PolicyTables
-from kernels.augment import QUANTILE_BITS, STREAMS
+from kernels.vocabulary import CROP, ERASE, ERASE_BITS, MIX, POLICY, QUANTILE_BITS, STREAMS
 
-CROP, POLICY, ERASE, MIX = (stream.value for stream in STREAMS)
 ORDER = len(STREAMS)  # drawn on the host alone
-QUANTILES = 2 ** QUANTILE_BITS.value  # entries of a table that stands for a distribution
+QUANTILES = 2 ** QUANTILE_BITS  # entries of a table that stands for a distribution
+FINE = 256  # parts of a pixel that the law of erased boxes is integrated in
 WORD = 0xFFFFFFFF
 
 
@@ -50,13 +50,29 @@ def beta_quantiles(alpha: float) -> torch.Tensor:
     return torch.cat([lower, 1 - lower.flip(0)]).float()
 
 
+def erase_law(size: int) -> torch.Tensor:
+    """float64 (size, size): how likely torchvision's RandomErasing is to erase a box of so many rows and columns, in size x size.
+
+    It draws a share of the area, uniform in [0.02, 0.33], and a ratio h / w, log-uniform in [0.3, 3.3]; rounds h and w; and draws
+    again where one is not below `size`.  In (h, w) that is a uniform density between two hyperbolas and two lines, so a size's
+    chance is what it cuts out of that region.  After ten draws in vain torchvision erases nothing: a chance below 1e-9, left out.
+    """
+    h = ((torch.arange(size * FINE, dtype=torch.float64) + 0.5) / FINE - 0.5).clamp(min=0.1 / FINE)
+    least, most = torch.maximum(0.02 * size * size / h, h / 3.3), torch.minimum(0.33 * size * size / h, h / 0.3)
+    edges = torch.arange(size, dtype=torch.float64) - 0.5
+    inside = torch.minimum(most[:, None], edges + 1) - torch.maximum(least[:, None], edges)
+    law = inside.clamp(min=0).view(size, FINE, size).sum(1)
+    return law / law.sum()
+
+
 def erase_sizes(size: int) -> torch.Tensor:
-    """int64 (QUANTILES, 2): heights and widths by the rule of torchvision's RandomErasing, for images of size x size pixels."""
-    share, ratio = torch.rand(2, 2 * QUANTILES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    area = size * size * (0.02 + (0.33 - 0.02) * share)
-    ratio = 0.3 * (3.3 / 0.3) ** ratio  # log-uniform
-    sizes = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).round().long()
-    return sizes[(sizes < size).all(1)][:QUANTILES]
+    """int64 (2**ERASE_BITS, 2): heights and widths, each as often as `erase_law` has it; largest remainders are rounded up."""
+    law = erase_law(size).flatten()
+    wanted = law * 2 ** ERASE_BITS
+    counts = wanted.long()
+    counts[(wanted - counts).argsort(descending=True, stable=True)[:2 ** ERASE_BITS - counts.sum()]] += 1
+    chosen = torch.arange(size * size).repeat_interleave(counts)
+    return torch.stack([chosen // size, chosen % size], 1)
 
 
 class ImageDraws(NamedTuple):
@@ -107,7 +123,7 @@ class Sampler:
         codes = self.policy.codes[subpolicy].gather(-1, signs.unsqueeze(-1)).squeeze(-1) * applied
 
         fires, quantile, top, left = philox(self.seed, positions, epoch, ERASE, 0)
-        sides = self.erase_sizes[below(quantile, QUANTILES)] * (fires < self.erase_threshold).unsqueeze(-1)
+        sides = self.erase_sizes[below(quantile, 2 ** ERASE_BITS)] * (fires < self.erase_threshold).unsqueeze(-1)
         corner = below(torch.stack([top, left], -1), self.size + 1 - sides)
         return ImageDraws(*window, codes, torch.cat([corner, corner + sides], -1))
 

@@ -2,7 +2,7 @@
 
     python benchmarks/augment.py                  the whole table -> benchmarks/results/augment-<gpu or cpu>.csv and .png
     python benchmarks/augment.py --quick          one batch size, few repeats
-    python benchmarks/augment.py --device cpu     the plain-PyTorch twin: without a GPU there is no kernel to measure
+    python benchmarks/augment.py --device cpu     the plain-PyTorch reference: without a GPU there is no kernel to measure
 
 Images are 32x32.  "pipeline" is crop, flip, AutoAugment, normalise, Random Erasing and Mixup/CutMix; "policy" is AutoAugment
 alone, after which ours normalises; "erase and mix" leaves AutoAugment out (timm's is given floats).  Ours runs a whole epoch,
@@ -182,7 +182,7 @@ def optional(device, images, labels) -> dict:
 
 def contenders(images, labels, batch_size: int) -> dict:
     """stage -> name -> call, the first of each is ours."""
-    device, name = images.device, "ours, twin"
+    device, name = images.device, "ours, reference"
     kinds = {"policy": ALONE, "pipeline": {}, "erase and mix": {"policy": "none", "crop_pad": 0, "flip": False}}
     stages = {stage: {} for stage in kinds}
     for stage, options in kinds.items():
@@ -317,7 +317,7 @@ def main() -> None:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
-        print("no GPU: the plain-PyTorch twin is measured, the fused kernel is not")
+        print("no GPU: the plain-PyTorch reference is measured, the fused kernel is not")
     images, labels = (part.to(device) for part in generate(10_000, 0))
     if device.type == "cuda":  # as many as CIFAR has
         images, labels = images.repeat(5, 1, 1, 1), labels.repeat(5)

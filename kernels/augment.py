@@ -12,7 +12,7 @@ under a 64-bit seed and with the counter (position in the epoch, epoch, stream, 
     normalise  (x / 255 - mean) / std, by a table;   erase   zeros in a box
     mix        w * row + (1-w) * partner, where w is 0 inside of a pasted box and lam outside
 
-The reference is the plain-PyTorch twin in augment/: ops.py has the arithmetic, sampling.py the draws, and policy.py fills the
+The reference is augment/reference.py in plain PyTorch: ops.py has its arithmetic, sampling.py the draws, and policy.py fills the
 tables.  The two agree bit for bit, since both take whole numbers and tables, and round every product and every sum by itself: the
 kernel is compiled without fused multiply-adds.  (For sm_120 the assembler in Triton 3.6 fuses some all the same; that in 3.8 does
 not.)
@@ -23,10 +23,12 @@ import torch
 import triton
 import triton.language as tl
 
-KINDS = NOTHING, GEOMETRY, SHARPNESS, COLOR, CONTRAST, EQUALIZE, AUTOCONTRAST, LOOKUP = tuple(map(tl.constexpr, range(8)))
-STREAMS = CROP, POLICY, ERASE, MIX = tuple(map(tl.constexpr, range(4)))
-QUANTILE_BITS = tl.constexpr(12)  # of the tables that stand for distributions
-WARPS = {32: 4, 64: 16}  # by the sizes of image that the kernel takes: eight pixels of each image to a thread
+from kernels import vocabulary
+from kernels.vocabulary import WARPS
+
+NOTHING, GEOMETRY, SHARPNESS, COLOR, CONTRAST, EQUALIZE, AUTOCONTRAST, LOOKUP = map(tl.constexpr, vocabulary.KINDS)
+CROP, POLICY, ERASE, MIX = map(tl.constexpr, vocabulary.STREAMS)
+QUANTILE_BITS, ERASE_BITS = tl.constexpr(vocabulary.QUANTILE_BITS), tl.constexpr(vocabulary.ERASE_BITS)
 
 
 class Numbers(NamedTuple):
@@ -60,7 +62,7 @@ class Tables(NamedTuple):
     lookups: torch.Tensor  # uint8 (L, 256)
     stretch: torch.Tensor  # float32 (256,): AutoContrast's factor by the range of a channel
     normalised: torch.Tensor  # float32 (3, 256)
-    erase_sizes: torch.Tensor  # int32 (2**QUANTILE_BITS, 2): heights and widths
+    erase_sizes: torch.Tensor  # int32 (2**ERASE_BITS, 2): heights and widths
     lams: torch.Tensor  # float32 (2**QUANTILE_BITS,)
     half_sides: torch.Tensor  # int32 (2**QUANTILE_BITS,), of the pasted box
 
@@ -123,7 +125,7 @@ def _draw_erased(words, tables, SIZE: tl.constexpr):
     """A box: top, left, bottom, right; empty where there is none."""
     fires, quantile, top, left = _of(ERASE, words)
     fires = (fires.to(tl.int64) < tl.load(tables.numbers + ERASE_BELOW)).to(tl.int32)
-    quantile = (quantile >> (32 - QUANTILE_BITS)).to(tl.int32)
+    quantile = (quantile >> (32 - ERASE_BITS)).to(tl.int32)
     height = tl.load(tables.erase_sizes + 2 * quantile) * fires
     width = tl.load(tables.erase_sizes + 2 * quantile + 1) * fires
     top, left = _below(top, SIZE + 1 - height), _below(left, SIZE + 1 - width)

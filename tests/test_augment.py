@@ -1,5 +1,8 @@
 """augment: equal to torchvision byte for byte, one draw per image, a function of (seed, epoch, position) alone."""
+import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,9 @@ from torchvision.transforms import (
 from torchvision.transforms.autoaugment import _apply_op
 
 from augment import POLICIES, BatchAugmenter, ops
-from augment.policy import KIND_OF, KINDS, build_tables
-from augment.sampling import POLICY, Sampler, beta_quantiles, philox
+from augment.policy import KIND_OF, build_tables
+from augment.sampling import Sampler, beta_quantiles, erase_sizes, philox
+from kernels.vocabulary import KINDS, POLICY
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 AS_IS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -273,7 +277,7 @@ def test_parts_of_a_batch_equal_the_whole(mode, batch_size, cuts):
 def test_large_images_and_batches_are_worked_on_in_blocks(monkeypatch):
     ours = augmenter(pictures(40), batch_size=39)
     whole = ours(0)
-    monkeypatch.setattr("augment.twin.CPU_BLOCK", 10 * 32 * 32)
+    monkeypatch.setattr("augment.reference.CPU_BLOCK", 10 * 32 * 32)
     assert len(ours._maker._blocks(range(39))) == 4
     assert torch.equal(ours(0).images, whole.images)
 
@@ -498,3 +502,26 @@ def test_describe_names_what_was_done():
 def test_wrong_arguments_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         augmenter(**({"images": pictures(32)} | change))
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_erased_boxes_follow_torchvisions_law(size):
+    """The law by a fine grid over what torchvision draws, share of the area and logarithm of the ratio."""
+    grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    area, ratio = (size * size * (0.02 + 0.31 * grid))[:, None], (math.log(0.3) + math.log(11) * grid).exp()
+    height, width = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (height < size) & (width < size)
+    law = torch.bincount((height * size + width)[fits], minlength=size * size) / fits.sum().double()
+    table = erase_sizes(size)
+    found = torch.bincount(table[:, 0] * size + table[:, 1], minlength=size * size) / len(table)
+    assert (found - law).abs().sum() / 2 < 0.01, "total variation"
+    assert (found[law > 1 / 8192] > 0).all() and (law[found > 0] > 0).all()
+    assert torch.equal(table, erase_sizes(size))
+
+
+def test_the_reference_needs_no_triton():
+    code = ("import sys, torch, augment; images = torch.zeros(4, 32, 32, 3, dtype=torch.uint8); "
+            "make = augment.BatchAugmenter(images, torch.zeros(4).long(), batch_size=4, seed=1, mean=(0.5,) * 3, std=(0.5,) * 3); "
+            "make(0); print({'kernels.augment', 'kernels.softmax_kl'} & {*sys.modules})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,4 +1,4 @@
-"""The fused augmentation equals its plain-PyTorch twin bit for bit; on CPU tensors in Triton's interpreter, on a GPU compiled."""
+"""The fused augmentation equals its plain-PyTorch reference bit for bit; on CPU tensors in Triton's interpreter, on a GPU compiled."""
 import itertools
 
 import pytest
@@ -7,8 +7,8 @@ from test_augment import AS_IS, PLAIN, UNMIXED, everything, pictures
 
 import kernels
 from augment import POLICIES, BatchAugmenter
-from augment.policy import KINDS
 from kernels import augment as op
+from kernels.vocabulary import KINDS
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -28,7 +28,7 @@ def make(kernel, images, labels=None, device=DEVICE, **options):
     return ours
 
 
-def twins(images, **options):
+def references_of(images, **options):
     """The reference on the CPU and, where there is one, on the GPU."""
     return [make("reference", images, device=device, **options) for device in dict.fromkeys(["cpu", DEVICE])]
 
@@ -43,7 +43,7 @@ def assert_equal(batch, expected, about=""):
 
 
 def compare(images, epochs=(0,), steps=None, **options):
-    ours, references = make("triton", images, **options), twins(images, **options)
+    ours, references = make("triton", images, **options), references_of(images, **options)
     for epoch in epochs:
         for one in (ours, *references):
             one.set_epoch(epoch)
@@ -172,7 +172,7 @@ def test_an_epoch_is_only_uploaded(monkeypatch):
     assert all(old is new for old, new in zip(tables, ours._maker.tables)), "a captured graph would not follow"
 
 
-def test_descriptions_are_those_of_the_twin():
+def test_descriptions_are_those_of_the_reference():
     images = pictures(14)
     ours, reference = make("triton", images, batch_size=7), make("reference", images, batch_size=7)
     for epoch in (0, 3):
@@ -195,7 +195,7 @@ def test_other_sizes_fall_back_with_one_sentence(capsys):
     assert_equal(ours[1](1), expected)
 
 
-def test_auto_leaves_cpu_tensors_to_the_twin():
+def test_auto_leaves_cpu_tensors_to_the_reference():
     assert not BatchAugmenter(pictures(4), torch.arange(4), batch_size=2, seed=0, **TRAINING).fused
     if ON_GPU:
         assert BatchAugmenter(pictures(4).cuda(), torch.arange(4).cuda(), batch_size=2, seed=0, **TRAINING).fused

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from augment import ops
-from augment.policy import KINDS
 from augment.sampling import Sampler
+from kernels.vocabulary import KINDS
 from losses.targets import Targets
 
 CPU_BLOCK = 2 ** 18  # pixels that a CPU works on at a time: the memory of larger tensors is given back and mapped anew each time
@@ -26,7 +26,7 @@ class _Plan(NamedTuple):
     moves: list[torch.Tensor]  # per slot int64 (S, R): where in this order each row of the next one is
 
 
-class Twin:
+class Reference:
     """Makes batches of `images` on their device; the arguments are those of BatchAugmenter."""
 
     def __init__(self, images, labels, sampler: Sampler, *, batch_size, rows_per_mix, mean, std, dtype):
