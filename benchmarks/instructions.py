@@ -80,7 +80,7 @@ def losses(sm: int, sizes: dict):
                 z, v, targets = test_ptx_softmax_kl.logits(classes, "normal", rows)
                 with (ptx.executed(softmax_kl, "_softmax_kl_kernel", sm) as launches,
                       mock.patch.object(softmax_kl, "use_triton", lambda tensor: True)):
-                    function(z.to(dtype), v.to(dtype), Targets(*targets), grad_scale=torch.ones(()))
+                    function(z.to(dtype), v.to(dtype), Targets(*targets))
                 yield row(sm, "softmax_kl", f"{name} C={classes}", dtype, "row", launches[0], rows, 3 * classes * dtype.itemsize, classes)
 
 

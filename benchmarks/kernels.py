@@ -113,7 +113,7 @@ def contenders(loss: str, student, teacher, label) -> dict:
     hyper = hyperparameters(weights, T, EPS, student.device)
 
     def operator():  # a script that gives the gradient to logits.backward needs no more
-        torch.ops.fusekd.softmax_kl(student.detach(), teacher, *targets, hyper, weights.terms, "pair", False, student.dtype)
+        torch.ops.fusekd.softmax_kl(student.detach(), teacher, *targets, hyper, weights.terms, "pair", False)
 
     gradient, half = torch.empty_like(student), torch.empty_like(student[: len(student) // 2])
 

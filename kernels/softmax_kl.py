@@ -56,28 +56,27 @@ _hyperparameters: dict = {}
 
 
 def hyperparameters(weights: Weights, temperature: float, label_smoothing: float, device: torch.device) -> torch.Tensor:
-    """The numbers of the loss as fp32 (7,) on the device, the last a factor 1 for the gradient; one tensor per set of numbers.
+    """The numbers of the loss as fp32 (6,) on the device, one tensor per set of numbers.
 
     The kernel reads them there, so a schedule recompiles nothing, and a captured CUDA graph follows what is later written into
     the tensor that it was captured with.
     """
     key = (*(float(weight or 0.0) for weight in weights), float(temperature), float(label_smoothing), device)
     if key not in _hyperparameters:
-        numbers = torch.empty(7, pin_memory=device.type == "cuda").copy_(torch.tensor([*key[:6], 1.0]))
+        numbers = torch.empty(6, pin_memory=device.type == "cuda").copy_(torch.tensor(key[:6]))
         _hyperparameters[key] = numbers.to(device, non_blocking=True)  # a ramp makes new ones inside a step, which must not wait
     return _hyperparameters[key]
 
 
 def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weights, *, temperature: float,
-               label_smoothing: float = 0.0, split: str = "pair", reverse: bool = False, grad_scale=None):
+               label_smoothing: float = 0.0, split: str = "pair", reverse: bool = False):
     """The loss of the module docstring, ready for `backward`, and its terms.
 
     student_logits, teacher_logits: (N, C) fp32, fp16 or bf16, any strides; the teacher is not read where CE alone is wanted,
     and may be None there.  label, other: int64 (N,).  lam: float32 (N,).
     split: the target set of a mixed row: "pair" {label, other}; "dominant" the one with the larger share; "first" label.
     reverse: the student first in the KL, which is then the only divergence that may have a weight.
-    grad_scale: 0-dim fp32 tensor that multiplies the gradient before it is rounded to a 16-bit dtype.  Without it the
-    gradient is kept in fp32 until `backward`, where the upstream gradient multiplies it before the rounding.
+    The gradient is kept in fp32 until `backward`, where the upstream gradient multiplies it before it is rounded to 16 bits.
     Returns the loss (0-dim fp32, backpropagates to student_logits only) and detached fp32 (4,): CE, KL, TCKD, NCKD,
     unweighted, with T^2, NaN where not wanted.  Raises ValueError for shapes or a split that do not fit, and without any term.
     """
@@ -97,12 +96,9 @@ def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weigh
     if reverse and (weights.tckd or weights.nckd):
         raise ValueError("TCKD and NCKD have no reverse direction")
     hyper = hyperparameters(weights, temperature, label_smoothing, student_logits.device)
-    dtype = torch.float32
-    if grad_scale is not None:
-        hyper, dtype = torch.cat([hyper[:6], grad_scale.reshape(1).float()]), student_logits.dtype
     teacher_logits = None if teacher_logits is None else teacher_logits.detach()
     losses, grad = torch.ops.fusekd.softmax_kl(student_logits.detach(), teacher_logits, label, other, lam, hyper,
-                                               weights.terms, split, reverse, dtype)
+                                               weights.terms, split, reverse)
     return _WithGradient.apply(student_logits, losses[0], grad), losses[1:]
 
 
@@ -126,14 +122,13 @@ class _WithGradient(torch.autograd.Function):
 
 _library = torch.library.Library("fusekd", "DEF")
 _library.define("softmax_kl(Tensor student, Tensor? teacher, Tensor label, Tensor other, Tensor lam, Tensor hyper, str terms, "
-                "str split, bool reverse, ScalarType grad_dtype) -> (Tensor, Tensor)")
+                "str split, bool reverse) -> (Tensor, Tensor)")
 
 
-def _softmax_kl(student, teacher, label, other, lam, hyper, terms, split, reverse, grad_dtype):
-    """-> losses fp32 (5,): the weighted sum, CE, KL, TCKD, NCKD; the gradient (N, C), contiguous.  terms: names of Weights."""
+def _softmax_kl(student, teacher, label, other, lam, hyper, terms, split, reverse):
+    """-> losses fp32 (5,): the weighted sum, CE, KL, TCKD, NCKD; the gradient fp32 (N, C), contiguous.  terms: names of Weights."""
     implementation = softmax_kl_triton if use_triton(student) else softmax_kl_reference
-    return implementation(student, teacher, label, other, lam, hyper, terms=terms, split=split, reverse=reverse,
-                          grad_dtype=grad_dtype)
+    return implementation(student, teacher, label, other, lam, hyper, terms=terms, split=split, reverse=reverse)
 
 
 _library.impl("softmax_kl", _softmax_kl, "CPU")
@@ -141,120 +136,123 @@ _library.impl("softmax_kl", _softmax_kl, "CUDA")
 
 
 @torch.library.register_fake("fusekd::softmax_kl", lib=_library)
-def _(student, teacher, label, other, lam, hyper, terms, split, reverse, grad_dtype):
-    return student.new_empty(5, dtype=torch.float32), student.new_empty(student.shape, dtype=grad_dtype)
+def _(student, teacher, label, other, lam, hyper, terms, split, reverse):
+    return student.new_empty(5, dtype=torch.float32), student.new_empty(student.shape, dtype=torch.float32)
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
 
-class _Split(NamedTuple):
-    """softmax(x / T) of every row, taken apart; (N, C), (N, 1) and (N, 3) fp32."""
-    rest: torch.Tensor         # bool (N, C): the classes of R
-    logits: torch.Tensor       # x / T less its maximum over R: small numbers, however large x is
-    log_sum: torch.Tensor      # ln sum of exp(logits) over R; -inf where R is empty
-    conditional: torch.Tensor  # q^: the softmax inside R, 0 outside
-    log_groups: torch.Tensor   # ln (q_a, q_b, q_R)
+# It computes what has a weight, in few operations and in place: on a CPU it is what people train with.
 
-    @property
-    def groups(self):
-        return self.log_groups.exp()
-
-
-def _split(x, temperature, a, b) -> _Split:
-    a, b = a[:, None], b[:, None]
-    classes = torch.arange(x.shape[1], device=x.device)
-    rest = (classes != a) & (classes != b)
-    top = x.masked_fill(~rest, -torch.inf).amax(1, keepdim=True)
-    logits = (x - top.masked_fill(top == -torch.inf, 0.0)) / temperature
-    weights = logits.exp().masked_fill(~rest, 0.0)
-    total = weights.sum(1, keepdim=True)
-    groups = torch.cat([logits.gather(1, a), logits.gather(1, b).masked_fill(a == b, -torch.inf), total.log()], 1)
-    largest, where = groups.max(1, keepdim=True)
-    relative = groups - largest
-    log_groups = relative - relative.exp().scatter(1, where, 0.0).sum(1, keepdim=True).log1p()
-    return _Split(rest, logits, total.log(), weights / total.masked_fill(total == 0, 1.0), log_groups)
-
-
-def _expectation(probability, value):
-    """Sum over the classes of probability * value, where 0 * inf is 0: an impossible class contributes nothing."""
-    return torch.where(probability > 0, probability * value, 0.0).sum(1, keepdim=True)
-
-
-def _differences(q, p):
-    """q - p for (N, 3) distributions; where both are near 1 their complements are subtracted, which keeps the digits."""
-    def complement(x):
-        return x.roll(1, 1) + x.roll(2, 1)
-    return torch.where((q > 0.5) & (p > 0.5), complement(p) - complement(q), q - p)
-
-
-def softmax_kl_reference(student, teacher, label, other, lam, hyper, *, terms: str, split: str, reverse: bool, grad_dtype):
+def softmax_kl_reference(z, v, label, other, lam, hyper, *, terms: str, split: str, reverse: bool):
     """The formulas of the module docstring in fp32 PyTorch; arguments and results of the operator."""
-    w_ce, w_kl, w_tckd, w_nckd, T, eps, scale = hyper.unbind()
-    wanted = [name in terms.split() for name in Weights._fields]
-    z = student.float()
-    label, other = torch.where(lam <= 0, other, label), torch.where(lam >= 1, label, other)  # one label left: unmixed
-    share = torch.where(label != other, lam, 1.0)[:, None]
-    means, grad = [torch.full((), torch.nan, device=z.device)] * 4, 0.0
-    if wanted[0]:
-        means[0], grad = _cross_entropy(z, label, other, share, w_ce, eps)
-    if any(wanted[1:]):
-        a, b = label, other
-        if split == "dominant":
-            a = b = torch.where(share[:, 0] >= 0.5, label, other)
-        if split == "first":
-            b = a
-        means[1:], on_logits = _divergences(z, teacher.float(), a, b, w_kl, w_tckd, w_nckd, T, reverse)
-        grad = grad + on_logits
-    means = torch.stack([mean if want else torch.full_like(mean, torch.nan) for mean, want in zip(means, wanted)])
-    weights = hyper[:4]
-    loss = torch.where(weights != 0, weights * means, 0.0).sum(0, keepdim=True)
-    return torch.cat([loss, means]), (grad * (scale / len(z))).to(grad_dtype)
+    numbers = hyper.unbind() if hyper.is_cuda else hyper.tolist()  # reading a GPU would wait for it
+    (w_ce, *weights, T, eps), wanted, z = numbers, terms.split(), z.float()
+    means, grad = dict.fromkeys(Weights._fields, hyper.new_full((), torch.nan)), None
+    log_softmax = z.log_softmax(1) if "ce" in wanted else None
+    if wanted[-1] == "kl" and not reverse:
+        means["kl"], grad = _kl(z if log_softmax is None else log_softmax, v.float(), weights[0], T)
+    elif wanted != ["ce"]:
+        targets = _targets(label, other, lam, split)
+        divergences, grad = _divergences(z, v.float(), targets, weights, T, reverse)
+        means |= {name: mean for name, mean in zip(("kl", "tckd", "nckd"), divergences) if name in wanted}
+    if log_softmax is not None:
+        means["ce"], on_logits = _cross_entropy(log_softmax, torch.stack([label, other], 1), lam[:, None], w_ce, eps)
+        grad = on_logits if grad is None else grad.add_(on_logits)
+    means = torch.stack(list(means.values()))
+    weighted = torch.where(hyper[:4] != 0, hyper[:4] * means, 0.0)  # a term of weight 0 does not count, even if infinite
+    return torch.cat([weighted.sum(0, keepdim=True), means]), grad
 
 
-def _cross_entropy(z, label, other, share, w_ce, eps):
-    """Mean CE, and N times the gradient of w_ce * CE; exact to 1e-7 absolute, which the kernel is relatively, also near softmax = 1."""
-    labels, hard = torch.stack([label, other], 1), (1 - eps) * torch.cat([share, 1 - share], 1)
-    uniform = eps / z.shape[1]
-    log_softmax = z.log_softmax(1)
-    smooth = torch.where(eps > 0, uniform * log_softmax.sum(1).mean(), 0.0)
-    ce = _expectation(hard, -log_softmax.gather(1, labels)).mean() - smooth
-    return ce, w_ce * (log_softmax.exp() - uniform).scatter_add(1, labels, -hard)
+def _cross_entropy(log_softmax, labels, share, w_ce, eps):
+    """Mean CE, and the gradient of w_ce * CE in the memory of the logarithms.
+
+    The gradient is exact to 1e-7 absolute; the kernel's is so relatively, also where a softmax is near 1.
+    """
+    n, classes = log_softmax.shape
+    hard, uniform = torch.cat([share, 1 - share], 1).mul_(1 - eps), eps / classes
+    ce = -(_finite(hard * log_softmax.gather(1, labels)).sum() + _finite(log_softmax.sum() * uniform)) / n
+    grad = log_softmax.exp_().sub_(uniform).scatter_add_(1, labels, hard.neg_())
+    return ce, grad.mul_(w_ce / n)
 
 
-def _divergences(z, v, a, b, w_kl, w_tckd, w_nckd, T, reverse):
-    """Means of KL, TCKD and NCKD, T^2 included, fp32 (3,), and N times the gradient of their weighted sum."""
-    q, p = _split(z, T, a, b), _split(v, T, a, b)
-    q_groups, p_groups = q.groups, p.groups
-    group_ratio = q.log_groups - p.log_groups
-    # ln q^ - ln p^ on R is distance + constant; reversed, the distance is 0 at the student's largest class.
-    base = torch.zeros_like(p.log_sum)
-    if reverse:
-        base = p.logits.gather(1, q.logits.masked_fill(~q.rest, -torch.inf).argmax(1, keepdim=True))
-    distance, constant = q.logits - (p.logits - base), p.log_sum - q.log_sum - base
-    first, groups, sign = (q, q_groups, 1) if reverse else (p, p_groups, -1)
-    tckd = _expectation(groups, sign * group_ratio)
-    mean_distance = _expectation(first.conditional, distance)
-    nckd = torch.where(q.log_sum > -torch.inf, sign * (mean_distance + constant), 0.0)
-    kl = tckd + torch.where(groups[:, 2:] > 0, groups[:, 2:] * nckd, 0.0)
+def _finite(products):
+    """Products with a factor that may be infinite, in place: 0 where the other one is 0."""
+    return products.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
+
+def _kl(z, v, w_kl, T):
+    """Mean of the forward KL, T^2 included, and its weighted gradient; z may be a log-softmax as well."""
+    log_q = _log_softmax(z, T)
+    log_p = _log_softmax(v, T)
+    p = log_p.exp()
+    kl = _finite(log_p.sub_(log_q).mul_(p)).sum() * (T * T / len(z))
+    return kl, _of_zero_sum(log_q.exp_().sub_(p), p).mul_(w_kl * T / len(z))
+
+
+def _log_softmax(x, T):
+    """ln softmax(x / T) with all digits of large logits: the maximum goes before the division rounds."""
+    return (x - x.amax(1, keepdim=True)).div_(T).log_softmax(1)
+
+
+def _of_zero_sum(difference, p):
+    """q - p, in place; where one class has nearly all of both, its difference is that of all others, which have more digits."""
+    return difference.scatter_add_(1, p.argmax(1, keepdim=True), difference.sum(1, keepdim=True).neg_())
+
+
+def _targets(label, other, lam, split):
+    """The target set (a, b) of every row, int64 (N, 2); a label whose share is 0 goes, and the row counts as unmixed."""
+    label, other = torch.where(lam <= 0, other, label), torch.where(lam >= 1, label, other)
+    if split == "dominant":
+        label = torch.where((lam >= 0.5) | (label == other), label, other)
+    return torch.stack([label, other if split == "pair" else label], 1)
+
+
+def _divergences(z, v, targets, weights, T, reverse):
+    """Means of KL, TCKD and NCKD, T^2 included, and the gradient of their weighted sum, from the three-way split."""
+    n = len(z)
+    w_kl, w_tckd, w_nckd = (weight * T / n for weight in weights)
+    both = torch.cat([targets, targets])  # of student and teacher, whose rows are split together
+    x = torch.cat([z, v])
+    top = x.scatter(1, both, -torch.inf).amax(1, keepdim=True).nan_to_num_(neginf=0.0)  # over R
+    x = x.sub_(top).div_(T)  # small numbers, however large the logits are; of a target, anything
+    inside = x.exp().scatter_(1, both, 0.0)
+    total = inside.sum(1, keepdim=True)  # 0 where R is empty
+    groups = torch.cat([x.gather(1, both), total.log()], 1)
+    groups[:, 1].masked_fill_(both[:, 0] == both[:, 1], -torch.inf)
+    highest, where = groups.max(1, keepdim=True)
+    groups -= highest
+    groups -= groups.exp().scatter_(1, where, 0.0).sum(1, keepdim=True).log1p_()
+    (x, y), (q_inside, p_inside), (q_total, p_total) = x.split(n), inside.split(n), total.split(n)
+    log_ratio = groups[:n] - groups[n:]
+    q, p = groups.exp_().split(n)  # (q_a, q_b, q_R), (p_a, p_b, p_R)
+    q_scale, p_scale = total.reciprocal().nan_to_num_(posinf=0.0).split(n)  # q^ = q_inside * q_scale
+    constant = (q_total / p_total).log_()  # ln p^ - ln q^ on R is y - x and this
     # The targets' gradients come from the three groups, the other classes' from the conditional distributions.
-    if reverse:
-        level = torch.cat([group_ratio[:, :2], group_ratio[:, 2:] + nckd], 1)  # the mean of L_i over each group
-        above = torch.stack([_expectation(q_groups, level[:, i:i + 1] - level)[:, 0] for i in range(3)], 1)
-        on_groups = T * w_kl * torch.where(q_groups > 0, q_groups * above, 0.0)
-        q_rest = q_groups[:, 2:] * q.conditional
-        on_rest = T * w_kl * torch.where(q_rest > 0, q_rest * (distance - mean_distance + above[:, 2:]), 0.0)
+    if not reverse:
+        tckd = -_finite(p * log_ratio).sum(1, keepdim=True)
+        distance = _finite(y.sub_(x).mul_(p_inside)).sum(1, keepdim=True)
+        nckd = torch.addcmul(constant, distance, p_scale).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
+        kl = tckd + p[:, 2:] * nckd
+        delta = _of_zero_sum(q - p, p)
+        of_q = (delta[:, 2:] * w_tckd + w_nckd + q[:, 2:] * w_kl).mul_(q_scale)
+        of_p = (p[:, 2:] * w_kl + w_nckd).mul_(p_scale)
+        on_targets = delta[:, :2] * (w_tckd + w_kl)
+        on_rest = q_inside.mul_(of_q).sub_(p_inside.mul_(of_p))
     else:
-        delta = _differences(q_groups, p_groups)
-        on_groups = T * (w_tckd + w_kl) * delta
-        on_rest = T * ((w_tckd * delta[:, 2:] + w_nckd + w_kl * q_groups[:, 2:]) * q.conditional
-                       - (w_nckd + w_kl * p_groups[:, 2:]) * p.conditional)
-    return T * T * torch.cat([kl, tckd, nckd], 1).mean(0), _place(on_rest, on_groups, a, b)
-
-
-def _place(on_rest, on_groups, a, b):
-    """(N, C) values of R with those of the groups written over columns a and b; b first, so that a wins where they meet."""
-    return on_rest.scatter(1, b[:, None], on_groups[:, 1:2]).scatter(1, a[:, None], on_groups[:, :1])
+        # x - y can be large and nearly equal everywhere: it is taken relative to that of the student's largest class.
+        base = y.gather(1, x.scatter(1, targets, -torch.inf).argmax(1, keepdim=True))
+        distance = _finite(x.sub_(y).add_(base).mul_(q_inside))
+        mean_distance = distance.sum(1, keepdim=True) * q_scale
+        tckd = _finite(q * log_ratio).sum(1, keepdim=True)
+        nckd = (mean_distance - constant - base).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
+        kl = tckd + q[:, 2:] * nckd
+        level = torch.cat([log_ratio[:, :2], log_ratio[:, 2:] + nckd], 1)  # the mean of L_i over each group
+        above = torch.cat([_finite(q * (level[:, i:i + 1] - level)).sum(1, keepdim=True) for i in range(3)], 1)
+        on_targets = _finite(q * above)[:, :2] * w_kl
+        on_rest = distance.addcmul_(q_inside, above[:, 2:] - mean_distance).mul_(q[:, 2:] * q_scale * w_kl)
+    means = torch.cat([kl, tckd, nckd], 1).mean(0).mul_(T * T)
+    return means.unbind(), on_rest.scatter_add_(1, targets, on_targets)
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
@@ -386,7 +384,7 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
     BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
     DIVERGENCE: tl.constexpr = KL or TCKD or NCKD
     w_ce, w_kl, w_tckd, w_nckd = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2), tl.load(hyper + 3)
-    T, eps, scale = tl.load(hyper + 4), tl.load(hyper + 5), tl.load(hyper + 6) / N
+    T, eps, scale = tl.load(hyper + 4), tl.load(hyper + 5), 1.0 / N
     warm = 1.0 / T
     cold = LOG2E * warm  # e^(x/T) = 2^(x * cold)
     uniform = eps / C
@@ -569,7 +567,7 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
                 g += weight * _spread(of_q) - weight_t * _spread(of_p)
         g = tl.where(column == _spread(b - start), _spread(grad_b), g)
         g = tl.where(column == _spread(a - start), _spread(grad_a), g)
-        tl.store(_spread(at_grad) + column, g.to(grad.dtype.element_ty), _spread(live) & (column < C - start))
+        tl.store(_spread(at_grad) + column, g, _spread(live) & (column < C - start))
         at_grad -= BLOCK
 
     # The program that finishes last adds up the rows, always in the same order, and leaves the counter as it found it.
@@ -629,7 +627,7 @@ def _counter_for(logits: torch.Tensor) -> torch.Tensor:
     return _counter(logits.device, torch.cuda.current_stream(logits.device).cuda_stream)
 
 
-def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, terms: str, split: str, reverse: bool, grad_dtype,
+def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, terms: str, split: str, reverse: bool,
                       tile: Tile | None = None):
     """One launch; arguments and results of the operator.  Logits whose classes are not adjacent are copied first."""
     teacher = student if teacher is None else teacher
@@ -640,7 +638,7 @@ def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, terms: str,
     wanted = {name.upper(): name in terms.split() for name in Weights._fields}
     if not wanted["TCKD"] and not wanted["NCKD"]:
         split = "pair"  # on which KL and CE do not depend
-    grad = torch.empty(student.shape, dtype=grad_dtype, device=student.device)
+    grad = torch.empty(student.shape, dtype=torch.float32, device=student.device)
     row_terms = torch.empty(4, rows, dtype=torch.float32, device=student.device)
     losses = torch.empty(5, dtype=torch.float32, device=student.device)
     _softmax_kl_kernel[(triton.cdiv(rows, tile.rows),)](

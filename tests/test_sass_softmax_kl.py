@@ -17,7 +17,7 @@ def launches():
             hyper = op.hyperparameters(op.Weights(1.0, 1.0), 4.0, 0.1, torch.device("cpu"))
             about = {"classes": classes, "bytes": dtype.itemsize, "split": split, "reverse": reverse, "limit": op.tile_for(classes, op.vector_for(logits)).registers}
             yield about, op._softmax_kl_kernel, lambda: op.softmax_kl_triton(
-                logits, logits, label, label, lam, hyper, terms="ce kl" if reverse else "ce tckd nckd", split=split, reverse=reverse, grad_dtype=dtype)
+                logits, logits, label, label, lam, hyper, terms="ce kl" if reverse else "ce tckd nckd", split=split, reverse=reverse)
 
 
 @pytest.fixture(scope="module")

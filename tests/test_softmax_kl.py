@@ -30,11 +30,11 @@ def kernel(request, monkeypatch):
     kernels.choose("auto")
 
 
-def run(z, v, targets, weights=MIX, temperature=4.0, smoothing=0.0, split="pair", reverse=False, grad_scale=None):
+def run(z, v, targets, weights=MIX, temperature=4.0, smoothing=0.0, split="pair", reverse=False):
     """Loss, terms and the student's gradient, on the CPU."""
     leaf = z.to(DEVICE).detach().requires_grad_()
     loss, terms = softmax_kl(leaf, v.to(DEVICE), *(part.to(DEVICE) for part in targets), weights, temperature=temperature,
-                             label_smoothing=smoothing, split=split, reverse=reverse, grad_scale=grad_scale)
+                             label_smoothing=smoothing, split=split, reverse=reverse)
     (grad,) = torch.autograd.grad(loss, leaf)
     assert terms.isnan().tolist() == [weight is None for weight in weights], f"{terms.tolist()} for {weights}"
     return loss.detach().cpu(), terms.cpu(), grad.cpu()
@@ -169,23 +169,21 @@ def test_confident_rows_match_mpmath(kernel, odds):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_gradient_is_the_float64_gradient_rounded_once(kernel, dtype):
-    """With the scale folded in before the rounding, or by the upstream gradient after it was kept in fp32: nothing underflows."""
+    """It is kept in fp32 until the upstream gradient, the loss scale, has multiplied it: nothing underflows."""
     z, v, targets = rows(64, 100, dtype=dtype)
     scale = torch.tensor(65536.0, device=DEVICE)
     _, expected = truth(z, v, targets, Weights(1.0, 0, 1.0, 8.0), 4.0)
     exact = expected * 65536
     # The interpreter truncates to bf16 where a GPU rounds.
     rounding = torch.finfo(dtype).eps / (1 if dtype == torch.bfloat16 and DEVICE == "cpu" else 2)
-    for folded in (True, False):
-        leaf = z.clone().to(DEVICE).requires_grad_()
-        loss, _ = softmax_kl(leaf, v.to(DEVICE), *(part.to(DEVICE) for part in targets), Weights(1.0, 0, 1.0, 8.0), temperature=4.0,
-                             grad_scale=scale if folded else None)
-        (loss if folded else loss * scale).backward()
-        grad = leaf.grad.cpu()
-        assert grad.dtype == dtype
-        error = (grad.double() - exact).abs() - rounding * 1.01 * exact.abs()
-        assert error.max() <= exact.abs().max() * TOLERANCE, f"{error.max()} beyond one rounding, scale folded in: {folded}"
-        assert (grad == 0).float().mean() < 0.01, "small gradients vanished"
+    leaf = z.clone().to(DEVICE).requires_grad_()
+    loss, _ = softmax_kl(leaf, v.to(DEVICE), *(part.to(DEVICE) for part in targets), Weights(1.0, 0, 1.0, 8.0), temperature=4.0)
+    (loss * scale).backward()
+    grad = leaf.grad.cpu()
+    assert grad.dtype == dtype
+    error = (grad.double() - exact).abs() - rounding * 1.01 * exact.abs()
+    assert error.max() <= exact.abs().max() * TOLERANCE, f"{error.max()} beyond one rounding"
+    assert (grad == 0).float().mean() < 0.01, "small gradients vanished"
 
 
 def test_identities(kernel):
@@ -232,7 +230,7 @@ def test_bits_do_not_depend_on_the_run_or_the_number_of_programs(split):
     hyper = hyperparameters(Weights(0.7, 0.3), 4.0, 0.1, z.device)
 
     def launch(tile_rows):
-        return op.softmax_kl_triton(z, v, *targets, hyper, terms=MIX.terms, split="pair", reverse=split == "reverse", grad_dtype=torch.float32,
+        return op.softmax_kl_triton(z, v, *targets, hyper, terms=MIX.terms, split="pair", reverse=split == "reverse",
                                     tile=Tile(tile_rows, lanes=8, chunks=4, warps=1, registers=255))
 
     sizes = (8, 16, 64) if DEVICE == "cpu" else (1, 4, 8)
@@ -248,7 +246,7 @@ def test_bits_do_not_depend_on_the_run_or_the_number_of_programs(split):
 def test_the_operator_is_sound(kernel):
     z, v, targets = (part.to(DEVICE) if torch.is_tensor(part) else Targets(*(x.to(DEVICE) for x in part)) for part in rows(6, 20))
     for dtype, reverse in ((torch.float32, False), (torch.float32, True)):
-        arguments = (z, v, *targets, hyperparameters(MIX, 4.0, 0.1, z.device), MIX.terms, "pair", reverse, dtype)
+        arguments = (z, v, *targets, hyperparameters(MIX, 4.0, 0.1, z.device), MIX.terms, "pair", reverse)
         torch.library.opcheck(torch.ops.fusekd.softmax_kl.default, arguments)
 
 
@@ -280,7 +278,7 @@ def test_rows_beyond_32_bit_offsets():
     far.copy_(z)
     hyper = hyperparameters(MIX, 4.0, 0.0, torch.device(DEVICE))
     targets = Targets(*(part.to(DEVICE) for part in targets))
-    for one, two in zip(*(op.softmax_kl_triton(x, v.to(DEVICE), *targets, hyper, terms=MIX.terms, split="pair", reverse=False, grad_dtype=torch.float32)
+    for one, two in zip(*(op.softmax_kl_triton(x, v.to(DEVICE), *targets, hyper, terms=MIX.terms, split="pair", reverse=False)
                           for x in (far, z.to(DEVICE)))):
         assert torch.equal(one, two)
 
@@ -305,7 +303,7 @@ def test_a_captured_graph_follows_its_inputs_and_numbers():
     hyper = hyperparameters(MIX, 4.0, 0.1, z.device).clone()
 
     def call():
-        return torch.ops.fusekd.softmax_kl(z, v, *targets, hyper, MIX.terms, "pair", False, torch.float32)
+        return torch.ops.fusekd.softmax_kl(z, v, *targets, hyper, MIX.terms, "pair", False)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
