@@ -39,6 +39,14 @@ from kernels import interpreted, use_triton
 SPLITS = ("pair", "dominant", "first")
 
 
+class Terms(NamedTuple):
+    """Means over the rows, 0-dim fp32, detached: unweighted, T^2 included, NaN where not wanted."""
+    ce: torch.Tensor
+    kl: torch.Tensor
+    tckd: torch.Tensor
+    nckd: torch.Tensor
+
+
 class Weights(NamedTuple):
     """What each term counts in the loss.  None: not wanted, so neither computed nor reported; 0.0: reported, without a say."""
     ce: float | None = None
@@ -77,8 +85,7 @@ def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weigh
     split: the target set of a mixed row: "pair" {label, other}; "dominant" the one with the larger share; "first" label.
     reverse: the student first in the KL, which is then the only divergence that may have a weight.
     The gradient is kept in fp32 until `backward`, where the upstream gradient multiplies it before it is rounded to 16 bits.
-    Returns the loss (0-dim fp32, backpropagates to student_logits only) and detached fp32 (4,): CE, KL, TCKD, NCKD,
-    unweighted, with T^2, NaN where not wanted.  Raises ValueError for shapes or a split that do not fit, and without any term.
+    Returns the loss (0-dim fp32, backpropagates to student_logits only) and its Terms.  Raises ValueError for shapes or a split that do not fit, and without any term.
     """
     if weights.terms in ("", "ce"):
         teacher_logits = None
@@ -99,7 +106,8 @@ def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weigh
     teacher_logits = None if teacher_logits is None else teacher_logits.detach()
     losses, grad = torch.ops.fusekd.softmax_kl(student_logits.detach(), teacher_logits, label, other, lam, hyper,
                                                weights.terms, split, reverse)
-    return _WithGradient.apply(student_logits, losses[0], grad), losses[1:]
+    loss, *terms = losses.unbind()
+    return _WithGradient.apply(student_logits, loss, grad), Terms(*terms)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -151,7 +159,7 @@ def softmax_kl_reference(z, v, label, other, lam, hyper, *, terms: str, split: s
     means, grad = dict.fromkeys(Weights._fields, hyper.new_full((), torch.nan)), None
     log_softmax = z.log_softmax(1) if "ce" in wanted else None
     if wanted[-1] == "kl" and not reverse:
-        means["kl"], grad = _kl(z if log_softmax is None else log_softmax, v.float(), weights[0], T)
+        means["kl"], grad = _kl(_from_top(z) if log_softmax is None else log_softmax, v.float(), weights[0], T)
     elif wanted != ["ce"]:
         targets = _targets(label, other, lam, split)
         divergences, grad = _divergences(z, v.float(), targets, weights, T, reverse)
@@ -182,22 +190,23 @@ def _finite(products):
 
 
 def _kl(z, v, w_kl, T):
-    """Mean of the forward KL, T^2 included, and its weighted gradient; z may be a log-softmax as well."""
-    log_q = _log_softmax(z, T)
-    log_p = _log_softmax(v, T)
+    """Mean of the forward KL, T^2 included, and its weighted gradient; z must be near 0 at its maximum before T rounds it."""
+    log_q, log_p = (z / T).log_softmax(1), _from_top(v).div_(T).log_softmax(1)
     p = log_p.exp()
     kl = _finite(log_p.sub_(log_q).mul_(p)).sum() * (T * T / len(z))
-    return kl, _of_zero_sum(log_q.exp_().sub_(p), p).mul_(w_kl * T / len(z))
+    return kl, _of_zero_sum(log_q.exp_().sub_(p), p.round_()).mul_(w_kl * T / len(z))
 
 
-def _log_softmax(x, T):
-    """ln softmax(x / T) with all digits of large logits: the maximum goes before the division rounds."""
-    return (x - x.amax(1, keepdim=True)).div_(T).log_softmax(1)
+def _from_top(x):
+    return x - x.amax(1, keepdim=True)
 
 
-def _of_zero_sum(difference, p):
-    """q - p, in place; where one class has nearly all of both, its difference is that of all others, which have more digits."""
-    return difference.scatter_add_(1, p.argmax(1, keepdim=True), difference.sum(1, keepdim=True).neg_())
+def _of_zero_sum(difference, half):
+    """q - p, in place.  Where one class has nearly all of both, its difference is that of all others, which have more digits.
+
+    half: p rounded, that is 1 for a class that has more than half.
+    """
+    return difference.addcmul_(half, difference.sum(1, keepdim=True), value=-1)
 
 
 def _targets(label, other, lam, split):
@@ -234,7 +243,7 @@ def _divergences(z, v, targets, weights, T, reverse):
         distance = _finite(y.sub_(x).mul_(p_inside)).sum(1, keepdim=True)
         nckd = torch.addcmul(constant, distance, p_scale).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
         kl = tckd + p[:, 2:] * nckd
-        delta = _of_zero_sum(q - p, p)
+        delta = _of_zero_sum(q - p, p.round())
         of_q = (delta[:, 2:] * w_tckd + w_nckd + q[:, 2:] * w_kl).mul_(q_scale)
         of_p = (p[:, 2:] * w_kl + w_nckd).mul_(p_scale)
         on_targets = delta[:, :2] * (w_tckd + w_kl)

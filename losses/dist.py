@@ -21,11 +21,11 @@ def dist_loss(student_logits, teacher_logits, targets: Targets, *, beta=1.0, gam
     """
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(f"logits must be alike: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
-    loss, (ce, *_) = softmax_kl(student_logits, None, *targets, Weights(ce=ce_weight), temperature=1.0,
+    loss, terms = softmax_kl(student_logits, None, *targets, Weights(ce=ce_weight), temperature=1.0,
                                 label_smoothing=label_smoothing)
     q, p = ((logits.float() / temperature).softmax(1) for logits in (student_logits, teacher_logits.detach()))
     inter, intra = (temperature ** 2 * (1 - correlation(q, p, dim).mean()) for dim in (1, 0))
-    return loss + beta * inter + gamma * intra, {"ce": ce, "inter": inter.detach(), "intra": intra.detach()}
+    return loss + beta * inter + gamma * intra, {"ce": terms.ce, "inter": inter.detach(), "intra": intra.detach()}
 
 
 def correlation(x, y, dim: int):

@@ -21,6 +21,6 @@ def dkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=1.0, bet
     """
     weights = Weights(ce=ce_weight, tckd=alpha, nckd=beta)
     op = standardized_softmax_kl if standardize else softmax_kl
-    loss, (ce, _, tckd, nckd) = op(student_logits, teacher_logits, *targets, weights, temperature=temperature,
-                                   label_smoothing=label_smoothing, split=mixed_target)
-    return loss, {"ce": ce, "tckd": tckd, "nckd": nckd}
+    loss, terms = op(student_logits, teacher_logits, *targets, weights, temperature=temperature,
+                     label_smoothing=label_smoothing, split=mixed_target)
+    return loss, {"ce": terms.ce, "tckd": terms.tckd, "nckd": terms.nckd}

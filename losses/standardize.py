@@ -18,4 +18,4 @@ def standardized_softmax_kl(student_logits, teacher_logits, label, other, lam, w
                              label_smoothing=label_smoothing)
     more, others = softmax_kl(standardized(student_logits), standardized(teacher_logits.detach()), *targets,
                               weights._replace(ce=None), **how)
-    return loss + more, (terms[0], *others[1:])
+    return loss + more, others._replace(ce=terms.ce)

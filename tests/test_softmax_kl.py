@@ -36,6 +36,7 @@ def run(z, v, targets, weights=MIX, temperature=4.0, smoothing=0.0, split="pair"
     loss, terms = softmax_kl(leaf, v.to(DEVICE), *(part.to(DEVICE) for part in targets), weights, temperature=temperature,
                              label_smoothing=smoothing, split=split, reverse=reverse)
     (grad,) = torch.autograd.grad(loss, leaf)
+    terms = torch.stack(terms)
     assert terms.isnan().tolist() == [weight is None for weight in weights], f"{terms.tolist()} for {weights}"
     return loss.detach().cpu(), terms.cpu(), grad.cpu()
 
@@ -108,7 +109,7 @@ def test_cross_entropy_alone_reads_no_teacher(kernel):
     targets = tuple(part.to(DEVICE) for part in targets)
     loss, terms = softmax_kl(leaf, None, *targets, Weights(ce=2.0), temperature=4.0, label_smoothing=0.1)
     expected, expected_grad = truth(z, z, rows(37, 10)[2], Weights(2.0, 0.0, 0.0, 0.0), 4.0, smoothing=0.1)
-    assert_terms(terms.cpu(), expected)
+    assert_terms(torch.stack(terms).cpu(), expected)
     assert_grad(torch.autograd.grad(loss, leaf)[0].cpu(), expected_grad)
     with pytest.raises(ValueError, match="kl needs the teacher's logits"):
         softmax_kl(leaf, None, *targets, Weights(kl=1.0), temperature=4.0)
