@@ -1,33 +1,31 @@
 """What the kernels and a training step cost, counted without a GPU.
 
-    python benchmarks/instructions.py            -> benchmarks/results/kernels-ptx-sm80.csv and -sm90.csv, and launches per step
-    python benchmarks/instructions.py --quick    the two smallest sizes of the loss and one policy
+    PYTHONPATH=tests python -m benchmarks.instructions            -> benchmarks/results/kernels-ptx-sm80.csv and -sm90.csv
+    PYTHONPATH=tests python -m benchmarks.instructions --quick    the two smallest sizes of the loss and one policy
 
-The compiled kernels are executed in numpy (tests/ptx.py), and the scripts run on fake CUDA tensors (tests/cuda_path.py): counts are
-exact.  The bounds in nanoseconds are a model and no measurement: the counts over the rates in GPUS, which are those of the vendor's
-data sheets for clock and schedulers and our estimates of what can be reached for bandwidth; overlap, latency and caches are left out.
+The compiled kernels are executed in numpy (tests/ptx.py), and the scripts run on fake CUDA tensors (tests/cuda_path.py), which
+counts the launches of a step: counts are exact.  The bounds in nanoseconds are a model and no measurement: the counts over the
+rates in GPUS, which are those of the vendor's data sheets for clock and schedulers and our estimates of what can be reached for
+bandwidth; overlap, latency and caches are left out.
 """
-import argparse
-import csv
 import os
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.pop("TRITON_INTERPRET", None)
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: it is to compile
 
-import cuda_path  # noqa: E402
-import ptx  # noqa: E402
-import test_ptx_augment  # noqa: E402
-import test_ptx_softmax_kl  # noqa: E402
-import torch  # noqa: E402
+import cuda_path
+import ptx
+import test_ptx_augment
+import test_ptx_softmax_kl
+import torch
 
-from kernels import augment, softmax_kl  # noqa: E402
-from losses import Targets, dkd_loss, kd_loss  # noqa: E402
+from benchmarks import table
+from kernels import augment, softmax_kl
+from losses import Targets, dkd_loss, kd_loss
 
 # Multiprocessors, schedulers of each, clock in GHz under load, and bytes per nanosecond that a copy reaches.
 GPUS = {"h100": (132, 4, 1.7, 3000.0), "h200": (132, 4, 1.7, 4200.0)}
@@ -60,28 +58,31 @@ class Row:
     launch_ns: float
 
 
-def row(sm: int, kernel: str, case: str, dtype, unit: str, launch, count: int, ideal_bytes: float, classes: int | None = None) -> Row:
+def row(sm: int, kernel: str, case: str, dtype, unit: str, launch, count: int, ideal_bytes: float, classes=None) -> Row:
     counts = {name: value / count for name, value in launch.counts.items()}
     instructions, sectors = counts["warp instructions"], counts["load sectors"] + counts["store sectors"]
     accesses, ideal = counts.get("shared accesses", 0), ideal_bytes / SECTOR
     bounds = [bound for processors, schedulers, clock, rate in GPUS.values()
               for bound in (instructions / (processors * schedulers * clock), SECTOR * sectors / rate)]
     return Row(sm, kernel, case, str(dtype).removeprefix("torch."), unit, launch.warps, round(instructions, 1),
-               round(32 * instructions / classes, 1) if classes else None, round(sectors, 1), round(ideal, 1), round(sectors / ideal, 2),
-               round(counts["shared wavefronts"] / accesses, 2) if accesses else None,
-               round(launch.counts.get("barriers", 0) / (launch.grid * launch.warps), 1), *(round(bound, 3) for bound in bounds), LAUNCH_NS)
+               round(32 * instructions / classes, 1) if classes else None, round(sectors, 1), round(ideal, 1),
+               round(sectors / ideal, 2), round(counts["shared wavefronts"] / accesses, 2) if accesses else None,
+               round(launch.counts.get("barriers", 0) / (launch.grid * launch.warps), 1),
+               *(round(bound, 3) for bound in bounds), LAUNCH_NS)
 
 
 def losses(sm: int, sizes: dict):
-    """KD and DKD, fp32 and bf16: both logits read once and the gradient written once would be ideal."""
+    """KD and DKD, fp32 and bf16: both logits read once and the fp32 gradient written once would be ideal."""
     for classes, rows in sizes.items():
         for dtype in (torch.float32, torch.bfloat16):
             for name, function in (("KD", kd_loss), ("DKD", dkd_loss)):
                 z, v, targets = test_ptx_softmax_kl.logits(classes, "normal", rows)
+                function(z, v, Targets(*targets))  # its numbers are on the device before the executor watches
                 with (ptx.executed(softmax_kl, "_softmax_kl_kernel", sm) as launches,
                       mock.patch.object(softmax_kl, "use_triton", lambda tensor: True)):
                     function(z.to(dtype), v.to(dtype), Targets(*targets))
-                yield row(sm, "softmax_kl", f"{name} C={classes}", dtype, "row", launches[0], rows, 3 * classes * dtype.itemsize, classes)
+                ideal = classes * (2 * dtype.itemsize + 4)
+                yield row(sm, "softmax_kl", f"{name} C={classes}", dtype, "row", launches[0], rows, ideal, classes)
 
 
 def batches(sm: int, policies):
@@ -107,24 +108,17 @@ def launches_per_step(teacher: str, student: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="the two smallest sizes of the loss and one policy")
-    parser.add_argument("--device", choices=("cpu",), default="cpu", help="there is nothing to choose: it counts, on a CPU")
-    args = parser.parse_args()
+    args = table.flags(__doc__, "the two smallest sizes of the loss and one policy")
     torch.set_num_threads(1)
     for sm in (80, 90):
-        table = []
+        found = []
         sizes, policies = (QUICK_CLASSES, QUICK_POLICIES) if args.quick else (CLASSES, POLICIES)
         for each in (*losses(sm, sizes), *batches(sm, policies)):
-            table.append(each)
-            print(f"sm_{sm} {each.kernel:10} {each.case:22} {each.dtype:8} {each.warp_instructions:9.0f} warp instructions per {each.unit}, "
-                  f"{each.sectors_over_ideal:5.2f} of the ideal sectors", flush=True)
-        output = ROOT / "benchmarks" / "results" / f"kernels-ptx-sm{sm}.csv"
-        with open(output, "w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(each) for each in table)
-        print(output)
+            found.append(each)
+            print(f"sm_{sm} {each.kernel:10} {each.case:22} {each.dtype:8} {each.warp_instructions:9.0f} warp instructions per "
+                  f"{each.unit}, {each.sectors_over_ideal:5.2f} of the ideal sectors", flush=True)
+        if not args.quick:
+            table.write(found, "kernels-ptx", f"sm{sm}")
     for pair in (("resnet32x4", "resnet8x4"), ("efficientnet_v2_l", "efficientnet_v2_s")):
         launches_per_step(*pair)
 

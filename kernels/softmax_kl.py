@@ -37,6 +37,7 @@ import triton.language as tl
 from kernels import interpreted, use_triton
 
 SPLITS = ("pair", "dominant", "first")
+W_CE, W_KL, W_TCKD, W_NCKD, TEMPERATURE, SMOOTHING = map(tl.constexpr, range(6))  # where `hyperparameters` has each number
 
 
 class Terms(NamedTuple):
@@ -64,7 +65,7 @@ _hyperparameters: dict = {}
 
 
 def hyperparameters(weights: Weights, temperature: float, label_smoothing: float, device: torch.device) -> torch.Tensor:
-    """The numbers of the loss as fp32 (6,) on the device, one tensor per set of numbers.
+    """The numbers of the loss as fp32 (6,) on the device: the four weights, temperature, smoothing; one tensor for each set.
 
     The kernel reads them there, so a schedule recompiles nothing, and a captured CUDA graph follows what is later written into
     the tensor that it was captured with.
@@ -85,7 +86,8 @@ def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weigh
     split: the target set of a mixed row: "pair" {label, other}; "dominant" the one with the larger share; "first" label.
     reverse: the student first in the KL, which is then the only divergence that may have a weight.
     The gradient is kept in fp32 until `backward`, where the upstream gradient multiplies it before it is rounded to 16 bits.
-    Returns the loss (0-dim fp32, backpropagates to student_logits only) and its Terms.  Raises ValueError for shapes or a split that do not fit, and without any term.
+    Returns the loss (0-dim fp32, backpropagates to student_logits only) and its Terms.
+    Raises ValueError for shapes or a split that do not fit, and without any term.
     """
     if weights.terms in ("", "ce"):
         teacher_logits = None
@@ -134,7 +136,7 @@ _library.define("softmax_kl(Tensor student, Tensor? teacher, Tensor label, Tenso
 
 
 def _softmax_kl(student, teacher, label, other, lam, hyper, terms, split, reverse):
-    """-> losses fp32 (5,): the weighted sum, CE, KL, TCKD, NCKD; the gradient fp32 (N, C), contiguous.  terms: names of Weights."""
+    """-> fp32 (5,): the weighted sum, CE, KL, TCKD, NCKD; and the gradient, fp32 (N, C), contiguous.  terms: names of Weights."""
     implementation = softmax_kl_triton if use_triton(student) else softmax_kl_reference
     return implementation(student, teacher, label, other, lam, hyper, terms=terms, split=split, reverse=reverse)
 
@@ -266,9 +268,9 @@ def _divergences(z, v, targets, weights, T, reverse):
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
 # A program takes ROWS rows.  A tile is (CHUNKS, ROWS, LANES, VECTOR): a thread has the VECTOR adjacent classes of one 128-bit
-# load from every chunk, LANES threads share a row, and sums over chunks and vectors stay inside a thread.  x and y are tiles
-# of student and teacher logits in which both labels' own columns and what lies beyond the row are -inf; `_t` marks the
-# teacher, `1` temperature 1.  What a launch does not want is dead code to the compiler.
+# load from every chunk, LANES threads share a row, and sums over chunks and vectors stay inside a thread.  z and v are tiles
+# of student and teacher logits in which both labels' own columns and what lies beyond the row are -inf; `_1` marks
+# temperature 1, s the student's softmax there.  What a launch does not want is dead code to the compiler.
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -344,22 +346,22 @@ def _at(logits, row, column, live, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def _anchor(x, y, top):
+def _anchor(z, v, top_z):
     """The teacher's logit where the student has its maximum."""
-    return _lane_max(tl.where(x == _spread(top), y, LOWEST))
+    return _lane_max(tl.where(z == _spread(top_z), v, LOWEST))
 
 
 @triton.jit
-def _weights(x, y, top, top_t, cold):
-    """e^(x/T), e^x and e^(y/T), over those at the maxima."""
-    x, y = x - _spread(top), y - _spread(top_t)
-    return tl.exp2(x * cold), tl.exp2(x * LOG2E), tl.exp2(y * cold)
+def _weights(z, v, top_z, top_v, log2_e_T):
+    """e^(z/T), e^z and e^(v/T), over those at_z the maxima."""
+    z, v = z - _spread(top_z), v - _spread(top_v)
+    return tl.exp2(z * log2_e_T), tl.exp2(z * LOG2E), tl.exp2(v * log2_e_T)
 
 
 @triton.jit
-def _gap(first, x, y, top, base_t):
-    """Sum of x - y under the first distribution, unnormalised."""
-    return _lane_sum(_times(first, (x - _spread(top)) - (y - _spread(base_t))))
+def _gap(first, z, v, top_z, base_v):
+    """Sum of z - v under the first distribution, unnormalised."""
+    return _lane_sum(_times(first, (z - _spread(top_z)) - (v - _spread(base_v))))
 
 
 @triton.jit
@@ -385,6 +387,31 @@ def _weighted(weight, term):
 
 
 @triton.jit
+def _labels(label, other, lam, row, live, SPLIT: tl.constexpr):
+    """a, b and the share of a; a label whose share is 0 goes, and the row counts as unmixed: a = b."""
+    share = tl.load(lam + row, live, other=1.0)
+    given, partner = tl.load(label + row, live, other=0).to(tl.int32), tl.load(other + row, live, other=0).to(tl.int32)
+    a, b = tl.where(share <= 0, partner, given), tl.where(share >= 1, given, partner)
+    share = tl.where(a == b, 1.0, share)
+    if SPLIT == "dominant":
+        a, b, share = tl.where(share >= 0.5, a, b), tl.where(share >= 0.5, b, a), tl.maximum(share, 1 - share)
+    return a, b, share
+
+
+@triton.jit
+def _add_up(row_terms, losses, hyper, N, WANTED: tl.constexpr, REDUCE: tl.constexpr):
+    """What the program does that finishes last: the means of all rows, always added in the same order, and their weighted sum."""
+    loss = 0.0
+    for term in tl.static_range(4):
+        mean = float("nan")
+        if WANTED[term]:
+            mean = _mean(row_terms + term * N, N, REDUCE)
+            loss += _weighted(tl.load(hyper + term), mean)
+        tl.store(losses + 1 + term, mean)
+    tl.store(losses, loss)
+
+
+@triton.jit
 def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_terms, losses, finished, N,
                        C: tl.constexpr, STUDENT_STRIDE: tl.constexpr, TEACHER_STRIDE: tl.constexpr,
                        CE: tl.constexpr, KL: tl.constexpr, TCKD: tl.constexpr, NCKD: tl.constexpr,
@@ -392,10 +419,11 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
                        CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, REDUCE: tl.constexpr):
     BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
     DIVERGENCE: tl.constexpr = KL or TCKD or NCKD
-    w_ce, w_kl, w_tckd, w_nckd = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2), tl.load(hyper + 3)
-    T, eps, scale = tl.load(hyper + 4), tl.load(hyper + 5), 1.0 / N
-    warm = 1.0 / T
-    cold = LOG2E * warm  # e^(x/T) = 2^(x * cold)
+    w_ce, w_kl = tl.load(hyper + W_CE), tl.load(hyper + W_KL)
+    w_tckd, w_nckd = tl.load(hyper + W_TCKD), tl.load(hyper + W_NCKD)
+    T, eps, scale = tl.load(hyper + TEMPERATURE), tl.load(hyper + SMOOTHING), 1.0 / N
+    inverse_T = 1.0 / T
+    log2_e_T = LOG2E * inverse_T  # e^(z/T) = 2^(z * log2_e_T)
     uniform = eps / C
 
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -403,147 +431,145 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
     column = (tl.arange(0, CHUNKS)[:, None, None, None] * (LANES * VECTOR) + tl.arange(0, LANES)[None, None, :, None] * VECTOR
               + tl.arange(0, VECTOR)[None, None, None, :])
 
-    # Labels; one whose share is 0 goes, and the row counts as unmixed: a = b.
-    share = tl.load(lam + row, live, other=1.0)
-    given, partner = tl.load(label + row, live, other=0).to(tl.int32), tl.load(other + row, live, other=0).to(tl.int32)
-    a, b = tl.where(share <= 0, partner, given), tl.where(share >= 1, given, partner)
+    a, b, share = _labels(label, other, lam, row, live, SPLIT)
     one = a == b
-    share = tl.where(one, 1.0, share)
-    if SPLIT == "dominant":
-        a, b, share = tl.where(share >= 0.5, a, b), tl.where(share >= 0.5, b, a), tl.maximum(share, 1 - share)
-    x_a, x_b = _at(student, row, a, live, STUDENT_STRIDE), _at(student, row, b, live, STUDENT_STRIDE)
-    own = tl.where(share >= 0.5, x_a, x_b)
+    z_a, z_b = _at(student, row, a, live, STUDENT_STRIDE), _at(student, row, b, live, STUDENT_STRIDE)
+    own = tl.where(share >= 0.5, z_a, z_b)
 
-    at, at_t, at_grad = student + row * STUDENT_STRIDE, teacher + row * TEACHER_STRIDE, grad + row * C
+    at_z, at_v, at_grad = student + row * STUDENT_STRIDE, teacher + row * TEACHER_STRIDE, grad + row * C
 
     # First read: maxima over the classes besides both labels and the sums under them, in one tile or online, lane by lane.
     if WHOLE:
         rest = (column != _spread(a)) & (column != _spread(b))
-        x = tl.where(rest, _load(at, column, live, C), NONE)
-        y = x
+        z = tl.where(rest, _load(at_z, column, live, C), NONE)
+        v = z
         if DIVERGENCE:
-            y = tl.where(rest, _load(at_t, column, live, C), NONE)
-        top = tl.maximum(tl.max(_lane_max(x), 1), LOWEST)
-        top_t = tl.maximum(tl.max(_lane_max(y), 1), LOWEST)
-        weight, weight1, weight_t = _weights(x, y, top, top_t, cold)
+            v = tl.where(rest, _load(at_v, column, live, C), NONE)
+        top_z = tl.maximum(tl.max(_lane_max(z), 1), LOWEST)
+        top_v = tl.maximum(tl.max(_lane_max(v), 1), LOWEST)
+        weight_z, weight_1, weight_v = _weights(z, v, top_z, top_v, log2_e_T)
         if REVERSE:
-            base_t = tl.max(_anchor(x, y, top), 1)
-            gap = tl.sum(_gap(weight, x, y, top, base_t), 1)
+            base_v = tl.max(_anchor(z, v, top_z), 1)
+            gap = tl.sum(_gap(weight_z, z, v, top_z, base_v), 1)
         else:
-            base_t = top_t
-            gap = tl.sum(_gap(weight_t, x, y, top, base_t), 1)
-        total, total1, total_t = tl.sum(_lane_sum(weight), 1), tl.sum(_lane_sum(weight1), 1), tl.sum(_lane_sum(weight_t), 1)
-        beyond = tl.sum(_lane_sum(tl.where(rest & (column < C), x - _spread(own), 0.0)), 1)
+            base_v = top_v
+            gap = tl.sum(_gap(weight_v, z, v, top_z, base_v), 1)
+        total_z, total_1, total_v = tl.sum(_lane_sum(weight_z), 1), tl.sum(_lane_sum(weight_1), 1), tl.sum(_lane_sum(weight_v), 1)
+        beyond = tl.sum(_lane_sum(tl.where(rest & (column < C), z - _spread(own), 0.0)), 1)
     else:
-        top = tl.full([ROWS, LANES], LOWEST, tl.float32)
-        top_t = tl.full([ROWS, LANES], LOWEST, tl.float32)
-        base_t = tl.full([ROWS, LANES], LOWEST, tl.float32)
-        total = tl.zeros([ROWS, LANES], tl.float32)
-        total1 = tl.zeros([ROWS, LANES], tl.float32)
-        total_t = tl.zeros([ROWS, LANES], tl.float32)
+        top_z = tl.full([ROWS, LANES], LOWEST, tl.float32)
+        top_v = tl.full([ROWS, LANES], LOWEST, tl.float32)
+        base_v = tl.full([ROWS, LANES], LOWEST, tl.float32)
+        total_z = tl.zeros([ROWS, LANES], tl.float32)
+        total_1 = tl.zeros([ROWS, LANES], tl.float32)
+        total_v = tl.zeros([ROWS, LANES], tl.float32)
         gap = tl.zeros([ROWS, LANES], tl.float32)
         beyond = tl.zeros([ROWS, LANES], tl.float32)
         for start in range(0, C, BLOCK):
             rest = (column != _spread(a - start)) & (column != _spread(b - start))
-            x = tl.where(rest, _load(at, column, live, C - start), NONE)
-            y = x
+            z = tl.where(rest, _load(at_z, column, live, C - start), NONE)
+            v = z
             if DIVERGENCE:
-                y = tl.where(rest, _load(at_t, column, live, C - start), NONE)
-            old, old_t, old_base = top, top_t, base_t
-            top, top_t = tl.maximum(top, _lane_max(x)), tl.maximum(top_t, _lane_max(y))
-            drop, drop_t = tl.exp2((old - top) * cold), tl.exp2((old_t - top_t) * cold)
-            weight, weight1, weight_t = _weights(x, y, top, top_t, cold)
+                v = tl.where(rest, _load(at_v, column, live, C - start), NONE)
+            old_z, old_v, old_base = top_z, top_v, base_v
+            top_z, top_v = tl.maximum(top_z, _lane_max(z)), tl.maximum(top_v, _lane_max(v))
+            drop_z, drop_v = tl.exp2((old_z - top_z) * log2_e_T), tl.exp2((old_v - top_v) * log2_e_T)
+            weight_z, weight_1, weight_v = _weights(z, v, top_z, top_v, log2_e_T)
             if REVERSE:
-                base_t = tl.where(top > old, _anchor(x, y, top), base_t)
-                gap = _moved_gap(gap, total, drop, (old - top) - (old_base - base_t)) + _gap(weight, x, y, top, base_t)
+                base_v = tl.where(top_z > old_z, _anchor(z, v, top_z), base_v)
+                gap = _moved_gap(gap, total_z, drop_z, (old_z - top_z) - (old_base - base_v))
+                gap += _gap(weight_z, z, v, top_z, base_v)
             else:
-                base_t = top_t
-                gap = _moved_gap(gap, total_t, drop_t, (old - top) - (old_base - base_t)) + _gap(weight_t, x, y, top, base_t)
-            total = total * drop + _lane_sum(weight)
-            total1 = total1 * tl.exp2((old - top) * LOG2E) + _lane_sum(weight1)
-            total_t = total_t * drop_t + _lane_sum(weight_t)
-            at, at_t = at + BLOCK, at_t + BLOCK
-            beyond += _lane_sum(tl.where(rest & (column < C - start), x - _spread(own), 0.0))
+                base_v = top_v
+                gap = _moved_gap(gap, total_v, drop_v, (old_z - top_z) - (old_base - base_v))
+                gap += _gap(weight_v, z, v, top_z, base_v)
+            total_z = total_z * drop_z + _lane_sum(weight_z)
+            total_1 = total_1 * tl.exp2((old_z - top_z) * LOG2E) + _lane_sum(weight_1)
+            total_v = total_v * drop_v + _lane_sum(weight_v)
+            at_z, at_v = at_z + BLOCK, at_v + BLOCK
+            beyond += _lane_sum(tl.where(rest & (column < C - start), z - _spread(own), 0.0))
         # The lanes of a row together.
-        old, old_t, old_base = top, top_t, base_t
-        top, top_t = tl.max(top, 1), tl.max(top_t, 1)
-        fall, fall_t = old - top[:, None], old_t - top_t[:, None]
-        drop, drop_t = tl.exp2(fall * cold), tl.exp2(fall_t * cold)
+        old_z, old_v, old_base = top_z, top_v, base_v
+        top_z, top_v = tl.max(top_z, 1), tl.max(top_v, 1)
+        fall_z, fall_v = old_z - top_z[:, None], old_v - top_v[:, None]
+        drop_z, drop_v = tl.exp2(fall_z * log2_e_T), tl.exp2(fall_v * log2_e_T)
         if REVERSE:
-            base_t = tl.max(tl.where(fall == 0, old_base, LOWEST), 1)
-            gap = _moved_gap(gap, total, drop, fall - (old_base - base_t[:, None]))
+            base_v = tl.max(tl.where(fall_z == 0, old_base, LOWEST), 1)
+            gap = _moved_gap(gap, total_z, drop_z, fall_z - (old_base - base_v[:, None]))
         else:
-            base_t = top_t
-            gap = _moved_gap(gap, total_t, drop_t, fall - fall_t)
+            base_v = top_v
+            gap = _moved_gap(gap, total_v, drop_v, fall_z - fall_v)
         gap, beyond = tl.sum(gap, 1), tl.sum(beyond, 1)
-        total, total1, total_t = tl.sum(total * drop, 1), tl.sum(total1 * tl.exp2(fall * LOG2E), 1), tl.sum(total_t * drop_t, 1)
+        total_z, total_v = tl.sum(total_z * drop_z, 1), tl.sum(total_v * drop_v, 1)
+        total_1 = tl.sum(total_1 * tl.exp2(fall_z * LOG2E), 1)
 
     # Nothing to subtract where there is no class besides the labels.
-    top, top_t, base_t = tl.where(total > 0, top, 0.0), tl.where(total_t > 0, top_t, 0.0), tl.where(total_t > 0, base_t, 0.0)
-    x_a, x_b = x_a - top, tl.where(one, NONE, x_b - top)
+    top_z = tl.where(total_z > 0, top_z, 0.0)
+    top_v, base_v = tl.where(total_v > 0, top_v, 0.0), tl.where(total_v > 0, base_v, 0.0)
+    z_a, z_b = z_a - top_z, tl.where(one, NONE, z_b - top_z)
     grad_a = tl.zeros([ROWS], tl.float32)
     grad_b = tl.zeros([ROWS], tl.float32)
     of_q, of_p, of_gap, of_s = grad_a, grad_a, grad_a, grad_a
 
     if CE:
-        la, lb, lr, sa, sb, sr, lse = _groups(x_a, x_b, tl.log2(total1) * LN2)
+        log_s_a, log_s_b, log_s_R, s_a, s_b, s_R, lse = _groups(z_a, z_b, tl.log2(total_1) * LN2)
         # Smoothing's share: the sum over all classes of ln softmax_i = (x_i - own) + ln softmax_own.
-        l_own = tl.where(share >= 0.5, la, lb)
+        log_s_own = tl.where(share >= 0.5, log_s_a, log_s_b)
         apart = tl.where(one, 1, 2)
-        ce = -(1 - eps) * (_times(share, la) + _times(1 - share, lb))
-        ce -= tl.where(eps > 0, uniform * (beyond + (C - apart) * l_own + la + tl.where(one, 0.0, lb)), 0.0)
+        ce = -(1 - eps) * (_times(share, log_s_a) + _times(1 - share, log_s_b))
+        ce -= tl.where(eps > 0, uniform * (beyond + (C - apart) * log_s_own + log_s_a + tl.where(one, 0.0, log_s_b)), 0.0)
         tl.store(row_terms + row, ce, live)
-        ya, yb = (1 - eps) * share + uniform, (1 - eps) * (1 - share) + tl.where(one, 0.0, uniform)
-        yr = uniform * (C - apart)
-        grad_a = w_ce * _difference(sa, sb + sr, ya, yb + yr)
-        grad_b = w_ce * _difference(sb, sa + sr, yb, ya + yr)
-        of_s = w_ce * scale * tl.exp(-lse)  # lse is relative to top and so not negative
+        y_a, y_b = (1 - eps) * share + uniform, (1 - eps) * (1 - share) + tl.where(one, 0.0, uniform)
+        y_R = uniform * (C - apart)
+        grad_a = w_ce * _difference(s_a, s_b + s_R, y_a, y_b + y_R)
+        grad_b = w_ce * _difference(s_b, s_a + s_R, y_b, y_a + y_R)
+        of_s = w_ce * scale * tl.exp(-lse)  # lse is relative to top_z and so not negative
 
     if DIVERGENCE:
-        y_a, y_b = _at(teacher, row, a, live, TEACHER_STRIDE) - top_t, _at(teacher, row, b, live, TEACHER_STRIDE) - top_t
-        y_b = tl.where(one, NONE, y_b)
-        in_b, in_b_t, in_rest, in_rest_t = grad_a, grad_a, 1.0, 1.0
+        v_a, v_b = _at(teacher, row, a, live, TEACHER_STRIDE) - top_v, _at(teacher, row, b, live, TEACHER_STRIDE) - top_v
+        v_b = tl.where(one, NONE, v_b)
+        in_b_z, in_b_v, in_R_z, in_R_v = grad_a, grad_a, 1.0, 1.0
         if SPLIT != "pair":  # b joins R
-            up = tl.where(total > 0, tl.maximum(x_b, 0.0), tl.where(one, 0.0, x_b))
-            up_t = tl.where(total_t > 0, tl.maximum(y_b, 0.0), tl.where(one, 0.0, y_b))
-            in_rest, in_rest_t = tl.exp(-up * warm), tl.exp(-up_t * warm)
-            in_b, in_b_t = tl.exp((x_b - up) * warm), tl.exp((y_b - up_t) * warm)
-            gap = tl.where(total_t > 0, _moved_gap(gap, total_t, in_rest_t, up_t - up), 0.0)
-            gap += _times(in_b_t, (x_b - up) - (y_b - up_t))
-            total = tl.where(total > 0, total * in_rest, 0.0) + in_b
-            total_t = tl.where(total_t > 0, total_t * in_rest_t, 0.0) + in_b_t
-            x_a, y_a = x_a - up, y_a - up_t
-            x_b = tl.full([ROWS], NONE, tl.float32)
-            y_b = x_b
-        log_total, log_total_t = tl.log2(total) * LN2, tl.log2(total_t) * LN2
-        la, lb, lr, qa, qb, qr, _ = _groups(x_a * warm, x_b * warm, log_total)
-        la_t, lb_t, lr_t, pa, pb, pr, _ = _groups(y_a * warm, y_b * warm, log_total_t)
-        over_a, over_b, over_rest = la - la_t, lb - lb_t, lr - lr_t
-        inverse, inverse_t = _inverse(total), _inverse(total_t)
+            up_z = tl.where(total_z > 0, tl.maximum(z_b, 0.0), tl.where(one, 0.0, z_b))
+            up_v = tl.where(total_v > 0, tl.maximum(v_b, 0.0), tl.where(one, 0.0, v_b))
+            in_R_z, in_R_v = tl.exp(-up_z * inverse_T), tl.exp(-up_v * inverse_T)
+            in_b_z, in_b_v = tl.exp((z_b - up_z) * inverse_T), tl.exp((v_b - up_v) * inverse_T)
+            gap = tl.where(total_v > 0, _moved_gap(gap, total_v, in_R_v, up_v - up_z), 0.0)
+            gap += _times(in_b_v, (z_b - up_z) - (v_b - up_v))
+            total_z = tl.where(total_z > 0, total_z * in_R_z, 0.0) + in_b_z
+            total_v = tl.where(total_v > 0, total_v * in_R_v, 0.0) + in_b_v
+            z_a, v_a = z_a - up_z, v_a - up_v
+            z_b = tl.full([ROWS], NONE, tl.float32)
+            v_b = z_b
+        log_total_z, log_total_v = tl.log2(total_z) * LN2, tl.log2(total_v) * LN2
+        log_q_a, log_q_b, log_q_R, q_a, q_b, q_R, _ = _groups(z_a * inverse_T, z_b * inverse_T, log_total_z)
+        log_p_a, log_p_b, log_p_R, p_a, p_b, p_R, _ = _groups(v_a * inverse_T, v_b * inverse_T, log_total_v)
+        over_a, over_b, over_R = log_q_a - log_p_a, log_q_b - log_p_b, log_q_R - log_p_R
+        inverse_z, inverse_v = _inverse(total_z), _inverse(total_v)
         if REVERSE:
-            mean_gap = gap * inverse * warm
-            at_top = log_total_t - log_total - (base_t - top_t) * warm
-            nckd = tl.where(total > 0, mean_gap + at_top, 0.0)
-            over_mean = over_rest + nckd
-            tckd = _times(qa, over_a) + _times(qb, over_b) + _times(qr, over_rest)
-            kl = tckd + _times(qr, nckd)
-            grad_a += w_kl * T * _times(qa, _times(qb, over_a - over_b) + _times(qr, over_a - over_mean))
-            grad_b += w_kl * T * _times(qb, _times(qa, over_b - over_a) + _times(qr, over_b - over_mean))
-            of_gap = w_kl * scale * qr * inverse
-            of_q = of_gap * T * (_times(qa, over_mean - over_a) + _times(qb, over_mean - over_b) - mean_gap)
+            mean_gap = gap * inverse_z * inverse_T
+            at_top = log_total_v - log_total_z - (base_v - top_v) * inverse_T
+            nckd = tl.where(total_z > 0, mean_gap + at_top, 0.0)
+            over_mean = over_R + nckd
+            tckd = _times(q_a, over_a) + _times(q_b, over_b) + _times(q_R, over_R)
+            kl = tckd + _times(q_R, nckd)
+            grad_a += w_kl * T * _times(q_a, _times(q_b, over_a - over_b) + _times(q_R, over_a - over_mean))
+            grad_b += w_kl * T * _times(q_b, _times(q_a, over_b - over_a) + _times(q_R, over_b - over_mean))
+            of_gap = w_kl * scale * q_R * inverse_z
+            of_q = of_gap * T * (_times(q_a, over_mean - over_a) + _times(q_b, over_mean - over_b) - mean_gap)
         else:
-            tckd = -_times(pa, over_a) - _times(pb, over_b) - _times(pr, over_rest)
-            nckd = tl.where(total_t > 0, log_total - log_total_t - gap * inverse_t * warm, 0.0)
-            kl = tckd + _times(pr, nckd)
-            grad_a += T * (w_tckd + w_kl) * _difference(qa, qb + qr, pa, pb + pr)
-            of_q = T * scale * (w_tckd * _difference(qr, qa + qb, pr, pa + pb) + w_nckd + w_kl * qr) * inverse
-            of_p = T * scale * (w_nckd + w_kl * pr) * inverse_t
+            tckd = -_times(p_a, over_a) - _times(p_b, over_b) - _times(p_R, over_R)
+            nckd = tl.where(total_v > 0, log_total_z - log_total_v - gap * inverse_v * inverse_T, 0.0)
+            kl = tckd + _times(p_R, nckd)
+            grad_a += T * (w_tckd + w_kl) * _difference(q_a, q_b + q_R, p_a, p_b + p_R)
+            of_q = T * scale * (w_tckd * _difference(q_R, q_a + q_b, p_R, p_a + p_b) + w_nckd + w_kl * q_R) * inverse_z
+            of_p = T * scale * (w_nckd + w_kl * p_R) * inverse_v
             if SPLIT == "pair":
-                grad_b += T * (w_tckd + w_kl) * _difference(qb, qa + qr, pb, pa + pr)
+                grad_b += T * (w_tckd + w_kl) * _difference(q_b, q_a + q_R, p_b, p_a + p_R)
             else:
-                grad_b += (of_q * in_b - of_p * in_b_t) / scale
-                of_q *= in_rest
-                of_p *= in_rest_t
+                grad_b += (of_q * in_b_z - of_p * in_b_v) / scale
+                of_q *= in_R_z
+                of_p *= in_R_v
         if KL:
             tl.store(row_terms + N + row, T * T * kl, live)
         if TCKD:
@@ -560,36 +586,28 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
     for back in range(0, C, BLOCK):
         start = LAST - back
         if not WHOLE:
-            at, at_t = at - BLOCK, at_t - BLOCK
-            x = _load(at, column, live, C - start)
-            y = x
+            at_z, at_v = at_z - BLOCK, at_v - BLOCK
+            z = _load(at_z, column, live, C - start)
+            v = z
             if DIVERGENCE:
-                y = _load(at_t, column, live, C - start)
-            weight, weight1, weight_t = _weights(x, y, top, top_t, cold)
+                v = _load(at_v, column, live, C - start)
+            weight_z, weight_1, weight_v = _weights(z, v, top_z, top_v, log2_e_T)
         g = tl.zeros([CHUNKS, ROWS, LANES, VECTOR], tl.float32)
         if CE:
-            g = weight1 * _spread(of_s) - of_1
+            g = weight_1 * _spread(of_s) - of_1
         if DIVERGENCE:
             if REVERSE:
-                g += _times(weight, _spread(of_q) + _spread(of_gap) * ((x - _spread(top)) - (y - _spread(base_t))))
+                g += _times(weight_z, _spread(of_q) + _spread(of_gap) * ((z - _spread(top_z)) - (v - _spread(base_v))))
             else:
-                g += weight * _spread(of_q) - weight_t * _spread(of_p)
+                g += weight_z * _spread(of_q) - weight_v * _spread(of_p)
         g = tl.where(column == _spread(b - start), _spread(grad_b), g)
         g = tl.where(column == _spread(a - start), _spread(grad_a), g)
         tl.store(_spread(at_grad) + column, g, _spread(live) & (column < C - start))
         at_grad -= BLOCK
 
-    # The program that finishes last adds up the rows, always in the same order, and leaves the counter as it found it.
     tl.debug_barrier()
     if tl.atomic_add(finished, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
-        loss = 0.0
-        for term in tl.static_range(4):
-            mean = float("nan")
-            if [CE, KL, TCKD, NCKD][term]:
-                mean = _mean(row_terms + term * N, N, REDUCE)
-                loss += _weighted(tl.load(hyper + term), mean)
-            tl.store(losses + 1 + term, mean)
-        tl.store(losses, loss)
+        _add_up(row_terms, losses, hyper, N, [CE, KL, TCKD, NCKD], REDUCE)
         tl.store(finished, 0)
 
 

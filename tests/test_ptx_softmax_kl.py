@@ -50,7 +50,7 @@ def loss_and_gradient(z, v, targets, split: str):
     weights = Weights(ce=0.3, kl=0.7) if reverse else Weights(1.0, 0.2, 1.0, 8.0) if split == "first" else Weights(ce=1.0, tckd=1.0, nckd=8.0)
     loss, terms = softmax_kl(leaf, v, *targets, weights, temperature=4.0, label_smoothing=0.0 if split == "pair" else 0.1,
                              split="pair" if reverse else split, reverse=reverse)
-    return torch.cat([loss.detach()[None], terms]), torch.autograd.grad(loss, leaf)[0].float()
+    return torch.stack([loss.detach(), *terms]), torch.autograd.grad(loss, leaf)[0].float()
 
 
 def execute(sm, *case):

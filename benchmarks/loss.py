@@ -1,47 +1,40 @@
 """How long the fused loss takes beside what people use today, side by side in one process.
 
-    python benchmarks/kernels.py                  the whole table -> benchmarks/results/kernels-<gpu>.csv and .png
-    python benchmarks/kernels.py --quick          two sizes, few repeats
-    python benchmarks/kernels.py --device cpu     the references alone: without a GPU there is no kernel to measure
+    python -m benchmarks.loss                  the whole table -> benchmarks/results/loss-<gpu or cpu>.csv and .png
+    python -m benchmarks.loss --quick          two sizes, few repeats
+    python -m benchmarks.loss --device cpu     the references alone: without a GPU there is no kernel to measure
 
 Every number is one loss with its gradient with respect to the student's logits.  Contenders take turns, repeat by repeat, and
-the ratio to ours is taken within each repeat, so it holds where the machine's speed drifts.  `eager` is wall time with Python,
+the ratio to the published code is taken within each repeat, so it holds where the machine's speed drifts.  Memory is the most
+that PyTorch has allocated at a time during one call, beyond what was there before.  `eager` is wall time with Python,
 autograd and launches; `graph` is the same work replayed from a CUDA graph, which is what the GPU itself needs.  Before every
 graph repeat the second-level cache is overwritten.
 """
-import argparse
-import csv
-import platform
-import re
-import sys
+import itertools
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+import triton
 
-import matplotlib  # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import triton  # noqa: E402
-
-import kernels  # noqa: E402
-from kernels.softmax_kl import Weights, hyperparameters  # noqa: E402
-from losses import Targets, dkd_loss, kd_loss  # noqa: E402
+import kernels
+from benchmarks import table
+from kernels.softmax_kl import Weights, hyperparameters
+from losses import Targets, dkd_loss, kd_loss
 
 SIZES = ((128, 100), (512, 100), (1024, 1000), (4096, 8192), (4096, 32000), (8192, 128256))
-QUICK = ((128, 100), (1024, 1000))
+CPU_SIZES = ((128, 100), (128, 1000), (4096, 8000))
+BASE = "published"
 T, ALPHA, BETA, EPS = 4.0, 1.0, 8.0, 0.1
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one size: microseconds per call, and as a multiple of those of `base`; median and extremes."""
+    """One contender at one size: microseconds per call and megabytes, and both as a multiple of those of `base`."""
     hardware: str
     torch: str
     triton: str
@@ -59,6 +52,8 @@ class Row:
     times_base: float
     times_base_min: float
     times_base_max: float
+    peak_mb: float
+    memory_times_base: float
 
 
 def published_kd(student, teacher, label):
@@ -115,14 +110,14 @@ def contenders(loss: str, student, teacher, label) -> dict:
     def operator():  # a script that gives the gradient to logits.backward needs no more
         torch.ops.fusekd.softmax_kl(student.detach(), teacher, *targets, hyper, weights.terms, "pair", False)
 
-    gradient, half = torch.empty_like(student), torch.empty_like(student[: len(student) // 2])
+    gradient, half = torch.empty_like(student, dtype=torch.float32), torch.empty_like(student[: len(student) // 2])
 
     def copy():  # as many bytes as reading both logits and writing the gradient
         gradient.detach().copy_(teacher)
         half.detach().copy_(teacher[: len(half)])
 
-    found |= {"fused operator alone": operator, "torch.compile": with_backward(torch.compile(published, dynamic=False)), "copy": copy,
-              "empty launch": lambda: _nothing[(1,)]()}
+    found |= {"fused operator alone": operator, "copy": copy,
+              "torch.compile": with_backward(torch.compile(published, dynamic=False)), "empty launch": lambda: _nothing[(1,)]()}
     if loss == "kd":
         try:
             from liger_kernel.transformers import LigerKLDIVLoss
@@ -140,7 +135,7 @@ def contenders(loss: str, student, teacher, label) -> dict:
 
 
 def captured(call, pool):
-    """The replay of a CUDA graph of `call`, or None where it cannot be captured.  Graphs of one pool reuse each other's memory."""
+    """The replay of a CUDA graph of `call`, None where it cannot be captured.  Graphs of one pool reuse each other's memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     try:
@@ -156,6 +151,20 @@ def captured(call, pool):
         print(f"  not captured: {str(failure).splitlines()[0]}")
         torch.cuda.synchronize()
         return None
+
+
+def peak_bytes(call, device) -> int:
+    """The most that is allocated at a time during one call."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def wall_us(call, calls: int, device) -> float:
@@ -202,13 +211,14 @@ def benchmark(rows: int, classes: int, dtype, loss: str, device, repeats: int, h
         pool = torch.cuda.graph_pool_handle()
         replays = {name: replay for name, call in calls.items() if (replay := captured(call, pool))}
         modes["graph"] = measure(replays, lambda replay: graph_us(replay, flush), repeats)
+    memory = {name: peak_bytes(call, device) for name, call in calls.items()}
     for mode, times in modes.items():
-        base = next(iter(times))
         for name, values in times.items():
-            ratios = [value / first for value, first in zip(values, times[base])]
+            ratios = [value / base for value, base in zip(values, times[BASE])]
             spread = [[round(pick(column), 3) for pick in (median, min, max)] for column in (values, ratios)]
             yield Row(hardware, torch.__version__, triton.__version__, rows, classes, str(dtype).removeprefix("torch."),
-                      loss, name, mode, repeats, *spread[0], base, *spread[1])
+                      loss, name, mode, repeats, *spread[0], BASE, *spread[1], round(memory[name] / 1e6, 3),
+                      round(memory[name] / memory[BASE], 3))
 
 
 def works(name: str, call) -> bool:
@@ -221,13 +231,13 @@ def works(name: str, call) -> bool:
     return True
 
 
-def draw(table: list[Row], path: Path) -> None:
-    """How many times the first contender's time each takes, by size; one panel per loss, mode and dtype."""
-    panels = sorted({(row.loss, row.mode, row.dtype) for row in table})
+def draw(rows_of: list[Row], path: Path) -> None:
+    """How many times the time of the published code each takes, by size; one panel per loss, mode and dtype."""
+    panels = sorted({(row.loss, row.mode, row.dtype) for row in rows_of})
     figure, axes = plt.subplots(len(panels), 1, figsize=(7, 2.1 * len(panels)), squeeze=False, layout="constrained")
-    names = list(dict.fromkeys(row.contender for row in table))
+    names = list(dict.fromkeys(row.contender for row in rows_of))
     for axis, panel in zip(axes[:, 0], panels):
-        here = [row for row in table if (row.loss, row.mode, row.dtype) == panel]
+        here = [row for row in rows_of if (row.loss, row.mode, row.dtype) == panel]
         sizes = list(dict.fromkeys((row.rows, row.classes) for row in here))
         for index, name in enumerate(names):
             points = {(row.rows, row.classes): row for row in here if row.contender == name}
@@ -245,45 +255,32 @@ def draw(table: list[Row], path: Path) -> None:
         axis.set_xticks(range(len(sizes)), [f"{rows} x {classes}" for rows, classes in sizes])
         axis.set_ylabel(f"time / {here[0].base}")
         axis.set_title(", ".join(panel), fontsize=9, loc="left")
-    axes[-1, 0].set_xlabel(f"rows x classes; {table[0].hardware}")
+    axes[-1, 0].set_xlabel(f"rows x classes; {rows_of[0].hardware}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="two sizes, few repeats")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    args = parser.parse_args()
+    args = table.flags(__doc__, "two sizes, few repeats")
     device = torch.device(args.device)
-    hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        print("no GPU: the references alone are measured, the fused kernel is not")
-    table = []
-    sizes = QUICK if args.quick else SIZES if device.type == "cuda" else SIZES[:3]
-    for rows, classes in sizes:
+        print("no GPU: the reference is measured, the fused kernel is not")
+    found, sizes = [], SIZES if device.type == "cuda" else CPU_SIZES
+    for rows, classes in sizes[:2] if args.quick else sizes:
         for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
             for loss in ("kd", "dkd"):
                 try:
-                    for row in benchmark(rows, classes, dtype, loss, device, 10 if args.quick else 30, hardware):
-                        table.append(row)
+                    for row in benchmark(rows, classes, dtype, loss, device, 10 if args.quick else 30, table.hardware(device)):
+                        found.append(row)
                         print(f"{rows:5} x {classes:6} {row.dtype:8} {loss:3} {row.mode:5} {row.contender:20} {row.us:10.1f} us "
-                              f"{row.times_base:7.2f} ({row.times_base_min:.2f} to {row.times_base_max:.2f})", flush=True)
+                              f"{row.times_base:7.2f} ({row.times_base_min:.2f} to {row.times_base_max:.2f})  "
+                              f"{row.peak_mb:9.2f} MB {row.memory_times_base:5.2f}", flush=True)
                 except torch.OutOfMemoryError:
                     print(f"{rows:5} x {classes:6} {dtype} {loss}: out of memory, left out")
                 torch.cuda.empty_cache()
-    name = re.sub(r"[^a-z0-9]+", "-", (hardware if device.type == "cuda" else "cpu").lower()).strip("-")
-    output = ROOT / "benchmarks" / "results" / f"kernels-{name}.csv"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in table)
-    draw(table, output.with_suffix(".png"))
-    print(output, output.with_suffix(".png"))
+    if not args.quick:
+        draw(found, table.write(found, "loss", table.short(device)).with_suffix(".png"))
 
 
 if __name__ == "__main__":

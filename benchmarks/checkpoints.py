@@ -1,32 +1,30 @@
 """What writing a checkpoint after every epoch adds to the epoch, with the networks and the optimizer of the study.
 
-    python benchmarks/checkpoint.py               both networks -> benchmarks/results/checkpoint-<gpu>.csv
-    python benchmarks/checkpoint.py --quick       the student alone, fewer repeats
-    python benchmarks/checkpoint.py --device cpu
+    python -m benchmarks.checkpoints               both networks -> benchmarks/results/checkpoints-<gpu or cpu>.csv
+    python -m benchmarks.checkpoints --quick       the student alone, fewer repeats
+    python -m benchmarks.checkpoints --device cpu
 
 Training steps (batch of 128 images of 32x32, AdamW, FP16 on a GPU) are timed with and without a checkpoint that starts before
 the first of them and is written behind the others; the two take turns, and the difference is the cost.  An epoch is the steps
 of 45,000 images.  The files go where the project lies, on the disk that its runs would use.
 """
-import argparse
-import csv
-import platform
-import re
-import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 from statistics import median
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
-from losses import Targets, mixed_ce  # noqa: E402
-from training import checkpoint, loop, models, runlog  # noqa: E402
+from benchmarks import table
+from losses import Targets, mixed_ce
+from training import models
+from training.checkpoint import Writer
+from training.evaluation import EarlyStop
+from training.machine import prepare_machine
+from training.resume import State
+from training.rundir import EpochRow, RunDirectory
+from training.step import Update, build_optimizer
 
 NETWORKS = ("efficientnet_v2_s", "efficientnet_v2_l")
 BATCH, IMAGES, CLASSES = 128, 45_000, 100
@@ -59,11 +57,11 @@ def clocked(function) -> float:
 
 def benchmark(network: str, machine, repeats: int, hardware: str) -> Row:
     net = models.build(network, CLASSES).to(machine.device).train()
-    update = step.Update(net, step.build_optimizer(net, RECIPE), machine, 1.0, 0.0)
+    update = Update(net, build_optimizer(net, RECIPE), machine, 1.0, 0.0)
     images = torch.randn(BATCH, 3, 32, 32, device=machine.device).to(machine.dtype, memory_format=torch.channels_last)
     label = torch.randint(CLASSES, (BATCH,), device=machine.device)
     targets = Targets(label, label, torch.ones(BATCH, device=machine.device))
-    row = rundir.EpochRow(**{field.name: 1 for field in fields(rundir.EpochRow)})
+    row = EpochRow(**{field.name: 1 for field in fields(EpochRow)})
 
     def train(steps: int) -> None:
         for _ in range(steps):
@@ -72,10 +70,10 @@ def benchmark(network: str, machine, repeats: int, hardware: str) -> Row:
             update(mixed_ce(logits, targets), 1e-6)
         update.epoch_columns()  # waits for the device
 
-    with tempfile.TemporaryDirectory(dir=ROOT, prefix=".benchmark-") as folder, \
-            rundir.RunDirectory(folder, overwrite=True) as run, checkpoint.Writer() as writer:
+    with tempfile.TemporaryDirectory(dir=table.ROOT, prefix=".benchmark-") as folder, \
+            RunDirectory(folder, overwrite=True) as run, Writer() as writer:
         run.open({})
-        state = resume.State(run, writer, {}, update=update, stop=evaluation.EarlyStop("val_loss", 0), ranks=machine.ranks)
+        state = State(run, writer, {}, update=update, stop=EarlyStop("val_loss", 0), ranks=machine.ranks)
 
         def save() -> None:
             state.save(row, {"model": network})
@@ -100,30 +98,16 @@ def benchmark(network: str, machine, repeats: int, hardware: str) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="the student's network alone, fewer repeats")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    args = parser.parse_args()
-    machine = machine.prepare_machine(args.device, None, seed=0)
-    gpu = machine.device.type == "cuda"
-    hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if gpu:
-        hardware = torch.cuda.get_device_name(machine.device)
-    table = []
+    args = table.flags(__doc__, "the student's network alone, fewer repeats")
+    machine, found = prepare_machine(args.device, None, seed=0), []
     for network in NETWORKS[:1] if args.quick else NETWORKS:
-        table.append(benchmark(network, machine, 3 if args.quick else 7, hardware))
-        row = table[-1]
+        row = benchmark(network, machine, 3 if args.quick else 7, table.hardware(machine.device))
+        found.append(row)
         print(f"{network}: {row.megabytes:.0f} MB, copied in {row.held_up_s:.3f} s and written in {row.written_s:.2f} s; "
               f"adds {row.extra_s:.2f} s to an epoch of {row.epoch_s:.1f} s, "
               f"{row.share_percent:.2f} % ({row.share_percent_min:.2f} to {row.share_percent_max:.2f})", flush=True)
-    name = re.sub(r"[^a-z0-9]+", "-", (hardware if gpu else "cpu").lower()).strip("-")
-    output = ROOT / "benchmarks" / "results" / f"checkpoint-{name}.csv"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in table)
-    print(output)
+    if not args.quick:
+        table.write(found, "checkpoints", table.short(machine.device))
 
 
 if __name__ == "__main__":

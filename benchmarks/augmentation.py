@@ -1,8 +1,8 @@
 """How many images a second the batch augmentation makes beside what people use today, side by side in one process.
 
-    python benchmarks/augment.py                  the whole table -> benchmarks/results/augment-<gpu or cpu>.csv and .png
-    python benchmarks/augment.py --quick          one batch size, few repeats
-    python benchmarks/augment.py --device cpu     the plain-PyTorch reference: without a GPU there is no kernel to measure
+    python -m benchmarks.augmentation                 the table -> benchmarks/results/augmentation-<gpu or cpu>.csv and .png
+    python -m benchmarks.augmentation --quick         one batch size, few repeats
+    python -m benchmarks.augmentation --device cpu    the plain-PyTorch reference: without a GPU there is no kernel to measure
 
 Images are 32x32.  "pipeline" is crop, flip, AutoAugment, normalise, Random Erasing and Mixup/CutMix; "policy" is AutoAugment
 alone, after which ours normalises; "erase and mix" leaves AutoAugment out (timm's is given floats).  Ours runs a whole epoch,
@@ -11,39 +11,27 @@ taken within each repeat, so it holds where the machine's speed drifts.  A rival
 64 of them.  `step_share` is the time of a batch over that of a training step of ResNet-18 on it, fp16 on a GPU; `launches`
 counts what one batch starts on the GPU.
 """
-import argparse
-import csv
 import itertools
-import os
-import platform
-import re
-import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+import torchvision
+from matplotlib.ticker import LogLocator, NullLocator
+from torchvision import transforms as v1
+from torchvision.transforms import v2
 
-import matplotlib  # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import torchvision  # noqa: E402
-from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
-from torchvision import transforms as v1  # noqa: E402
-from torchvision.transforms import v2  # noqa: E402
-
-import kernels  # noqa: E402
-from augment import BatchAugmenter  # noqa: E402
-from training.synthetic import CLASSES, generate  # noqa: E402
+import kernels
+from augment import BatchAugmenter
+from benchmarks import table
+from benchmarks.augmentation_rivals import IMAGE_BY_IMAGE, MEAN, STD, image_by_image, loading, optional, torchvision_pipeline
+from training.synthetic import CLASSES, generate
 
 SIZES = (128, 512, 2048)
-MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-IMAGE_BY_IMAGE = 64  # so many at most for one timing
 ALONE = {"crop_pad": 0, "flip": False, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
 
 
@@ -102,82 +90,6 @@ def captured(augmenter):
             graph.replay()
         return augmenter.steps * augmenter.batch_size
     return call
-
-
-def torchvision_pipeline(version, to_float):
-    """torchvision's own order; what comes out of it is one image."""
-    return version.Compose([version.RandomCrop(32, padding=4), version.RandomHorizontalFlip(),
-                            version.AutoAugment(v1.AutoAugmentPolicy.CIFAR10), *to_float, version.Normalize(MEAN, STD),
-                            version.RandomErasing(0.25)])
-
-
-def image_by_image(transform, images, labels):
-    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(CLASSES)), v2.CutMix(alpha=1.0, num_classes=len(CLASSES))])
-
-    def call():
-        mix(torch.stack([transform(image) for image in images]), labels)
-        return len(images)
-    return call
-
-
-class Pictures(torch.utils.data.Dataset):
-    def __init__(self, pictures, labels, transform):
-        self.pictures, self.labels, self.transform = pictures, labels, transform
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def __getitem__(self, index):
-        return self.transform(self.pictures[index]), self.labels[index]
-
-
-def loading(pictures, labels, batch_size: int, device):
-    """The usual DataLoader, with a worker for each core, up to the device."""
-    workers = min(16, os.cpu_count())
-    loader = torch.utils.data.DataLoader(
-        Pictures(pictures, labels.tolist(), torchvision_pipeline(v1, [v1.ToTensor()])), batch_size=batch_size, shuffle=True,
-        drop_last=True, num_workers=workers, persistent_workers=True, pin_memory=device.type == "cuda")
-
-    def call():
-        return sum(len(images.to(device)) for images, _ in loader)
-    return f"DataLoader, PIL, {workers} workers", call
-
-
-def optional(device, images, labels) -> dict:
-    """stage -> name -> call, of packages that may not be installed."""
-    found = {"policy": {}, "erase and mix": {}}
-    floats = images.permute(0, 3, 1, 2).float().div(255).contiguous()
-    try:
-        from timm.data.mixup import Mixup
-        from timm.data.random_erasing import RandomErasing
-    except ImportError:
-        print("timm is not installed: left out")
-    else:
-        erase = RandomErasing(0.25, device=device.type)
-        for mode in ("batch", "elem"):
-            mix = Mixup(0.8, 1.0, mode=mode, num_classes=len(CLASSES))
-
-            def call(mix=mix):
-                mix(erase(floats.clone()), labels)
-                return len(floats)
-            found["erase and mix"][f"timm, {mode}"] = call
-    try:
-        from kornia.augmentation.auto import AutoAugment
-    except ImportError:
-        print("kornia is not installed: left out")
-    else:
-        policy = AutoAugment("cifar10").to(device)
-
-        def one_by_one():
-            for image in floats[:IMAGE_BY_IMAGE]:
-                policy(image.unsqueeze(0))
-            return len(floats[:IMAGE_BY_IMAGE])
-
-        def whole_batch():
-            policy(floats)
-            return len(floats)
-        found["policy"] |= {"kornia, per image": one_by_one, "kornia, one draw for the batch": whole_batch}
-    return found
 
 
 def contenders(images, labels, batch_size: int) -> dict:
@@ -278,12 +190,12 @@ def benchmark(images, labels, batch_size: int, repeats: int, hardware: str):
                       round(median(seconds) * batch_size / step, 5), count_launches(calls[name], batch_size, device))
 
 
-def draw(table: list[Row], path: Path) -> None:
+def draw(rows_of: list[Row], path: Path) -> None:
     """Images a second by batch size; one panel per stage."""
-    stages, names = (list(dict.fromkeys(column)) for column in zip(*((row.stage, row.contender) for row in table)))
+    stages, names = (list(dict.fromkeys(column)) for column in zip(*((row.stage, row.contender) for row in rows_of)))
     figure, axes = plt.subplots(len(stages), 1, figsize=(7, 2.4 * len(stages) + 0.8), squeeze=False, layout="constrained")
     for axis, stage in zip(axes[:, 0], stages):
-        here = [row for row in table if row.stage == stage]
+        here = [row for row in rows_of if row.stage == stage]
         sizes, shown = (list(dict.fromkeys(column)) for column in zip(*((row.batch_size, row.contender) for row in here)))
         width = 0.8 / len(shown)
         for index, name in enumerate(shown):
@@ -301,43 +213,30 @@ def draw(table: list[Row], path: Path) -> None:
         axis.set_ylabel("images / s")
         axis.set_xticks(range(len(sizes)), map(str, sizes))
         axis.set_title(stage, fontsize=9, loc="left")
-    axes[-1, 0].set_xlabel(f"batch size; {table[0].hardware}")
+    axes[-1, 0].set_xlabel(f"batch size; {rows_of[0].hardware}")
     handles = {label: handle for axis in axes[:, 0] for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="one batch size, few repeats")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    args = parser.parse_args()
+    args = table.flags(__doc__, "one batch size, few repeats")
     device = torch.device(args.device)
-    hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
+    if device.type == "cpu":
         print("no GPU: the plain-PyTorch reference is measured, the fused kernel is not")
     images, labels = (part.to(device) for part in generate(10_000, 0))
     if device.type == "cuda":  # as many as CIFAR has
         images, labels = images.repeat(5, 1, 1, 1), labels.repeat(5)
-    table = []
+    found = []
     for batch_size in SIZES[:1] if args.quick else SIZES:
-        for row in benchmark(images, labels, batch_size, 3 if args.quick else 10, hardware):
-            table.append(row)
+        for row in benchmark(images, labels, batch_size, 3 if args.quick else 10, table.hardware(device)):
+            found.append(row)
             launches = "" if row.launches is None else f"  {row.launches} launches"
             print(f"{row.batch_size:5} {row.stage:13} {row.contender:30} {row.images_per_s:9} images/s "
                   f"{row.times_first:8.2f} ({row.times_first_min:.2f} to {row.times_first_max:.2f})  "
                   f"{row.step_share:.4f} of a step{launches}", flush=True)
-    name = re.sub(r"[^a-z0-9]+", "-", (hardware if device.type == "cuda" else "cpu").lower()).strip("-")
-    output = ROOT / "benchmarks" / "results" / f"augment-{name}.csv"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in table)
-    draw(table, output.with_suffix(".png"))
-    print(output, output.with_suffix(".png"))
+    if not args.quick:
+        draw(found, table.write(found, "augmentation", table.short(device)).with_suffix(".png"))
 
 
 if __name__ == "__main__":
