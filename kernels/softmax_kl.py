@@ -89,10 +89,11 @@ def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weigh
     Returns the loss (0-dim fp32, backpropagates to student_logits only) and its Terms.
     Raises ValueError for shapes or a split that do not fit, and without any term.
     """
-    if weights.terms in ("", "ce"):
+    wanted = weights.terms
+    if wanted in ("", "ce"):
         teacher_logits = None
     elif teacher_logits is None:
-        raise ValueError(f"{weights.terms} needs the teacher's logits")
+        raise ValueError(f"{wanted} needs the teacher's logits")
     shapes = [tuple(logits.shape) for logits in (student_logits, teacher_logits) if logits is not None]
     if student_logits.ndim != 2 or len(set(shapes)) != 1 or 0 in student_logits.shape:
         raise ValueError(f"logits must be (N, C), not empty, and alike: {' and '.join(map(str, shapes))}")
@@ -100,14 +101,14 @@ def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weigh
         raise ValueError(f"targets must be (N,): {tuple(label.shape)}, {tuple(other.shape)}, {tuple(lam.shape)}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
-    if not weights.terms:
+    if not wanted:
         raise ValueError("no term is wanted: every weight is None")
     if reverse and (weights.tckd or weights.nckd):
         raise ValueError("TCKD and NCKD have no reverse direction")
     hyper = hyperparameters(weights, temperature, label_smoothing, student_logits.device)
     teacher_logits = None if teacher_logits is None else teacher_logits.detach()
     losses, grad = torch.ops.fusekd.softmax_kl(student_logits.detach(), teacher_logits, label, other, lam, hyper,
-                                               weights.terms, split, reverse)
+                                               wanted, split, reverse)
     loss, *terms = losses.unbind()
     return _WithGradient.apply(student_logits, loss, grad), Terms(*terms)
 
@@ -164,26 +165,26 @@ def softmax_kl_reference(z, v, label, other, lam, hyper, *, terms: str, split: s
         means["kl"], grad = _kl(_from_top(z) if log_softmax is None else log_softmax, v.float(), weights[0], T)
     elif wanted != ["ce"]:
         targets = _targets(label, other, lam, split)
-        divergences, grad = _divergences(z, v.float(), targets, weights, T, reverse)
-        means |= {name: mean for name, mean in zip(("kl", "tckd", "nckd"), divergences) if name in wanted}
+        divergences, grad = _divergences(z, v.float(), targets, weights, T, reverse, with_kl="kl" in wanted)
+        means |= {name: mean for name, mean in divergences.items() if name in wanted}
     if log_softmax is not None:
-        means["ce"], on_logits = _cross_entropy(log_softmax, torch.stack([label, other], 1), lam[:, None], w_ce, eps)
+        means["ce"], on_logits = _cross_entropy(log_softmax, label, other, lam, w_ce, eps)
         grad = on_logits if grad is None else grad.add_(on_logits)
-    means = torch.stack(list(means.values()))
-    weighted = torch.where(hyper[:4] != 0, hyper[:4] * means, 0.0)  # a term of weight 0 does not count, even if infinite
+    means, weights = torch.stack(list(means.values())), hyper[:4]
+    weighted = (weights * means).masked_fill_(weights == 0, 0.0)  # a term of weight 0 does not count, even if infinite
     return torch.cat([weighted.sum(0, keepdim=True), means]), grad
 
 
-def _cross_entropy(log_softmax, labels, share, w_ce, eps):
+def _cross_entropy(log_softmax, label, other, lam, w_ce, eps):
     """Mean CE, and the gradient of w_ce * CE in the memory of the logarithms.
 
     The gradient is exact to 1e-7 absolute; the kernel's is so relatively, also where a softmax is near 1.
     """
     n, classes = log_softmax.shape
-    hard, uniform = torch.cat([share, 1 - share], 1).mul_(1 - eps), eps / classes
-    ce = -(_finite(hard * log_softmax.gather(1, labels)).sum() + _finite(log_softmax.sum() * uniform)) / n
-    grad = log_softmax.exp_().sub_(uniform).scatter_add_(1, labels, hard.neg_())
-    return ce, grad.mul_(w_ce / n)
+    labels, less, uniform = torch.stack([label, other], 1), torch.stack([lam, 1 - lam], 1).mul_(eps - 1), eps / classes
+    ce = _finite(less * log_softmax.gather(1, labels)).sum() - _finite(log_softmax.sum() * uniform)
+    grad = log_softmax.exp_().sub_(uniform).scatter_add_(1, labels, less)
+    return ce / n, grad.mul_(w_ce / n)
 
 
 def _finite(products):
@@ -193,7 +194,7 @@ def _finite(products):
 
 def _kl(z, v, w_kl, T):
     """Mean of the forward KL, T^2 included, and its weighted gradient; z must be near 0 at its maximum before T rounds it."""
-    log_q, log_p = (z / T).log_softmax(1), _from_top(v).div_(T).log_softmax(1)
+    log_q, log_p = (z * (1 / T)).log_softmax(1), _from_top(v).mul_(1 / T).log_softmax(1)
     p = log_p.exp()
     kl = _finite(log_p.sub_(log_q).mul_(p)).sum() * (T * T / len(z))
     return kl, _of_zero_sum(log_q.exp_().sub_(p), p.round_()).mul_(w_kl * T / len(z))
@@ -219,14 +220,14 @@ def _targets(label, other, lam, split):
     return torch.stack([label, other if split == "pair" else label], 1)
 
 
-def _divergences(z, v, targets, weights, T, reverse):
-    """Means of KL, TCKD and NCKD, T^2 included, and the gradient of their weighted sum, from the three-way split."""
+def _divergences(z, v, targets, weights, T, reverse, with_kl):
+    """Means of TCKD, NCKD and KL, T^2 included, and the gradient of their weighted sum, from the three-way split."""
     n = len(z)
     w_kl, w_tckd, w_nckd = (weight * T / n for weight in weights)
     both = torch.cat([targets, targets])  # of student and teacher, whose rows are split together
     x = torch.cat([z, v])
     top = x.scatter(1, both, -torch.inf).amax(1, keepdim=True).nan_to_num_(neginf=0.0)  # over R
-    x = x.sub_(top).div_(T)  # small numbers, however large the logits are; of a target, anything
+    x = x.sub_(top).mul_(1 / T)  # small numbers, however large the logits are; of a target, anything
     inside = x.exp().scatter_(1, both, 0.0)
     total = inside.sum(1, keepdim=True)  # 0 where R is empty
     groups = torch.cat([x.gather(1, both), total.log()], 1)
@@ -234,22 +235,25 @@ def _divergences(z, v, targets, weights, T, reverse):
     highest, where = groups.max(1, keepdim=True)
     groups -= highest
     groups -= groups.exp().scatter_(1, where, 0.0).sum(1, keepdim=True).log1p_()
-    (x, y), (q_inside, p_inside), (q_total, p_total) = x.split(n), inside.split(n), total.split(n)
+    x, y, q_inside, p_inside = x[:n], x[n:], inside[:n], inside[n:]
     log_ratio = groups[:n] - groups[n:]
-    q, p = groups.exp_().split(n)  # (q_a, q_b, q_R), (p_a, p_b, p_R)
-    q_scale, p_scale = total.reciprocal().nan_to_num_(posinf=0.0).split(n)  # q^ = q_inside * q_scale
-    constant = (q_total / p_total).log_()  # ln p^ - ln q^ on R is y - x and this
+    groups = groups.exp_()
+    q, p = groups[:n], groups[n:]  # (q_a, q_b, q_R), (p_a, p_b, p_R)
+    q_R, p_R = q[:, 2:], p[:, 2:]
+    constant = (total[:n] / total[n:]).log_()  # ln p^ - ln q^ on R is y - x and this
+    scale = total.reciprocal_().nan_to_num_(posinf=0.0)
+    q_scale, p_scale = scale[:n], scale[n:]  # q^ = q_inside * q_scale
     # The targets' gradients come from the three groups, the other classes' from the conditional distributions.
     if not reverse:
         tckd = -_finite(p * log_ratio).sum(1, keepdim=True)
         distance = _finite(y.sub_(x).mul_(p_inside)).sum(1, keepdim=True)
         nckd = torch.addcmul(constant, distance, p_scale).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
-        kl = tckd + p[:, 2:] * nckd
         delta = _of_zero_sum(q - p, p.round())
-        of_q = (delta[:, 2:] * w_tckd + w_nckd + q[:, 2:] * w_kl).mul_(q_scale)
-        of_p = (p[:, 2:] * w_kl + w_nckd).mul_(p_scale)
+        of_q, of_p = delta[:, 2:] * w_tckd + w_nckd, w_nckd
+        if with_kl:
+            of_q, of_p = of_q + q_R * w_kl, p_R * w_kl + w_nckd
         on_targets = delta[:, :2] * (w_tckd + w_kl)
-        on_rest = q_inside.mul_(of_q).sub_(p_inside.mul_(of_p))
+        on_rest = q_inside.mul_(q_scale * of_q).sub_(p_inside.mul_(p_scale * of_p))
     else:
         # x - y can be large and nearly equal everywhere: it is taken relative to that of the student's largest class.
         base = y.gather(1, x.scatter(1, targets, -torch.inf).argmax(1, keepdim=True))
@@ -257,13 +261,14 @@ def _divergences(z, v, targets, weights, T, reverse):
         mean_distance = distance.sum(1, keepdim=True) * q_scale
         tckd = _finite(q * log_ratio).sum(1, keepdim=True)
         nckd = (mean_distance - constant - base).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
-        kl = tckd + q[:, 2:] * nckd
         level = torch.cat([log_ratio[:, :2], log_ratio[:, 2:] + nckd], 1)  # the mean of L_i over each group
         above = torch.cat([_finite(q * (level[:, i:i + 1] - level)).sum(1, keepdim=True) for i in range(3)], 1)
         on_targets = _finite(q * above)[:, :2] * w_kl
-        on_rest = distance.addcmul_(q_inside, above[:, 2:] - mean_distance).mul_(q[:, 2:] * q_scale * w_kl)
-    means = torch.cat([kl, tckd, nckd], 1).mean(0).mul_(T * T)
-    return means.unbind(), on_rest.scatter_add_(1, targets, on_targets)
+        on_rest = distance.addcmul_(q_inside, above[:, 2:] - mean_distance).mul_(q_R * q_scale * w_kl)
+    rows = {"tckd": tckd, "nckd": nckd}
+    if with_kl:
+        rows["kl"] = tckd + (q_R if reverse else p_R) * nckd
+    return {name: row.sum() * (T * T / n) for name, row in rows.items()}, on_rest.scatter_add_(1, targets, on_targets)
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
