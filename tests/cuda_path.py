@@ -1,13 +1,15 @@
-"""The CUDA path of both scripts on a machine without a GPU: every tensor is a fake CUDA tensor, which has a device and a shape and no numbers.
+"""The CUDA path of both scripts on a machine without a GPU: every tensor is a fake CUDA tensor, which has a device and a shape
+and no numbers.
 
     with CudaPath(tmp_path) as path:
         path.distill("--method dkd --amp fp16")      the real main(), from the flags to the last line
     path.launches                                    what a step launches, by what it is for
 
 PyTorch's own fake tensors refuse operations between devices, and results whose size depends on data.  Here a mode on top of them
-sees each operation, and raises `Wait` for one that makes the host wait for the GPU inside a step: reading a value, a copy that blocks.
-The first step of a run is free to wait, since it makes what is made once.  Triton's kernels are not run; their arguments are looked at.
-What cannot be seen here: time, bandwidth, what cuDNN chooses, and how many launches one operator of PyTorch really makes.
+sees each operation, and raises `Wait` for one that makes the host wait for the GPU inside a step: reading a value, a copy that
+blocks. The first step of a run is free to wait, since it makes what is made once.  Triton's kernels are not run; their arguments
+are looked at. What cannot be seen here: time, bandwidth, what cuDNN chooses, and how many launches one operator of PyTorch
+really makes.
 """
 import functools
 import sys
@@ -32,8 +34,9 @@ IMAGES = 512  # of each split; also what every float64 value reads as, so that e
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
 COPIES = {aten._to_copy.default, aten.copy_.default}
-NO_LAUNCH = set("""view _unsafe_view detach alias t transpose permute select slice unsqueeze squeeze expand as_strided split unbind empty
-    empty_like empty_strided new_empty new_empty_strided is_pinned lift_fresh _reshape_alias is_same_size unfold""".split())
+NO_LAUNCH = set("""view _unsafe_view detach alias t transpose permute select slice unsqueeze squeeze expand as_strided split
+    unbind empty empty_like empty_strided new_empty new_empty_strided is_pinned
+    lift_fresh _reshape_alias is_same_size unfold""".split())
 BOOKKEEPING = "book-keeping"
 
 
@@ -163,7 +166,8 @@ def set_item(self, index, value):
 
 
 def backward(loss, gradient):
-    """Walks the graph as the engine does, which would ask the driver for streams; checks devices and types of what it hands on."""
+    """Walks the graph as the engine does, which would ask the driver for streams; checks devices and types of what it hands
+    on."""
     waiting, stack = Counter(), [loss.grad_fn]
     seen = set(stack)
     while stack:
@@ -235,7 +239,8 @@ class CudaPath(ExitStack):
 
     def __enter__(self):
         super().__enter__()
-        self.callback(self._restore, torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32)
+        self.callback(self._restore, torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark,
+                      torch.backends.cudnn.allow_tf32)
         self._replace_driver()
         self._replace_project()
         self._mark_steps()
@@ -250,7 +255,8 @@ class CudaPath(ExitStack):
 
     def _replace_driver(self) -> None:
         event = SimpleNamespace(record=lambda: None, query=lambda: True)
-        answers = {"is_available": True, "device_count": 1, "current_device": 0, "is_initialized": True, "is_bf16_supported": True,
+        answers = {"is_available": True, "device_count": 1, "current_device": 0, "is_initialized": True,
+                   "is_bf16_supported": True,
                    "max_memory_allocated": 0, "mem_get_info": (80 << 30, 80 << 30), "is_current_stream_capturing": False,
                    "get_device_name": "fake", "Event": event, "current_stream": SimpleNamespace(cuda_stream=0)}
         self.replace(torch.cuda, **{name: lambda *_, answer=answer, **__: answer for name, answer in answers.items()},
@@ -278,7 +284,8 @@ class CudaPath(ExitStack):
                         for key, value in table.items():
                             if value is not None and not value.is_cuda:
                                 moved = fake(value, device)
-                                table[key] = torch.nn.Parameter(moved, value.requires_grad) if table is module._parameters else moved
+                                table[key] = torch.nn.Parameter(moved,
+                                                                value.requires_grad) if table is module._parameters else moved
             return net
         return move
 
@@ -293,24 +300,29 @@ class CudaPath(ExitStack):
             """The real file, of zeros; every tensor must be on the CPU by now."""
             assert not any(tensor.is_cuda for tensor in tensors(content)), f"{Path(path).name} holds CUDA tensors"
             with unset_fake_temporarily(), _disable_current_modes():
-                content = tree_map(lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf, content)
+                content = tree_map(lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, torch.Tensor)
+                                   else leaf, content)
                 real_write(path, previous=previous, **content)
 
         def load(**options):
             with self.mode:
-                split = data.Split(torch.empty(IMAGES, 32, 32, 3, dtype=torch.uint8, device=CUDA), torch.empty(IMAGES, dtype=torch.int64, device=CUDA))
+                split = data.Split(torch.empty(IMAGES, 32, 32, 3, dtype=torch.uint8, device=CUDA),
+                                   torch.empty(IMAGES, dtype=torch.int64, device=CUDA))
             return data.Dataset("cifar100", split, split, split, self.classes, None, None, (0.5,) * 3, (0.25,) * 3, "validation")
 
         self.classes = [f"class {number}" for number in range(100)]
         checkpoint.write(
-            self.folder / "teacher.pt", kind="weights", state_dict=models.build(self.teacher, 100).state_dict(), model=self.teacher, classes=self.classes,
+            self.folder / "teacher.pt", kind="weights", state_dict=models.build(self.teacher, 100).state_dict(),
+            model=self.teacher, classes=self.classes,
             image_size=32, mean=[0.5] * 3, std=[0.25] * 3, dataset="cifar100", seed=0, epoch=1, val_acc1=100.0, test_acc1=100.0)
         self.replace(checkpoint, write=write)
         self.replace(data, load=load)
         self.replace(means, SKIPS=2)  # so that rows are copied to the host within a few steps
-        self.replace(models, build=self.outside(models.build), load=self.outside(models.load), initialise=lambda *_, **__: None, flops=lambda *_: 1)
+        self.replace(models, build=self.outside(models.build), load=self.outside(models.load), initialise=lambda *_, **__: None,
+                     flops=lambda *_: 1)
         self.replace(augmenter, build_tables=self.outside(augmenter.build_tables))
-        self.replace(sampling, erase_sizes=self.outside(sampling.erase_sizes), beta_quantiles=self.outside(sampling.beta_quantiles))
+        self.replace(sampling, erase_sizes=self.outside(sampling.erase_sizes),
+                     beta_quantiles=self.outside(sampling.beta_quantiles))
         self.replace(augment, _augment_kernel=StandIn(self.watch))
         self.replace(softmax_kl, _softmax_kl_kernel=StandIn(self.watch), _hyperparameters={})
         self.replace(torch.ops.fusekd, softmax_kl=softmax_kl._softmax_kl)  # the launcher, not the operator's fake form
@@ -347,7 +359,8 @@ class CudaPath(ExitStack):
         self.replace(progress.Progress, step=end_step)
         self.replace(torch.nn.Module, __call__=call)
         self.replace(torch.Tensor, backward=walk)
-        for target, name in ((torch.amp.GradScaler, "scale"), (torch.amp.GradScaler, "unscale_"), (torch.amp.GradScaler, "update"),
+        for target, name in ((torch.amp.GradScaler, "scale"), (torch.amp.GradScaler, "unscale_"),
+                             (torch.amp.GradScaler, "update"),
                              (torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step"), (torch.optim.SGD, "step")):
             self.phase(target, name, "scaler, clip and optimizer")
         self.phase(losses, "mixed_ce", "loss")
@@ -358,7 +371,8 @@ class CudaPath(ExitStack):
     def distill(self, flags: str) -> None:
         import distill
         from training import options
-        self._run(distill.main, options.parse_distill, f"--teacher-checkpoint {self.folder / 'teacher.pt'} --student {self.student} {flags}")
+        self._run(distill.main, options.parse_distill,
+                  f"--teacher-checkpoint {self.folder / 'teacher.pt'} --student {self.student} {flags}")
 
     def train_teacher(self, flags: str) -> None:
         import train_teacher

@@ -28,7 +28,8 @@ def plain_sum(weights, values):
 
 
 def true_terms(z, v, targets, temperature, smoothing=0.0, split="pair", reverse=False):
-    """CE, KL, TCKD, NCKD by their definitions, a Python loop over rows; T^2 included, means over rows; reversed: student first."""
+    """CE, KL, TCKD, NCKD by their definitions, a Python loop over rows; T^2 included, means over rows; reversed: student
+    first."""
     (n, classes), out = z.shape, []
     ce = -plain_sum(soft_label(targets, classes, smoothing), F.log_softmax(z, 1))
     log_q, log_p = F.log_softmax(z / temperature, 1), F.log_softmax(v / temperature, 1)

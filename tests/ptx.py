@@ -6,14 +6,15 @@
 
 Needs a process in which Triton compiles instead of interpreting: see sass.in_a_process.
 
-It shows what the interpreter of Triton cannot: what the compiler made of the kernel.  `Fault` is raised for an address outside of a
-tensor or not aligned, for memory that is read before it was written, for a race in shared memory between two barriers, for a shuffle
-with a lane that is elsewhere, and for a barrier that not all threads reach.  With a seed, programs and warps take turns in random
-order.  Counts are exact: instructions that a warp issues, 32-byte sectors of global memory, wavefronts of shared memory, barriers.
+It shows what the interpreter of Triton cannot: what the compiler made of the kernel.  `Fault` is raised for an address outside
+of a tensor or not aligned, for memory that is read before it was written, for a race in shared memory between two barriers, for
+a shuffle with a lane that is elsewhere, and for a barrier that not all threads reach.  With a seed, programs and warps take
+turns in random order.  Counts are exact: instructions that a warp issues, 32-byte sectors of global memory, wavefronts of shared
+memory, barriers.
 
-All programs run at once: a register is an array with one number per thread of the grid, and a step executes one instruction for all
-threads that are at it.  What numpy cannot tell: ex2, lg2, rcp and sqrt are rounded correctly here and approximated on a GPU; fma is
-rounded twice, from 64 bits.  There is no time and no cache.
+All programs run at once: a register is an array with one number per thread of the grid, and a step executes one instruction for
+all threads that are at it.  What numpy cannot tell: ex2, lg2, rcp and sqrt are rounded correctly here and approximated on a GPU;
+fma is rounded twice, from 64 bits.  There is no time and no cache.
 """
 import re
 from collections import Counter
@@ -25,8 +26,10 @@ import numpy as np
 import sass
 import torch
 
-KINDS = {"u8": np.uint8, "s8": np.int8, "b8": np.uint8, "u16": np.uint16, "s16": np.int16, "b16": np.uint16, "f16": np.float16, "bf16": np.uint16,
-         "u32": np.uint32, "s32": np.int32, "b32": np.uint32, "f32": np.float32, "u64": np.uint64, "s64": np.int64, "b64": np.uint64,
+KINDS = {"u8": np.uint8, "s8": np.int8, "b8": np.uint8, "u16": np.uint16, "s16": np.int16, "b16": np.uint16, "f16": np.float16,
+         "bf16": np.uint16,
+         "u32": np.uint32, "s32": np.int32, "b32": np.uint32, "f32": np.float32, "u64": np.uint64, "s64": np.int64,
+         "b64": np.uint64,
          "f64": np.float64, "pred": np.bool_}
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
@@ -63,7 +66,8 @@ class Program:
         self.name = head
         self.parameters = re.findall(r"\.param[^,]*?(\w+_param_\d+)", parameters)
         self.threads = int(re.search(r"\.reqntid\s+(\d+)", limits)[1])
-        self.registers = {f"{prefix}{number}": KINDS[kind] for kind, prefix, count in re.findall(r"\.reg\s+\.(\w+)\s+%(\w+?)<(\d+)>;", body)
+        self.registers = {f"{prefix}{number}": KINDS[kind] for kind, prefix,
+                          count in re.findall(r"\.reg\s+\.(\w+)\s+%(\w+?)<(\d+)>;", body)
                           for number in range(int(count))}
         body = re.sub(r"\.(reg|loc|pragma|file)[^;\n]*[;\n]", "\n", body)
         self.code, self.labels = [], {}
@@ -83,12 +87,14 @@ class Program:
 
     @property
     def barriers(self) -> list[int]:
-        return [number for number, instruction in enumerate(self.code) if instruction.name in ("bar", "barrier") and instruction.has("sync")
+        return [number for number, instruction in enumerate(self.code) if instruction.name in ("bar", "barrier")
+                and instruction.has("sync")
                 and not instruction.has("warp")]
 
 
 # --- instructions that compute: name -> (types of the operands, function) -----------------------------------------------------
-# In the types, t is the instruction's own, u is u32, p a predicate, w the result's of a wide product, i the signed or unsigned bits of t.
+# In the types, t is the instruction's own, u is u32, p a predicate, w the result's of a wide product, i the signed or unsigned
+# bits of t.
 
 def flushed(instruction, *values):
     """Subnormal numbers are 0 with .ftz."""
@@ -203,7 +209,8 @@ def compare(instruction, a, b):
     if how in ("num", "nan"):
         return unordered == (how == "nan")
     base = how[:-1] if len(how) == 3 else how
-    result = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}[base](a, b)
+    result = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+              "ge": np.greater_equal}[base](a, b)
     return result | unordered if len(how) == 3 else result & ~unordered
 
 
@@ -254,14 +261,17 @@ def convert_two(instruction, high, low):
 
 
 COMPUTE = {
-    "add": ("tt", arithmetic(np.add)), "sub": ("tt", arithmetic(np.subtract)), "mul": ("tt", product), "mad": ("ttw", multiply_add),
-    "fma": ("ttt", fused_multiply_add), "div": ("tt", quotient), "rem": ("tt", remainder), "min": ("tt", smaller), "max": ("tt", larger),
+    "add": ("tt", arithmetic(np.add)), "sub": ("tt", arithmetic(np.subtract)), "mul": ("tt", product),
+    "mad": ("ttw", multiply_add),
+    "fma": ("ttt", fused_multiply_add), "div": ("tt", quotient), "rem": ("tt", remainder), "min": ("tt", smaller),
+    "max": ("tt", larger),
     "neg": ("t", arithmetic(np.negative)), "abs": ("t", arithmetic(np.abs)), "and": ("tt", arithmetic(np.bitwise_and)),
     "or": ("tt", arithmetic(np.bitwise_or)), "xor": ("tt", arithmetic(np.bitwise_xor)), "not": ("t", arithmetic(np.invert)),
     "shl": ("tu", shift_left), "shr": ("tu", shift_right), "shf": ("uuu", funnel_shift), "bfe": ("tuu", extract_bits),
     "bfi": ("uuuu", insert_bits), "prmt": ("uuu", permute_bytes), "lop3": ("uuuu", three_input_logic),
     "selp": ("ttp", lambda instruction, a, b, choice: np.where(choice, a, b)), "setp": ("tt", compare), "cvt": ("t", convert),
-    "ex2": ("t", power_of_two), "lg2": ("t", logarithm), "rcp": ("t", lambda instruction, a: 1 / a), "sqrt": ("t", arithmetic(np.sqrt)),
+    "ex2": ("t", power_of_two), "lg2": ("t", logarithm), "rcp": ("t", lambda instruction, a: 1 / a),
+    "sqrt": ("t", arithmetic(np.sqrt)),
     "popc": ("u", lambda instruction, a: np.unpackbits(a.view(np.uint8).reshape(len(a), 4), axis=1).sum(1).astype(np.uint32)),
 }
 
@@ -359,7 +369,8 @@ class SharedMemory:
     def add(self, program, address, values, warp):
         """Adds 32-bit words one after the other -> what was there before each."""
         place, word = self.place(program, address, 4)
-        others = (self.writer[word] >= 0) & (self.writer[word] != warp) | (self.reader[word] != self.NOBODY) & (self.reader[word] != warp)
+        writer, reader = self.writer[word], self.reader[word]
+        others = (writer >= 0) & (writer != warp) | (reader != self.NOBODY) & (reader != warp)
         if others.any():
             raise Fault("race: an atomic operation and another warp's plain access without a barrier between")
         if not self.known[place].all():
@@ -386,7 +397,8 @@ def add_in_turn(memory, places, values):
 class Machine:
     """All threads of a launch: registers, where each of them is, and the counts."""
 
-    def __init__(self, program: Program, programs: int, arguments: list[int], memory: GlobalMemory, shared_bytes: int, seed: int | None = None):
+    def __init__(self, program: Program, programs: int, arguments: list[int], memory: GlobalMemory, shared_bytes: int,
+                 seed: int | None = None):
         self.program, self.programs, self.memory = program, programs, memory
         self.shared, self.counts = SharedMemory(programs, shared_bytes), Counter()
         self.arguments = dict(zip(program.parameters, arguments))
@@ -441,7 +453,8 @@ class Machine:
     def execute(self, instruction, lanes) -> None:
         name = instruction.name
         if name == "cvt" and instruction.modifiers[-2].endswith("x2"):
-            return self.write(instruction.operands[0], lanes, convert_two(instruction, *(self.read(o, lanes, "f32") for o in instruction.operands[1:])))
+            return self.write(instruction.operands[0], lanes, convert_two(instruction, *(self.read(o, lanes, "f32")
+                                                                                         for o in instruction.operands[1:])))
         if name in COMPUTE:
             types, function = COMPUTE[name]
             kinds = {"t": instruction.type, "u": "u32", "p": "pred", "w": instruction.type}
@@ -478,13 +491,15 @@ class Machine:
         if kind == "pred":
             return value.astype(bool)
         wanted = np.dtype(KINDS.get(kind, np.uint32))
-        return (value if value.dtype.itemsize == wanted.itemsize and value.dtype != bool else value.astype(UNSIGNED[wanted.itemsize])).view(wanted)
+        return (value if value.dtype.itemsize == wanted.itemsize and value.dtype != bool
+                else value.astype(UNSIGNED[wanted.itemsize])).view(wanted)
 
     def write(self, operand: str, lanes, value) -> None:
         if operand == "_":
             return
         register = self.registers[operand[1:]]
-        if register.dtype != bool and value.dtype.itemsize != register.dtype.itemsize:  # a narrow number is extended by its own sign
+        # A narrow number is extended by its own sign.
+        if register.dtype != bool and value.dtype.itemsize != register.dtype.itemsize:
             kinds = SIGNED if value.dtype.kind == "i" else UNSIGNED
             value = value.astype(kinds[register.dtype.itemsize])
         register[lanes] = value if register.dtype == bool else value.view(register.dtype)
@@ -557,7 +572,8 @@ class Machine:
                 value = self.shared.load(self.home[lanes], address + number * width, width, self.warp[lanes])
             else:
                 value = self.memory.load(address + number * width, width)
-            self.write(register, lanes, value.view(KINDS[instruction.type]) if width > 1 else value.view(KINDS[instruction.type]).astype(
+            self.write(register, lanes, value.view(KINDS[instruction.type]) if width > 1
+                       else value.view(KINDS[instruction.type]).astype(
                 np.int16 if instruction.type[0] == "s" else np.uint16))
 
     def do_st(self, instruction, lanes) -> None:
@@ -572,7 +588,8 @@ class Machine:
                 self.memory.store(address + number * width, value)
 
     def count(self, instruction, kind: str, address, width: int, lanes) -> None:
-        """Sectors that each warp touches in global memory; in shared memory wavefronts: the most words that it wants of one bank."""
+        """Sectors that each warp touches in global memory; in shared memory wavefronts: the most words that it wants of one
+        bank."""
         warp = self.warp[lanes]
         if instruction.has("shared"):
             words = (address // 4)[:, None] + np.arange(-(-width // 4))
@@ -624,7 +641,8 @@ class Machine:
     def do_redux(self, instruction, lanes) -> None:
         values, warp = self.read(instruction.operands[1], lanes, instruction.type), self.warp[lanes]
         first = np.flatnonzero(np.r_[True, np.diff(warp) != 0])
-        operation = {"min": np.minimum, "max": np.maximum, "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+        operation = {"min": np.minimum, "max": np.maximum, "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or,
+                     "xor": np.bitwise_xor}
         reduced = operation[instruction.modifiers[1]].reduceat(values, first)
         self.write(instruction.operands[0], lanes, np.repeat(reduced, np.diff(np.r_[first, len(lanes)])))
 
@@ -651,7 +669,8 @@ class Machine:
             if instruction.has("trans"):
                 for half in (0, 1):
                     place = address[first + 8 * number + 2 * (lane % 4) + half] + 2 * (lane // 4)
-                    self.shared.store(self.home[lanes], place, (value >> np.uint32(16 * half)).astype(np.uint16), self.warp[lanes])
+                    self.shared.store(self.home[lanes], place, (value >> np.uint32(16 * half)).astype(np.uint16),
+                                      self.warp[lanes])
             else:
                 place = address[first + 8 * number + lane // 4] + 4 * (lane % 4)
                 self.shared.store(self.home[lanes], place, value, self.warp[lanes])
@@ -670,7 +689,8 @@ class Machine:
 # --- launches -----------------------------------------------------------------------------------------------------------
 
 class Launch:
-    """One launch: its compiled program, what it is given, and, once it has run, its counts.  fresh: storages that nothing was written to."""
+    """One launch: its compiled program, what it is given, and, once it has run, its counts.  fresh: storages that nothing was
+    written to."""
 
     def __init__(self, compiled, grid: int, arguments: list, fresh: set):
         self.program, self.grid, self.arguments = Program(compiled.asm["ptx"]), grid, arguments
@@ -681,7 +701,8 @@ class Launch:
     def run(self, seed: int | None = None, program: Program | None = None) -> None:
         """Executes it, or `program` in its place, on the tensors that it was given.  Fault: see the head of this file."""
         memory = GlobalMemory(self.tensors, self.fresh)
-        arguments = [memory.address(argument) if isinstance(argument, torch.Tensor) else int(argument) for argument in self.arguments]
+        arguments = [memory.address(argument) if isinstance(argument, torch.Tensor) else int(argument)
+                     for argument in self.arguments]
         scratch = len(self.program.parameters) - len(arguments)  # pointers of Triton's own, which these kernels do not use
         machine = Machine(program or self.program, self.grid, arguments + [0] * scratch, memory, self.shared_bytes, seed)
         with np.errstate(all="ignore"):
@@ -690,7 +711,8 @@ class Launch:
 
 
 def without_barriers(launch: Launch, wrong, numbers, seeds=(None,)):
-    """Takes out the barriers `numbers` one at a time -> number, and what noticed it: a Fault, `wrong()` results in one of the orders, or ""."""
+    """Takes out the barriers `numbers` one at a time -> number, and what noticed it: a Fault, `wrong()` results in one of the
+    orders, or ""."""
     for number in numbers:
         noticed = ""
         for seed in seeds:
@@ -706,7 +728,8 @@ def without_barriers(launch: Launch, wrong, numbers, seeds=(None,)):
 
 @contextmanager
 def executed(module, name: str, sm: int, seed: int | None = None):
-    """While it is entered, each launch of the kernel `module.name` is compiled for `sm` and executed here -> list of the launches so far.
+    """While it is entered, each launch of the kernel `module.name` is compiled for `sm` and executed here -> list of the
+    launches so far.
 
     seed: of random orders of programs and warps; None: all together.
     """

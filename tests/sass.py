@@ -1,8 +1,10 @@
-"""What a Triton launch compiles to on GPUs that are not here: `python sass.py FILE` -> one JSON object per launch and architecture.
+"""What a Triton launch compiles to on GPUs that are not here: `python sass.py FILE` -> one JSON object per launch and
+architecture.
 
-FILE defines `launches()`, which yields (a dict that says what it is, kernel, call): `call()` runs the real launcher on CPU tensors, so types, alignment
-and tile sizes are those of a real launch; instead of being launched, `kernel` is compiled for each of ARCHITECTURES by the
-assembler inside the Triton wheel, and disassembled.  Needs a process of its own, since here Triton must not interpret.
+FILE defines `launches()`, which yields (a dict that says what it is, kernel, call): `call()` runs the real launcher on CPU
+tensors, so types, alignment and tile sizes are those of a real launch; instead of being launched, `kernel` is compiled for each
+of ARCHITECTURES by the assembler inside the Triton wheel, and disassembled.  Needs a process of its own, since here Triton must
+not interpret.
 """
 import importlib.util
 import json
@@ -17,7 +19,8 @@ ARCHITECTURES = (80, 90, 120)
 
 
 def inspect(file) -> list[dict]:
-    """Of every launch in `file`: its dict with sm, registers, spills (instructions), stack (bytes), warps, loads128, stores128, fused (FFMA)."""
+    """Of every launch in `file`: its dict with sm, registers, spills (instructions), stack (bytes), warps, loads128, stores128,
+    fused (FFMA)."""
     return in_a_process(__file__, file)
 
 
@@ -67,7 +70,8 @@ def describe(compiled) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", cubin.name], capture_output=True, text=True,
+                               check=True).stdout
         sass = subprocess.run([tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True).stdout
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),

@@ -95,7 +95,8 @@ def test_every_operation_at_every_magnitude_equals_torchvision(monkeypatch, size
 
 
 def torchvision_policy(policy):
-    """torchvision's transform and what it draws, from a sub-policy, two probabilities and two signs, as (number, limit) in turn."""
+    """torchvision's transform and what it draws, from a sub-policy, two probabilities and two signs, as (number, limit) in
+    turn."""
     if policy.startswith("autoaugment"):
         data = policy.removeprefix("autoaugment").removeprefix("-") or "cifar10"
         return AutoAugment(AutoAugmentPolicy(data)), None
@@ -521,7 +522,9 @@ def test_erased_boxes_follow_torchvisions_law(size):
 
 def test_the_reference_needs_no_triton():
     code = ("import sys, torch, augment; images = torch.zeros(4, 32, 32, 3, dtype=torch.uint8); "
-            "make = augment.BatchAugmenter(images, torch.zeros(4).long(), batch_size=4, seed=1, mean=(0.5,) * 3, std=(0.5,) * 3); "
+            "labels = torch.zeros(4).long(); "
+            "make = augment.BatchAugmenter(images, labels, batch_size=4, seed=1, mean=(0.5,) * 3, std=(0.5,) * 3); "
             "make(0); print({'kernels.augment', 'kernels.softmax_kl'} & {*sys.modules})")
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+                          check=True)
     assert done.stdout.strip() == "set()"

@@ -1,4 +1,5 @@
-"""The fused augmentation equals its plain-PyTorch reference bit for bit; on CPU tensors in Triton's interpreter, on a GPU compiled."""
+"""The fused augmentation equals its plain-PyTorch reference bit for bit; on CPU tensors in Triton's interpreter, on a GPU
+compiled."""
 import itertools
 
 import pytest
@@ -34,7 +35,8 @@ def references_of(images, **options):
 
 
 def assert_equal(batch, expected, about=""):
-    for name, ours, theirs in zip(("images", "label", "other", "lam"), (batch.images, *batch.targets), (expected.images, *expected.targets)):
+    for name, ours, theirs in zip(("images", "label", "other", "lam"), (batch.images, *batch.targets),
+                                  (expected.images, *expected.targets)):
         assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride()), f"{about} {name}"
         bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[ours.element_size()]
         wrong = (ours.cpu().view(bits) != theirs.cpu().view(bits)).flatten(1 if ours.dim() > 1 else 0)
@@ -186,7 +188,8 @@ def test_other_sizes_fall_back_with_one_sentence(capsys):
     expected = make("reference", images, batch_size=2)(1)
     kernels.choose("triton")
     try:
-        ours = [BatchAugmenter(images.to(DEVICE), (torch.arange(4) // 3).to(DEVICE), batch_size=2, seed=3, **TRAINING) for _ in range(2)]
+        ours = [BatchAugmenter(images.to(DEVICE), (torch.arange(4) // 3).to(DEVICE), batch_size=2, seed=3, **TRAINING)
+                for _ in range(2)]
     finally:
         kernels.choose("auto")
     said = capsys.readouterr().out.splitlines()

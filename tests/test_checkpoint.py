@@ -46,7 +46,8 @@ def test_no_flipped_bit_and_no_truncation_passes_unseen(tmp_path):
         position, bit = torch.randint(len(good), (), generator=g).item(), torch.randint(8, (), generator=g).item()
         broken.write_bytes(good[:position] + bytes([good[position] ^ 1 << bit]) + good[position + 1:])
         try:
-            assert torch.equal(checkpoint.read(broken)["state_dict"]["w"], wanted), f"bit {bit} of byte {position} changed a weight"
+            assert torch.equal(checkpoint.read(broken)["state_dict"]["w"],
+                               wanted), f"bit {bit} of byte {position} changed a weight"
         except Failure as failure:
             caught += 1
             assert failure.code == 5 and str(broken) in str(failure)
@@ -63,7 +64,8 @@ class Evil:
 
 
 @pytest.mark.parametrize("content", [
-    lambda path: path.write_bytes(os.urandom(500)), lambda path: path.write_bytes(b""), lambda path: path.mkdir(), lambda path: None,
+    lambda path: path.write_bytes(os.urandom(500)), lambda path: path.write_bytes(b""), lambda path: path.mkdir(),
+    lambda path: None,
     lambda path: torch.save({"format": 1, "w": Evil()}, path), lambda path: torch.save({"w": torch.ones(2)}, path),
     lambda path: torch.save([1], path), lambda path: torch.save({"format": 99}, path)])
 def test_foreign_files_are_refused_in_one_line(content, tmp_path, monkeypatch):

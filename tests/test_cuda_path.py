@@ -1,4 +1,5 @@
-"""Both scripts, from their flags to the summary, on fake CUDA tensors: devices agree, no step waits for the GPU, few launches are our own."""
+"""Both scripts, from their flags to the summary, on fake CUDA tensors: devices agree, no step waits for the GPU, few launches
+are our own."""
 import pytest
 import torch
 from cuda_path import BOOKKEEPING, CudaPath, MixedDevices, Wait
@@ -7,10 +8,13 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from training import evaluation, run, step
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # a deep copy of one asks for it
-STUDENTS = ("--method kd", "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda", "--method kd --kl reverse --amp off --model-ema 0.9",
+STUDENTS = ("--method kd", "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda",
+            "--method kd --kl reverse --amp off --model-ema 0.9",
             "--method dkd --model-ema 0.9 --dkd-warmup 2", "--method dkd --amp bf16 --opt sgd --momentum 0 --deterministic",
-            "--method dkd --amp off --kernels reference --mixed-target dominant", "--method dkd --kernels reference --opt sgd --policy none")
-TEACHERS = ("", "--opt sgd --model-ema 0.9 --deterministic --device cuda:0", "--amp bf16 --kernels reference --policy randaugment", "--amp off --mixup 0 --cutmix 0")
+            "--method dkd --amp off --kernels reference --mixed-target dominant",
+            "--method dkd --kernels reference --opt sgd --policy none")
+TEACHERS = ("", "--opt sgd --model-ema 0.9 --deterministic --device cuda:0",
+            "--amp bf16 --kernels reference --policy randaugment", "--amp off --mixup 0 --cutmix 0")
 
 
 @pytest.mark.parametrize("flags", STUDENTS)
@@ -64,7 +68,8 @@ def plant_a_synchronisation(logits, labels):
 
 
 @pytest.mark.parametrize("plant, refused, reason", [
-    (plant_a_read, Wait, "a value is read"), (plant_a_blocking_copy, Wait, "from cuda to cpu"), (plant_an_upload, Wait, "from cpu to cuda"),
+    (plant_a_read, Wait, "a value is read"), (plant_a_blocking_copy, Wait, "from cuda to cpu"),
+    (plant_an_upload, Wait, "from cpu to cuda"),
     (plant_a_size_from_data, DynamicOutputShapeException, "nonzero"), (plant_a_tensor_on_the_cpu, RuntimeError, "cuda:0 and cpu"),
     (plant_a_synchronisation, Wait, "synchronize")], ids=lambda value: getattr(value, "__name__", None))
 def test_a_planted_fault_is_caught(tmp_path, monkeypatch, plant, refused, reason):

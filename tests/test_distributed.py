@@ -1,4 +1,5 @@
-"""Two and three processes do what one would: the same images, weights and accuracies, one message, and no waiting for the dead."""
+"""Two and three processes do what one would: the same images, weights and accuracies, one message, and no waiting for the
+dead."""
 import os
 import time
 import traceback
@@ -144,7 +145,8 @@ def train(machine, each, method, steps=24):
     labels = torch.randint(10, (768,), generator=generator)
     augmenter = BatchAugmenter(images, labels, batch_size=each * machine.ranks.size, seed=1, mean=(0.5,) * 3, std=(0.25,) * 3)
     torch.manual_seed(0)
-    teacher, net = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 24), torch.nn.GELU(), torch.nn.Linear(24, 10)).double()
+    teacher, net = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 24), torch.nn.GELU(),
+                                        torch.nn.Linear(24, 10)).double()
                     for _ in range(2))
     recipe = SimpleNamespace(opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
     update, means = Update(net, build_optimizer(net, recipe), machine, 0.5, 0.0), Means(machine, steps)
@@ -157,7 +159,8 @@ def train(machine, each, method, steps=24):
         skipped = update(loss, 0.1)
         means.add(augmenter.batch_size, skipped, torch.tensor(0.0), train_loss=loss)
     columns = means.epoch_columns(1) | update.epoch_columns()
-    return torch.cat([weight.detach().flatten() for weight in net.parameters()]), {name: columns[name] for name in columns if name != "amp_scale"}
+    return torch.cat([weight.detach().flatten() for weight in net.parameters()]), {name: columns[name] for name in columns
+                                                                                   if name != "amp_scale"}
 
 
 def train_like_one(machine):

@@ -18,12 +18,14 @@ from training.step import Update, accuracy, build_optimizer, learning_rate
 
 CPU = Machine(torch.device("cpu"), "off")
 RECIPE = {"lr": 1.0, "epochs": 10, "warmup_epochs": 2, "sched": "cosine", "milestones": [4, 8]}
-OPTIMIZERS = [{"opt": "adamw", "lr": 0.1, "weight_decay": 0.05, "momentum": 0.9}, {"opt": "sgd", "lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9}]
+OPTIMIZERS = [{"opt": "adamw", "lr": 0.1, "weight_decay": 0.05, "momentum": 0.9}, {"opt": "sgd", "lr": 0.1, "weight_decay": 5e-4,
+                                                                                   "momentum": 0.9}]
 
 
 def net(seed=0):
     torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 6))
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU(),
+                               torch.nn.Linear(8, 6))
 
 
 def batch(seed=0):
@@ -39,7 +41,8 @@ def test_learning_rate_warms_up_linearly_and_falls_by_cosine_or_steps():
     args = SimpleNamespace(**RECIPE)
     rates = [learning_rate(step, args, 5) for step in range(50)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert rates[10] == 1.0 and rates[30] == pytest.approx(0.5) and rates[49] == pytest.approx(0.5 * (1 + math.cos(math.pi * 39 / 40)))
+    assert rates[10] == 1.0 and rates[30] == pytest.approx(0.5) and rates[49] == pytest.approx(0.5 * (1
+        + math.cos(math.pi * 39 / 40)))
     args.sched = "multistep"
     rates = [learning_rate(step, args, 5) for step in range(50)]
     assert (rates[10], rates[19]) == (1.0, 1.0)
@@ -64,7 +67,9 @@ def test_update_is_clip_then_step_of_the_plain_optimizer(recipe):
     for one, two in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
     columns = update.epoch_columns()
-    assert columns["grad_norm_mean"] == pytest.approx(sum(norms) / 4, rel=1e-5) and columns["grad_norm_max"] == pytest.approx(max(norms), rel=1e-5)
+    assert columns["grad_norm_mean"] == pytest.approx(sum(norms) / 4,
+                                                      rel=1e-5) and columns["grad_norm_max"] == pytest.approx(max(norms),
+                                                                                                              rel=1e-5)
     assert columns["clip_frac"] == sum(norm > 0.5 for norm in norms) / 4 and columns["steps"] == 4
     assert columns["amp_scale"] is None and columns["skipped_steps"] == 0
     update(F.cross_entropy(ours(images), labels), lr=0.1)
@@ -80,7 +85,8 @@ def test_an_overflowing_fp16_step_is_skipped_and_counted(recipe):
     ours.eval(), without.eval()
     before = copy.deepcopy(ours.state_dict())
     update(F.cross_entropy(ours(images), labels) * math.inf, lr=0.1)
-    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items()), "a skipped step changed the weights"
+    assert all(torch.equal(value, before[name]) for name,
+               value in ours.state_dict().items()), "a skipped step changed the weights"
     for _ in range(3):
         update(F.cross_entropy(ours(images), labels), lr=0.1)
         plain(F.cross_entropy(without(images), labels), lr=0.1)
@@ -88,16 +94,19 @@ def test_an_overflowing_fp16_step_is_skipped_and_counted(recipe):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     columns, healthy = update.epoch_columns(), plain.epoch_columns()
     assert (columns["skipped_steps"], columns["steps"], columns["amp_scale"]) == (1, 4, 32768.0)
-    assert columns["grad_norm_mean"] == pytest.approx(healthy["grad_norm_mean"], rel=1e-3), "unscaled before it is measured and clipped"
+    assert columns["grad_norm_mean"] == pytest.approx(healthy["grad_norm_mean"],
+                                                      rel=1e-3), "unscaled before it is measured and clipped"
 
 
 @pytest.mark.parametrize("precision", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("recipe", [*OPTIMIZERS, OPTIMIZERS[1] | {"momentum": 0.0}], ids=["adamw", "sgd", "sgd without momentum"])
 @pytest.mark.parametrize("sick", [0, 2])
 def test_a_sick_step_leaves_no_trace(recipe, precision, sick):
-    """Weights, momentum and running statistics are bit for bit those of a run without that step, be it the first or a later one."""
+    """Weights, momentum and running statistics are bit for bit those of a run without that step, be it the first or a later
+    one."""
     ours, without = net(), net()
-    update, plain = updater(ours, recipe, precision=precision, clip_grad=1.0), updater(without, recipe, precision=precision, clip_grad=1.0)
+    update, plain = updater(ours, recipe, precision=precision, clip_grad=1.0), updater(without, recipe, precision=precision,
+                                                                                       clip_grad=1.0)
     for step in range(5):
         images, labels = batch(step)
         if step == sick:
@@ -120,13 +129,15 @@ def test_the_size_of_a_checkpoint_is_known_before_the_first_step(recipe, ema_dec
     update = updater(torch.nn.Linear(1000, 100), recipe, ema_decay=ema_decay)
     foreseen = update.checkpoint_bytes
     update(update.net(torch.ones(2, 1000)).sum(), lr=0.1)
-    assert foreseen == update.checkpoint_bytes == pytest.approx(sum(value.nbytes for value in tensors(update.state_dict()).values()), rel=1e-3)
+    assert foreseen == update.checkpoint_bytes == pytest.approx(sum(value.nbytes
+                                                                    for value in tensors(update.state_dict()).values()), rel=1e-3)
 
 
 def tensors(tree, path=""):
     if isinstance(tree, torch.Tensor):
         return {path: tree}
-    return {name: leaf for key, value in tree.items() for name, leaf in tensors(value, f"{path}/{key}").items()} if isinstance(tree, dict) else {}
+    return {name: leaf for key, value in tree.items() for name,
+            leaf in tensors(value, f"{path}/{key}").items()} if isinstance(tree, dict) else {}
 
 
 def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
@@ -178,7 +189,8 @@ def test_no_step_waits_for_the_gpu(recipe):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).cuda()
     g = torch.Generator().manual_seed(0)
     images = torch.randint(256, (256, 32, 32, 3), generator=g, dtype=torch.uint8).cuda()
-    augmenter = BatchAugmenter(images, torch.randint(10, (256,), generator=g).cuda(), batch_size=64, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3,
+    augmenter = BatchAugmenter(images, torch.randint(10, (256,), generator=g).cuda(), batch_size=64, seed=0, mean=(0.5,) * 3,
+                               std=(0.25,) * 3,
                                dtype=machine.dtype)
     args = SimpleNamespace(**recipe)
     update, means = Update(model, build_optimizer(model, args), machine, 1.0, 0.0), Means(machine, augmenter.steps)
@@ -218,7 +230,8 @@ def test_means_weigh_samples_and_name_the_first_sick_term():
     means.add(10, no, torch.tensor(1.0), **healthy | {"train_loss": torch.tensor(1.0)})
     means.add(30, no, torch.tensor(0.5), **healthy)
     means.add(20, yes, torch.tensor(0.0), **sick)
-    assert means.read() == {"train_loss": 2.5, "train_loss_ce": 2.0, "train_loss_kl": 1.0, "train_acc1": 62.5} and sum(means.samples) == 60
+    assert means.read() == {"train_loss": 2.5, "train_loss_ce": 2.0, "train_loss_kl": 1.0,
+                            "train_acc1": 62.5} and sum(means.samples) == 60
     assert means.epoch_columns(1)["train_loss"] == 2.5
     means.add(10, yes, no, **sick)
     with pytest.raises(Failure, match="train_loss_kl is not finite .no step of epoch 2 was kept") as failure:
@@ -250,7 +263,8 @@ def test_evaluate_counts_every_image_once(monkeypatch):
     for low in range(15):
         inside = (confidence * 15).long().clamp(max=14) == low
         if inside.any():
-            ece += inside.float().mean().item() * abs(confidence[inside].mean() - (predicted == split.labels)[inside].float().mean()).item()
+            ece += inside.float().mean().item() * abs(confidence[inside].mean() - (predicted
+                                                                                   == split.labels)[inside].float().mean()).item()
     assert result.ece == pytest.approx(ece, abs=1e-6)
     flipped = result._replace(predictions=torch.cat([result.predictions[:50], (result.predictions[50:] + 1) % 6]))
     assert result.agreement(flipped) == pytest.approx(50 / 53)
@@ -273,7 +287,8 @@ def test_early_stop_counts_epochs_without_a_better_one():
 
 
 def test_a_teacher_that_is_not_what_its_checkpoint_says_is_refused():
-    split = Split(torch.randint(256, (200, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 6)
+    split = Split(torch.randint(256, (200, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+                  torch.arange(200) % 6)
     data = SimpleNamespace(classes=list("abcdef"), name="imagefolder", test=split, mean=(0.5,) * 3, std=(0.25,) * 3)
     teacher = net().eval()
     accuracy = evaluate(teacher, split, data.mean, data.std, CPU, 50).acc1

@@ -38,7 +38,8 @@ def test_kd_is_its_formula():
     assert kd_loss(z, v, targets, alpha=0.7, ce_weight=2.0)[0].item() == pytest.approx(
         (2 * true_terms(z.double(), v.double(), targets, 4.0)[0] + 0.7 * expected[1]).item(), rel=1e-6)
     expected = F.kl_div((z / 4).log_softmax(1), (v / 4).softmax(1), reduction="batchmean") * 16
-    assert terms["kl"].item() == pytest.approx(expected.item(), rel=1e-5), "the direction of F.kl_div(student, teacher): teacher first"
+    assert terms["kl"].item() == pytest.approx(expected.item(),
+                                               rel=1e-5), "the direction of F.kl_div(student, teacher): teacher first"
 
 
 def test_dkd_on_unmixed_rows_is_the_published_formula():
@@ -176,12 +177,15 @@ def test_flags_and_functions_have_the_same_defaults():
         numbers = {key: number.default for key, number in method.numbers.items()}
         signature = inspect.signature(function_of(name)).parameters
         assert numbers == {key: parameter.default for key, parameter in signature.items() if key in numbers}
-        assert list(signature)[:3] == ["student_logits", "teacher_logits", "targets"] and set(numbers) | {"label_smoothing"} == set(list(signature)[3:])
+        assert list(signature)[:3] == ["student_logits", "teacher_logits",
+                                       "targets"] and set(numbers) | {"label_smoothing"} == set(list(signature)[3:])
 
 
 @pytest.mark.parametrize("call", [
-    lambda z, v, t: kd_loss(z, v[:, :-1], t), lambda z, v, t: kd_loss(z[0], v[0], t), lambda z, v, t: kd_loss(z, v, Targets(*(x[:-1] for x in t))),
-    lambda z, v, t: dkd_loss(z, v, t, mixed_target="both"), lambda z, v, t: kd_loss(z, v, t, kl="sideways"), lambda z, v, t: kd_loss(z[:0], v[:0], t)])
+    lambda z, v, t: kd_loss(z, v[:, :-1], t), lambda z, v, t: kd_loss(z[0], v[0], t), lambda z, v,
+    t: kd_loss(z, v, Targets(*(x[:-1] for x in t))),
+    lambda z, v, t: dkd_loss(z, v, t, mixed_target="both"), lambda z, v, t: kd_loss(z, v, t, kl="sideways"), lambda z, v,
+    t: kd_loss(z[:0], v[:0], t)])
 def test_what_does_not_fit_is_refused(call):
     with pytest.raises(ValueError):
         call(*rows(4, 5))

@@ -509,7 +509,8 @@ def test_load_refuses_what_is_not_a_trained_network(tmp_path):
 @pytest.mark.parametrize("name", ["v2_tiny", "resnet8x4", "vit_b_32"])
 def test_weights_held_in_the_type_of_autocast_give_the_same_logits(tmp_path, name):
     size = 32 if name != "vit_b_32" else 64
-    models.save(tmp_path / "best.pt", models.build(name, 10, size), model=name, classes=list("abcdefghij"), image_size=size, mean=[0.5] * 3, std=[0.25] * 3,
+    models.save(tmp_path / "best.pt", models.build(name, 10, size), model=name, classes=list("abcdefghij"), image_size=size,
+                mean=[0.5] * 3, std=[0.25] * 3,
                 dataset="cifar10", seed=0, epoch=1, val_acc1=10.0, test_acc1=None)
     plain, held = models.load(tmp_path / "best.pt"), models.load(tmp_path / "best.pt", dtype=torch.bfloat16)
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))

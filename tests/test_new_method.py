@@ -1,4 +1,5 @@
-"""A method is added as the README says, in a copy of the project: a file, a record, a line; then it trains, is logged and drawn."""
+"""A method is added as the README says, in a copy of the project: a file, a record, a line; then it trains, is logged and
+drawn."""
 import csv
 import json
 import os
@@ -61,11 +62,13 @@ def test_a_file_a_record_and_a_line_make_a_method(tmp_path):
     log = list(csv.DictReader((run / "log.csv").read_text().splitlines()))
     assert len(log) == 2 and all(float(row["train_loss_distance"]) > 0 and row["train_loss_kl"] == "" for row in log)
     first = {name: float(log[0][f"train_loss{name}"]) for name in ("", "_ce", "_distance")}
-    assert abs(first[""] - first["_ce"] - 0.25 * first["_distance"]) < 1e-4, "in the first of two epochs of warm-up the half counts"
+    # In the first of two epochs of warm-up the half counts.
+    assert abs(first[""] - first["_ce"] - 0.25 * first["_distance"]) < 1e-4
     assert json.loads((run / "config.json").read_text())["strength"] == 0.5
 
     command("plots/make_figures.py")
     with open(copy / "figures" / "table1.csv", newline="") as file:
         rows = {row["experiment"]: row for row in csv.DictReader(file)}
     assert rows["square-strength0.5-centred"]["method"] == "SQUARE strength 0.5 centred"
-    assert rows["square-strength0.5-centred"]["test_acc1_best_mean"] and (copy / "figures" / "figure4.png").stat().st_size > 10_000
+    assert rows["square-strength0.5-centred"]["test_acc1_best_mean"]
+    assert (copy / "figures" / "figure4.png").stat().st_size > 10_000

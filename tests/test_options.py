@@ -17,13 +17,16 @@ def teacher(*argv):
 
 def test_defaults_are_the_study_recipe():
     for args in (distill(), teacher()):
-        recipe = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "sched": "cosine", "warmup_epochs": 5, "label_smoothing": 0.1, "clip_grad": 1.0,
-                  "patience": 30, "monitor": "val_loss", "policy": "autoaugment", "random_erasing": 0.25, "mixup": 0.8, "cutmix": 1.0,
+        recipe = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "sched": "cosine", "warmup_epochs": 5, "label_smoothing": 0.1,
+                  "clip_grad": 1.0,
+                  "patience": 30, "monitor": "val_loss", "policy": "autoaugment", "random_erasing": 0.25, "mixup": 0.8,
+                  "cutmix": 1.0,
                   "batch_size": 128, "epochs": 200, "dataset": "cifar100", "mix_mode": "batch", "mix_prob": 1.0, "seed": 42}
         assert recipe == {name: getattr(args, name) for name in recipe}
     assert teacher().model == "efficientnet_v2_l" and teacher().output == "runs/teacher"
     args = distill()
-    assert (args.method, args.alpha, args.temperature, args.student, args.student_init) == ("kd", 0.7, 4.0, "efficientnet_v2_s", "none")
+    assert (args.method, args.alpha, args.temperature, args.student, args.student_init) == ("kd", 0.7, 4.0, "efficientnet_v2_s",
+                                                                                            "none")
     assert args.teacher_checkpoint == "runs/teacher/best.pt" and args.output == "runs/kd-alpha0.7-T4-s42"
 
 
@@ -45,7 +48,8 @@ def test_presets_set_defaults_and_flags_win(experiment, expected):
 def test_a_preset_of_one_method_can_be_run_with_the_other():
     args = distill("--experiment", "v3", "--method", "kd")
     assert (args.method, args.beta, args.alpha, args.mixed_target) == ("kd", None, 0.7, None)
-    assert method.numbers(args) == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward", "standardize": False, "label_smoothing": 0.1}
+    assert method.numbers(args) == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward", "standardize": False,
+                                    "label_smoothing": 0.1}
 
 
 def test_short_forms_and_names():
@@ -73,15 +77,19 @@ def test_objective_is_printed_with_its_numbers():
 
 BAD = {  # flag: values that are out of range or of the wrong kind
     "--dataset": ["mnist"], "--data-dir": [""], "--val-size": ["-1", "0.1"], "--image-size": ["0", "x"], "--policy": ["cutout"],
-    "--random-erasing": ["-0.1", "1.1", "nan"], "--mixup": ["-1", "inf"], "--cutmix": ["-1", "nan"], "--mix-prob": ["2"], "--mix-mode": ["row"],
+    "--random-erasing": ["-0.1", "1.1", "nan"], "--mixup": ["-1", "inf"], "--cutmix": ["-1", "nan"], "--mix-prob": ["2"],
+    "--mix-mode": ["row"],
     "--epochs": ["0", "1.5"], "--batch-size": ["0", "1"], "-b": ["-4"], "--opt": ["lion"], "--lr": ["0", "-1", "nan", "inf"],
     "--momentum": ["1"], "--weight-decay": ["-1"], "--sched": ["step"], "--milestones": ["0"], "--warmup-epochs": ["-1", "200"],
-    "--label-smoothing": ["1", "-0.1"], "--clip-grad": ["-1", "nan"], "--model-ema": ["1"], "--patience": ["-1"], "--monitor": ["loss"],
+    "--label-smoothing": ["1", "-0.1"], "--clip-grad": ["-1", "nan"], "--model-ema": ["1"], "--patience": ["-1"],
+    "--monitor": ["loss"],
     "--amp": ["fp8"], "--kernels": ["cuda"], "--device": ["tpu", "cuda:x"], "--seed": ["-1", "x"], "--output": [""],
 }
 BAD_DISTILL = {
-    "--experiment": ["v5"], "--method": ["fitnet"], "--alpha": ["-1", "nan", "1.5"], "--beta": ["-1", "8"], "--temperature": ["0", "inf"],
-    "--ce-weight": ["-1"],  "--kl": ["both"], "--mixed-target": ["all", "pair"], "--dkd-warmup": ["-1", "20"], "--teacher-checkpoint": [""],
+    "--experiment": ["v5"], "--method": ["fitnet"], "--alpha": ["-1", "nan", "1.5"], "--beta": ["-1", "8"],
+    "--temperature": ["0", "inf"],
+    "--ce-weight": ["-1"],  "--kl": ["both"], "--mixed-target": ["all", "pair"], "--dkd-warmup": ["-1", "20"],
+    "--teacher-checkpoint": [""],
     "--student": [""], "--student-init": [""], "--temp": ["4"], "--no-such-flag": ["1"],
 }
 
@@ -106,7 +114,8 @@ def test_every_command_of_the_study_is_accepted():
     done = subprocess.run(["bash", "-c", 'python() { printf "%s\\n" "$*"; }\n' + script.replace('cd "$(dirname "$0")"', "")],
                           capture_output=True, text=True, check=True)
     commands = [line.split() for line in done.stdout.splitlines()]
-    parsed = [{"train_teacher.py": teacher, "distill.py": distill}[script](*flags) for script, *flags in commands if "plots" not in script]
+    parsed = [{"train_teacher.py": teacher, "distill.py": distill}[script](*flags) for script, *flags in commands
+              if "plots" not in script]
     outputs = [args.output for args in parsed]
     assert len(outputs) == len(set(outputs)) > 30, "two runs of the study would write to one directory"
     made = {f"{args.output}/best.pt" for args in parsed if "model" in args}
@@ -114,7 +123,8 @@ def test_every_command_of_the_study_is_accepted():
 
 
 def test_flags_that_exclude_each_other(capsys):
-    for parse, argv in ((teacher, ("--init", "x", "--pretrained")), (distill, ("--milestones", "5", "3")), (distill, ("--epochs", "5")), (distill, ("file",))):
+    for parse, argv in ((teacher, ("--init", "x", "--pretrained")), (distill, ("--milestones", "5", "3")),
+                        (distill, ("--epochs", "5")), (distill, ("file",))):
         with pytest.raises(SystemExit) as stop:
             parse(*argv)
         assert stop.value.code == 2

@@ -1,4 +1,5 @@
-"""The compiled augmentation kernel, executed: byte for byte the reference's batches, no race, no address outside; and what it costs."""
+"""The compiled augmentation kernel, executed: byte for byte the reference's batches, no race, no address outside; and what it
+costs."""
 import itertools
 import json
 import os
@@ -32,12 +33,14 @@ def make(policy, size, mode, kind, batch_size):
     from augment.sampling import Sampler
     from augment.reference import Reference
     g = torch.Generator().manual_seed(size)
-    sampler = Sampler(size, build_tables(policy, size), seed=3, crop_pad=4, flip=True, random_erasing=0.5, mixup=0.8, cutmix=1.0, mix_prob=0.8)
+    sampler = Sampler(size, build_tables(policy, size), seed=3, crop_pad=4, flip=True, random_erasing=0.5, mixup=0.8, cutmix=1.0,
+                      mix_prob=0.8)
     count = 2 * batch_size + 3
     coarse = torch.nn.functional.interpolate(torch.rand(count, 3, 4, 4, generator=g), (size, size), mode="bilinear")
     images = (200 * coarse + 55 * torch.rand(count, 3, size, size, generator=g)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     labels, order = torch.randint(100, (count,), generator=g), torch.randperm(count, generator=g)
-    options = {"batch_size": batch_size, "rows_per_mix": MODES[mode](batch_size), "mean": (0.5, 0.48, 0.44), "std": (0.2, 0.25, 0.27), "dtype": TYPES[kind]}
+    options = {"batch_size": batch_size, "rows_per_mix": MODES[mode](batch_size), "mean": (0.5, 0.48, 0.44),
+               "std": (0.2, 0.25, 0.27), "dtype": TYPES[kind]}
     makers = [maker(images, labels, sampler, **options) for maker in (Fused, Reference)]
     for maker in makers:
         maker.set_epoch(5, order)

@@ -20,7 +20,8 @@ COUNTED = [(classes, "fp32", "pair", "normal", rows, None) for classes, rows in 
 
 
 def cases():
-    """classes, type, split or direction, kind of logits, rows, seed of the order; a fifth of the combinations, all under torture."""
+    """classes, type, split or direction, kind of logits, rows, seed of the order; a fifth of the combinations, all under
+    torture."""
     for classes in CLASSES:
         rows = 33 if classes <= 100 else 3
         for number, (kind, split) in enumerate(itertools.product(KINDS, ("pair", "dominant", "first", "reverse"))):
@@ -47,14 +48,16 @@ def logits(classes: int, kind: str, rows: int):
 def loss_and_gradient(z, v, targets, split: str):
     from kernels.softmax_kl import Weights, softmax_kl
     leaf, reverse = z.detach().requires_grad_(), split == "reverse"
-    weights = Weights(ce=0.3, kl=0.7) if reverse else Weights(1.0, 0.2, 1.0, 8.0) if split == "first" else Weights(ce=1.0, tckd=1.0, nckd=8.0)
+    weights = Weights(ce=0.3, kl=0.7) if reverse else Weights(1.0, 0.2, 1.0, 8.0) if split == "first" else Weights(ce=1.0,
+        tckd=1.0, nckd=8.0)
     loss, terms = softmax_kl(leaf, v, *targets, weights, temperature=4.0, label_smoothing=0.0 if split == "pair" else 0.1,
                              split="pair" if reverse else split, reverse=reverse)
     return torch.stack([loss.detach(), *terms]), torch.autograd.grad(loss, leaf)[0].float()
 
 
 def execute(sm, *case):
-    """A call by the compiled kernel -> its relative errors against the reference, with floors of 1 and 0.01, or the fault; and the counts."""
+    """A call by the compiled kernel -> its relative errors against the reference, with floors of 1 and 0.01, or the fault; and
+    the counts."""
     import ptx
 
     from kernels import softmax_kl as op
@@ -64,7 +67,8 @@ def execute(sm, *case):
     expected, expected_gradient = loss_and_gradient(z, v, targets, split)
     op._counter.cache_clear()
     try:
-        with ptx.executed(op, "_softmax_kl_kernel", sm, seed) as launches, mock.patch.object(op, "use_triton", lambda tensor: True):
+        with ptx.executed(op, "_softmax_kl_kernel", sm, seed) as launches, mock.patch.object(op, "use_triton",
+                                                                                             lambda tensor: True):
             losses, gradient = loss_and_gradient(z, v, targets, split)
     except (ptx.Fault, NotImplementedError) as fault:
         return {"sm": sm, "case": case, "fault": str(fault)}
@@ -109,7 +113,8 @@ def executed():
 def test_ptx_of_softmax_kl_gives_the_losses_of_the_reference(executed):
     results = [result for result in executed if "case" in result]
     assert len(results) == 2 * len(list(cases()))
-    bad = [result for result in results if result.get("fault") or not result["alike"] or result["counter"] or result["loss"] > TOLERANCE
+    bad = [result for result in results if result.get("fault") or not result["alike"] or result["counter"]
+           or result["loss"] > TOLERANCE
            or result["gradient"] > SIXTEEN_BITS.get(result["case"][1], TOLERANCE)]
     assert not bad, "\n".join(map(str, bad))
 

@@ -81,8 +81,10 @@ def all_as_due(place, attempt, *arguments):
 
 
 def test_a_crash_before_any_write_loses_nothing(place):
-    """Points 1 to 9 are config.json, env.json, status.json; 10 to 18 epoch 1; from 19 epoch 2, with prev.pt; 32 the teacher's last best.pt."""
-    points = [("teacher", 2), ("student", 10), ("teacher", 13), ("student", 21), ("teacher", 20), ("student", 40), ("teacher", 32), ("pair", 21)]
+    """Points 1 to 9 are config.json, env.json, status.json; 10 to 18 epoch 1; from 19 epoch 2, with prev.pt; 32 the teacher's
+    last best.pt."""
+    points = [("teacher", 2), ("student", 10), ("teacher", 13), ("student", 21), ("teacher", 20), ("student", 40),
+              ("teacher", 32), ("pair", 21)]
     all_as_due(place, torture.crash_point, *points)
 
 
@@ -217,10 +219,14 @@ def test_a_path_continues_in_another_directory(place):
 OTHER = {  # every flag that makes another experiment, with another value for it
     "student": ("--alpha 0.5", "--beta 3", "--temperature 2", "--ce-weight 0.5", "--mixed-target first", "--dkd-warmup 2",
                 "--student resnet8", "--student-init x.pt", "--experiment v3", "--teacher-checkpoint other.pt"),
-    "teacher": ("--dataset synthetic", "--data-dir elsewhere", "--val-size 10", "--image-size 12", "--policy none", "--random-erasing 0",
-                "--mixup 0", "--cutmix 0", "--mix-prob 0.5", "--mix-mode elem", "--batch-size 8", "--opt adamw", "--lr 0.1", "--momentum 0",
-                "--weight-decay 0", "--sched multistep", "--milestones 1", "--warmup-epochs 0", "--label-smoothing 0", "--clip-grad 0",
-                "--model-ema 0", "--monitor val_acc1", "--amp bf16", "--seed 1", "--deterministic", "--model resnet14", "--pretrained", "--init x.pt"),
+    "teacher": ("--dataset synthetic", "--data-dir elsewhere", "--val-size 10", "--image-size 12", "--policy none",
+                "--random-erasing 0",
+                "--mixup 0", "--cutmix 0", "--mix-prob 0.5", "--mix-mode elem", "--batch-size 8", "--opt adamw", "--lr 0.1",
+                "--momentum 0",
+                "--weight-decay 0", "--sched multistep", "--milestones 1", "--warmup-epochs 0", "--label-smoothing 0",
+                "--clip-grad 0",
+                "--model-ema 0", "--monitor val_acc1", "--amp bf16", "--seed 1", "--deterministic", "--model resnet14",
+                "--pretrained", "--init x.pt"),
 }
 SAME = ("--epochs 3", "--patience 9", "--overwrite", "--debug", "--device cpu")
 
@@ -252,7 +258,8 @@ def test_flags_that_make_another_experiment_are_refused_and_others_are_not(place
         at = next(i for i, text in enumerate(said) if text.endswith(f"\t{flag}"))
         name, _, value = flag.partition(" ")
         assert said[at].startswith("2\t"), f"{said[at - 1]} {said[at]}"
-        assert f"{name} " in said[at - 1] and " -> " in said[at - 1] and said[at - 1].startswith("error: these flags"), said[at - 1]
+        line = said[at - 1]
+        assert f"{name} " in line and " -> " in line and line.startswith("error: these flags"), line
     assert [text for text in said if text.startswith("0\t")] == [f"0\t{flag}" for flag in SAME], said
     assert contents(run) == before, "a refused run was touched"
     table = [text.split() for text in result.out.splitlines()]
@@ -280,7 +287,8 @@ def test_a_damaged_last_falls_back_to_the_one_before(place, damage):
     spoil(run / "last.pt", damage, place)
     shutil.copytree(run, f"{run}-killed")
     result = place.run(f"{torture.command('student')} --output {run} --resume auto")
-    assert result.code == 0 and result.err.startswith("warning: ") and "last.pt" in result.err and "continuing with" in result.err, result.err
+    assert result.code == 0 and result.err.startswith("warning: "), result.err
+    assert "last.pt" in result.err and "continuing with" in result.err, result.err
     assert "continuing after epoch 1" in result.out and torture.difference(run, place.undisturbed("student")) == ""
     if damage == "flipped":  # a crash while the first checkpoint is written must not lose the good one
         for point in range(16, 22):  # last.pt, best.pt
@@ -337,7 +345,8 @@ def test_checkpoints_hold_plain_data_only(place):
     content = torture.tensors_of(resume.read_run(place.undisturbed("student") / "last.pt"))
     assert {type(value) for value in content.values()} <= {torch.Tensor, int, float, str, bool, type(None), dict, list}
     weights = [value for value in content.values() if isinstance(value, torch.Tensor)]
-    assert weights and all(value.untyped_storage().nbytes() == value.nbytes for value in weights), "a view drags its whole storage along"
+    assert weights and all(value.untyped_storage().nbytes() == value.nbytes
+                           for value in weights), "a view drags its whole storage along"
 
 
 # --- the disk, and a crowded directory
@@ -383,12 +392,14 @@ def test_one_poisoned_batch_is_skipped(place, kind, precision, spoil_step):
     assert result.code == 0, result.err
     last, rows = resume.read_run(run / "last.pt"), torture.log_of(run)
     assert all(value.isfinite().all() for value in last["update"]["net"].values())
-    assert int(rows[1]["skipped_steps"]) >= 1 and (precision == "fp16" or [row["skipped_steps"] for row in rows] == ["0", "1", "0"])
+    assert int(rows[1]["skipped_steps"]) >= 1 and (precision == "fp16" or [row["skipped_steps"] for row in rows]
+                                                   == ["0", "1", "0"])
     assert all(float(row["train_loss"]) < 100 for row in rows)
 
 
 @pytest.mark.parametrize("kind, precision, term, named", [
-    ("teacher", "off", "ce", "train_loss"), ("student", "fp16", "nckd", "train_loss_nckd"), ("student", "off", "ce", "train_loss_ce")])
+    ("teacher", "off", "ce", "train_loss"), ("student", "fp16", "nckd", "train_loss_nckd"),
+    ("student", "off", "ce", "train_loss_ce")])
 def test_a_run_that_only_skips_stops_with_the_last_healthy_checkpoint(place, kind, precision, term, named):
     run = torture.new_run(place)
     line = f"{torture.command(kind)} --amp {precision} --output {run}"
@@ -431,7 +442,8 @@ def test_a_stopped_pair_loses_nothing(place):
 
 def test_three_processes_add_up_to_the_same_bits_when_resumed(place, monkeypatch):
     """Three numbers may round to another sum in another order; this network's gradients travel in two groups."""
-    line = torture.COMMANDS["pair"].replace("node 2", "node 3").replace("forgetful_pico", "v2_tiny").replace("--amp fp16", "--amp off")
+    line = torture.COMMANDS["pair"].replace("node 2", "node 3").replace("forgetful_pico", "v2_tiny").replace("--amp fp16",
+                                                                                                             "--amp off")
     monkeypatch.setitem(torture.COMMANDS, "trio", line)
     place.undisturbed("trio")
     assert torture.crash_point(place, "trio", 21) == ""
@@ -487,7 +499,8 @@ def test_whatever_ends_a_pair_says_so_in_one_line(place, flags, fault, code, wor
 def test_a_batch_that_is_sick_on_one_of_a_pair_is_skipped_by_both(place):
     place.undisturbed("teacher")
     run = torture.new_run(place)
-    result = place.run(f"{torture.command('pair')} --amp off --output {run}", partial(torture.on_rank, 1, partial(torture.poison, "kl", [5])))
+    result = place.run(f"{torture.command('pair')} --amp off --output {run}", partial(torture.on_rank, 1,
+                                                                                      partial(torture.poison, "kl", [5])))
     assert result.code == 0 and [row["skipped_steps"] for row in torture.log_of(run)] == ["0", "1", "0"]
 
 
@@ -503,7 +516,8 @@ def test_torchrun_itself_stops_within_ten_seconds_and_the_run_goes_on(place):
     """With one of its processes in the middle of a step; what it leaves is continued, and is the undisturbed run."""
     line, whole, run = TEACHER_PAIR, torture.new_run(place), torture.new_run(place)
     assert place.run(f"{line} --output {whole}").code == 0
-    command = line.replace("train_teacher.py", str(torture.ROOT / "train_teacher.py")).replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
+    command = line.replace("train_teacher.py", str(torture.ROOT / "train_teacher.py")).replace("torchrun",
+        f"{sys.executable} -m torch.distributed.run --standalone")
     with open(place.folder / "torchrun.log", "w") as log:
         launcher = subprocess.Popen([*shlex.split(command), "--output", run], cwd=place.folder, stdout=log, stderr=log,
                                     env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})

@@ -16,7 +16,8 @@ import torch
 
 from training import errors, files, rundir
 
-COLUMNS = """epoch lr train_loss train_loss_ce train_loss_kl train_loss_tckd train_loss_nckd train_loss_inter train_loss_intra train_acc1 val_loss val_acc1 val_acc5 val_ece
+COLUMNS = """epoch lr train_loss train_loss_ce train_loss_kl train_loss_tckd train_loss_nckd train_loss_inter
+train_loss_intra train_acc1 val_loss val_acc1 val_acc5 val_ece
 teacher_agree best_val_loss best_epoch bad_epochs grad_norm_mean grad_norm_max clip_frac amp_scale skipped_steps steps samples
 images_per_s epoch_s val_s total_s peak_mem_mb""".split()
 
@@ -60,7 +61,8 @@ def test_a_used_directory_is_refused_before_anything_is_written(tmp_path):
     with opened(tmp_path / "run", resume="auto"):
         assert (run / "log.csv").exists()
     with opened(tmp_path / "run", overwrite=True):
-        assert not (run / "log.csv").exists() and (run / "notes.txt").exists(), "--overwrite removes what a run wrote, nothing else"
+        assert not (run / "log.csv").exists(), "--overwrite removes what a run wrote,"
+        assert (run / "notes.txt").exists(), "and nothing else"
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.Failure, match="not a directory"):
         rundir.RunDirectory(tmp_path / "file", overwrite=True)
@@ -75,7 +77,8 @@ def test_status_says_how_a_run_ended(tmp_path):
     with pytest.raises(errors.Failure), opened(tmp_path / "run") as run:
         run.rows.append(row())
         raise errors.Failure(errors.DIVERGED, "loss is not finite (nan)", "lower --lr")
-    assert json.loads((run / "status.json").read_text()) == {"state": "failed", "reason": "loss is not finite (nan). lower --lr", "exit_code": 6, "epoch": 1}
+    assert json.loads((run / "status.json").read_text()) == {"state": "failed", "reason": "loss is not finite (nan). lower --lr",
+                                                             "exit_code": 6, "epoch": 1}
     with opened(tmp_path / "done") as run:
         run.close({"verdict": "completed", "test_acc1_best": 50.0, "test_acc1_last": 49.0, "best_epoch": 3})
     assert json.loads((run / "status.json").read_text())["exit_code"] == 0
@@ -87,7 +90,8 @@ def test_status_says_how_a_run_ended(tmp_path):
     (errors.Failure(5, "two\nlines", "one"), 5, "two lines. one"),
     (OSError(errno.ENOSPC, "No space left on device", "runs/x/last.pt"), 8, "runs/x/last.pt"),
     (errors.Unwritable(errno.ENOENT, "No such file or directory", "/proc/x"), 8, "/proc/x"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nmore"), 7, "(--batch-size 64). try --batch-size 32, or a smaller --image-size"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nmore"), 7,
+     "(--batch-size 64). try --batch-size 32, or a smaller --image-size"),
     (RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but"), 2, "--deterministic"),
     (errors.Stopped(signal.SIGINT), 130, "--resume auto"),
     (errors.Stopped(signal.SIGTERM), 143, "SIGTERM"),
@@ -109,7 +113,8 @@ def test_the_memory_at_its_peak_is_told(monkeypatch):
     for name, answer in (("is_available", True), ("max_memory_allocated", 7.6 * 2**30), ("mem_get_info", (0, 7.9 * 2**30))):
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
     _, line = errors.expected(torch.OutOfMemoryError("CUDA out of memory."), 512)
-    assert line == "out of GPU memory (--batch-size 512, 7.6 of 7.9 GiB at the peak). try --batch-size 256, or a smaller --image-size"
+    assert line == ("out of GPU memory (--batch-size 512, 7.6 of 7.9 GiB at the peak). "
+                    "try --batch-size 256, or a smaller --image-size")
 
 
 def test_a_bug_keeps_its_traceback():
@@ -135,7 +140,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_partial(tmp_path, monkeypatch
     failure.value.saved = 41
     code, line = errors.expected(failure.value)
     free = shutil.disk_usage(tmp_path).free / 1e6
-    assert code == 8 and line.startswith(f"cannot write {tmp_path / 'file'} (No space left on device; needs 3.0 MB, ") and "epoch 41" in line
+    assert code == 8 and "epoch 41" in line
+    assert line.startswith(f"cannot write {tmp_path / 'file'} (No space left on device; needs 3.0 MB, ")
     assert abs(float(line.split(", ")[1].split()[0]) - free) < 0.1 * free
 
 
@@ -170,6 +176,7 @@ def test_environment_is_enough_to_repeat_and_holds_nothing_private():
 
 
 @pytest.mark.parametrize("accuracies, early, expected", [
-    ([10, 30, 50], False, "completed"), ([10, 50, 45], True, "early stop"), ([1, 1.2, 1.5], False, "collapsed"), ([10, 60, 20], True, "collapsed")])
+    ([10, 30, 50], False, "completed"), ([10, 50, 45], True, "early stop"), ([1, 1.2, 1.5], False, "collapsed"),
+    ([10, 60, 20], True, "collapsed")])
 def test_verdict(accuracies, early, expected):
     assert rundir.verdict([row(val_acc1=value) for value in accuracies], 100, early) == expected

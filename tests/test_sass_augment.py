@@ -1,4 +1,5 @@
-"""The augmentation kernel as machine code for sm_80, sm_90 and sm_120: no spills, wide stores, no fused multiply-adds; without a GPU."""
+"""The augmentation kernel as machine code for sm_80, sm_90 and sm_120: no spills, wide stores, no fused multiply-adds; without a
+GPU."""
 import pytest
 import sass
 import torch
@@ -17,7 +18,8 @@ VARIANTS = ((32, torch.float32, "autoaugment"), (32, torch.float16, "autoaugment
 
 def launches():
     for size, dtype, policy in VARIANTS:
-        sampler = Sampler(size, build_tables(policy, size), seed=0, crop_pad=4, flip=True, random_erasing=0.25, mixup=0.8, cutmix=1.0, mix_prob=1.0)
+        sampler = Sampler(size, build_tables(policy, size), seed=0, crop_pad=4, flip=True, random_erasing=0.25, mixup=0.8,
+                          cutmix=1.0, mix_prob=1.0)
         images, labels = torch.empty(64, size, size, 3, dtype=torch.uint8), torch.empty(64, dtype=torch.int64)
         ours = Fused(images, labels, sampler, batch_size=32, rows_per_mix=32, mean=(0.5,) * 3, std=(0.25,) * 3, dtype=dtype)
         yield ({"size": size, "dtype": str(dtype), "policy": policy}, op._augment_kernel, lambda: ours.batch(1, range(32)))

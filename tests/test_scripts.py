@@ -16,8 +16,8 @@ from training import data as datasets
 from training import evaluation, machine, models
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("--dataset imagefolder --epochs 2 --warmup-epochs 0 --batch-size 16 --opt sgd --lr 0.02 --weight-decay 5e-4 --label-smoothing 0.1 "
-         "--val-size 20 --device cpu")
+SMALL = ("--dataset imagefolder --epochs 2 --warmup-epochs 0 --batch-size 16 --opt sgd --lr 0.02 --weight-decay 5e-4 "
+         "--label-smoothing 0.1 --val-size 20 --device cpu")
 
 
 def run(capsys, script, line):
@@ -78,11 +78,13 @@ def rows(path):
 def test_the_whole_way_from_images_to_figures(here, capsys):
     code, out, err = train(capsys)
     assert code == 0, err
-    assert "loss = CE(label smoothing 0.1)" in out and "dataset=imagefolder" in out and len(re.findall(r"^epoch \d/2", out, re.M)) == 2
+    assert "loss = CE(label smoothing 0.1)" in out and "dataset=imagefolder" in out and len(re.findall(r"^epoch \d/2", out,
+                                                                                                       re.M)) == 2
     teacher = json.loads(Path("runs/teacher/summary.json").read_text())
     assert teacher["test_acc1_best"] > 50, f"six plain colours were not learnt: {teacher}"
 
-    for method, name, terms in (("--experiment v2 --seed 1", "v2-s1", {"kl"}), ("--method dkd --beta 8 --seed 1 --dkd-warmup 2", "dkd-beta8-T4-s1", {"tckd", "nckd"})):
+    for method, name, terms in (("--experiment v2 --seed 1", "v2-s1", {"kl"}), ("--method dkd --beta 8 --seed 1 --dkd-warmup 2",
+                                                                                "dkd-beta8-T4-s1", {"tckd", "nckd"})):
         code, out, err = distill(capsys, method)
         assert code == 0, err
         folder = Path("runs") / name
@@ -92,20 +94,24 @@ def test_the_whole_way_from_images_to_figures(here, capsys):
         assert summary["retention"] == pytest.approx(100 * summary["test_acc1_best"] / summary["teacher_test_acc1"])
         assert summary["teacher_test_acc1"] == pytest.approx(teacher["test_acc1_best"]), "a student learns from best.pt"
         assert summary["compression"] == pytest.approx(teacher["params"] / summary["params"])
-        assert set("test_acc1_last test_acc1_best best_epoch selected_on params flops teacher_test_acc1 retention compression wall_s verdict".split()) <= set(summary)
+        assert set("test_acc1_last test_acc1_best best_epoch selected_on params flops teacher_test_acc1 retention compression "
+                   "wall_s verdict".split()) <= set(summary)
         assert json.loads((folder / "status.json").read_text())["state"] == "finished"
         config = json.loads((folder / "config.json").read_text())
         assert config["script"] == "distill" and config["teacher"] == "resnet8" and config["amp"] == "off" and config["seed"] == 1
-        assert {".lock", "config.json", "env.json", "log.csv", "status.json", "summary.json", "last.pt", "prev.pt", "best.pt"} == {path.name for path in folder.iterdir()}
+        assert {".lock", "config.json", "env.json", "log.csv", "status.json", "summary.json", "last.pt", "prev.pt",
+                "best.pt"} == {path.name for path in folder.iterdir()}
 
     # A student can be the next teacher, at another image size; and weights can be the start of another network.
     code, _, err = distill(capsys, "--teacher-checkpoint runs/v2-s1/best.pt --image-size 24 --model-ema 0.5 --output runs/chain")
     assert code == 0, err
     assert json.loads(Path("runs/chain/config.json").read_text())["teacher"] == "v2_pico"
-    code, out, err = train(capsys, "--init runs/teacher/best.pt --image-size 20 --patience 1 --monitor val_acc1 --amp bf16", output="runs/teacher-strong")
+    code, out, err = train(capsys, "--init runs/teacher/best.pt --image-size 20 --patience 1 --monitor val_acc1 --amp bf16",
+                           output="runs/teacher-strong")
     assert code == 0, err
 
-    code, out, err = run(capsys, "show_batch.py", f"--dataset imagefolder --data-dir images --val-size 20 --batch-size 16 --output {here}/sheet.png")
+    code, out, err = run(capsys, "show_batch.py",
+                         f"--dataset imagefolder --data-dir images --val-size 20 --batch-size 16 --output {here}/sheet.png")
     assert code == 0, err
     assert Image.open(here / "sheet.png").size[0] > 300
     code, out, err = run(capsys, "plots/make_figures.py", f"--runs {here}/runs --output {here}/figures")
@@ -120,7 +126,8 @@ def test_the_same_seed_gives_the_same_bits(here, capsys):
     logs, weights = [], []
     for name, seed in (("one", 7), ("two", 7), ("three", 8)):
         assert distill(capsys, f"--method dkd --beta 2 --seed {seed} --output runs/{name}")[0] == 0
-        logs.append([{key: value for key, value in row.items() if key not in clock} for row in rows(Path(f"runs/{name}/log.csv"))])
+        logs.append([{key: value for key, value in row.items() if key not in clock}
+                     for row in rows(Path(f"runs/{name}/log.csv"))])
         weights.append(torch.load(f"runs/{name}/last.pt", weights_only=True)["update"]["net"])
     assert logs[0] == logs[1] and all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
     assert logs[0] != logs[2]
@@ -128,7 +135,8 @@ def test_the_same_seed_gives_the_same_bits(here, capsys):
 
 def test_an_unequal_end_keeps_the_best_epoch(here, capsys):
     """A learning rate that ruins the second epoch: best.pt stays the first epoch's, and early stopping says so."""
-    code, out, err = train(capsys, "--lr 100 --sched multistep --milestones 1 --epochs 4 --patience 1 --overwrite", output="runs/wild")
+    code, out, err = train(capsys, "--lr 100 --sched multistep --milestones 1 --epochs 4 --patience 1 --overwrite",
+                           output="runs/wild")
     assert code == 0, err
     summary, log = json.loads(Path("runs/wild/summary.json").read_text()), rows(Path("runs/wild/log.csv"))
     assert summary["best_epoch"] == min(range(len(log)), key=lambda i: float(log[i]["val_loss"])) + 1
@@ -205,8 +213,8 @@ def test_a_dry_run_prints_and_touches_nothing(here, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles and takes no CPU tensors")
 def test_fused_kernels_and_references_train_alike(here, capsys):
-    """Augmentation gives the same bytes.  The loss rounds differently, by 1e-6 of a gradient's largest entry, which over two epochs
-    of 48 images stays below 1e-3 of every logged term."""
+    """Augmentation gives the same bytes.  The loss rounds differently, by 1e-6 of a gradient's largest entry, which over two
+    epochs of 48 images stays below 1e-3 of every logged term."""
     make_images(here / "wide" / "train", [f"class{index}" for index in range(6)], 10, seed=4, size=32)
     make_images(here / "wide" / "test", [f"class{index}" for index in range(6)], 4, seed=5, size=32)
     teachers, students = [], []
@@ -214,9 +222,11 @@ def test_fused_kernels_and_references_train_alike(here, capsys):
         flags = f"{SMALL} --data-dir wide --val-size 12 --kernels {kernels}"
         code, out, err = run(capsys, "train_teacher.py", f"--model resnet8 {flags} --output runs/wide-{kernels}")
         assert code == 0, err
-        assert f"kernels={kernels}" in out and json.loads(Path(f"runs/wide-{kernels}/config.json").read_text())["kernels"] == kernels
+        assert f"kernels={kernels}" in out
+        assert json.loads(Path(f"runs/wide-{kernels}/config.json").read_text())["kernels"] == kernels
         teachers.append(rows(Path(f"runs/wide-{kernels}/log.csv")))
-        code, out, err = run(capsys, "distill.py", f"--student v2_pico --method dkd --beta 8 {flags} --output runs/wide-dkd-{kernels} "
+        code, out, err = run(capsys, "distill.py",
+                             f"--student v2_pico --method dkd --beta 8 {flags} --output runs/wide-dkd-{kernels} "
                              "--teacher-checkpoint runs/wide-triton/best.pt")
         assert code == 0, err
         students.append(rows(Path(f"runs/wide-dkd-{kernels}/log.csv")))

@@ -89,7 +89,8 @@ def test_reverse_kl_matches_float64_sums(kernel, classes):
 @pytest.mark.parametrize("scale", [1e3, 1e4])
 @pytest.mark.parametrize("close", ["in R", "label and R"])
 def test_reverse_gradient_does_not_cancel(kernel, scale, close):
-    """Where one class has nearly all of q, ln q_i - ln p_i and its mean are thousands and nearly equal; pairs of classes keep the digits."""
+    """Where one class has nearly all of q, ln q_i - ln p_i and its mean are thousands and nearly equal; pairs of classes keep
+    the digits."""
     z, v, targets = rows(32, 100, scale)
     second = z.argsort(1, descending=True)[:, :2]
     if close == "label and R":
@@ -127,8 +128,10 @@ def hard_cases():
     masked, ties = noise.clone(), noise.round()
     masked[:, 9] = -INF
     return {
-        "one-hot teacher": (noise, hot), "one-hot student": (hot, noise), "both one-hot": (hot, hot.roll(1, 0)), "both the same": (hot, hot),
-        "random 1e4": (1e4 * noise, 1e4 * noise.roll(1, 0)), "shifted": (noise + 3e4, noise.roll(1, 0) - 3e4), "saturated": (30 * noise, -30 * noise),
+        "one-hot teacher": (noise, hot), "one-hot student": (hot, noise), "both one-hot": (hot, hot.roll(1, 0)),
+        "both the same": (hot, hot),
+        "random 1e4": (1e4 * noise, 1e4 * noise.roll(1, 0)), "shifted": (noise + 3e4, noise.roll(1, 0) - 3e4),
+        "saturated": (30 * noise, -30 * noise),
         "equal": (torch.zeros(6, 10), torch.zeros(6, 10)), "identical": (noise, noise), "ties": (ties, ties.roll(1, 0)),
         "class masked in both": (masked, masked.roll(1, 0)),
     }
@@ -205,7 +208,8 @@ def test_identities(kernel):
         one = Targets(*(part[i:i + 1] for part in targets))
         _, (_, kl, tckd, nckd), _ = run(z[i:i + 1], v[i:i + 1], one)
         p = (v[i].double() / 4).softmax(0)
-        gone = {one.label.item(), one.other.item()} if 0 < one.lam.item() < 1 else {(one.label if one.lam.item() == 1 else one.other).item()}
+        gone = {one.label.item(), one.other.item()} if 0 < one.lam.item() < 1 else {(one.label if one.lam.item() == 1
+                                                                                     else one.other).item()}
         assert kl.item() == pytest.approx((tckd + (1 - sum(p[c] for c in gone)) * nckd).item(), rel=1e-5)
 
 
@@ -227,7 +231,8 @@ def test_strided_rows_single_rows_and_far_rows(kernel):
 
 @pytest.mark.parametrize("split", ["pair", "reverse"])
 def test_bits_do_not_depend_on_the_run_or_the_number_of_programs(split):
-    z, v, targets = (part.to(DEVICE) if torch.is_tensor(part) else Targets(*(x.to(DEVICE) for x in part)) for part in rows(70, 100))
+    z, v, targets = (part.to(DEVICE) if torch.is_tensor(part) else Targets(*(x.to(DEVICE) for x in part))
+                     for part in rows(70, 100))
     hyper = hyperparameters(Weights(0.7, 0.3), 4.0, 0.1, z.device)
 
     def launch(tile_rows):
@@ -300,7 +305,8 @@ def test_who_decides(monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_a_captured_graph_follows_its_inputs_and_numbers():
-    z, v, targets = (part.to(DEVICE) if torch.is_tensor(part) else Targets(*(x.to(DEVICE) for x in part)) for part in rows(64, 100))
+    z, v, targets = (part.to(DEVICE) if torch.is_tensor(part) else Targets(*(x.to(DEVICE) for x in part))
+                     for part in rows(64, 100))
     hyper = hyperparameters(MIX, 4.0, 0.1, z.device).clone()
 
     def call():

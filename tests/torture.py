@@ -39,12 +39,13 @@ COMMANDS = {  # between them: both optimizers, a moving average, an epoch that i
     "teacher": f"train_teacher.py --model resnet8 {RECIPE} --opt sgd --lr 2 --weight-decay 5e-4 --model-ema 0.9",
     "student": "distill.py --method dkd --temperature 1 --alpha 0.25 --beta 0.5 --ce-weight 0.25 --student forgetful_pico "
                f"{RECIPE} --opt adamw --amp fp16 --kernels reference",
-    "pair": "torchrun --nproc-per-node 2 distill.py --temperature 1 --alpha 0.25 --ce-weight 0.25 --student forgetful_pico --model-ema 0.9 "
-            f"{RECIPE} --batch-size 8 --opt adamw --amp fp16 --kernels reference",
+    "pair": "torchrun --nproc-per-node 2 distill.py --temperature 1 --alpha 0.25 --ce-weight 0.25 --student forgetful_pico "
+            f"--model-ema 0.9 {RECIPE} --batch-size 8 --opt adamw --amp fp16 --kernels reference",
 }  # with losses so small that FP16 finds its scale within a step or two of the four in an epoch, on any processor
 CONTEXT = multiprocessing.get_context("forkserver")
 os.environ["PYTHONPATH"] = str(ROOT)  # where the server from which all runs are forked finds our modules
-CONTEXT.set_forkserver_preload(["torch.optim.swa_utils", "torch.utils.flop_counter", "matplotlib", "augment", "losses.kd", "losses.dkd", "training.run"])
+CONTEXT.set_forkserver_preload(["torch.optim.swa_utils", "torch.utils.flop_counter", "matplotlib", "augment", "losses.kd",
+                                "losses.dkd", "training.run"])
 
 
 class Result(NamedTuple):
@@ -118,7 +119,8 @@ class Workplace:
         make_images(self.folder / "images" / "test", classes, 6, seed=1)
 
     def start(self, line: str, fault=None) -> "Job":
-        """Start a script; `torchrun --nproc-per-node N` before it is played by this class: `fault()` is called in every process."""
+        """Start a script; `torchrun --nproc-per-node N` before it is played by this class: `fault()` is called in every
+        process."""
         store, environments = None, [{}]
         if line.startswith("torchrun "):
             _, _, size, line = line.split(maxsplit=3)
@@ -126,13 +128,15 @@ class Workplace:
         job = Job([], [], time.perf_counter(), store)
         for environment in environments:
             job.logs.append(str(self.folder / f"log{random.random()}"))
-            job.processes.append(CONTEXT.Process(target=be_the_script, args=(line, str(self.folder), job.logs[-1], fault, environment)))
+            job.processes.append(CONTEXT.Process(target=be_the_script, args=(line, str(self.folder), job.logs[-1], fault,
+                                                                             environment)))
             with self.one_at_a_time:
                 job.processes[-1].start()
         return job
 
     def finish(self, job: "Job", limit: float = 60) -> Result:
-        """Wait for the end; of several processes the first to fail gives the code, and the others are terminated, as torchrun does."""
+        """Wait for the end; of several processes the first to fail gives the code, and the others are terminated, as torchrun
+        does."""
         running, code = list(job.processes), 0
         while running:
             ended = multiprocessing.connection.wait([process.sentinel for process in running], limit)
@@ -365,7 +369,8 @@ def corrupted(good: bytes, path: Path, damage) -> str:
         return f"traceback: {failure!r}"
     path.write_bytes(good)
     wanted = tensors_of(resume.read_run(path))
-    wrong = [key for key in content.keys() | wanted.keys() if key not in content or key not in wanted or not equal(content[key], wanted[key])]
+    wrong = [key for key in content.keys() | wanted.keys() if key not in content or key not in wanted or not equal(content[key],
+                                                                                                                   wanted[key])]
     return f"other content without a word: {wrong[:3]}" if wrong else ""
 
 
@@ -383,7 +388,8 @@ def main() -> None:
     kinds = {"kills": 50, "signals": 40, "flips": 4000, "truncations": 1000}
     for name, count in kinds.items():
         parser.add_argument(f"--{name}", type=int, default=count, metavar="N", help="default: %(default)s")
-    parser.add_argument("--only", default=",".join(["crash-points", "full-disks", *kinds]), metavar="KIND,...", help="default: %(default)s")
+    parser.add_argument("--only", default=",".join(["crash-points", "full-disks", *kinds]), metavar="KIND,...",
+                        help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     args = parser.parse_args()
     chosen, draw, table = args.only.split(","), random.Random(args.seed), []
@@ -415,12 +421,14 @@ def main() -> None:
                 if name in chosen:
                     started, count = time.perf_counter(), getattr(args, name) // share
                     attempts = [(numbers[index % len(numbers)], draw.random()) for index in range(count)]
-                    report(f"{kind}: {name}", list(pool.map(lambda attempt: interruption(place, kind, *attempt), attempts)), started)
+                    report(f"{kind}: {name}", list(pool.map(lambda attempt: interruption(place, kind, *attempt), attempts)),
+                           started)
             good = (place.undisturbed(kind) / "last.pt").read_bytes()
             for name, damage in (("flips", flip), ("truncations", truncate)):
                 if name in chosen and kind != "pair":
                     started = time.perf_counter()
-                    outcomes = [corrupted(good, place.folder / "damaged.pt", partial(damage, draw)) for _ in range(getattr(args, name) // share)]
+                    outcomes = [corrupted(good, place.folder / "damaged.pt", partial(damage, draw))
+                                for _ in range(getattr(args, name) // share)]
                     report(f"{kind}: {name} of last.pt", outcomes, started)
     print("", f"{'attempts':32} {'made':>8} {'as due':>8} {'seconds':>8}", *table, sep="\n")
     sys.exit(any(line.split()[-3] != line.split()[-2] for line in table))
