@@ -13,9 +13,12 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 EVERYTHING = {"augment", "kernels", "losses", "training"}
 NOTHING = set()
 ALLOWED = {  # module or folder: what of ours it may import; from top to bottom, so no arrow points upward
-    "training.run": {"training.checkpoint", "training.data", "training.evaluation", "training.machine", "training.means",
-                     "training.models",
-                     "training.options", "training.progress", "training.resume", "training.rundir", "training.step"},
+    "training.run": {"training.checkpoint", "training.data", "training.diagnostics", "training.evaluation", "training.machine",
+                     "training.means", "training.models", "training.options", "training.progress", "training.resume",
+                     "training.rundir", "training.source", "training.step", "training.verdict"},
+    "training.advice": {"training.data", "training.diagnostics", "training.evaluation", "training.machine", "training.method",
+                        "training.models", "training.options", "augment", "losses.methods"},
+    "training.diagnostics": {"training.method", "training.step", "losses"}, "training.verdict": {"losses.methods"},
     "training.evaluation": {"training.errors", "training.machine", "training.models"},
     "training.step": {"training.errors", "training.machine"}, "training.means": {"training.errors", "training.machine"},
     "training.machine": {"training.distributed", "training.errors", "kernels"},
@@ -29,8 +32,10 @@ ALLOWED = {  # module or folder: what of ours it may import; from top to bottom,
     "training.progress": {"training.means", "losses.methods"},
     "training.options": {"training.flag_types", "training.method", "losses.methods"},
     "training.method": {"training.flag_types", "losses.methods"},
-    **dict.fromkeys(("training", "training.distributed", "training.errors", "training.flag_types", "training.source",
-                     "training.synthetic"), NOTHING),
+    "training.job": {"training.errors", "training.files", "training.grid"},
+    "training.grid": {"training.errors", "training.flag_types", "training.method", "training.options", "losses.methods"},
+    **dict.fromkeys(("training", "training.comparison", "training.distributed", "training.errors", "training.flag_types",
+                     "training.source", "training.synthetic"), NOTHING),
     "kernels": NOTHING, "losses": {"kernels"}, "augment": {"kernels", "losses.targets"}, "plots": NOTHING,
 }
 

@@ -1,0 +1,111 @@
+"""The table of a sweep: one row per cell, with intervals, and each cell compared with the control.  Imports no torch.
+
+Accuracies and differences are in percent.  None, an empty cell of the CSV, is a number that is not defined: a standard deviation
+of one value, or an interval and a p-value where all values are equal, as Student's t would make them certain.
+"""
+import csv
+import io
+from collections import Counter
+from statistics import fmean, stdev
+
+from scipy.special import stdtr, stdtrit  # Student's t of n degrees of freedom, and its inverse
+
+SAME = 1e-9  # percent: values so close differ by rounding alone
+
+
+def spread(values: list[float]) -> tuple[float | None, float | None, float | None, float | None, float | None]:
+    """Mean, sample standard deviation, 95 % interval of the mean, and p-value of a mean of zero, two-sided, by Student's t."""
+    if len(values) < 2:
+        return (*values, *[None] * (5 - len(values)))
+    mean, n = fmean(values), len(values)
+    if max(values) - min(values) < SAME:
+        return mean, 0.0, None, None, None
+    deviation = stdev(values)
+    error = deviation / n ** 0.5
+    half = float(stdtrit(n - 1, 0.975)) * error
+    return mean, deviation, mean - half, mean + half, 2 * float(stdtr(n - 1, -abs(mean) / error))
+
+
+def numbers(words: str, results: dict[int, dict], control: dict[int, dict] | None, metric: str) -> dict:
+    """A row by CSV column.  results: seed -> summary, or a verdict alone.  control: that of the control; None for its own row."""
+    finished, others = ({seed: summary for seed, summary in each.items() if metric in summary}
+                        for each in (results, control or {}))
+    mean, deviation, low, high, _ = spread([summary[metric] for summary in finished.values()])
+    pairs = [summary[metric] - others[seed][metric] for seed, summary in finished.items() if seed in others]
+    difference, _, difference_low, difference_high, p = spread(pairs)
+    verdicts = Counter(summary["verdict"] for summary in results.values())
+    return {
+        "flags": words, "n": len(finished), "diverged": verdicts["diverged"],
+        "mean": mean, "sd": deviation, "ci_low": low, "ci_high": high, "pairs": None if control is None else len(pairs),
+        "difference": difference, "difference_ci_low": difference_low, "difference_ci_high": difference_high, "p": p,
+        "last": fmean(summary["test_acc1_last"] for summary in finished.values()) if finished else None,
+        "verdicts": ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())),
+        "minutes": fmean(summary["wall_s"] for summary in finished.values()) / 60 if finished else None,
+    }
+
+
+def shown(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
+    return "-" if low is None else f"{low:{form}} to {high:{form}}"
+
+
+COLUMNS = {  # header: the text of a row's cell
+    "flags": lambda row: row["flags"],
+    "n": lambda row: str(row["n"]),
+    "diverged": lambda row: str(row["diverged"]),
+    "accuracy (%)": lambda row: shown(row["mean"]),
+    "SD": lambda row: shown(row["sd"]),
+    "95 % interval": lambda row: interval(row["ci_low"], row["ci_high"]),
+    "pairs": lambda row: shown(row["pairs"], "d"),
+    "difference": lambda row: shown(row["difference"], "+.2f"),
+    "its 95 % interval": lambda row: interval(row["difference_ci_low"], row["difference_ci_high"], "+.2f"),
+    "p": lambda row: "<0.001" if row["p"] is not None and row["p"] < 0.001 else shown(row["p"], ".3f"),
+    "last (%)": lambda row: shown(row["last"]),
+    "verdicts": lambda row: row["verdicts"] or "-",
+    "minutes": lambda row: shown(row["minutes"], ".1f"),
+}
+LEFT = ("flags", "verdicts")
+
+
+def table(results: dict[str, dict[int, dict]], control: str, metric: str, missing: int) -> tuple[list[dict], str]:
+    """The rows, and the note below them.
+
+    results: words of a cell -> seed -> summary of a run that has ended.  control: words of a cell.  missing: runs that failed.
+    """
+    rows = [numbers(words, each, None if words == control else results[control], metric) for words, each in results.items()]
+    runs = [summary for each in results.values() for summary in each.values()]
+    seeds = sorted({seed for each in results.values() for seed in each})
+    selected = ", ".join(sorted({summary["selected_on"] for summary in runs if "selected_on" in summary})) or "nothing yet"
+    weights = {"test_acc1_best": "best", "test_acc1_last": "last"}[metric]
+    compared = sum(row["p"] is not None for row in rows)
+    note = (
+        f"Accuracy: {metric}, on the test set with the weights of the {weights} epoch, mean and sample SD over n finished runs. "
+        f"Seeds: {', '.join(map(str, seeds)) or 'none'}. Best epoch selected on: {selected}. Intervals: 95 %, Student's t. "
+        f"Difference: to the control, {control}, over the pairs of runs with the same seed. "
+        f"p: paired t-test, two-sided, not corrected for multiple comparisons ({compared} made here). "
+        "Last: mean accuracy with the weights of the last epoch. Minutes: mean of a run. A run that diverged has no accuracy. "
+        "-: not defined, as with fewer than two values, or for an interval and p where all values are equal.")
+    return rows, note + (f" Not finished, and not counted: {missing} {'run' if missing == 1 else 'runs'}." if missing else "")
+
+
+def as_csv(rows: list[dict]) -> str:
+    """Plain numbers, unrounded; the note is for people and stays out."""
+    content = io.StringIO()
+    writer = csv.DictWriter(content, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return content.getvalue()
+
+
+def as_markdown(rows: list[dict], note: str) -> str:
+    """Padded, so that it reads well in a terminal too."""
+    columns = []
+    for header, text in COLUMNS.items():
+        texts = [header, *(text(row).replace("|", "\\|") for row in rows)]
+        width, left = max(3, *map(len, texts)), header in LEFT
+        head, *body = [each.ljust(width) if left else each.rjust(width) for each in texts]
+        columns.append([head, "-" * width if left else "-" * (width - 1) + ":", *body])
+    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*columns)) + f"\n{note}\n"

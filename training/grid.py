@@ -1,0 +1,204 @@
+"""The cells of a sweep: single settings of a script's flags, from a command in which flags may have several values.
+
+Imports no torch.  All errors are one line and exit code 2.
+"""
+import itertools
+import re
+import shlex
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from zlib import crc32
+
+from losses.methods import METHODS
+from training import method, options
+from training.errors import USAGE, Failure
+from training.flag_types import count, nonempty
+
+PARSERS = {"distill.py": options.parse_distill, "train_teacher.py": options.parse_teacher}
+DEFAULTS = {script: parse("", "", []) for script, parse in PARSERS.items()}
+SET_HERE = ("--output", "--resume", "--overwrite", "--dry-run")
+SHORT = {"-b": ["--batch-size"], "--autoaugment": ["--policy", "autoaugment"], "--no-autoaugment": ["--policy", "none"]}
+METRICS = ("test_acc1_best", "test_acc1_last")
+LONGEST = 120  # characters of a run's name, before the seed
+
+
+@dataclass
+class Cell:
+    """A script and the flags with which it is run once for every seed.
+
+    flags: flag -> its values, none for a switch; "--seed" is not among them.  left_out: flags of the command that this script or
+    method does not have.  shown: those of `flags` in which it differs from the other cells; words: as they are typed; name: as a
+    part of a path.
+    """
+    script: str
+    flags: dict[str, tuple[str, ...]]
+    left_out: set[str]
+    seeds: list[int]
+    shown: dict[str, tuple[str, ...]] = None
+    words: str = ""
+    name: str = ""
+
+
+def parse_sweep(description, usage_lines, argv=None) -> Namespace:
+    """The checked flags of sweep.py; `flags` is what stands behind the script's name, unchecked."""
+    parser = options.new_parser(description, usage_lines)
+    add = parser.add_argument_group("before the script").add_argument
+    add("--jobs", type=count, default=1, metavar="N", help="runs at once, on one GPU or CPU; " + options.DEFAULT)
+    add("--output", type=nonempty, default="runs/sweep", metavar="DIR", help="of the runs and the table; " + options.DEFAULT)
+    add("--control", metavar="FLAGS", help="the cell that others are compared with, by the flags in which it differs, as "
+        "\"--method kd\"; default: the first one")
+    add("--metric", choices=METRICS, default=METRICS[0], help="the best epoch's or the last one's; " + options.DEFAULT)
+    add("--dry-run", action="store_true", help="list the runs, then stop")
+    add("--debug", action="store_true", help="show the traceback of expected errors too")
+    add = parser.add_argument_group("what to run").add_argument
+    add("script", choices=PARSERS, help="distill.py or train_teacher.py")
+    add("flags", nargs="*", help="the script's; several values make an axis of the grid, those of --seed are repeats; "
+        "-- separates grids that share the flags before the first --")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--control" in argv[:-1]:  # else argparse would take its value for a flag, and so might we for the script
+        at = argv.index("--control")
+        argv[at:at + 2] = [f"--control={argv[at + 1]}"]
+    end = next((at for at, word in enumerate(argv, 1) if word in PARSERS), len(argv))
+    args = parser.parse_args(argv[:end])
+    args.flags = argv[end:]
+    return args
+
+
+def expand(script: str, words: list[str]) -> list[Cell]:
+    """All cells of a command, named, in its order; equal ones are one.  Every flag is checked by its script's parser."""
+    first, *others = split(words)
+    common, cells, different = read_flags(first), [], {}
+    for words in others or [[]]:
+        own_script, *words = words if words and words[0] in PARSERS else [script, *words]
+        own = read_flags(words)
+        foreign = {flag for flag in common if own_script != script and has(script, flag) and not has(own_script, flag)}
+        made = list(product(own_script, {flag: values for flag, values in common.items() if flag not in foreign} | own, foreign))
+        refuse_unused(own, made)
+        cells += made
+    refuse_unused(common, cells)
+    for cell in cells:
+        key = repr((cell.script, {name: value for name, value in vars(parse(cell)).items() if name not in ("seed", "output")}))
+        same = different.setdefault(key, cell)
+        same.seeds = list(dict.fromkeys(same.seeds + cell.seeds))
+    name_cells(script, list(different.values()))
+    return list(different.values())
+
+
+def split(words: list[str]) -> list[list[str]]:
+    """The words between the `--`."""
+    grids = [[]]
+    for word in words:
+        if word == "--":
+            grids.append([])
+        else:
+            grids[-1].append(word)
+    return grids
+
+
+def read_flags(words: list[str]) -> dict[str, tuple[str, ...]]:
+    """Each flag, in its long form, with its values."""
+    flags, values = {}, None
+    for word in words:
+        if not re.match(r"--?[A-Za-z]", word):
+            if values is None:
+                raise Failure(USAGE, f"a value without a flag ({word})", "flags of a script begin with --")
+            values.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        flag, *implied = SHORT.get(flag, [flag])
+        if flag in SET_HERE:
+            raise Failure(USAGE, f"the sweep itself sets {flag} of its runs ({word})",
+                          "leave it out; the sweep's own --output and --dry-run stand before the script")
+        if flag in flags:
+            raise Failure(USAGE, f"a flag of one grid is given twice ({word})", "give all its values behind it once")
+        values = flags[flag] = implied + [value] * bool(equals)
+    return {flag: tuple(values) for flag, values in flags.items()}
+
+
+def has(script: str, flag: str) -> bool:
+    return re.sub("^--(no-)?", "", flag).replace("-", "_") in DEFAULTS[script]
+
+
+def product(script: str, flags: dict, left_out: set):
+    """The cells of one grid.  Numbers that the cell's method does not have are left out."""
+    axes = {flag: points(script, flag, values) for flag, values in flags.items()}
+    seeds = axes.pop("--seed", [(str(DEFAULTS[script].seed),)])
+    for point in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, point))
+        foreign = foreign_numbers(chosen) if script == "distill.py" else set()
+        cell = Cell(script, {flag: values for flag, values in chosen.items() if flag not in foreign}, left_out | foreign, [])
+        cell.seeds = [parse(cell, *seed).seed for seed in seeds]
+        yield cell
+
+
+def points(script: str, flag: str, values: tuple) -> list[tuple]:
+    """What a flag is set to in turn; a list, as of --milestones, is one value."""
+    whole = not values or isinstance(getattr(DEFAULTS[script], flag[2:].replace("-", "_"), None), list)
+    return [values] if whole else [(value,) for value in values]
+
+
+def foreign_numbers(flags: dict) -> set[str]:
+    """Those of `flags` that are numbers of other methods only."""
+    preset = options.EXPERIMENTS.get((flags.get("--experiment") or ("",))[0], {})
+    chosen = (flags.get("--method") or (preset.get("method", DEFAULTS["distill.py"].method),))[0]
+    if chosen not in METHODS:
+        return set()  # the parser will say so
+    numbers = {key: {*map(method.flag, each.numbers), f"--{key}-warmup"} for key, each in METHODS.items()}
+    return set(flags) & set.union(*numbers.values()) - numbers[chosen]
+
+
+def refuse_unused(flags: dict, cells: list[Cell]) -> None:
+    """A flag that no cell takes would be ignored without a word."""
+    for flag in flags:
+        if all(flag in cell.left_out for cell in cells):
+            raise Failure(USAGE, f"no method here has this number ({' '.join((flag, *flags[flag]))})",
+                          "leave it out, or add its --method")
+
+
+def command(cell: Cell) -> list[str]:
+    return [word for flag, values in cell.flags.items() for word in (flag, *values)]
+
+
+def parse(cell: Cell, *seed, output: str = "-") -> Namespace:
+    """The checked flags of a run; where one is wrong, that script's line on stderr and exit code 2."""
+    name, sys.argv[0] = sys.argv[0], cell.script  # argparse calls the program by it
+    try:
+        return PARSERS[cell.script]("", "", [*command(cell), "--seed", *map(str, seed or cell.seeds[:1]), "--output", output])
+    finally:
+        sys.argv[0] = name
+
+
+def name_cells(script: str, cells: list[Cell]) -> None:
+    """Say in which flags the cells differ; one without any, or of the other script, has its script's name before them.
+
+    A flag counts as different where a cell does without it, unless it was left out there.
+    """
+    every = dict.fromkeys(flag for cell in cells for flag in cell.flags)
+    differing = [flag for flag in every if len({cell.flags.get(flag) for cell in cells if flag not in cell.left_out}) > 1]
+    for cell in cells:
+        cell.shown = {flag: cell.flags[flag] for flag in differing if flag in cell.flags}
+        prefix = [cell.script] if cell.script != script or not cell.shown else []
+        cell.words = shlex.join([*prefix, *(word for flag, values in cell.shown.items() for word in (flag, *values))])
+        parts = [*(word.removesuffix(".py") for word in prefix), *("-".join((flag[2:], *values))
+                                                                   for flag, values in cell.shown.items())]
+        cell.name = "_".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.") for part in parts)
+    names = [cell.name for cell in cells]
+    for cell in cells:
+        if len(cell.name) > LONGEST or names.count(cell.name) > 1:
+            cell.name = f"{cell.name[:LONGEST]}-{crc32(cell.words.encode()):08x}"
+
+
+def find_control(cells: list[Cell], text: str | None) -> Cell:
+    """The cell with these flags: the one that differs in exactly them, else the only one that has them."""
+    if text is None:
+        return cells[0]
+    words = shlex.split(text)
+    script = words.pop(0) if words and words[0] in PARSERS else None
+    flags = read_flags(words)
+    having = [cell for cell in cells if script in (None, cell.script) and flags.items() <= cell.flags.items()]
+    chosen = [cell for cell in having if cell.shown == flags] or having
+    if len(chosen) != 1:
+        raise Failure(USAGE, f"--control describes {len(chosen)} of the {len(cells)} cells ({text})",
+                      f"name one of: {'; '.join(cell.words for cell in cells)}")
+    return chosen[0]
