@@ -20,6 +20,7 @@ def main(args):
 
     from augment import BatchAugmenter
     from training import models
+    from training.advice import advise
     from training.checkpoint import digest
     from training.evaluation import check_teacher
     from training.machine import prepare_machine
@@ -30,10 +31,13 @@ def main(args):
     machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic)
     config = vars(args) | {"script": "distill"} | machine.describe()
     announce(config, method.objective(args))
+    taught = Path(args.teacher_checkpoint).exists()
     if args.dry_run:
+        print(*advise(args, machine) if taught else [f"no teacher yet ({args.teacher_checkpoint}): with one, here is advice"],
+              sep="\n")
         return
 
-    if not Path(args.teacher_checkpoint).exists():
+    if not taught:
         raise errors.Failure(errors.CHECKPOINT, f"no teacher ({args.teacher_checkpoint})",
                              "train one first: python train_teacher.py, or name one with --teacher-checkpoint")
     config["teacher_sha256"] = digest(args.teacher_checkpoint)
@@ -53,7 +57,7 @@ def main(args):
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
 
-        run.start(update, augmenter.steps, teacher=teacher.info["model"], **method.labels(args))
+        run.start(update, augmenter, teacher=teacher.info["model"], **method.labels(args))
         for epoch in run.epochs():
             student.train()
             augmenter.set_epoch(epoch)
@@ -67,7 +71,7 @@ def main(args):
                     logits = model(batch.images)
                 loss, terms = criterion(logits, teacher_logits, batch.targets, **numbers)
                 skipped = update(loss, lr)
-                run.log_step(step, lr, skipped, logits, batch.targets, loss, **terms)
+                run.log_step(step, lr, skipped, batch.targets, logits, loss, terms, teacher_logits, numbers)
             run.end_training()
             val = run.evaluate(update.evaluated, data.val)
             run.end_epoch(val, teacher_agree=val.agreement(teacher_val))

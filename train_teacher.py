@@ -39,7 +39,7 @@ def main(args):
         model, rows = run.parallel(net), machine.ranks.rows(args.batch_size)
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")
 
-        run.start(update, augmenter.steps)
+        run.start(update, augmenter)
         for epoch in run.epochs():
             net.train()
             augmenter.set_epoch(epoch)
@@ -50,7 +50,7 @@ def main(args):
                     logits = model(batch.images)
                 loss = mixed_ce(logits, batch.targets, label_smoothing=args.label_smoothing)
                 skipped = update(loss, lr)
-                run.log_step(step, lr, skipped, logits, batch.targets, loss, ce=loss)
+                run.log_step(step, lr, skipped, batch.targets, logits, loss, {"ce": loss})
             run.end_training()
             val = run.evaluate(update.evaluated, data.val)
             run.end_epoch(val)

@@ -19,6 +19,14 @@ class Batch(NamedTuple):
     targets: Targets
 
 
+class Treatments(NamedTuple):
+    """What is done to images besides crop and flip: bool (S, B), for S batches."""
+    policy: torch.Tensor
+    erased: torch.Tensor
+    mixup: torch.Tensor
+    cutmix: torch.Tensor
+
+
 class BatchAugmenter:
     """Crop, flip, policy, normalise, erase and mix: `augmenter(step)` is batch `step` of the epoch that was set last, at first 0.
 
@@ -82,6 +90,17 @@ class BatchAugmenter:
         if rows.step != 1 or not whole_pairs or rows.start < 0 or rows.stop > self.batch_size:
             raise ValueError(f"cannot take {rows} of a batch of {self.batch_size}. give rows in a row, in whole pairs (2k, 2k+1)")
         return Batch(*self._maker.batch(step, rows))
+
+    def treatments(self, epoch: int, steps: range, rows: range) -> Treatments:
+        """What is done to `rows` of the batches `steps` of an epoch, which need not be the one that is set."""
+        first = torch.tensor(steps, device=self._images.device)[:, None] * self.batch_size
+        draws = self.sampler.images(epoch, first + torch.arange(rows.start, rows.stop, device=first.device))
+        mixes = self.sampler.mixes(epoch, first + torch.arange(0, self.batch_size, self.rows_per_mix, device=first.device))
+        mixed, cut = ((drawn.repeat_interleave(self.rows_per_mix, 1)[:, :self.batch_size]) for drawn in
+                      (mixes.share < 1, mixes.lam == 1))
+        mixed[:, self.batch_size // 2 * 2:] = False  # an odd last row has no partner
+        mixed, cut = mixed[:, rows.start:rows.stop], cut[:, rows.start:rows.stop]
+        return Treatments((draws.codes != 0).any(2), draws.erased[..., 2] > draws.erased[..., 0], mixed & ~cut, mixed & cut)
 
     def describe(self, step: int) -> list[str]:
         """What is drawn for each row of batch `step`, such as "shear y, posterize | cutmix 0.63": 0.63 of it is its own."""

@@ -12,7 +12,7 @@ class Number(NamedTuple):
     """A keyword argument of a method's function, and the flag of that name.
 
     default: that of the function, too.  False makes it a switch; a name, one of `choices`.
-    shown: the default in words, where it is not a value.  at_least, above: the range of a number.
+    otherwise: what None stands for, from all numbers; shown: the same in words.  at_least, above: the range of a number.
     """
     default: float | str | bool | None
     help: str
@@ -20,12 +20,15 @@ class Number(NamedTuple):
     above: float | None = None
     choices: tuple[str, ...] | None = None
     shown: str | None = None
+    otherwise: Callable[[dict], float] | None = None
 
 
 class Method(NamedTuple):
     """function: where it is, "module:name".  It is called with both logits (N, C), a Targets, `numbers` and label_smoothing, and
         returns the loss and a dict of its terms, 0-dim tensors, the latter detached and unweighted.
     terms: the names of its terms, columns train_loss_<term> of log.csv; "ce" is the cross-entropy with the labels.
+    weighed_by: the number that a term is multiplied by in the loss, for diagnostics.csv, which has each term's gradient.  One
+        term may lack such a number; where more do, only the gradient of the whole is there.
     ramped: the numbers that --<method>-warmup raises from 0.
     run, table, figure: the name of a run's directory, of its row in a table, of its curve; {number} stands for its value.
     formula: the objective as text, from the numbers, the text of the cross-entropy and, behind what is ramped, its factor.
@@ -38,8 +41,14 @@ class Method(NamedTuple):
     table: str
     figure: str
     formula: Callable[[dict, str, str], str]
+    weighed_by: dict[str, str] = {}
     ramped: tuple[str, ...] = ()
     refused: Callable[[dict], str | None] = lambda numbers: None
+
+
+def resolved(method: Method, numbers: dict) -> dict:
+    """The numbers of a method, with what each None stands for."""
+    return {name: method.numbers[name].otherwise(numbers) if value is None else value for name, value in numbers.items()}
 
 
 TEMPERATURE = Number(4.0, "divides the logits before the softmax", at_least=None, above=0.0)
@@ -54,10 +63,9 @@ def standardized(numbers: dict) -> str:
 # --- KD, Hinton et al. 2015, arXiv 1503.02531
 
 def kd_formula(numbers: dict, ce: str, ramp: str) -> str:
-    weight = 1 - numbers["alpha"] if numbers["ce_weight"] is None else numbers["ce_weight"]
     divergence = "teacher || student" if numbers["kl"] == "forward" else "student || teacher"
-    return "{weight:.4g} {ce} + {alpha:g} * {temperature:g}^2 KL({direction}; T = {temperature:g}{scored}){ramp}".format(
-        **numbers, ce=ce, weight=weight, direction=divergence, scored=standardized(numbers), ramp=ramp)
+    return "{ce_weight:.4g} {ce} + {alpha:g} * {temperature:g}^2 KL({direction}; T = {temperature:g}{scored}){ramp}".format(
+        **resolved(KD, numbers), ce=ce, direction=divergence, scored=standardized(numbers), ramp=ramp)
 
 
 def kd_refused(numbers: dict) -> str | None:
@@ -70,11 +78,12 @@ KD = Method(
     numbers={
         "alpha": Number(0.7, "weight of KL"),
         "temperature": TEMPERATURE,
-        "ce_weight": CE_WEIGHT._replace(default=None, shown="1 - alpha"),
+        "ce_weight": CE_WEIGHT._replace(default=None, shown="1 - alpha", otherwise=lambda numbers: 1 - numbers["alpha"]),
         "kl": Number("forward", "KL(teacher || student), or the reverse", choices=("forward", "reverse")),
         "standardize": STANDARDIZE,
     },
-    terms=("ce", "kl"), run="kd-alpha{alpha:g}-T{temperature:g}", table="KD alpha {alpha:g} T {temperature:g}", figure="KD",
+    terms=("ce", "kl"), weighed_by={"ce": "ce_weight", "kl": "alpha"},
+    run="kd-alpha{alpha:g}-T{temperature:g}", table="KD alpha {alpha:g} T {temperature:g}", figure="KD",
     formula=kd_formula, refused=kd_refused)
 
 
@@ -95,7 +104,8 @@ DKD = Method(
         "mixed_target": Number("pair", "the target of a mixed image", choices=("pair", "dominant", "first")),
         "standardize": STANDARDIZE,
     },
-    terms=("ce", "tckd", "nckd"), run="dkd-beta{beta:g}-T{temperature:g}",
+    terms=("ce", "tckd", "nckd"), weighed_by={"ce": "ce_weight", "tckd": "alpha", "nckd": "beta"},
+    run="dkd-beta{beta:g}-T{temperature:g}",
     table="DKD alpha {alpha:g} beta {beta:g} T {temperature:g}", figure="DKD β\u00a0=\u00a0{beta:g}",
     formula=dkd_formula, ramped=("alpha", "beta"))
 
@@ -115,7 +125,8 @@ DIST = Method(
         "temperature": TEMPERATURE._replace(default=1.0),
         "ce_weight": CE_WEIGHT,
     },
-    terms=("ce", "inter", "intra"), run="dist-beta{beta:g}-gamma{gamma:g}-T{temperature:g}",
+    terms=("ce", "inter", "intra"), weighed_by={"ce": "ce_weight", "inter": "beta", "intra": "gamma"},
+    run="dist-beta{beta:g}-gamma{gamma:g}-T{temperature:g}",
     table="DIST beta {beta:g} gamma {gamma:g} T {temperature:g}", figure="DIST",
     formula=dist_formula, ramped=("beta", "gamma"))
 

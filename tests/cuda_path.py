@@ -335,6 +335,8 @@ class CudaPath(ExitStack):
         from augment import BatchAugmenter
         from losses.methods import METHODS
         from training import progress
+        from training.diagnostics import Diagnostics
+        from training.step import Update
 
         make, end = BatchAugmenter.__call__, progress.Progress.step
 
@@ -363,6 +365,8 @@ class CudaPath(ExitStack):
                              (torch.amp.GradScaler, "update"),
                              (torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step"), (torch.optim.SGD, "step")):
             self.phase(target, name, "scaler, clip and optimizer")
+        for target, name in ((Diagnostics, "look"), (Update, "copy_parameters"), (Update, "relative_move")):
+            self.phase(target, name, "diagnostics")
         self.phase(losses, "mixed_ce", "loss")
         for method in METHODS.values():
             module, name = method.function.split(":")

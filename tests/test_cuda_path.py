@@ -6,6 +6,7 @@ from cuda_path import BOOKKEEPING, CudaPath, MixedDevices, Wait
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from training import evaluation, run, step
+from training.step import EVERY
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # a deep copy of one asks for it
 STUDENTS = ("--method kd", "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda",
@@ -96,4 +97,6 @@ def test_few_launches_are_our_own(tmp_path):
     launches = path.watch.launches
     assert launches["augmentation"] == 1 and launches["loss"] <= 2
     assert launches[BOOKKEEPING] <= 12, "copies of rows to the host, frequent here, included"
+    looks = launches.pop("diagnostics") * (path.watch.steps - 1)  # of the second epoch's first step, which alone is looked at
     assert launches["scaler, clip and optimizer"] <= 20 and sum(launches.values()) <= 280, launches
+    assert looks / EVERY < 0.01 * sum(launches.values()), "what is looked at costs less than a hundredth of a step"

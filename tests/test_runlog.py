@@ -40,7 +40,7 @@ def test_log_has_the_columns_in_order_and_floats_round_trip(tmp_path):
     assert [field.name for field in fields(rundir.EpochRow)] == COLUMNS
     with opened(tmp_path / "a" / "run") as run:
         run.rows = [row(epoch, train_loss_kl=1 / 3) for epoch in (1, 2)]
-        text = run.table().decode()
+        text = run.tables()["log.csv"].decode()
     assert text.splitlines()[0].split(",") == COLUMNS and text.count("epoch,lr") == 1
     first, second = csv.DictReader(text.splitlines())
     assert (first["epoch"], second["epoch"]) == ("1", "2")
@@ -52,7 +52,7 @@ def test_log_has_the_columns_in_order_and_floats_round_trip(tmp_path):
 
 def test_a_used_directory_is_refused_before_anything_is_written(tmp_path):
     with opened(tmp_path / "run") as run:
-        files.write_atomic(run / "log.csv", run.table())
+        files.write_atomic(run / "log.csv", run.tables()["log.csv"])
     with pytest.raises(errors.Failure, match="not empty .*run.* --resume auto .* --overwrite") as failure:
         with rundir.RunDirectory(tmp_path / "run", overwrite=False):
             pass
@@ -80,7 +80,7 @@ def test_status_says_how_a_run_ended(tmp_path):
     assert json.loads((run / "status.json").read_text()) == {"state": "failed", "reason": "loss is not finite (nan). lower --lr",
                                                              "exit_code": 6, "epoch": 1}
     with opened(tmp_path / "done") as run:
-        run.close({"verdict": "completed", "test_acc1_best": 50.0, "test_acc1_last": 49.0, "best_epoch": 3})
+        run.close({"verdict": "completed", "alarms": [], "test_acc1_best": 50.0, "test_acc1_last": 49.0, "best_epoch": 3})
     assert json.loads((run / "status.json").read_text())["exit_code"] == 0
     assert json.loads((run / "summary.json").read_text())["wall_s"] >= 0
 
@@ -173,10 +173,3 @@ def test_environment_is_enough_to_repeat_and_holds_nothing_private():
     assert environment["torch"] == torch.__version__ and {"git_commit", "gpu", "driver", "python"} <= set(environment)
     text = json.dumps(environment)
     assert socket.gethostname() not in text and str(Path.home()) not in text and getpass.getuser() not in text
-
-
-@pytest.mark.parametrize("accuracies, early, expected", [
-    ([10, 30, 50], False, "completed"), ([10, 50, 45], True, "early stop"), ([1, 1.2, 1.5], False, "collapsed"),
-    ([10, 60, 20], True, "collapsed")])
-def test_verdict(accuracies, early, expected):
-    assert rundir.verdict([row(val_acc1=value) for value in accuracies], 100, early) == expected

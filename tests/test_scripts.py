@@ -99,8 +99,13 @@ def test_the_whole_way_from_images_to_figures(here, capsys):
         assert json.loads((folder / "status.json").read_text())["state"] == "finished"
         config = json.loads((folder / "config.json").read_text())
         assert config["script"] == "distill" and config["teacher"] == "resnet8" and config["amp"] == "off" and config["seed"] == 1
-        assert {".lock", "config.json", "env.json", "log.csv", "status.json", "summary.json", "last.pt", "prev.pt",
-                "best.pt"} == {path.name for path in folder.iterdir()}
+        looked = rows(folder / "diagnostics.csv")
+        assert [row["epoch"] for row in looked] == ["1", "2"] and all(float(looked[1][f"grad_{term}"]) > 0 for term in terms)
+        assert looked[1]["clip_frac"] == log[1]["clip_frac"] and float(looked[1]["update_ratio"]) > 0
+        assert (summary["verdict"] in ("completed", "collapsed")
+                and all(f"alarm: {alarm['text']}" in out for alarm in summary["alarms"]))
+        assert {".lock", "config.json", "env.json", "log.csv", "diagnostics.csv", "status.json", "summary.json", "last.pt",
+                "prev.pt", "best.pt"} == {path.name for path in folder.iterdir()}
 
     # A student can be the next teacher, at another image size; and weights can be the start of another network.
     code, _, err = distill(capsys, "--teacher-checkpoint runs/v2-s1/best.pt --image-size 24 --model-ema 0.5 --output runs/chain")

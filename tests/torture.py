@@ -286,6 +286,8 @@ def difference(run: Path, undisturbed: Path) -> str:
     from training import checkpoint
     if log_of(run) != log_of(undisturbed):
         return "log.csv"
+    if (run / "diagnostics.csv").read_bytes() != (undisturbed / "diagnostics.csv").read_bytes():
+        return "diagnostics.csv"
     for name in ("last.pt", "best.pt"):
         both = [tensors_of({key: value for key, value in checkpoint.read(folder / name).items() if key not in ("config", "rows")})
                 for folder in (run, undisturbed)]

@@ -24,6 +24,12 @@ class Evaluation(NamedTuple):
     def columns(self) -> dict:
         return {"val_loss": self.loss, "val_acc1": self.acc1, "val_acc5": self.acc5, "val_ece": self.ece}
 
+    def dead_classes(self, classes: int) -> int | None:
+        """How many of so many classes are predicted for no image; None where there are fewer than five images a class."""
+        if len(self.predictions) < 5 * classes:
+            return None
+        return classes - int(self.predictions.new_zeros(classes).scatter_(0, self.predictions, 1).sum())
+
     def agreement(self, other: "Evaluation") -> float:
         """The share of images on which both predict the same class."""
         return (self.predictions == other.predictions).double().mean().item()
@@ -99,13 +105,18 @@ class EarlyStop:
         return {"best_val_loss": self.best_loss, "best_epoch": self.best_epoch, "bad_epochs": self.bad_epochs}
 
 
-def check_teacher(teacher, data, machine: Machine, batch_size: int) -> Evaluation:
-    """The teacher on the test set; refuses one that knows other classes, or is not as accurate as its checkpoint says."""
-    info = teacher.info
+def check_classes(info: dict, data) -> None:
+    """Refuse a teacher, described by `info`, that knows other classes than the data."""
     if list(info["classes"]) != list(data.classes):
         both = f"{len(info['classes'])} of {info['dataset']}, {len(data.classes)} of {data.name}"
         raise Failure(USAGE, f"the teacher knows other classes than the data ({both})",
                       "choose the --dataset that it was trained on, or another --teacher-checkpoint")
+
+
+def check_teacher(teacher, data, machine: Machine, batch_size: int) -> Evaluation:
+    """The teacher on the test set; refuses one that knows other classes, or is not as accurate as its checkpoint says."""
+    info = teacher.info
+    check_classes(info, data)
     evaluation = evaluate(teacher, data.test, data.mean, data.std, machine, batch_size)
     if info["test_acc1"] is None:
         print("the teacher's run never finished, so its checkpoint states no accuracy to check against")

@@ -36,7 +36,6 @@ from training import checkpoint
 from training.errors import CHECKPOINT, DATA, USAGE, Failure
 from training.networks import NETWORKS
 
-
 PREFIX = "torchvision/"
 # What a file of weights must hold for `load` to use it; the scripts store more.
 CARD = ("model", "classes", "image_size", "mean", "std", "dataset", "state_dict")

@@ -108,7 +108,7 @@ class State:
         torch.set_rng_state(saved["rng"]["cpu"][self.ranks.rank])
         if "cuda" in saved["rng"] and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(saved["rng"]["cuda"][self.ranks.rank])
-        self.run.restore([EpochRow(**row) for row in saved["rows"]])
+        self.run.restore([EpochRow(**row) for row in saved["rows"]], saved.get("looked", []))
         if not self.ranks.first:
             return saved["epoch"] + 1
         if saved["path"].resolve() == self.previous.resolve():
@@ -119,9 +119,13 @@ class State:
             checkpoint.write(self.run / "best.pt", **checkpoint.read(saved["path"].with_name("best.pt")))
         return saved["epoch"] + 1
 
-    def save(self, row: EpochRow, card: dict | None) -> None:
-        """End an epoch: last.pt, then best.pt where `card` says what is in it (None: not the best epoch), then log.csv."""
+    def save(self, row: EpochRow, looked: dict, card: dict | None) -> None:
+        """End an epoch: last.pt, then best.pt where `card` says what is in it (None: not the best epoch), then the tables.
+
+        looked: the row of diagnostics.csv.
+        """
         self.run.rows.append(row)
+        self.run.looked.append(looked)
         generators = {"cpu": self.ranks.gather(torch.get_rng_state())}
         if torch.cuda.is_initialized():
             generators["cuda"] = self.ranks.gather(torch.cuda.get_rng_state())
@@ -130,15 +134,17 @@ class State:
         best = card and {"kind": "weights", **card, "epoch": row.epoch, "val_acc1": row.val_acc1, "test_acc1": None}
         content = on_cpu({
             "kind": "run", "epoch": row.epoch, "config": self.config, "best": best, "rng": generators,
-            "rows": list(map(asdict, self.run.rows)), "update": self.update.state_dict(), "stop": self.stop.state_dict()})
+            "rows": list(map(asdict, self.run.rows)), "looked": list(self.run.looked),
+            "update": self.update.state_dict(), "stop": self.stop.state_dict()})
         weights = on_cpu(self.update.evaluated.state_dict()) if best else None
-        table, previous, self.previous = self.run.table(), self.previous, self.run / "prev.pt"
+        tables, previous, self.previous = self.run.tables(), self.previous, self.run / "prev.pt"
 
         def job():
             checkpoint.write(self.run / "last.pt", previous=previous, **content)
             self.run.saved = row.epoch
             if best:
                 checkpoint.write(self.run / "best.pt", **best, state_dict=weights)
-            write_atomic(self.run / "log.csv", table)
+            for name, table in tables.items():
+                write_atomic(self.run / name, table)
 
         self.writer(job)

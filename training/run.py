@@ -5,12 +5,19 @@ from contextlib import ExitStack
 from training import data as datasets
 from training import models, options, resume
 from training.checkpoint import Writer
+from training.diagnostics import Diagnostics
 from training.evaluation import EarlyStop, Evaluation, evaluate
 from training.machine import Machine, global_batch_size
 from training.means import Means
 from training.progress import Progress
-from training.rundir import EpochRow, RunDirectory, verdict
+from training.rundir import EpochRow, RunDirectory
+from training.source import Split
 from training.step import accuracy
+from training.verdict import judge
+
+CLEAN = 512  # training images, or fewer than twice as many, on which a network is also evaluated without augmentation
+
+FROM_LOG = ("grad_norm_mean", "clip_frac", "amp_scale", "skipped_steps")  # which diagnostics.csv has, too
 
 
 class Run:
@@ -44,6 +51,8 @@ class Run:
         with self.ranks.in_turn():
             self.data = datasets.load(**options.data(self.args), device=self.machine.device)
         self.batch_size = global_batch_size(self.args.batch_size, self.data, self.machine)
+        stride = max(1, len(self.data.train.labels) // CLEAN)
+        self.clean = Split(*(part[::stride] for part in self.data.train))
         return self.data
 
     def new_network(self, name: str, *, pretrained: bool, init: str | None):
@@ -61,13 +70,15 @@ class Run:
         """`net` as the loop is to call it, so that all processes have one gradient."""
         return self.ranks.parallel(net, self.args.seed, (3, net.info["image_size"], net.info["image_size"]))
 
-    def start(self, update, steps: int, **facts) -> None:
-        """Write the first files, or restore what was saved.  steps: of an epoch.  facts: what config.json holds besides."""
+    def start(self, update, augmenter, **facts) -> None:
+        """Write the first files, or restore what was saved.  facts: what config.json holds besides."""
         self.update = update
         self.directory.open(self.config | facts | {"image_size": update.net.info["image_size"]}, update.checkpoint_bytes)
         self.state = resume.State(self.directory, self.writer, self.config, update=update, stop=self.stop, ranks=self.ranks)
         self.first = self.state.restore(self.saved)
-        self.means, self.progress = Means(self.machine, steps), Progress(self.args.epochs, steps, self.first)
+        self.means, self.progress = (Means(self.machine, augmenter.steps),
+                                     Progress(self.args.epochs, augmenter.steps, self.first))
+        self.diagnostics = Diagnostics(self.args, augmenter, self.ranks.rows(self.args.batch_size), self.ranks)
 
     def epochs(self):
         """The numbers of the epochs to train, from 1 or where the run was left, up to the last or the early stop."""
@@ -75,10 +86,16 @@ class Run:
             if self.stop.stop:
                 return
             self.begun = time.perf_counter()
+            self.diagnostics.begin(self.epoch)
             yield self.epoch
 
-    def log_step(self, step: int, lr: float, skipped, logits, targets, loss, **terms) -> None:
-        """Add a step to the means of the epoch, without waiting for the device."""
+    def log_step(self, step: int, lr: float, skipped, targets, logits, loss, terms: dict, teacher_logits=None,
+                 numbers: dict | None = None) -> None:
+        """Add a step to the means of the epoch, and now and then to its diagnostics, without waiting for the device.
+
+        terms: of the loss, by name.  numbers: of the method in this epoch.
+        """
+        self.diagnostics.look(step, targets, logits, teacher_logits, numbers)
         self.means.add(self.batch_size, skipped, accuracy(logits, targets.dominant), train_loss=loss,
                        **{f"train_loss_{name}": term for name, term in terms.items()})
         self.progress.step(self.epoch, step, lr, self.means)
@@ -87,6 +104,7 @@ class Run:
     def end_training(self) -> None:
         """Read the epoch's means: its one wait for the device.  All processes agree on the running statistics."""
         self.samples = self.batch_size * self.means.steps
+        self.looked = self.update.diagnostics() | self.diagnostics.columns()
         self.columns = self.means.epoch_columns(self.epoch) | self.update.epoch_columns()
         self.update.agree()
         self.trained = time.perf_counter()
@@ -101,7 +119,10 @@ class Run:
             epoch=self.epoch, lr=self.lr, **self.columns, **val.columns(), **self.stop.columns(), **more, samples=self.samples,
             images_per_s=self.samples / took, epoch_s=took, val_s=evaluated - self.trained,
             total_s=self.directory.elapsed(), peak_mem_mb=self.machine.peak_memory_mb())
-        self.state.save(row, self.update.net.info if best else None)
+        clean = self.evaluate(self.update.evaluated, self.clean).acc1
+        looked = {"epoch": self.epoch, **{name: self.columns[name] for name in FROM_LOG}, **self.looked,
+                  "dead_classes": val.dead_classes(len(self.data.classes)), "train_acc1_clean": clean}
+        self.state.save(row, looked, self.update.net.info if best else None)
         self.progress.epoch(row, best)
 
     def close(self, note: str, teacher=None, teacher_acc1: float | None = None) -> None:
@@ -123,5 +144,5 @@ class Run:
             "test_acc1_last": last, "test_acc1_best": chosen, "best_epoch": self.stop.best_epoch, "epochs": len(rows),
             "stopped_early": stopped, "selected_on": self.data.selected_on,
             "params": params, "flops": models.flops(net, net.info["image_size"]), **of_teacher,
-            "verdict": verdict(rows, len(self.data.classes), stopped), "note": note,
+            **judge(self.args, rows, self.directory.looked, len(self.data.classes), stopped), "note": note,
         })

@@ -38,12 +38,13 @@ class RunDirectory:
 
     `with RunDirectory(...) as run:` locks the directory and checks that it may be used, writes nothing before `run.open`, and
     leaves in status.json how the run ended.  The kernel frees the lock however the process ends.
-    rows: the epochs so far.  saved: the epoch of the last checkpoint that is safely on disk, 0 where there is none.
+    rows, looked: of log.csv and diagnostics.csv, an epoch each.  saved: the epoch of the last checkpoint that is safely on disk,
+    0 where there is none.
     writes: whether this is the process that writes; of several on one run the others neither lock nor touch anything.
     """
 
     def __init__(self, path, *, overwrite: bool, resume: str | None = None, writes: bool = True):
-        self.path, self.overwrite, self.rows, self.saved, self.opened = Path(path), overwrite, [], 0, None
+        self.path, self.overwrite, self.rows, self.looked, self.saved, self.opened = Path(path), overwrite, [], [], 0, None
         self.writes = writes
         self.config, self.last = {}, None
         if resume:  # the last.pt to continue from
@@ -115,19 +116,18 @@ class RunDirectory:
         """Seconds that the run has taken, those before an interruption included as far as they were logged."""
         return time.perf_counter() - self.opened
 
-    def restore(self, rows: list) -> None:
-        """Take over the epochs of an interrupted run; log.csv is derived from them."""
-        self.rows, self.saved, self.opened = rows, len(rows) if self.continues else 0, self.opened - rows[-1].total_s
+    def restore(self, rows: list, looked: list) -> None:
+        """Take over the epochs of an interrupted run; its tables are derived from them."""
+        self.rows, self.looked, self.saved, self.opened = (
+            rows, looked, len(rows) if self.continues else 0, self.opened - rows[-1].total_s)
         if self.writes:
-            write_atomic(self / "log.csv", self.table())
+            for name, content in self.tables().items():
+                write_atomic(self / name, content)
 
-    def table(self) -> bytes:
-        """The content of log.csv: always the whole file, so that it never holds half a line."""
-        text = io.StringIO()
-        table = csv.DictWriter(text, [field.name for field in fields(EpochRow)], lineterminator="\n")
-        table.writeheader()
-        table.writerows({name: "" if value is None else value for name, value in asdict(row).items()} for row in self.rows)
-        return text.getvalue().encode()
+    def tables(self) -> dict[str, bytes]:
+        """The content of log.csv and diagnostics.csv: always the whole file, so that it never holds half a line."""
+        looked = {"diagnostics.csv": as_csv(list(self.looked[0]), self.looked)} if self.looked else {}
+        return looked | {"log.csv": as_csv([field.name for field in fields(EpochRow)], list(map(asdict, self.rows)))}
 
     def status(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         write_json(self / "status.json", {"state": state, "reason": reason, "exit_code": exit_code, "epoch": len(self.rows)})
@@ -140,6 +140,16 @@ class RunDirectory:
         write_json(self / "summary.json", summary | {"wall_s": round(self.elapsed(), 1)})
         print(f"{summary['verdict']}: test accuracy {summary['test_acc1_best']:.2f} % with the weights of the best epoch, "
               f"{summary['best_epoch']}, {summary['test_acc1_last']:.2f} % with the last -> {self / 'best.pt'}")
+        print(*(f"alarm: {alarm['text']}" for alarm in summary["alarms"]), sep="\n", end="\n" * bool(summary["alarms"]))
+
+
+def as_csv(names: list[str], rows: list[dict]) -> bytes:
+    """None is an empty cell."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, names, lineterminator="\n")
+    table.writeheader()
+    table.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    return text.getvalue().encode()
 
 
 def announce(config: dict, objective: str) -> None:
@@ -150,14 +160,6 @@ def announce(config: dict, objective: str) -> None:
 
 def shown(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def verdict(rows: list, classes: int, stopped_early: bool) -> str:
-    """"collapsed" where validation accuracy never left twice chance, or ended below half of its best; else how the run ended."""
-    best = max(row.val_acc1 for row in rows)
-    if best <= 200 / classes or rows[-1].val_acc1 < best / 2:
-        return "collapsed"
-    return "early stop" if stopped_early else "completed"
 
 
 def environment() -> dict:

@@ -12,6 +12,7 @@ from training.machine import Machine
 
 SMALLEST_SCALE = 2.0**-14  # a loss that overflows FP16 at this scale is broken, not large
 ALIGNMENT = 16  # elements
+EVERY = 32  # steps, one of which is looked at more closely, for diagnostics.csv
 
 
 def build_optimizer(net, args) -> torch.optim.Optimizer:
@@ -58,7 +59,7 @@ class Update:
             self.average = None
         self.ema_decay = ema_decay
         self.zero, self.one = torch.arange(2.0, device=self.parameters[0].device)
-        self.norms = []  # of this epoch's steps, on the device
+        self.norms, self.moves = [], []  # of this epoch's steps, and of each that is looked at, on the device
         self.remember_buffers()
 
     @property
@@ -73,6 +74,7 @@ class Update:
         loss.backward(self.scaler.scale(seed))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+        before = None if len(self.norms) % EVERY else self.copy_parameters()
         kept = norm < math.inf
         skipped = torch.logical_not(kept, out=torch.empty((), device=norm.device))
         self.optimizer.found_inf = skipped  # fused optimizers read it on the device; the scaler has its own for its scale
@@ -83,8 +85,21 @@ class Update:
         self.buffers.words.copy_(self.before)
         if self.average:
             self.update_average()
+        if before:
+            self.moves.append(self.relative_move(before))
         self.norms.append(norm)
         return skipped
+
+    @torch.no_grad()
+    def copy_parameters(self) -> list:
+        return list(torch._foreach_mul(self.parameters, 1.0))
+
+    @torch.no_grad()
+    def relative_move(self, before: list):
+        """The norm of what a step changed, over that of the weights before."""
+        weights = torch.stack(torch._foreach_norm(before)).norm()
+        torch._foreach_sub_(before, self.parameters)
+        return torch.stack(torch._foreach_norm(before)).norm() / weights
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -113,6 +128,14 @@ class Update:
             buffers.copy_(self.ranks.mean(buffers.double()))  # in float64 the mean of equal numbers is that number
         self.remember_buffers()
 
+    def diagnostics(self) -> dict:
+        """The epoch's columns of diagnostics.csv, read from the device; before `epoch_columns`."""
+        norms, moves = torch.stack(self.norms).tolist(), torch.stack(self.moves).tolist()
+        factors = [min(1.0, self.clip_grad / norm) if norm else 1.0 for norm in norms if math.isfinite(norm)]
+        moves = [move for move, norm in zip(moves, norms[::EVERY]) if math.isfinite(norm)]
+        return {"clip_factor": sum(factors) / len(factors) if factors else None,
+                "update_ratio": sum(moves) / len(moves) if moves else None}
+
     def epoch_columns(self) -> dict:
         """The epoch's columns of log.csv, read from the device once; starts the next epoch's counts."""
         norms = torch.stack(self.norms).tolist()
@@ -126,6 +149,7 @@ class Update:
         if self.scaler.is_enabled() and columns["amp_scale"] < SMALLEST_SCALE:
             raise Failure(DIVERGED, f"the gradient overflows FP16 at any loss scale (now {columns['amp_scale']:.3g})", CALMER)
         self.norms.clear()
+        self.moves.clear()
         return columns
 
     @property

@@ -1,0 +1,101 @@
+"""Advice before a run: what a teacher says of a few augmented batches, what a new student's gradient would be made of, and which
+numbers that suggests.
+
+The suggestions are rules of thumb, each printed with its reason: no distillation term louder than cross-entropy, a temperature
+that leaves the teacher something to say, a clip value that stops outliers rather than every step.
+"""
+import math
+
+import torch
+
+from augment import BatchAugmenter
+from losses.methods import METHODS, resolved
+from training import data as datasets
+from training import method, models, options
+from training.diagnostics import Diagnostics
+from training.evaluation import check_classes
+from training.machine import Machine, global_batch_size
+
+BATCHES = 8
+TEMPERATURES = (1, 2, 3, 4, 6, 8)
+FLAT = 0.9  # of the largest possible entropy: from here on a softened prediction says little about the classes
+
+
+def advise(args, machine: Machine) -> list[str]:
+    """Lines of advice for the flags of distill.py; loads the teacher and the data, trains nothing and writes nothing.
+
+    Failure: as a run with these flags would, where the data or the teacher are missing, damaged, or do not fit together.
+    """
+    teacher = models.load(args.teacher_checkpoint, machine.device, machine.dtype)
+    data = datasets.load(**options.data(args), device=machine.device)
+    check_classes(teacher.info, data)
+    batch_size = global_batch_size(args.batch_size, data, machine)
+    augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
+                               batch_size=batch_size)
+    student = models.build(args.student, len(data.classes), args.image_size or data.image_size).to(machine.device).train()
+    criterion, numbers, steps = method.function(args), method.numbers(args), range(min(BATCHES, augmenter.steps))
+    looking = Diagnostics(args, augmenter, range(batch_size), machine.ranks, steps)
+    augmenter.set_epoch(1)
+    looking.begin(1)
+    norms, entropies = [], torch.zeros(len(TEMPERATURES), device=machine.device)
+    for step in steps:
+        batch = augmenter(step)
+        with machine.autocast():
+            with torch.no_grad():
+                v = teacher(batch.images)
+            z = student(batch.images)
+        criterion(z, v, batch.targets, **numbers)[0].backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), math.inf))
+        student.zero_grad()
+        looking.look(step, batch.targets, z, v, numbers)
+        entropies += torch.stack([entropy(v.float() / T) for T in TEMPERATURES]) / len(steps)
+    norm = torch.stack(norms).median().item()
+    return [*said(args, looking.columns(), len(data.classes)),
+            *suggested(args, looking.columns(), norm, entropies.tolist(), len(data.classes))]
+
+
+def entropy(logits):
+    """Mean entropy of the softmax of (N, C) logits, in nats."""
+    log_p = logits.log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1).mean()
+
+
+def said(args, seen: dict, classes: int) -> list[str]:
+    """What was seen, in words.  seen: columns of diagnostics.csv."""
+    T, terms = getattr(args, "temperature", None) or 1.0, METHODS[args.method].terms
+    lines = [
+        f"the teacher on {seen['images']} augmented images: right about {seen['teacher_acc1']:.0f} % of them, about either label "
+        f"{seen['teacher_either']:.0f} %; entropy {seen['teacher_entropy']:.2f} of at most {math.log(classes):.2f} nats",
+        f"its probability of the dominant label: {seen['teacher_target']:.3f} at T = 1, {seen['teacher_target_T']:.3f} at "
+        f"T = {T:g}; outside of the labels {seen['teacher_outside_T']:.3f}"]
+    if "share_ce" in seen:
+        shares = ", ".join(f"{term.upper()} {seen[f'share_{term}']:.0%}" for term in terms)
+        times = seen["grad_whole"] / seen["grad_ce"] if seen["grad_ce"] else math.inf
+        lines.append(f"logit gradient of a new student: {shares}; together {seen['grad_whole']:.2f} an image, {times:.1f} times "
+                     "that of its cross-entropy")
+    return lines
+
+
+def suggested(args, seen: dict, norm: float, entropies: list[float], classes: int) -> list[str]:
+    """Numbers to try, with the reason.  norm: of a new student's gradient.  entropies: of the teacher at TEMPERATURES."""
+    record, numbers = METHODS[args.method], resolved(METHODS[args.method], method.own_numbers(args))
+    lines = []
+    weighed = {term: number for term, number in record.weighed_by.items() if term != "ce" and seen.get(f"grad_{term}")}
+    if weighed and seen.get("grad_ce"):
+        loudest = max(weighed, key=lambda term: seen[f"grad_{term}"])
+        number = weighed[loudest]
+        times = seen[f"grad_{loudest}"] / seen["grad_ce"]
+        fixed = f" --ce-weight {numbers['ce_weight']:.2g}" if getattr(args, "ce_weight", 0.0) is None else ""  # else 1 - alpha
+        lines.append(f"{method.flag(number)} {numbers[number] / times:.2g}{fixed}: {loudest.upper()} then weighs as much as the "
+                     f"cross-entropy in the gradient (at {numbers[number]:g} it is {times:.1f} times as large)")
+    if "temperature" in numbers:
+        most = FLAT * math.log(classes)
+        fitting = [T for T, value in zip(TEMPERATURES, entropies) if value <= most] or TEMPERATURES[:1]
+        lines.append(f"--temperature {fitting[-1]}: the highest at which the teacher's entropy on these images is at most "
+                     f"{most:.2f} nats, {FLAT:.0%} of a uniform guess (" + ", ".join(
+                         f"{value:.2f} at T = {T}" for T, value in zip(TEMPERATURES, entropies)) + ")")
+    now = f"--clip-grad {args.clip_grad:g} cuts each such step to {min(1.0, args.clip_grad / norm):.0%}" if args.clip_grad else \
+        "now nothing is clipped"
+    lines.append(f"--clip-grad {2 * norm:.2g}: twice the gradient norm of a new student, {norm:.2g}, so that it stops outliers "
+                 f"and not every step ({now})")
+    return ["worth a try, one at a time:", *(f"  {line}" for line in lines)]

@@ -1,0 +1,121 @@
+"""The verdict on a run: whether it collapsed, which alarms its numbers raise, and what most likely did it.
+
+An alarm is a number beyond a limit, and no proof: plots/explain.py shows them beside the curves.  Where the limits are from:
+the five points, the shares and the half are what the project calls a collapse, a loud term, a lost teacher; MOVE and DEAD lie
+between the healthy and the collapsed runs of STUDY.md.
+"""
+from typing import NamedTuple
+
+from losses.methods import METHODS
+
+FALL = 5.0  # percentage points of validation accuracy
+CLIPPED = 0.9  # share of the steps
+SHARE = 0.8  # of one distillation term in the logit gradient
+TEACHER = 50.0  # accuracy (%) on the images that it teaches with
+SKIPPED = 0.01  # share of the steps
+MOVE = 0.04  # what a step changes, over the norm of the weights
+DEAD = 0.1  # share of the classes that are never predicted
+CAUSES = ("skipped", "move", "inverted", "clipped", "share", "teacher")  # what can ruin a run; most telling first, as below
+
+
+class Alarm(NamedTuple):
+    """value: the number beyond its limit.  epoch: where it was worst, None for one of the whole run.  text: both, in words."""
+    name: str
+    value: float
+    limit: float
+    epoch: int | None
+    text: str
+
+
+def judge(args, rows: list, looked: list[dict], classes: int, stopped_early: bool) -> dict:
+    """What summary.json says of a run: verdict, health, alarms, cause, advice.
+
+    args: the run's flags.  rows: of log.csv.  looked: rows of diagnostics.csv.  classes: their number.
+    """
+    found = alarms(args, rows, looked, classes, stopped_early)
+    names = {alarm.name for alarm in found}
+    suspects = [alarm for alarm in found if alarm.name in CAUSES] if names & {"collapse", "dead"} else []
+    return {"verdict": "collapsed" if "collapse" in names else "early stop" if stopped_early else "completed",
+            "health": f"{len(found)} alarm{'s' * (len(found) > 1)}" if found else "healthy",
+            "alarms": [alarm._asdict() for alarm in found], "cause": suspects[0].text if suspects else None,
+            "advice": advice(args, suspects[0], looked) if suspects else None}
+
+
+def alarms(args, rows, looked, classes: int, stopped_early: bool) -> list[Alarm]:
+    """Every alarm that the numbers of a run raise: what went wrong, then what can have done it; arguments as above."""
+    found, steps, loud = [], sum(row.steps for row in rows), shares(args, looked)
+
+    def check(name: str, value, limit: float, text: str, epoch=None) -> None:
+        if value is not None and value > limit:
+            found.append(Alarm(name, value, limit, epoch, text))
+
+    def worst(column: str) -> tuple:
+        """Its largest value and the epoch of it."""
+        return max(((row[column], row["epoch"]) for row in looked if row.get(column) is not None), default=(None, None))
+
+    accuracy, last = [row.val_acc1 for row in rows], rows[-1].val_acc1
+    best = max(accuracy)
+    if best <= 200 / classes:
+        found.append(Alarm("collapse", best, 200 / classes, None,
+                           f"validation accuracy never left twice chance: at best {best:.1f} % of {classes} classes"))
+    check("collapse", best - last, FALL, f"validation accuracy fell from {best:.1f} % in epoch {accuracy.index(best) + 1} to "
+          f"{last:.1f} % at the end (alarm above {FALL:g} points)", rows[-1].epoch)
+    dead = looked[-1]["dead_classes"] if looked else None
+    if dead:
+        check("dead", dead / classes, DEAD, f"the student never predicts {dead} of {classes} classes at the end "
+              f"(alarm above {DEAD:.0%})", looked[-1]["epoch"])
+    skipped = sum(row.skipped_steps for row in rows) / steps
+    check("skipped", skipped, SKIPPED, f"{skipped:.1%} of the steps were skipped: loss or gradient was not finite "
+          f"(alarm above {SKIPPED:.0%})")
+    move, epoch = worst("update_ratio")
+    check("move", move, MOVE, f"steps are large: in epoch {epoch} one changes the weights by {move or 0:.1%} of their norm "
+          f"(alarm above {MOVE:.0%})" + "".join(f"; {term.upper()} makes {share:.0%} of the logit gradient"
+                                                 for term, share in list(loud.items())[:1]), epoch)
+    dominant, minor = mean(looked, "pull_whole"), mean(looked, "pull_minor_whole")
+    if dominant is not None and minor > dominant:
+        found.append(Alarm("inverted", minor, dominant, None, "mixed images: the loss raises the logit of the smaller label more "
+                           f"than that of the larger one ({minor:.3f} against {dominant:.3f} an image)"))
+    clipped = sum(row.clip_frac * (row.steps - row.skipped_steps) for row in rows) / max(1, steps - sum(
+        row.skipped_steps for row in rows))
+    factors = [row["clip_factor"] for row in looked if row["clip_factor"]]
+    check("clipped", clipped, CLIPPED, f"{clipped:.0%} of the steps were clipped (alarm above {CLIPPED:.0%}), to "
+          f"{sum(factors) / max(1, len(factors)):.0%} of the gradient on average: --clip-grad {args.clip_grad:g} sets the step, "
+          "and CE's part of it shrinks as the other terms grow")
+    for term, share in loud.items():
+        check("share", share, SHARE, f"{term.upper()} makes {share:.0%} of the logit gradient (alarm above {SHARE:.0%})")
+    teacher = mean(looked, "teacher_acc1")
+    if teacher is not None and teacher < TEACHER:
+        found.append(Alarm("teacher", teacher, TEACHER, None, f"the teacher is right about {teacher:.0f} % of the augmented "
+                           f"images (alarm below {TEACHER:g} %; about either label {mean(looked, 'teacher_either'):.0f} %)"))
+    if stopped_early:
+        kept = accuracy[rows[-1].best_epoch - 1]
+        check("early stop", last - kept, 0.0, "early stopping ended the run while validation accuracy was rising: "
+              f"{kept:.1f} % in the best epoch by --monitor {args.monitor}, {last:.1f} % in the last")
+    return found
+
+
+def mean(looked: list[dict], column: str) -> float | None:
+    """Of a column of diagnostics.csv, over the run, each image the same; None where it is empty."""
+    there = [(row[column], row["images"]) for row in looked if row.get(column) is not None]
+    return sum(value * images for value, images in there) / sum(images for _, images in there) if there else None
+
+
+def shares(args, looked: list[dict]) -> dict:
+    """Each distillation term's part of the logit gradient over the run, the largest first; empty for a teacher."""
+    names = METHODS[args.method].terms if "method" in args else ()
+    found = {term: mean(looked, f"share_{term}") or 0.0 for term in names if term != "ce"}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def advice(args, suspect: Alarm, looked: list[dict]) -> str:
+    """What to change, for the most likely cause."""
+    weights = METHODS[args.method].weighed_by if "method" in args else {}
+    quieter = "".join(f" or --{weights[term].replace('_', '-')}" for term in list(shares(args, looked))[:1] if term in weights)
+    return {
+        "skipped": f"lower --lr{quieter}, or use --amp bf16",
+        "move": f"halve --lr{quieter}, or clip the gradient (--clip-grad 1); change one at a time",
+        "inverted": "use --mixed-target pair, or less mixing (--mix-prob)",
+        "clipped": f"raise --clip-grad{quieter.replace('or', 'or lower')}",
+        "share": f"lower{quieter.removeprefix(' or')}, or raise --ce-weight",
+        "teacher": "train the teacher under the same augmentation, or weaken it (--policy none, a lower --mix-prob)",
+    }[suspect.name]
