@@ -1,38 +1,102 @@
 #!/usr/bin/env bash
 # Every run behind every table and figure, as plain commands that can be copied one by one.
-# One GPU; the data set and the ImageNet weights are downloaded by the first command that needs them.
+#   ./experiments.sh                    the study and its controls: one GPU; data and ImageNet weights are downloaded if missing
+#   ./experiments.sh ablation           what makes DKD collapse, on CIFAR-100: one GPU
+#   ./experiments.sh ablation-small     the same on the embedded data: two CPU cores, half an hour
+#   ./experiments.sh published          a row of the published tables: one GPU
+# Interrupted, each goes on where it was when it is started again.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# The teacher, and the stronger one of v4: the same network fine-tuned at 128 pixels (16 times the computation).
-python train_teacher.py
-python train_teacher.py --image-size 128 --output runs/teacher-strong
+study() {
+    # The teacher, and the stronger one of v4: the same network fine-tuned at 128 pixels (16 times the computation).
+    python train_teacher.py --resume auto
+    python train_teacher.py --image-size 128 --output runs/teacher-strong --resume auto
 
-for seed in 1 2 3; do
-    # The control: the student's network on labels alone, from random weights as the students below.
-    python train_teacher.py --model efficientnet_v2_s --no-pretrained --seed $seed --output runs/alone-s$seed
+    for seed in 1 2 3; do
+        # The control: the student's network on labels alone, from random weights as the students below.
+        python train_teacher.py --model efficientnet_v2_s --no-pretrained --seed $seed --output runs/alone-s$seed --resume auto
 
-    # The study.
-    python distill.py --experiment v1 --seed $seed      # KD, Mixup/CutMix only
-    python distill.py --experiment v2 --seed $seed      # KD, all four augmentations
-    python distill.py --experiment v3 --seed $seed      # DKD, beta 8
-    python distill.py --experiment v3.1 --seed $seed    # DKD, beta 2
-    python distill.py --experiment v4 --seed $seed      # KD, stronger teacher
+        # The study.
+        python distill.py --experiment v1 --seed $seed --resume auto      # KD, Mixup/CutMix only
+        python distill.py --experiment v2 --seed $seed --resume auto      # KD, all four augmentations
+        python distill.py --experiment v3 --seed $seed --resume auto      # DKD, beta 8
+        python distill.py --experiment v3.1 --seed $seed --resume auto    # DKD, beta 2
+        python distill.py --experiment v4 --seed $seed --resume auto      # KD, stronger teacher
 
-    # What else could explain v3: the loudness of its loss, its missing warm-up, the target of a mixed image.
-    python distill.py --method kd --alpha 8 --ce-weight 1 --seed $seed
-    python distill.py --method dkd --beta 8 --dkd-warmup 20 --seed $seed --output runs/dkd-beta8-warmup20-s$seed
-    python distill.py --method dkd --beta 8 --mixed-target dominant --seed $seed --output runs/dkd-beta8-dominant-s$seed
-done
-python plots/make_figures.py
+        # What else could explain v3: the loudness of its loss, its missing warm-up, the target of a mixed image.
+        python distill.py --method kd --alpha 8 --ce-weight 1 --seed $seed --resume auto
+        python distill.py --method dkd --dkd-warmup 20 --seed $seed --output runs/dkd-beta8-warmup20-s$seed --resume auto
+        python distill.py --method dkd --mixed-target dominant --seed $seed --output runs/dkd-beta8-dominant-s$seed --resume auto
+    done
+    python plots/make_figures.py
+}
 
-# One row of the published tables, resnet32x4 -> resnet8x4 (KD 73.33, DKD 76.32): their recipe, which selects on the test set.
-published=(--opt sgd --lr 0.05 --weight-decay 5e-4 -b 64 --epochs 240 --sched multistep --milestones 150 180 210 --warmup-epochs 0
-           --label-smoothing 0 --clip-grad 0 --patience 0 --monitor val_acc1 --amp off --val-size 0
-           --policy none --random-erasing 0 --mixup 0 --cutmix 0)
-python train_teacher.py --model resnet32x4 "${published[@]}" --output runs/published/teacher
-for seed in 1 2 3; do
-    pair=(--student resnet8x4 --teacher-checkpoint runs/published/teacher/best.pt --seed $seed)
-    python distill.py --method kd --alpha 0.9 --ce-weight 0.1 "${pair[@]}" "${published[@]}" --output runs/published/kd-s$seed
-    python distill.py --method dkd --beta 8 --dkd-warmup 20 "${pair[@]}" "${published[@]}" --output runs/published/dkd-s$seed
-done
+# $1: where to; then flags of all its runs, and its grids.
+sweep() {
+    local output=$1; shift
+    python sweep.py --jobs "$jobs" --output "runs/$ablation/$output" distill.py "${common[@]}" "${student[@]}" --seed 0 1 2 "$@"
+}
+
+ablation() {
+    python train_teacher.py "${common[@]}" "${teacher[@]}" --output "runs/$ablation/teacher" --resume auto
+    student=(--student "$pico" --teacher-checkpoint "runs/$ablation/teacher/best.pt")
+
+    # At a learning rate that suits KD: which method, which weight, which target of mixed images, warm-up, clipping, precision,
+    # what early stopping looks at; without mixing; and two remedies from the literature.
+    sweep usual "${usual[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
+        -- --method dkd --beta 2 8 -- --method kd --alpha 8 --ce-weight 1 \
+        -- --method dkd --beta 8 --mixed-target dominant first -- --method dkd --beta 8 --dkd-warmup "$warmup" \
+        -- --method dkd --beta 8 --clip-grad 1 -- --method dkd --beta 8 --amp "${precisions[@]}" \
+        -- --method dkd --beta 8 --patience "$patience" --monitor val_loss val_acc1 -- --method kd dkd --beta 8 --mix-prob 0 \
+        -- --method kd --standardize -- --method dkd --beta 8 --standardize -- --method dist
+
+    # At a learning rate that KD just bears.
+    sweep high "${high[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
+        -- --method dkd --beta 2 8 -- --method kd --alpha 8 --ce-weight 1 -- --method dkd --beta 8 --mixed-target dominant \
+        -- --method dkd --beta 8 --dkd-warmup "$warmup" -- --method dkd --beta 8 --clip-grad 1 \
+        -- --method dkd --beta 8 --standardize -- --method kd dkd --beta 8 --mix-prob 0
+
+    # AdamW, whose steps do not grow with the loss.
+    sweep adamw "${adamw[@]}" --clip-grad 1 -- --method kd -- --method dkd --beta 2 8 -- --method dkd --beta 8 --clip-grad 0
+
+    # The phase diagram: beta against augmentation, at the high learning rate.
+    sweep phase "${high[@]}" --clip-grad 0 \
+        -- --method kd dkd --beta 1 2 4 8 16 --policy none --random-erasing 0 --mix-prob 0 \
+        -- --method kd dkd --beta 1 2 4 8 16 --policy none --random-erasing 0 --mix-prob 1 \
+        -- --method kd dkd --beta 1 2 4 8 16 --policy autoaugment --random-erasing 0.25 --mix-prob 0 \
+        -- --method kd dkd --beta 1 2 4 8 16 --policy autoaugment --random-erasing 0.25 --mix-prob 1
+}
+
+published() {
+    # One row of the published tables, resnet32x4 -> resnet8x4 (KD 73.33, DKD 76.32): their recipe, which selects on the test set.
+    recipe=(--opt sgd --lr 0.05 --weight-decay 5e-4 -b 64 --epochs 240 --sched multistep --milestones 150 180 210
+            --warmup-epochs 0 --label-smoothing 0 --clip-grad 0 --patience 0 --monitor val_acc1 --amp off --val-size 0
+            --policy none --random-erasing 0 --mixup 0 --cutmix 0 --resume auto)
+    python train_teacher.py --model resnet32x4 "${recipe[@]}" --output runs/published/teacher
+    for seed in 1 2 3; do
+        pair=(--student resnet8x4 --teacher-checkpoint runs/published/teacher/best.pt --seed $seed)
+        python distill.py --method kd --alpha 0.9 --ce-weight 0.1 "${pair[@]}" "${recipe[@]}" --output runs/published/kd-s$seed
+        python distill.py --method dkd --beta 8 --dkd-warmup 20 "${pair[@]}" "${recipe[@]}" --output runs/published/dkd-s$seed
+    done
+}
+
+case ${1:-study} in
+    study) study ;;
+    published) published ;;
+    ablation)
+        ablation=ablation pico=resnet8x4 jobs=4 patience=30 warmup=20 precisions=(bf16 off)
+        common=(--epochs 100 --warmup-epochs 5 --label-smoothing 0 --weight-decay 5e-4)
+        teacher=(--model resnet32x4 --opt sgd --lr 0.1 --patience 0)
+        usual=(--opt sgd --lr 0.1 --patience 0) high=(--opt sgd --lr 0.8 --patience 0)
+        adamw=(--opt adamw --lr 1e-3 --patience 0)
+        ablation ;;
+    ablation-small)
+        ablation=ablation-small pico=v2_pico jobs=2 patience=2 warmup=3 precisions=(bf16)
+        common=(--dataset synthetic --epochs 6 --batch-size 64 --warmup-epochs 2 --label-smoothing 0 --weight-decay 5e-4)
+        teacher=(--model v2_tiny --opt sgd --lr 0.2 --mix-prob 0.5 --clip-grad 0 --patience 0 --epochs 8)
+        usual=(--opt sgd --lr 0.2 --patience 0) high=(--opt sgd --lr 1.6 --patience 0)
+        adamw=(--opt adamw --lr 4e-3 --patience 0)
+        ablation ;;
+    *) echo "error: no such experiment ($1). choose study, ablation, ablation-small or published" >&2; exit 2 ;;
+esac

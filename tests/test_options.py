@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from training import method, options
+from training import grid, method, options
+
+ROOT = Path(__file__).parent.parent
 
 
 def distill(*argv):
@@ -108,16 +110,22 @@ def test_a_bad_value_is_one_line_and_exit_code_2(parse, flag, value, capsys):
     assert flag.lstrip("-") in err, f"the line does not name {flag}: {err}"
 
 
-def test_every_command_of_the_study_is_accepted():
-    """experiments.sh run with a `python` that only prints what it is given."""
-    script = (Path(__file__).parent.parent / "experiments.sh").read_text()
-    done = subprocess.run(["bash", "-c", 'python() { printf "%s\\n" "$*"; }\n' + script.replace('cd "$(dirname "$0")"', "")],
+@pytest.mark.parametrize("experiment, runs", [("study", 29), ("published", 7), ("ablation", 120), ("ablation-small", 120)])
+def test_every_command_of_the_study_is_accepted(experiment, runs):
+    """experiments.sh run with a `python` that only prints what it is given; a sweep is expanded into its runs."""
+    script = (ROOT / "experiments.sh").read_text().replace('cd "$(dirname "$0")"', "")
+    done = subprocess.run(["bash", "-c", 'python() { printf "%s\\n" "$*"; }\n' + script, "experiments.sh", experiment],
                           capture_output=True, text=True, check=True)
-    commands = [line.split() for line in done.stdout.splitlines()]
-    parsed = [{"train_teacher.py": teacher, "distill.py": distill}[script](*flags) for script, *flags in commands
-              if "plots" not in script]
+    parsed = []
+    for name, *flags in map(str.split, done.stdout.splitlines()):
+        if name == "sweep.py":
+            args = grid.parse_sweep("", "", flags)
+            parsed += [grid.parse(cell, seed, output=f"{args.output}/{cell.name}-s{seed}")
+                       for cell in grid.expand(args.script, args.flags) for seed in cell.seeds]
+        elif "plots" not in name:
+            parsed.append({"train_teacher.py": teacher, "distill.py": distill}[name](*flags))
     outputs = [args.output for args in parsed]
-    assert len(outputs) == len(set(outputs)) > 30, "two runs of the study would write to one directory"
+    assert len(outputs) == len(set(outputs)) >= runs, "two runs of the study would write to one directory"
     made = {f"{args.output}/best.pt" for args in parsed if "model" in args}
     assert {args.teacher_checkpoint for args in parsed if "method" in args} <= made
 
