@@ -26,6 +26,7 @@ import torch
 from benchmarks import table
 from kernels import augment, softmax_kl
 from losses import Targets, dkd_loss, kd_loss
+from training.step import EVERY
 
 # Multiprocessors, schedulers of each, clock in GHz under load, and bytes per nanosecond that a copy reaches.
 GPUS = {"h100": (132, 4, 1.7, 3000.0), "h200": (132, 4, 1.7, 4200.0)}
@@ -103,8 +104,10 @@ def launches_per_step(teacher: str, student: str) -> None:
         with open(os.devnull, "w") as silent, mock.patch.object(sys, "stdout", silent):
             path.distill("--method dkd --amp fp16")
     launches = path.watch.launches
+    look = launches.pop("diagnostics") * (path.watch.steps - 1)  # of the one step counted that is looked at
     print(f"{teacher} -> {student}, FP16, AdamW: at least {sum(launches.values()):.0f} launches a step: "
-          + ", ".join(f"{phase} {count:.3g}" for phase, count in launches.items()))
+          + ", ".join(f"{phase} {count:.3g}" for phase, count in launches.items())
+          + f"; diagnostics {look:.0f} every {EVERY} steps")
 
 
 def main() -> None:

@@ -216,6 +216,29 @@ def test_a_dry_run_prints_and_touches_nothing(here, capsys):
     assert code == 0 and "4^2 (1 TCKD + 8 NCKD)" in out and "beta=8.0" in out and not Path("runs/dry").exists()
 
 
+def test_a_dry_run_with_a_teacher_gives_advice_that_does_what_it_says(here, capsys):
+    if not Path("runs/teacher/best.pt").exists():
+        train(capsys)
+    flags = "--teacher-checkpoint runs/teacher/best.pt --dry-run --output runs/dry"
+    code, out, err = distill(capsys, f"--method dkd --beta 8 {flags}")
+    assert code == 0, err
+    assert "the teacher on 128 augmented images: right about" in out and not Path("runs/dry").exists()
+    shares = [int(share) for share in re.findall(r"(?:CE|TCKD|NCKD) (\d+)%", out)]
+    assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=2)
+    beta, term, times = re.search(r"--beta ([\d.e-]+): (\w+) then weighs .*\(at 8 it is ([\d.]+) times", out).groups()
+    assert term == "NCKD" and float(beta) == pytest.approx(8 / float(times), rel=0.1)
+    clip, norm = re.search(r"--clip-grad ([\d.]+): twice the gradient norm of a new student, ([\d.]+)", out).groups()
+    assert float(clip) == pytest.approx(2 * float(norm), rel=0.1)
+    assert "already at T = 1" in out, "this teacher is not sure of anything"
+
+    out = distill(capsys, f"--method dkd --beta {beta} {flags}")[1]
+    assert "(at " in out and re.search(r"it is 1\.0 times as large|it is 0\.9 times as large", out), out
+    out = distill(capsys, f"--method kd --clip-grad 0 {flags}")[1]
+    assert re.search(r"--alpha [\d.]+ --ce-weight 0.3: KL then weighs", out) and "now nothing is clipped" in out
+    code, _, err = distill(capsys, f"--method kd {flags}", data="other")
+    assert code == 2 and "2 of imagefolder" in err and err.count("\n") == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles and takes no CPU tensors")
 def test_fused_kernels_and_references_train_alike(here, capsys):
     """Augmentation gives the same bytes.  The loss rounds differently, by 1e-6 of a gradient's largest entry, which over two

@@ -90,10 +90,11 @@ def suggested(args, seen: dict, norm: float, entropies: list[float], classes: in
                      f"cross-entropy in the gradient (at {numbers[number]:g} it is {times:.1f} times as large)")
     if "temperature" in numbers:
         most = FLAT * math.log(classes)
-        fitting = [T for T, value in zip(TEMPERATURES, entropies) if value <= most] or TEMPERATURES[:1]
-        lines.append(f"--temperature {fitting[-1]}: the highest at which the teacher's entropy on these images is at most "
-                     f"{most:.2f} nats, {FLAT:.0%} of a uniform guess (" + ", ".join(
-                         f"{value:.2f} at T = {T}" for T, value in zip(TEMPERATURES, entropies)) + ")")
+        fitting = [T for T, value in zip(TEMPERATURES, entropies) if value <= most]
+        reason = f"the highest at which the teacher's entropy on these images is at most {most:.2f} nats" if fitting else (
+            f"already at T = {TEMPERATURES[0]} the teacher's entropy on these images is above {most:.2f} nats")
+        lines.append(f"--temperature {(fitting or TEMPERATURES)[-1 if fitting else 0]}: {reason}, {FLAT:.0%} of a uniform guess ("
+                     + ", ".join(f"{value:.2f} at T = {T}" for T, value in zip(TEMPERATURES, entropies)) + ")")
     now = f"--clip-grad {args.clip_grad:g} cuts each such step to {min(1.0, args.clip_grad / norm):.0%}" if args.clip_grad else \
         "now nothing is clipped"
     lines.append(f"--clip-grad {2 * norm:.2g}: twice the gradient norm of a new student, {norm:.2g}, so that it stops outliers "
