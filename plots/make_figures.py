@@ -728,16 +728,10 @@ class Parser(argparse.ArgumentParser):
         raise Failure(USAGE, message, f"see {self.prog} --help")
 
 
-def main(arguments=None) -> None:
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--runs", nargs="+", type=Path, default=[ROOT / "runs"], metavar="DIR",
-                        help="directories that hold runs, directly or below; default: runs/ of the repository")
-    parser.add_argument("--output", type=Path, default=ROOT / "figures", metavar="DIR",
-                        help="where to write; default: figures/ of the repository")
+def exit_by(work) -> None:
+    """Call `work`; an error that the user can mend, or an interruption, becomes one line on stderr and an exit code."""
     try:
-        args = parser.parse_args(arguments)
-        with matplotlib.style.context(["default", STYLE]):
-            write_outputs(args.runs, args.output)
+        work()
         return
     except Failure as failure:
         code, message = failure.code, str(failure)
@@ -745,6 +739,21 @@ def main(arguments=None) -> None:
         code, message = INTERRUPTED, "interrupted. run it again"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def main(arguments=None) -> None:
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--runs", nargs="+", type=Path, default=[ROOT / "runs"], metavar="DIR",
+                        help="directories that hold runs, directly or below; default: runs/ of the repository")
+    parser.add_argument("--output", type=Path, default=ROOT / "figures", metavar="DIR",
+                        help="where to write; default: figures/ of the repository")
+
+    def work():
+        args = parser.parse_args(arguments)
+        with matplotlib.style.context(["default", STYLE]):
+            write_outputs(args.runs, args.output)
+
+    exit_by(work)
 
 
 if __name__ == "__main__":

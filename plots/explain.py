@@ -1,0 +1,678 @@
+"""One page on one or more runs (PNG or PDF): what happened, when, and which term of the loss did it.
+
+    python plots/explain.py runs/v3-s1                        -> runs/v3-s1/explain.png
+    python plots/explain.py runs/v3-s1 runs/v2-s1             two runs; plain KD is the control of the other one
+    python plots/explain.py runs/v3-s1 --output v3.pdf
+
+Verdict, alarms, cause and advice are those of summary.json, and are printed too.  The curves are those of log.csv and
+diagnostics.csv; docs/diagnostics.md explains the columns.  Colours are runs or, for a single run, the terms of its loss.  To add
+a panel, write a function `(axis, cases) -> legend entries` and name it in PANELS.  Imports nothing of ours but make_figures.py
+beside it, so that it also works on copied run directories.
+"""
+import csv
+import io
+import math
+import sys
+from bisect import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.style
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+if __package__:  # imported from the root, as plots.explain
+    from plots import make_figures
+else:  # run as a script: Python looks beside it
+    import make_figures
+
+CONTROL = "kd"  # the method whose run the others are compared with
+FALL = 5.0  # percentage points of validation accuracy, in one epoch or below the control
+SHARE = 80.0  # percent of the logit gradient
+TREATMENTS = {"all": "", "clean": "_clean", "policy": "_policy", "erased": "_erased", "mixup": "_mixup", "cutmix": "_cutmix"}
+GROUPS = (*TREATMENTS.values(), "_even", "_uneven")  # suffixes of columns
+
+SERIES = make_figures.EXPERIMENTS
+LOOKS = (SERIES["v2"], SERIES["v3.1"], SERIES["v1"], SERIES["v4"], SERIES["v3"], *make_figures.OTHERS)  # of runs
+CE_LOOK = make_figures.ALONE["alone"]
+TERM_LOOKS = (SERIES["v3.1"], SERIES["v2"], SERIES["v1"], SERIES["v4"])  # of the other terms, in this order, again and again
+
+STYLE = make_figures.STYLE | {
+    "text.parse_math": False,  # a run may have a $ in its name
+    "lines.markersize": 3.2, "legend.borderpad": 0, "legend.handlelength": 1.9, "legend.columnspacing": 0.9,
+}
+WIDTH, HEIGHT, DPI = 8.3, 11.0, 150  # inches: the page
+EDGE = 0.35  # inches: its margin
+HEAD, FOOT, LEFT, RIGHT, LEAST = 0.5, 0.46, 0.47, 0.4, 1.05  # inches around the axes of a panel, and their least height
+GAP = 0.15  # inches: between words and panels
+TITLE, BODY = 12, 7.5  # points
+INDENT = 0.3  # inches: of the words on one run, beside which its line is shown
+DOTTED = {"color": "black", "linestyle": (0, (1, 1.5)), "linewidth": 1.0}
+
+
+# Reading
+
+@dataclass(frozen=True)
+class Case:
+    """A run on the page: `columns` are those of diagnostics.csv, float64 (epochs,) with nan for an empty cell; `status` is
+    status.json, empty where there is none."""
+    run: make_figures.Run
+    name: str
+    look: make_figures.Series
+    columns: dict
+    status: dict
+
+    @property
+    def method(self) -> str:
+        return self.run.config["method_in_tables"] if self.run.distilled else "labels only"
+
+    @property
+    def terms(self) -> list[str]:
+        """Those of the loss, cross-entropy first."""
+        names = [name for name in self.columns if name.startswith("share_") and not name.endswith(GROUPS[1:]) and self.has(name)]
+        return sorted((name.removeprefix("share_") for name in names), key=lambda term: term != "ce")
+
+    @property
+    def largest(self) -> str | None:
+        """The term besides cross-entropy that makes most of the logit gradient."""
+        return max((term for term in self.terms if term != "ce"), key=lambda term: self.mean(f"share_{term}"), default=None)
+
+    @property
+    def clip(self) -> float:
+        return self.run.config.get("clip_grad") or 0.0
+
+    @property
+    def measured(self) -> str:
+        """On what the accuracy of every epoch was measured."""
+        return "test" if self.run.on_test else "validation"
+
+    @property
+    def kept(self) -> int:
+        """The best epoch: whose weights were kept; while the run is unfinished, that of the best validation accuracy."""
+        return self.run.summary["best_epoch"] if self.run.summary else int(self.run.epochs[np.argmax(self.run.val_acc1)])
+
+    @property
+    def fall(self) -> tuple[int, float] | None:
+        """Epoch and size, in points, of the greatest fall of validation accuracy in one epoch, if it is one."""
+        falls = -np.diff(self.run.val_acc1)
+        if len(falls) and falls.max() > FALL:
+            return int(self.run.epochs[1:][falls.argmax()]), float(falls.max())
+        return None
+
+    def column(self, name: str) -> np.ndarray:
+        return self.columns.get(name, np.full(1, np.nan))
+
+    def has(self, name: str) -> bool:
+        return bool(np.isfinite(self.column(name)).any())
+
+    def at(self, name: str, epoch: int) -> float:
+        """The value in that epoch, nan where there is none."""
+        values = self.column(name)
+        return float(values[epoch - 1]) if epoch <= len(values) else math.nan
+
+    def mean(self, name: str, suffix: str = "") -> float:
+        """Over the epochs, each image the same; nan where there is none."""
+        values, images = self.column(name + suffix), self.column("images" + suffix)
+        there = np.isfinite(values) & (images > 0)
+        return float(np.average(values[there], weights=images[there])) if there.any() else math.nan
+
+    def limit(self, alarm: str) -> float | None:
+        """Beyond which the run has that alarm, if it has."""
+        alarms = (self.run.summary or {}).get("alarms") or []
+        return next((found["limit"] for found in alarms if found["name"] == alarm), None)
+
+
+def read_columns(path: Path, epochs: int) -> dict[str, np.ndarray]:
+    """Every column of diagnostics.csv by name, (epochs,): nan for a cell that is empty or not finite, and for a missing epoch."""
+    rows = {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            names = table.fieldnames or ()
+            if "epoch" not in names:
+                raise ValueError("no column epoch")
+            for row in table:
+                where = f"line {table.line_num}"
+                if None in row or None in row.values():
+                    raise ValueError(f"{where} does not have {len(names)} cells")
+                if not row["epoch"].isdecimal() or not max(rows, default=0) < int(row["epoch"]) <= epochs:
+                    raise ValueError(f"{where}: epoch {row['epoch']!r}")
+                try:
+                    values = [float(cell) if cell else math.nan for cell in row.values()]
+                except ValueError as reason:
+                    raise ValueError(f"{where}: {reason}") from None
+                rows[int(row["epoch"])] = [value if math.isfinite(value) else math.nan for value in values]
+        if not rows:
+            raise ValueError("no epoch")
+    except FileNotFoundError:
+        raise make_figures.Failure(make_figures.DATA, f"no diagnostics.csv ({path})", "the run has no whole epoch, or was made "
+                                   "before they were recorded; train it again, or name another run") from None
+    except (OSError, ValueError, csv.Error) as reason:
+        raise make_figures.damaged(path, reason) from None
+    cells = np.full((max(rows), len(names)), math.nan)
+    for epoch, values in rows.items():
+        cells[epoch - 1] = values
+    return dict(zip(names, cells.T))
+
+
+def read_case(directory: Path, name: str, look: make_figures.Series) -> Case:
+    run = make_figures.read_run(directory)
+    if not len(run.epochs):
+        raise make_figures.damaged(directory / "log.csv", "no epoch")
+    if run.config.get("clip_grad") is not None:
+        make_figures.require(directory / "config.json", run.config, clip_grad=float)
+    path, status = directory / "status.json", {}
+    if run.summary:
+        require_alarms(directory / "summary.json", run.summary)
+    elif path.exists():
+        status = make_figures.read_json(path)
+        make_figures.require(path, status, state=str, reason=str)
+    return Case(run, name, look, read_columns(directory / "diagnostics.csv", run.config["epochs"]), status)
+
+
+def require_alarms(path: Path, summary: dict) -> None:
+    """What a verdict says beside itself must be of its kind, where it is there."""
+    for key, kind in {"health": str, "alarms": list, "cause": str, "advice": str}.items():
+        if summary.get(key) is not None:
+            make_figures.require(path, summary, **{key: kind})
+    for alarm in summary.get("alarms") or ():
+        if not isinstance(alarm, dict):
+            raise make_figures.damaged(path, f"an alarm is {alarm!r}")
+        make_figures.require(path, alarm, name=str, limit=float, text=str)
+
+
+def read_cases(directories: list[Path]) -> list[Case]:
+    """Every run, with a name that tells it from the others, and its look."""
+    places = [directory.resolve() for directory in directories]
+    if len(places) > len(LOOKS):
+        raise make_figures.Failure(make_figures.USAGE, f"{len(places)} runs do not fit on a page", f"name at most {len(LOOKS)}")
+    if again := next((place for place in places if places.count(place) > 1), None):
+        raise make_figures.Failure(make_figures.USAGE, f"a run is named twice ({again})", "name it once")
+    parts = 1
+    while len({place.parts[-parts:] for place in places}) < len(places):
+        parts += 1
+    names = ["/".join(place.parts[-parts:]) for place in places]
+    return [read_case(*each) for each in zip(directories, names, LOOKS)]
+
+
+# Words
+
+class Block(NamedTuple):
+    """What is said of a run: a heading and, most telling first, sentences."""
+    heading: str
+    sentences: list[str]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def ending(case: Case) -> str:
+    """How the run ended, and whether it is healthy."""
+    summary, status, done = case.run.summary, case.status, f"epoch {case.run.epochs[-1]} of {case.run.config['epochs']}"
+    if summary:
+        return f"{summary['verdict']}, {summary.get('health') or 'made before alarms were recorded'}"
+    if status.get("state") in ("failed", "stopped"):
+        return f"{status['state']} after {done}: {status['reason']} (exit code {status.get('exit_code')})"
+    return f"unfinished after {done}, " + (f"status {status['state']}" if status else "without status.json")
+
+
+def against(case: Case, control: Case) -> list[str]:
+    """How far the run is from the control, where both trained one network on the same images."""
+    def alike(run):
+        return run.config["dataset"], run.network, run.config.get("image_size"), run.config.get("val_size")
+
+    if case is control or alike(case.run) != alike(control.run):
+        return []
+    ours, theirs = ((run.val_acc1[-1], run.val_acc1.max()) for run in (case.run, control.run))
+    last, best = (f"{one:.1f} %, {abs(one - other):.1f} points {'below' if one < other else 'above'}"
+                  for one, other in zip(ours, theirs))
+    collapsed = "Collapsed against" if theirs[0] - ours[0] > FALL else "Against"
+    return [f"{collapsed} the control {control.name}: last {case.measured} accuracy {last}; best {best}"]
+
+
+def events(case: Case) -> list[str]:
+    """What the curves say: the greatest fall with what was unusual then, the accuracies, the largest term."""
+    run, found = case.run, []
+    if case.fall:
+        epoch, points = case.fall
+        share, moved = case.at(f"share_{case.largest}", epoch), case.at("update_ratio", epoch)
+        then = [f"{str(case.largest).upper()} made {percent(share)} of the logit gradient"] * math.isfinite(share)
+        then += [f"a step changed the weights by {100 * moved:.1f} % of their norm"] * math.isfinite(moved)
+        found.append(f"Greatest fall of {case.measured} accuracy: {points:.1f} points in epoch {epoch}"
+                     + ", when " * bool(then) + " and ".join(then))
+    top = int(np.argmax(run.val_acc1))
+    found.append(f"{case.measured.capitalize()} accuracy: at most {run.val_acc1[top]:.1f} % (epoch {run.epochs[top]}), "
+                 f"{run.val_acc1[-1]:.1f} % in the last epoch ({run.epochs[-1]})")
+    if case.largest:
+        values, mean = case.column(f"share_{case.largest}"), case.mean(f"share_{case.largest}")
+        found.append(f"Largest term beside cross-entropy: {case.largest.upper()}, on average {percent(mean)} of the logit "
+                     f"gradient, at most {percent(np.nanmax(values))} (epoch {np.nanargmax(values) + 1})")
+    return found
+
+
+def blocks(cases: list[Case]) -> list[Block]:
+    """What is said of every run; the cause, an alarm itself, is not said again among the alarms."""
+    control = next((case for case in cases if case.run.config.get("method") == CONTROL), None) if len(cases) > 1 else None
+    found = []
+    for case in cases:
+        summary, who = case.run.summary or {}, ", ".join((case.method, f"seed {case.run.config['seed']}"))
+        said = [f"{lead}: {summary[key]}" for lead, key in (("Cause", "cause"), ("Advice", "advice")) if summary.get(key)]
+        said += against(case, control) if control else []
+        said += events(case)
+        said += [f"Alarm: {alarm['text']}" for alarm in summary.get("alarms") or () if alarm["text"] != summary.get("cause")]
+        heading = ending(case)
+        if len(cases) > 1:
+            heading = f"{case.name} ({'control: ' if case is control else ''}{who}): {heading}"
+        found.append(Block(" ".join(heading.split()), [" ".join(sentence.split()) for sentence in said]))
+    return found
+
+
+def title(cases: list[Case]) -> tuple[str, str]:
+    """Which runs these are, and what they trained, on what."""
+    configs = [case.run.config for case in cases]
+    datasets = dict.fromkeys(make_figures.DATASETS.get(config["dataset"], config["dataset"]) for config in configs)
+    networks = dict.fromkeys(f"{run.teacher} → {run.network}" if run.distilled else run.network for run in (
+        case.run for case in cases))
+    about = [", ".join(datasets), ", ".join(networks)]
+    if len(cases) == 1:
+        return cases[0].name, "; ".join([cases[0].method, *about, f"seed {configs[0]['seed']}"])
+    names = ", ".join(case.name for case in cases)
+    return names if len(names) < 60 else f"{len(cases)} runs", "; ".join(about)
+
+
+@cache
+def width(text: str, size: float, weight: str) -> float:
+    """In inches, on the page."""
+    renderer = FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
+    return renderer.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)[0] / DPI
+
+
+def wrapped(text: str, inches: float, size: float, weight: str = "normal") -> list[str]:
+    """Lines of at most that width; a word that is longer is broken."""
+    space, words = width("n n", size, weight) - 2 * width("n", size, weight), []
+    for word in text.split():
+        while width(word, size, weight) > inches:
+            length = bisect(range(1, len(word)), inches, key=lambda length: width(word[:length], size, weight))
+            words.append(word[:length])
+            word = word[length:]
+        words.append(word)
+    lines, used = [], math.inf
+    for word in words:
+        used += space + width(word, size, weight)
+        if used <= inches:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+            used = width(word, size, weight)
+    return lines
+
+
+class Line(NamedTuple):
+    """A line of text at `left` inches from the margin, `step` inches below the one above; `marks` a run."""
+    text: str
+    left: float
+    step: float
+    size: float
+    weight: str = "normal"
+    marks: Case | None = None
+
+
+def lines_of(cases: list[Case], said: list[Block], most: int) -> list[Line]:
+    """The words at the top of the page, with at most that many sentences on each run."""
+    head, about = title(cases)
+    width, indent = WIDTH - 2 * EDGE, INDENT if len(cases) > 1 else 0.0
+    found = [Line(text, 0.0, 0.19, TITLE, "bold") for text in wrapped(head, width, TITLE, "bold")]
+    found += [Line(text, 0.0, 0.15, BODY + 0.5) for text in wrapped(about, width, BODY + 0.5)]
+    for case, (heading, sentences) in zip(cases, said):
+        for number, text in enumerate(wrapped(heading, width - indent, BODY + 0.5, "bold")):
+            found.append(Line(text, indent, 0.13 if number else 0.2, BODY + 0.5, "bold", case if indent and not number else None))
+        for sentence in sentences[:most]:
+            for number, text in enumerate(wrapped(sentence, width - indent - 0.1, BODY)):
+                found.append(Line(text, indent + 0.1 * bool(number), 0.125, BODY))
+        if len(sentences) > most:
+            found.append(Line(f"and {len(sentences) - most} more, on standard output", indent, 0.125, BODY))
+    return found
+
+
+def write_words(figure: Figure, cases: list[Case], room: float) -> float:
+    """Put the words on the page in at most `room` inches, and say how many they take."""
+    said = blocks(cases)
+    for most in range(max(len(block.sentences) for block in said), -1, -1):
+        lines = lines_of(cases, said, most)
+        height = sum(line.step for line in lines)
+        if height <= room:
+            break
+    y = HEIGHT - EDGE
+    for line in lines:
+        y -= line.step
+        figure.text((EDGE + line.left) / WIDTH, y / HEIGHT, line.text, fontsize=line.size, fontweight=line.weight, va="baseline")
+        if line.marks:
+            look, middle = line.marks.look, (y + 0.04) / HEIGHT
+            figure.add_artist(Line2D([EDGE / WIDTH, (EDGE + 0.22) / WIDTH], [middle] * 2, color=look.colour, marker=look.marker,
+                                     markevery=[0], markersize=4.5, linewidth=1.6))
+    return height
+
+
+# Panels
+
+class Entry(NamedTuple):
+    """One line of a legend."""
+    handle: Line2D | Patch
+    text: str
+
+
+def sample(text: str, colour="black", dashes="solid", marker="", width=1.1, **more) -> Entry:
+    return Entry(Line2D([], [], color=colour, linestyle=dashes, marker=marker, linewidth=width, **more), text)
+
+
+def term_look(case: Case, term: str) -> make_figures.Series:
+    return CE_LOOK if term == "ce" else TERM_LOOKS[[name for name in case.terms if name != "ce"].index(term) % len(TERM_LOOKS)]
+
+
+def plot(axis, values, colour, marker="", dashes="solid", width=1.1, shift=0) -> None:
+    """A line by epoch from 1 on: gaps where values are nan, a marker now and then, and wherever a value stands alone; hollow
+    markers on dashed lines."""
+    there = np.isfinite(values)
+    beside = np.concatenate(([False], there, [False]))
+    alone = np.flatnonzero(there & ~beside[:-2] & ~beside[2:])
+    spacing = max(1, len(values) // 8)
+    regular = range(shift % spacing, len(values), spacing) if marker else ()
+    axis.plot(np.arange(1, len(values) + 1), values, color=colour, linestyle=dashes, linewidth=width, marker=marker or "o",
+              fillstyle="full" if dashes == "solid" else "none", markevery=sorted({*regular, *map(int, alone)}))
+
+
+def plot_runs(axis, cases, column: Callable | str, dashes="solid", factor=1.0, width=1.1) -> None:
+    """That column of every run that has it, a colour each; with a function, the column's name for that run."""
+    for number, case in enumerate(cases):
+        name = column(case) if callable(column) else column
+        if case.has(name):
+            plot(axis, factor * case.column(name), colour_of(case, cases), marker_of(case, cases), dashes, width, number)
+
+
+def colour_of(case: Case, cases) -> str:
+    return case.look.colour if len(cases) > 1 else "black"
+
+
+def marker_of(case: Case, cases) -> str:
+    return case.look.marker if len(cases) > 1 else ""
+
+
+def log_axis(axis) -> None:
+    """A log axis with a few plain numbers, of which at least two are in sight."""
+    axis.set_yscale("log")
+    values = np.concatenate([line.get_ydata() for line in axis.lines])
+    values = values[np.isfinite(values) & (values > 0)]
+    low, high = (values.min(), values.max()) if len(values) else (1.0, 1.0)
+    steps = (1, 2, 5) if high < 50 * low else (1,)
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]
+    first = max(index for index, tick in enumerate(ticks) if tick < 0.95 * low)
+    last = min(index for index, tick in enumerate(ticks) if tick > 1.05 * high)
+    axis.set_ylim(ticks[first], ticks[last])
+    axis.yaxis.set_major_locator(FixedLocator(ticks[first:last + 1:math.ceil((last - first) / 6)]))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def accuracy(axis, cases) -> list[Entry]:
+    """Validation accuracy, and that on training images without augmentation; where the best epoch and an early stop were."""
+    for number, case in enumerate(cases):
+        run, colour = case.run, colour_of(case, cases)
+        values = np.full(run.epochs[-1], math.nan)
+        values[run.epochs - 1] = run.val_acc1
+        plot(axis, values, colour, marker_of(case, cases), shift=number)
+        axis.plot(case.kept, values[case.kept - 1], color=colour, marker="o", markersize=7, fillstyle="none", linestyle="none")
+        if run.summary and run.summary["stopped_early"]:
+            axis.plot(run.epochs[-1], run.val_acc1[-1], **make_figures.CROSS, color=colour)
+    plot_runs(axis, cases, "train_acc1_clean", (0, (3, 1.5)), width=0.8)
+    axis.set_ylim(bottom=0)
+    measured = " or ".join(dict.fromkeys(case.measured for case in cases))
+    entries = [sample(measured), sample("clean training", dashes=(0, (3, 1.5)), width=0.8),
+               sample("best epoch", dashes="none", marker="o", markersize=6, fillstyle="none")]
+    if any(case.run.summary and case.run.summary["stopped_early"] for case in cases):
+        entries.append(Entry(Line2D([], [], **make_figures.CROSS, color="white"), "early stop"))
+    if any(case.fall for case in cases):
+        entries.append(Entry(Patch(color="black", alpha=0.2, linewidth=0), "fall"))
+    return entries
+
+
+def shares(axis, cases) -> list[Entry]:
+    """What part of the logit gradient each term makes, the largest at the bottom, where the limit is read, and cross-entropy on
+    top; of several runs, the largest term."""
+    if len(cases) == 1:
+        case, entries = cases[0], []
+        edges = np.arange(len(case.column("epoch")) + 1) + 0.5
+        low = np.zeros(len(edges) - 1)
+        for term in sorted(case.terms, key=lambda term: (term == "ce", -case.mean(f"share_{term}"))):
+            colour = "#D9D9D9" if term == "ce" else term_look(case, term).colour
+            high = low + 100 * case.column(f"share_{term}")
+            axis.stairs(high, edges, baseline=low, fill=True, color=colour)
+            axis.stairs(high, edges, baseline=None, color="black", linewidth=0.5)
+            entries.append(Entry(Patch(facecolor=colour, edgecolor="black", linewidth=0.5), term.upper()))
+            low = high
+    else:
+        plot_runs(axis, cases, lambda case: f"share_{case.largest}", factor=100)
+        entries = largest_terms(cases)
+    limit = next((100 * found for case in cases if (found := case.limit("share"))), SHARE)
+    axis.axhline(limit, color="white", linewidth=2.2, alpha=0.8)
+    axis.axhline(limit, **DOTTED)
+    axis.set_ylim(0, 100)
+    return [*entries, Entry(Line2D([], [], **DOTTED), f"limit {limit:g} %")]
+
+
+def largest_terms(cases) -> list[Entry]:
+    """The name of the largest term of every run, in the run's look; of more than five runs only the words say it."""
+    taught = [case for case in cases if case.largest]
+    return [sample(case.largest.upper(), case.look.colour, marker=case.look.marker) for case in taught] if len(taught) < 6 else []
+
+
+def gradient_norm(axis, cases) -> list[Entry]:
+    """The norm before clipping, the norm clipped to, and on the right the share of clipped steps."""
+    plot_runs(axis, cases, "grad_norm_mean")
+    clipping, entries = [case for case in cases if case.clip > 0], [sample("norm")]
+    for case in clipping:
+        axis.plot([0, 1], [case.clip] * 2, transform=axis.get_yaxis_transform(), **DOTTED | {"color": colour_of(case, cases)})
+    log_axis(axis)
+    if clipping:
+        right = axis.twinx()
+        plot_runs(right, clipping if len(cases) == 1 else cases, lambda case: "clip_frac" if case.clip > 0 else "", (0, (4, 1.5)),
+                  100, 0.8)
+        right.set(ylim=(0, 105), ylabel="steps clipped (%)")
+        right.spines["right"].set_visible(True)
+        right.grid(visible=False)
+        entries += [Entry(Line2D([], [], **DOTTED), "clipped to"), sample("clipped steps", dashes=(0, (4, 1.5)), width=0.8)]
+    return entries
+
+
+def step_size(axis, cases) -> list[Entry]:
+    """How far a step moves the weights."""
+    plot_runs(axis, cases, "update_ratio", factor=100)
+    limit = next((100 * found for case in cases if (found := case.limit("move"))), None)
+    if limit:
+        axis.axhline(limit, **DOTTED)
+    log_axis(axis)
+    return [Entry(Line2D([], [], **DOTTED), f"limit {limit:g} %")] if limit else []
+
+
+def teacher(axis, cases) -> list[Entry]:
+    """What share of the student's images the teacher is right about, by what was done to them, over the run."""
+    taught = [case for case in cases if case.has("teacher_acc1")]
+    shown = {name: suffix for name, suffix in TREATMENTS.items() if any(case.has("teacher_acc1" + suffix) for case in taught)}
+    thickness = 0.8 / len(taught)
+    for number, case in enumerate(taught):
+        places = np.arange(len(shown)) + thickness * (number + 0.5) - 0.4
+        colour = case.look.colour if len(cases) > 1 else "#888888"
+        for column, look in (("teacher_acc1", {"facecolor": colour}), ("teacher_either", {"fill": False})):
+            means = [case.mean(column, suffix) for suffix in shown.values()]
+            axis.barh(places, means, thickness, edgecolor="black", linewidth=0.5, **look)
+    limit = next((found for case in taught if (found := case.limit("teacher"))), None)
+    if limit:
+        axis.axvline(limit, **DOTTED)
+    axis.set_yticks(range(len(shown)), list(shown))
+    axis.invert_yaxis()
+    axis.set_xlim(0, 100)
+    axis.grid(visible=False, axis="y")
+    return [Entry(Patch(facecolor="#888888", edgecolor="black", linewidth=0.5), "larger label"),
+            Entry(Patch(fill=False, edgecolor="black", linewidth=0.5), "either label"),
+            *([Entry(Line2D([], [], **DOTTED), f"limit {limit:g} %")] if limit else [])]
+
+
+def pull(axis, cases) -> list[Entry]:
+    """How strongly the loss, and for one run each of its terms, raises the logits of a mixed image's two labels."""
+    dashed, entries = (0, (3, 1.5)), []
+    case = cases[0]
+    if len(cases) == 1 and case.largest:
+        for number, term in enumerate(case.terms):
+            look = term_look(case, term)
+            plot(axis, case.column(f"pull_{term}"), look.colour, look.marker, width=0.8, shift=number)
+            plot(axis, case.column(f"pull_minor_{term}"), look.colour, look.marker, dashed, 0.8, number)
+            entries.append(sample(term.upper(), look.colour, marker=look.marker, width=0.8))
+        entries.append(sample("whole loss", width=1.6))
+    plot_runs(axis, cases, "pull_whole", width=1.6)
+    plot_runs(axis, cases, "pull_minor_whole", dashed, width=1.6)
+    axis.axhline(0, color="black", linewidth=0.5, zorder=1)
+    return [*entries, sample("larger label"), sample("other label", dashes=dashed)]
+
+
+def student_and_teacher(column: str) -> Callable:
+    """The panel of that column of student and teacher."""
+    def draw(axis, cases) -> list[Entry]:
+        plot_runs(axis, cases, f"student_{column}")
+        plot_runs(axis, cases, f"teacher_{column}", (0, (1, 1)), width=0.9)
+        axis.set_ylim(0, 1.08 * axis.dataLim.y1 or 1)
+        taught = any(case.has(f"teacher_{column}") for case in cases)
+        return [sample("student"), *([sample("teacher", dashes=(0, (1, 1)), width=0.9)] if taught else [])]
+    return draw
+
+
+def cosine(axis, cases) -> list[Entry]:
+    """Whether the terms pull where cross-entropy pulls: 1 the same direction, 0 at right angles, -1 against it."""
+    if len(cases) == 1:
+        case, entries = cases[0], [sample("whole loss", width=1.6)]
+        for number, term in enumerate(term for term in case.terms if case.has(f"cos_{term}")):
+            look = term_look(case, term)
+            plot(axis, case.column(f"cos_{term}"), look.colour, look.marker, shift=number)
+            entries.insert(-1, sample(term.upper(), look.colour, marker=look.marker))
+        plot_runs(axis, cases, "cos_whole", width=1.6)
+    else:
+        plot_runs(axis, cases, lambda case: f"cos_{case.largest}")
+        entries = largest_terms(cases)
+    axis.axhline(0, color="black", linewidth=0.5, zorder=1)
+    axis.set_ylim(min(-0.05, axis.get_ylim()[0]), 1.05)
+    return entries
+
+
+class Panel(NamedTuple):
+    """A panel by its title, drawn where a run has `column`, in which {largest} stands for its largest term."""
+    title: str
+    unit: str
+    column: str
+    draw: Callable
+    by_epoch: bool = True
+
+
+PANELS = (
+    Panel("Accuracy", "accuracy (%)", "epoch", accuracy),
+    Panel("Share of the logit gradient", "share (%)", "share_{largest}", shares),
+    Panel("Parameter gradient before clipping", "norm", "grad_norm_mean", gradient_norm),
+    Panel("Change of the weights by a step", "% of their norm", "update_ratio", step_size),
+    Panel("Teacher on the student's images", "images it is right about (%)", "teacher_acc1", teacher, by_epoch=False),
+    Panel("Pull on the labels of mixed images", "pull on a logit (nats)", "pull_whole", pull),
+    Panel("Logit scale", "std. deviation", "student_scale", student_and_teacher("scale")),
+    Panel("Entropy of the prediction", "entropy (nats)", "student_entropy", student_and_teacher("entropy")),
+    Panel("Cosine with cross-entropy", "cosine", "cos_{largest}", cosine),
+)
+
+
+def caption(axis, title: str, entries: list[Entry]) -> None:
+    """Title and legend from the top left corner of the panel on, above the axes, in as many columns as fit."""
+    width, height = axis.bbox.width / DPI, axis.bbox.height / DPI
+    for columns in range(max(1, len(entries)), 0, -1):
+        box = axis.legend([entry.handle for entry in entries], [entry.text for entry in entries], title=title, ncols=columns,
+                          loc="upper left", bbox_to_anchor=(-LEFT / width, 1 + HEAD / height), borderaxespad=0, alignment="left",
+                          title_fontproperties={"size": 8, "weight": "bold"})
+        if box.get_window_extent().width / DPI < LEFT + width + RIGHT - 0.12:
+            return
+
+
+def draw_panels(figure: Figure, cases: list[Case], panels: list[Panel], columns: int, top: float) -> None:
+    """The panels below `top` inches: in rows, of which the first panel fills up the first one."""
+    rows = math.ceil(len(panels) / columns)
+    widths = (WIDTH - 2 * EDGE) / columns, (top - EDGE) / rows
+    last = max(len(case.column("epoch")) for case in cases)
+    last = max(last, *(int(case.run.epochs[-1]) for case in cases))
+    for number, panel in enumerate(panels):
+        spare = rows * columns - len(panels)
+        row, column = divmod(number + spare if number else 0, columns)
+        across = 1 if number else 1 + spare
+        axis = figure.add_axes((
+            (EDGE + column * widths[0] + LEFT) / WIDTH, (top - (row + 1) * widths[1] + FOOT) / HEIGHT,
+            (across * widths[0] - LEFT - RIGHT) / WIDTH, (widths[1] - HEAD - FOOT) / HEIGHT))
+        entries = panel.draw(axis, cases)
+        if panel.by_epoch:
+            for case in (case for case in cases if case.fall):
+                left, right = case.fall[0] - 0.5, case.fall[0] + 0.5
+                axis.axvspan(left, right, color=colour_of(case, cases), alpha=0.2, linewidth=0, zorder=3)
+            axis.set(xlim=(0.5, last + 0.5), xlabel="epoch", ylabel=panel.unit)
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        else:
+            axis.set_xlabel(panel.unit)
+        caption(axis, panel.title, entries)
+
+
+def page(cases: list[Case]) -> Figure:
+    """Words at the top; below, the panels that make sense, each in the colours of runs or terms."""
+    panels = [panel for panel in PANELS if any(case.has(panel.column.format(largest=case.largest)) for case in cases)]
+    columns = 3 if len(panels) > 6 else 2
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI)
+    room = HEIGHT - 2 * EDGE - math.ceil(len(panels) / columns) * (HEAD + LEAST + FOOT)
+    used = write_words(figure, cases, room - GAP)
+    draw_panels(figure, cases, panels, columns, HEIGHT - EDGE - used - GAP)
+    return figure
+
+
+# Writing
+
+def spoken(cases: list[Case]) -> str:
+    """The words of the page as plain text."""
+    lines = list(title(cases))
+    for heading, sentences in blocks(cases):
+        lines += ["", heading, *(f"  {sentence}" for sentence in sentences)]
+    return "\n".join(lines)
+
+
+def explain(directories: list[Path], output: Path) -> None:
+    if output.suffix not in (".png", ".pdf"):
+        raise make_figures.Failure(make_figures.USAGE, f"--output must end in .png or .pdf ({output})", "choose one of them")
+    cases, content = read_cases(directories), io.BytesIO()
+    page(cases).savefig(content, format=output.suffix[1:], metadata={"CreationDate": None} if output.suffix == ".pdf" else {})
+    make_figures.write(output, content.getvalue())
+    print(spoken(cases), f"\n{output}", sep="\n")
+
+
+def main(arguments=None) -> None:
+    parser = make_figures.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories; one of method kd is the control")
+    parser.add_argument("--output", type=Path, metavar="FILE",
+                        help="a .png or .pdf; default: explain.png in the directory of the first run")
+
+    def work():
+        args = parser.parse_args(arguments)
+        with matplotlib.style.context(["default", STYLE]):
+            explain(args.runs, args.output or args.runs[0] / "explain.png")
+
+    make_figures.exit_by(work)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without → still gets the words
+    main()

@@ -1,0 +1,397 @@
+"""plots/explain.py, on run directories with invented numbers that test the words and the drawing and mean nothing else."""
+import contextlib
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import matplotlib.style
+import matplotlib.transforms
+import numpy as np
+import pytest
+
+from plots import explain
+
+COMMON = {"dataset": "cifar100", "epochs": 8, "seed": 3, "val_size": 5000, "image_size": 32, "clip_grad": 0.0}
+METHODS = {  # config, and the terms of the loss with their shares of the logit gradient
+    "kd": ({"method": "kd", "method_in_tables": "KD alpha 0.7 T 4", "method_in_figures": "KD"}, {"ce": 0.7, "kl": 0.3}),
+    "dkd": ({"method": "dkd", "method_in_tables": "DKD alpha 1 beta 8 T 4", "method_in_figures": "DKD"},
+            {"ce": 0.1, "tckd": 0.05, "nckd": 0.85}),
+    "teacher": ({}, {"ce": 1.0}),
+}
+CURVE = [10.0, 20.0, 30.0, 40.0, 45.0, 50.0, 55.0, 54.0]
+FALLING = [10.0, 30.0, 50.0, 60.0, 48.0, 30.0, 28.0, 20.0]  # most in epoch 6: 18 points
+HEALTHY = {"verdict": "completed", "health": "healthy", "alarms": [], "cause": None, "advice": None}
+MOVE = "steps are large: in epoch 2 one changes the weights by 4.5% of their norm (alarm above 4%)"
+COLLAPSED = {
+    "verdict": "collapsed", "health": "3 alarms", "cause": MOVE, "advice": "halve --lr or --beta", "alarms": [
+        {"name": "collapse", "value": 40.0, "limit": 5.0, "epoch": 8, "text": "validation accuracy fell from 60.0 % to 20.0 %"},
+        {"name": "move", "value": 0.045, "limit": 0.04, "epoch": 2, "text": MOVE},
+        {"name": "teacher", "value": 30.0, "limit": 50.0, "epoch": None, "text": "the teacher is right about 30 % of images"}]}
+OLDER = {"verdict": "completed"}
+TITLES = {panel.title for panel in explain.PANELS}
+
+
+def looked_at(shares, epoch, taught):
+    """A row of diagnostics.csv."""
+    row = {"epoch": epoch, "grad_norm_mean": 2.0 / epoch, "clip_frac": 0.25, "update_ratio": 0.01 * epoch,
+           "train_acc1_clean": 5.0 * epoch}
+    for suffix, images in (("", 100), ("_clean", 0), ("_mixup", 50 * epoch)):
+        row |= {f"images{suffix}": images, f"student_scale{suffix}": 1.0, f"student_entropy{suffix}": 3.0}
+        if taught:
+            row |= {f"teacher_scale{suffix}": 2.0, f"teacher_entropy{suffix}": 1.0,
+                    f"teacher_acc1{suffix}": 10.0 * epoch if images else "",
+                    f"teacher_either{suffix}": 10.0 * epoch + 5 if images else ""}
+        row |= {f"share_{term}{suffix}": share for term, share in shares.items()}
+        row |= {f"cos_{term}{suffix}": 0.5 for term in (*shares, "whole") if term != "ce"}
+        row |= {f"{pull}_{term}{suffix}": 0.2 for pull in ("pull", "pull_minor") for term in (*shares, "whole")}
+    return row
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+
+
+def write_run(path, kind, *, curve=CURVE, summary=HEALTHY, status=None, change=lambda rows: None, **flags):
+    """A run directory as the training scripts leave it; without a `summary` it is unfinished or failed.
+
+    change: what is done to the rows of diagnostics.csv.
+    """
+    special, shares = METHODS[kind]
+    taught = kind != "teacher"
+    config = COMMON | ({"script": "distill", "teacher": "large", "student": "small"} if taught else
+                       {"script": "train_teacher", "model": "large"}) | special | flags
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    write_csv(path / "log.csv", [{"epoch": epoch, "val_acc1": value} for epoch, value in enumerate(curve, 1)])
+    rows = [looked_at(shares, epoch, taught) for epoch in range(1, len(curve) + 1)]
+    change(rows)
+    write_csv(path / "diagnostics.csv", rows)
+    if summary:
+        (path / "summary.json").write_text(json.dumps({
+            "test_acc1_last": 50.0, "test_acc1_best": 51.0, "best_epoch": int(np.argmax(curve)) + 1, "params": 9, "flops": 9,
+            "wall_s": 9.0, "stopped_early": len(curve) < config["epochs"], "selected_on": "validation split",
+            "teacher_test_acc1": 60.0, "retention": 85.0, "compression": 2.0} | summary))
+    if status:
+        (path / "status.json").write_text(json.dumps(status))
+    return path
+
+
+def run_main(*arguments):
+    """Exit code, stdout and stderr of main() in this process."""
+    code, output, errors = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            explain.main([str(argument) for argument in arguments])
+        except SystemExit as leave:
+            code = leave.code
+    return code, output.getvalue(), errors.getvalue()
+
+
+def refused(code, *arguments):
+    """The one line on stderr with which main() must leave by `code`, having printed nothing else."""
+    got, output, errors = run_main(*arguments)
+    assert (got, output) == (code, ""), (got, output, errors)
+    assert re.fullmatch(r"error: [^\n]+\. [^\n]+\n", errors), errors
+    return errors
+
+
+def words(*runs):
+    return explain.spoken(explain.read_cases(runs))
+
+
+def draw(*runs):
+    with matplotlib.style.context(["default", explain.STYLE]):
+        figure = explain.page(explain.read_cases(runs))
+        figure.draw_without_rendering()
+    return figure
+
+
+def said(figure):
+    """The words at the top of the page, as one line."""
+    return " ".join(text.get_text() for text in figure.texts)
+
+
+def panels(figure):
+    """Panel by title; the axes on the right for clipped steps have none."""
+    return {axis.get_legend().get_title().get_text(): axis for axis in figure.axes if axis.get_legend()}
+
+
+def legend(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def check_layout(figure):
+    """Nothing leaves the page, and neither words nor panels cover each other."""
+    page = figure.bbox
+    boxes = [text.get_window_extent() for text in figure.texts]
+    together = {}
+    for axis in figure.axes:  # those for clipped steps belong to the panel below them
+        together.setdefault(axis.bbox.bounds, []).append(axis.get_tightbbox())
+    boxes += [matplotlib.transforms.Bbox.union(parts) for parts in together.values()]
+    for box in boxes:
+        assert page.x0 <= box.x0 and page.y0 <= box.y0 and box.x1 <= page.x1 and box.y1 <= page.y1, box
+    for one, other in itertools.combinations(boxes, 2):
+        shared = matplotlib.transforms.Bbox.intersection(one, other)
+        assert shared is None or min(shared.width, shared.height) < 1, (one, other)  # less than a pixel
+    for axis in panels(figure).values():
+        assert axis.get_legend().get_window_extent().y0 >= axis.bbox.y1, "the legend lies above the curves"
+        assert axis.bbox.height / explain.DPI >= 1, "curves need an inch"
+        for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+            boxes = [label.get_window_extent() for label in labels]
+            assert not any(one.overlaps(other) for one, other in zip(boxes, boxes[1:])), labels
+
+
+def test_words_on_a_healthy_run(tmp_path):
+    assert words(write_run(tmp_path / "dkd-s3", "dkd")).splitlines() == [
+        "dkd-s3", "DKD alpha 1 beta 8 T 4; CIFAR-100; large → small; seed 3", "",
+        "completed, healthy",
+        "  Validation accuracy: at most 55.0 % (epoch 7), 54.0 % in the last epoch (8)",
+        "  Largest term beside cross-entropy: NCKD, on average 85 % of the logit gradient, at most 85 % (epoch 1)"]
+
+
+def test_words_on_a_collapsed_run(tmp_path):
+    assert words(write_run(tmp_path / "run", "dkd", curve=FALLING, summary=COLLAPSED)).splitlines()[3:] == [
+        "collapsed, 3 alarms",
+        f"  Cause: {MOVE}",  # and not among the alarms again
+        "  Advice: halve --lr or --beta",
+        "  Greatest fall of validation accuracy: 18.0 points in epoch 6, when NCKD made 85 % of the logit gradient "
+        "and a step changed the weights by 6.0 % of their norm",
+        "  Validation accuracy: at most 60.0 % (epoch 4), 20.0 % in the last epoch (8)",
+        "  Largest term beside cross-entropy: NCKD, on average 85 % of the logit gradient, at most 85 % (epoch 1)",
+        "  Alarm: validation accuracy fell from 60.0 % to 20.0 %",
+        "  Alarm: the teacher is right about 30 % of images"]
+
+
+@pytest.mark.parametrize(("status", "expected"), [
+    ({"state": "running", "reason": "", "exit_code": None, "epoch": 8}, "unfinished after epoch 8 of 20, status running"),
+    ({"state": "failed", "reason": "out of\nmemory", "exit_code": 7}, "failed after epoch 8 of 20: out of memory (exit code 7)"),
+    ({"state": "stopped", "reason": "SIGTERM", "exit_code": 75}, "stopped after epoch 8 of 20: SIGTERM (exit code 75)"),
+    (None, "unfinished after epoch 8 of 20, without status.json"),
+])
+def test_words_on_a_run_without_a_result(tmp_path, status, expected):
+    assert words(write_run(tmp_path / "run", "kd", epochs=20, summary=None, status=status)).splitlines()[3] == expected
+
+
+def test_words_on_a_run_from_before_alarms(tmp_path):
+    text = words(write_run(tmp_path / "run", "kd", summary=OLDER))
+    assert text.splitlines()[3] == "completed, made before alarms were recorded"
+
+
+def test_words_on_a_teacher_name_no_term(tmp_path):
+    text = words(write_run(tmp_path / "run", "teacher", val_size=0, summary=HEALTHY | {"selected_on": "test set"}))
+    assert text.splitlines()[1] == "labels only; CIFAR-100; large; seed 3"
+    assert "  Test accuracy: at most 55.0 %" in text and "term" not in text
+
+
+def test_runs_are_compared_with_plain_kd(tmp_path):
+    control = write_run(tmp_path / "kd", "kd")
+    lower = write_run(tmp_path / "lower", "dkd", curve=[10.0, 60.0, 48.9])
+    within = write_run(tmp_path / "within", "dkd", curve=[10.0, 49.0])
+    other = write_run(tmp_path / "other", "dkd", dataset="cifar10")
+    text = words(lower, control, within, other, write_run(tmp_path / "teacher", "teacher"))
+    assert text.startswith("lower, kd, within, other, teacher\nCIFAR-100, CIFAR-10; large → small, large\n")
+    assert ("\nlower (DKD alpha 1 beta 8 T 4, seed 3): completed, healthy\n  Collapsed against the control kd: last validation "
+            "accuracy 48.9 %, 5.1 points below; best 60.0 %, 5.0 points above\n") in text
+    assert "  Against the control kd: last validation accuracy 49.0 %, 5.0 points below; best 49.0 %, 6.0 points below\n" in text
+    assert "\nkd (control: KD alpha 0.7 T 4, seed 3): completed, healthy\n" in text
+    assert text.count("control") == 3, "neither other data nor another network is compared"
+    assert "control" not in words(control) and "control" not in words(lower, within)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    first, second = (write_run(tmp_path / study / "run", "kd") for study in ("one", "two"))
+    assert words(first, second).startswith("one/run, two/run\n")
+
+
+def test_the_page_of_one_run(tmp_path):
+    figure = draw(write_run(tmp_path / "run", "dkd", curve=FALLING[:6], summary=COLLAPSED, clip_grad=1.5))
+    check_layout(figure)
+    drawn = panels(figure)
+    assert set(drawn) == TITLES
+    assert all(alarm["text"] in said(figure) for alarm in COLLAPSED["alarms"]) and "Advice: halve --lr or --beta" in said(figure)
+    assert legend(drawn["Accuracy"]) == ["validation", "clean training", "best epoch", "early stop", "fall"]
+    assert list(drawn["Accuracy"].lines[0].get_ydata()) == FALLING[:6]
+    assert legend(drawn["Share of the logit gradient"]) == ["NCKD", "TCKD", "CE", "limit 80 %"]
+    tops = [patch.get_data().values for patch in drawn["Share of the logit gradient"].patches[:6:2]]
+    np.testing.assert_allclose(tops, np.array([[85.0], [90.0], [100.0]]).repeat(6, 1))
+    assert legend(drawn["Parameter gradient before clipping"]) == ["norm", "clipped to", "clipped steps"]
+    assert set(drawn["Parameter gradient before clipping"].lines[1].get_ydata()) == {1.5}
+    right, = (axis for axis in figure.axes if axis.get_ylabel() == "steps clipped (%)")
+    assert set(right.lines[0].get_ydata()) == {25.0}
+    assert legend(drawn["Change of the weights by a step"]) == ["limit 4 %"]
+    assert legend(drawn["Cosine with cross-entropy"]) == ["TCKD", "NCKD", "whole loss"]
+    for title, axis in drawn.items():
+        bands = [patch for patch in axis.patches if getattr(patch, "get_x", float)() == 5.5 and patch.get_width() == 1]
+        assert len(bands) == (title != "Teacher on the student's images"), title
+
+
+def test_the_teachers_bars_weigh_epochs_by_images(tmp_path):
+    axis = panels(draw(write_run(tmp_path / "run", "kd", curve=CURVE[:2])))["Teacher on the student's images"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["all", "mixup"], "no image was clean"
+    # 10 and 20 % of 100 images an epoch; with mixup of 50 and of 100; either label is 5 points more
+    np.testing.assert_allclose([bar.get_width() for bar in axis.patches], [15, 50 / 3, 20, 50 / 3 + 5])
+
+
+def test_the_page_of_two_runs(tmp_path):
+    figure = draw(write_run(tmp_path / "_dkd $x$", "dkd", curve=FALLING, summary=COLLAPSED), write_run(tmp_path / "kd", "kd"))
+    check_layout(figure)
+    drawn = panels(figure)
+    assert set(drawn) == TITLES
+    assert not any(text.get_parse_math() for text in figure.texts), "a name is not mathematics"
+    assert "_dkd $x$ (DKD alpha 1 beta 8 T 4, seed 3): collapsed, 3 alarms" in said(figure)
+    assert "Collapsed against the control kd: last validation accuracy 20.0 %, 34.0 points below" in said(figure)
+    assert legend(drawn["Share of the logit gradient"]) == ["NCKD", "KL", "limit 80 %"]
+    curves = drawn["Share of the logit gradient"].lines
+    np.testing.assert_allclose([line.get_ydata()[0] for line in curves[:2]], [85, 30])
+    assert len({line.get_color() for line in curves[:2]}) == len({line.get_marker() for line in curves[:2]}) == 2
+
+
+def test_the_page_of_a_teacher_has_no_panels_about_teaching_and_no_hole(tmp_path):
+    run = write_run(tmp_path / "run", "teacher")
+    figure = draw(run)
+    check_layout(figure)
+    left_out = {"Share of the logit gradient", "Teacher on the student's images", "Cosine with cross-entropy"}
+    assert set(panels(figure)) == TITLES - left_out
+    assert legend(panels(figure)["Logit scale"]) == ["student"]
+    rows = [looked_at({"ce": 1.0}, 1, False)]
+    write_csv(run / "diagnostics.csv",
+              [{name: "" if name.startswith("pull") else cell for name, cell in row.items()} for row in rows])
+    figure = draw(run)  # without mixed images, five panels
+    check_layout(figure)
+    widths = [axis.bbox.width for axis in panels(figure).values()]
+    assert len(widths) == 5 and widths[0] > 2 * widths[1], "the first panel fills the row"
+
+
+def test_the_page_of_as_many_runs_as_fit(tmp_path):
+    runs = [write_run(tmp_path / f"a run with a name of some length {number}", "dkd", curve=FALLING, summary=COLLAPSED,
+                      clip_grad=1.0) for number in range(len(explain.LOOKS))]
+    figure = draw(*runs)
+    check_layout(figure)
+    assert said(figure).count("and 6 more, on standard output") == len(runs)
+    assert words(*runs).count("  Alarm: the teacher is right about 30 % of images") == len(runs)
+
+
+def test_many_alarms_and_long_names_stay_on_the_page(tmp_path):
+    alarms = [COLLAPSED["alarms"][2] | {"text": f"{number} " + "words " * 60 + "x" * 300} for number in range(9)]
+    figure = draw(write_run(tmp_path / ("W" * 200), "dkd", summary=COLLAPSED | {"alarms": alarms}))
+    check_layout(figure)
+    assert re.search(r"and \d more, on standard output", said(figure))
+
+
+def test_a_run_of_one_epoch_has_markers(tmp_path):
+    figure = draw(write_run(tmp_path / "run", "dkd", curve=CURVE[:1], epochs=1))
+    check_layout(figure)
+    for axis in panels(figure).values():
+        for line in (line for line in axis.lines if len(line.get_xdata()) == 1):
+            assert line.get_marker() not in ("", "None") and line.get_markevery() in (None, [0])
+    assert panels(figure)["Accuracy"].get_xlim() == (0.5, 1.5)
+
+
+def test_empty_cells_are_gaps(tmp_path):
+    def empty(rows):
+        for row in rows[2], rows[4]:
+            row.update(dict.fromkeys((name for name in row if name != "epoch"), ""))
+        rows[6]["grad_norm_mean"] = "inf"
+        del rows[5]
+
+    figure = draw(write_run(tmp_path / "run", "dkd", change=empty))
+    check_layout(figure)
+    norm = panels(figure)["Parameter gradient before clipping"].lines[0]
+    np.testing.assert_allclose(norm.get_ydata(), [2, 1, np.nan, 0.5, np.nan, np.nan, np.nan, 0.25])
+    assert {3, 7} <= set(norm.get_markevery()), "a value between gaps has a marker"
+    top = panels(figure)["Share of the logit gradient"].patches[0].get_data().values
+    np.testing.assert_allclose(top, [85, 85, np.nan, 85, np.nan, np.nan, 85, 85])
+
+
+def test_a_method_without_gradients_of_terms_has_no_panels_of_them(tmp_path):
+    def whole_only(rows):
+        for row in rows:
+            for name in [name for name in row if name.startswith(("share_", "cos_")) or re.match("pull.*_(ce|kl)", name)]:
+                del row[name]
+
+    figure = draw(write_run(tmp_path / "run", "kd", change=whole_only))
+    check_layout(figure)
+    assert set(panels(figure)) == TITLES - {"Share of the logit gradient", "Cosine with cross-entropy"}
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf"])
+def test_main_prints_the_words_and_draws_the_same_bytes_again(tmp_path, suffix):
+    run = write_run(tmp_path / "run", "dkd", curve=FALLING, summary=COLLAPSED)
+    outputs = [tmp_path / f"{name}.{suffix}" for name in ("one", "two")]
+    for output in outputs:
+        assert run_main(run, "--output", output) == (0, f"{words(run)}\n\n{output}\n", "")
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    if suffix == "png":
+        image = matplotlib.image.imread(outputs[0])
+        assert image.shape[:2] == (1650, 1245)
+        dark = image[..., :3].mean(axis=2) < 0.5
+        thirds = [part.mean() for part in np.array_split(dark, 3)]
+        assert min(thirds) > 0.005, "neither the words nor a row of panels is blank"
+
+
+def test_the_script_runs_alone_and_writes_beside_the_first_run(tmp_path):
+    run, script = write_run(tmp_path / "run", "kd"), Path(explain.__file__)
+    done = subprocess.run([sys.executable, script, run], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": "", "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert done.stdout.endswith(f"\n{run / 'explain.png'}\n") and (run / "explain.png").stat().st_size > 50_000
+    assert not list(run.glob("*.tmp"))
+
+
+def test_errors_of_usage(tmp_path):
+    run = write_run(tmp_path / "run", "kd")
+    assert "must end in .png or .pdf" in refused(2, run, "--output", tmp_path / "page.svg")
+    assert "named twice" in refused(2, run, tmp_path / "." / "run")
+    assert "do not fit on a page" in refused(2, *(tmp_path / str(number) for number in range(9)))
+    refused(2)
+    refused(2, run, "--out", "page.png")
+    assert "cannot write" in refused(8, run, "--output", run / "log.csv" / "page.png")
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), [
+    ("diagnostics.csv", None, "no diagnostics.csv"),
+    ("diagnostics.csv", "epoch,images\n1,many\n", "line 2: could not convert string to float: 'many'"),
+    ("diagnostics.csv", "epoch,images\n1\n", "line 2 does not have 2 cells"),
+    ("diagnostics.csv", "epoch,images\n1,2,3\n", "line 2 does not have 2 cells"),
+    ("diagnostics.csv", "epoch,images\n2,5\n2,5\n", "line 3: epoch '2'"),
+    ("diagnostics.csv", "epoch,images\n999999999,5\n", "line 2: epoch '999999999'"),
+    ("diagnostics.csv", "images\n5\n", "no column epoch"),
+    ("diagnostics.csv", "epoch,images\n", "no epoch"),
+    ("log.csv", "epoch,val_acc1\n", "no epoch"),
+    ("log.csv", "epoch,val_acc1\n1,nan\n", "val_acc1 nan"),
+    ("config.json", None, "No such file"),
+    ("config.json", "{", "cannot read config.json"),
+    ("summary.json", "[]", "it is not an object"),
+    ("status.json", '{"state": 3}', "state is 3"),
+])
+def test_damaged_files(tmp_path, name, content, expected):
+    run = write_run(tmp_path / "run", "kd")
+    if name in ("status.json", "log.csv"):
+        (run / "summary.json").unlink()
+    if content is None:
+        (run / name).unlink()
+    else:
+        (run / name).write_text(content)
+    message = refused(4, run)
+    assert expected in message and str(run / name) in message, message
+    assert not (run / "explain.png").exists()
+
+
+@pytest.mark.parametrize(("flags", "summary", "expected"), [
+    ({"clip_grad": "1"}, {}, "clip_grad is '1'"),
+    ({}, {"alarms": [3]}, "an alarm is 3"),
+    ({}, {"alarms": [{"name": "move", "text": "large"}]}, "limit is None"),
+    ({}, {"cause": 3}, "cause is 3"),
+])
+def test_damaged_values(tmp_path, flags, summary, expected):
+    assert expected in refused(4, write_run(tmp_path / "run", "kd", summary=HEALTHY | summary, **flags))
