@@ -139,7 +139,8 @@ _library.define("softmax_kl(Tensor student, Tensor? teacher, Tensor label, Tenso
 def _softmax_kl(student, teacher, label, other, lam, hyper, terms, split, reverse):
     """-> fp32 (5,): the weighted sum, CE, KL, TCKD, NCKD; and the gradient, fp32 (N, C), contiguous.  terms: names of Weights."""
     implementation = softmax_kl_triton if use_triton(student) else softmax_kl_reference
-    return implementation(student, teacher, label, other, lam, hyper, terms=terms, split=split, reverse=reverse)
+    with torch._C._AutoDispatchBelowAutograd():  # every operation inside starts sooner, as in PyTorch's own operators
+        return implementation(student, teacher, label, other, lam, hyper, terms=terms, split=split, reverse=reverse)
 
 
 _library.impl("softmax_kl", _softmax_kl, "CPU")
@@ -153,51 +154,73 @@ def _(student, teacher, label, other, lam, hyper, terms, split, reverse):
 
 # --- the reference ----------------------------------------------------------------------------------------------------
 
-# It computes what has a weight, in few operations and in place: on a CPU it is what people train with.
+# It computes what has a weight, in few operations and in place: on a CPU it is what people train with, and there a small batch
+# takes as long as PyTorch takes to start the operations.
+
+class Numbers(NamedTuple):
+    """What tensors are multiplied by, 0-dim fp32: a number of Python's would be converted in every operation that it enters."""
+    one: torch.Tensor
+    inverse_T: torch.Tensor
+    mean: torch.Tensor  # 1 / n
+    square_mean: torch.Tensor  # T^2 / n
+    uniform: torch.Tensor  # eps / C
+    minus_hard: torch.Tensor  # -(1 - eps)
+    ce: torch.Tensor  # the weights as the gradient has them, over n
+    kl: torch.Tensor  # these three times T
+    tckd: torch.Tensor
+    nckd: torch.Tensor
+
+    @classmethod
+    def of(cls, hyper, n, classes):
+        w_ce, *weights, T, eps = hyper.unbind() if hyper.is_cuda else hyper.tolist()  # reading a GPU would wait for it
+        numbers = 1.0, 1 / T, 1 / n, T * T / n, eps / classes, eps - 1, w_ce / n, *(weight * T / n for weight in weights)
+        return cls(*(numbers if hyper.is_cuda else torch.tensor(numbers, dtype=torch.float32).unbind()))
+
 
 def softmax_kl_reference(z, v, label, other, lam, hyper, *, terms: str, split: str, reverse: bool):
     """The formulas of the module docstring in fp32 PyTorch; arguments and results of the operator."""
-    numbers = hyper.unbind() if hyper.is_cuda else hyper.tolist()  # reading a GPU would wait for it
-    (w_ce, *weights, T, eps), wanted, z = numbers, terms.split(), z.float()
+    wanted, z, numbers = terms.split(), z.float(), Numbers.of(hyper, *z.shape)
     means, grad = dict.fromkeys(Weights._fields, hyper.new_full((), torch.nan)), None
     log_softmax = z.log_softmax(1) if "ce" in wanted else None
-    if wanted[-1] == "kl" and not reverse:
-        means["kl"], grad = _kl(_from_top(z) if log_softmax is None else log_softmax, v.float(), weights[0], T)
-    elif wanted != ["ce"]:
-        targets = _targets(label, other, lam, split)
-        divergences, grad = _divergences(z, v.float(), targets, weights, T, reverse, with_kl="kl" in wanted)
+    whole = wanted[-1] == "kl" and not reverse  # without a split
+    if whole:
+        means["kl"], grad = _kl(_from_top(z) if log_softmax is None else log_softmax, v.float(), numbers)
+    labels, shares = torch.stack([label, other]).t(), torch.stack([lam, numbers.one - lam]).t()
+    if not whole and wanted != ["ce"]:
+        targets = _targets(labels, shares, split)
+        divergences, grad = _divergences(z, v.float(), targets, numbers, reverse, with_kl="kl" in wanted)
         means |= {name: mean for name, mean in divergences.items() if name in wanted}
     if log_softmax is not None:
-        means["ce"], on_logits = _cross_entropy(log_softmax, label, other, lam, w_ce, eps)
-        grad = on_logits if grad is None else grad.add_(on_logits)
-    means, weights = torch.stack(list(means.values())), hyper[:4]
-    weighted = (weights * means).masked_fill_(weights == 0, 0.0)  # a term of weight 0 does not count, even if infinite
-    return torch.cat([weighted.sum(0, keepdim=True), means]), grad
+        means["ce"], on_logits = _cross_entropy(log_softmax, labels, shares, numbers)
+        grad = on_logits.mul_(numbers.ce) if grad is None else grad.addcmul_(on_logits, numbers.ce)
+    means = torch.stack(list(means.values()))
+    weighted = hyper[:4] * means  # a term of weight 0 does not count, even if it is infinite or NaN: nansum leaves it out
+    losses = torch.cat([weighted.nansum(0, keepdim=True), means])
+    return losses.add_(grad.sum(), alpha=0), grad  # NaN where the gradient is: the sums above leave out a row that diverged
 
 
-def _cross_entropy(log_softmax, label, other, lam, w_ce, eps):
-    """Mean CE, and the gradient of w_ce * CE in the memory of the logarithms.
+def _cross_entropy(log_softmax, labels, shares, numbers):
+    """Mean CE, and the gradient of the sum of CE over the rows, in the memory of the logarithms.
 
     The gradient is exact to 1e-7 absolute; the kernel's is so relatively, also where a softmax is near 1.
     """
-    n, classes = log_softmax.shape
-    labels, less, uniform = torch.stack([label, other], 1), torch.stack([lam, 1 - lam], 1).mul_(eps - 1), eps / classes
-    ce = _finite(less * log_softmax.gather(1, labels)).sum() - _finite(log_softmax.sum() * uniform)
-    grad = log_softmax.exp_().sub_(uniform).scatter_add_(1, labels, less)
-    return ce / n, grad.mul_(w_ce / n)
+    less = shares * numbers.minus_hard
+    spread = (log_softmax.sum() * numbers.uniform).nan_to_num_(nan=0.0, neginf=-math.inf)
+    ce = (less * log_softmax.gather(1, labels)).nansum() - spread
+    return ce * numbers.mean, log_softmax.exp_().sub_(numbers.uniform).scatter_add_(1, labels, less)
 
 
 def _finite(products):
-    """Products with a factor that may be infinite, in place: 0 where the other one is 0."""
+    """Products with a factor that may be infinite, in place: 0 where the other one is 0.  In a sum, nansum does the same."""
     return products.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
 
-def _kl(z, v, w_kl, T):
+def _kl(z, v, numbers):
     """Mean of the forward KL, T^2 included, and its weighted gradient; z must be near 0 at its maximum before T rounds it."""
-    log_q, log_p = (z * (1 / T)).log_softmax(1), _from_top(v).mul_(1 / T).log_softmax(1)
+    log_q, log_p = (z * numbers.inverse_T).log_softmax(1), _from_top(v).mul_(numbers.inverse_T).log_softmax(1)
     p = log_p.exp()
-    kl = _finite(log_p.sub_(log_q).mul_(p)).sum() * (T * T / len(z))
-    return kl, _of_zero_sum(log_q.exp_().sub_(p), p.round_()).mul_(w_kl * T / len(z))
+    kl = log_p.sub_(log_q).mul_(p).nansum() * numbers.square_mean
+    return kl, _of_zero_sum(log_q.exp_().sub_(p), p.round_()).mul_(numbers.kl)
 
 
 def _from_top(x):
@@ -212,63 +235,62 @@ def _of_zero_sum(difference, half):
     return difference.addcmul_(half, difference.sum(1, keepdim=True), value=-1)
 
 
-def _targets(label, other, lam, split):
-    """The target set (a, b) of every row, int64 (N, 2); a label whose share is 0 goes, and the row counts as unmixed."""
-    label, other = torch.where(lam <= 0, other, label), torch.where(lam >= 1, label, other)
+def _targets(labels, shares, split):
+    """The target sets, int64: (N, 2) for "pair", else (N, 1).  A label whose share is 0 goes, and the row counts as unmixed."""
     if split == "dominant":
-        label = torch.where((lam >= 0.5) | (label == other), label, other)
-    return torch.stack([label, other if split == "pair" else label], 1)
+        return labels.gather(1, shares.argmax(1, keepdim=True))
+    targets = labels.where(shares > 0, labels.flip(1))
+    return targets if split == "pair" else targets[:, :1]
 
 
-def _divergences(z, v, targets, weights, T, reverse, with_kl):
-    """Means of TCKD, NCKD and KL, T^2 included, and the gradient of their weighted sum, from the three-way split."""
-    n = len(z)
-    w_kl, w_tckd, w_nckd = (weight * T / n for weight in weights)
-    both = torch.cat([targets, targets])  # of student and teacher, whose rows are split together
-    x = torch.cat([z, v])
-    top = x.scatter(1, both, -torch.inf).amax(1, keepdim=True).nan_to_num_(neginf=0.0)  # over R
-    x = x.sub_(top).mul_(1 / T)  # small numbers, however large the logits are; of a target, anything
-    inside = x.exp().scatter_(1, both, 0.0)
-    total = inside.sum(1, keepdim=True)  # 0 where R is empty
-    groups = torch.cat([x.gather(1, both), total.log()], 1)
-    groups[:, 1].masked_fill_(both[:, 0] == both[:, 1], -torch.inf)
-    highest, where = groups.max(1, keepdim=True)
-    groups -= highest
-    groups -= groups.exp().scatter_(1, where, 0.0).sum(1, keepdim=True).log1p_()
-    x, y, q_inside, p_inside = x[:n], x[n:], inside[:n], inside[n:]
-    log_ratio = groups[:n] - groups[n:]
-    groups = groups.exp_()
-    q, p = groups[:n], groups[n:]  # (q_a, q_b, q_R), (p_a, p_b, p_R)
-    q_R, p_R = q[:, 2:], p[:, 2:]
-    constant = (total[:n] / total[n:]).log_()  # ln p^ - ln q^ on R is y - x and this
-    scale = total.reciprocal_().nan_to_num_(posinf=0.0)
-    q_scale, p_scale = scale[:n], scale[n:]  # q^ = q_inside * q_scale
+def _divergences(z, v, targets, numbers, reverse, with_kl):
+    """Means of TCKD, NCKD and KL, T^2 included, and the gradient of their weighted sum, from the split into targets and R."""
+    x, both = torch.stack([z, v]), targets.expand(2, -1, -1)  # (2, N, ...): student and teacher are split together
+    groups = x.gather(2, both)  # the targets, and later R as the last one
+    if targets.shape[1] == 2:
+        a, b = targets.unbind(1)
+        groups[..., 1].masked_fill_(a == b, -torch.inf)
+    top = x.scatter_(2, both, -torch.inf).amax(2, keepdim=True).nan_to_num_(neginf=0.0)  # over R
+    for part in (x, groups):  # small numbers in R, however large the logits are; of a target, anything
+        part.sub_(top).mul_(numbers.inverse_T)
+    inside = x.exp()
+    total = inside.sum(2, keepdim=True)  # 0 where R is empty
+    groups = torch.cat([groups, total.log()], 2)
+    groups -= groups.amax(2, keepdim=True)
+    groups -= functools.reduce(torch.logaddexp, groups.unbind(2)).unsqueeze(2)
+    q, p = groups.unbind()  # (q_a, q_b, q_R), (p_a, p_b, p_R): their logarithms, until exp_
+    log_ratio = q - p if reverse else p - q
+    groups.exp_()
+    (x, y), (q_inside, p_inside), (q_total, p_total) = x.unbind(), inside.unbind(), total.unbind()
+    constant = (q_total / p_total).log_()  # ln p^ - ln q^ on R is y - x and this
+    total.clamp_(min=1.0)  # as it is where R is not empty: q^ = q_inside / q_total is 0 where it is
     # The targets' gradients come from the three groups, the other classes' from the conditional distributions.
     if not reverse:
-        tckd = -_finite(p * log_ratio).sum(1, keepdim=True)
-        distance = _finite(y.sub_(x).mul_(p_inside)).sum(1, keepdim=True)
-        nckd = torch.addcmul(constant, distance, p_scale).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
+        tckd = (p * log_ratio).nansum()
+        distance = y.sub_(x).mul_(p_inside).nansum(1, keepdim=True)
+        nckd = constant.addcdiv_(distance, p_total)
         delta = _of_zero_sum(q - p, p.round())
-        of_q, of_p = delta[:, 2:] * w_tckd + w_nckd, w_nckd
+        of_q, of_p, on_targets = torch.addcmul(numbers.nckd, delta[:, -1:], numbers.tckd), numbers.nckd, numbers.tckd
         if with_kl:
-            of_q, of_p = of_q + q_R * w_kl, p_R * w_kl + w_nckd
-        on_targets = delta[:, :2] * (w_tckd + w_kl)
-        on_rest = q_inside.mul_(q_scale * of_q).sub_(p_inside.mul_(p_scale * of_p))
+            of_q, of_p = of_q.addcmul_(q[:, -1:], numbers.kl), torch.addcmul(of_p, p[:, -1:], numbers.kl)
+            on_targets = on_targets + numbers.kl
+        on_targets = delta[:, :-1] * on_targets
+        on_rest = q_inside.mul_(of_q / q_total).addcmul_(p_inside, of_p / p_total, value=-1)
     else:
         # x - y can be large and nearly equal everywhere: it is taken relative to that of the student's largest class.
-        base = y.gather(1, x.scatter(1, targets, -torch.inf).argmax(1, keepdim=True))
+        base = y.gather(1, x.argmax(1, keepdim=True))
         distance = _finite(x.sub_(y).add_(base).mul_(q_inside))
-        mean_distance = distance.sum(1, keepdim=True) * q_scale
-        tckd = _finite(q * log_ratio).sum(1, keepdim=True)
+        mean_distance = distance.sum(1, keepdim=True) / q_total
+        tckd = (q * log_ratio).nansum()
         nckd = (mean_distance - constant - base).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
-        level = torch.cat([log_ratio[:, :2], log_ratio[:, 2:] + nckd], 1)  # the mean of L_i over each group
-        above = torch.cat([_finite(q * (level[:, i:i + 1] - level)).sum(1, keepdim=True) for i in range(3)], 1)
-        on_targets = _finite(q * above)[:, :2] * w_kl
-        on_rest = distance.addcmul_(q_inside, above[:, 2:] - mean_distance).mul_(q_R * q_scale * w_kl)
-    rows = {"tckd": tckd, "nckd": nckd}
+        level = torch.cat([log_ratio[:, :-1], log_ratio[:, -1:] + nckd], 1)  # the mean of L_i over each group
+        above = torch.cat([(q * (one - level)).nansum(1, keepdim=True) for one in level.split(1, 1)], 1)
+        on_targets = _finite(q * above)[:, :-1] * numbers.kl
+        on_rest = distance.addcmul_(q_inside, above[:, -1:] - mean_distance).mul_(q[:, -1:] / q_total * numbers.kl)
+    sums = {"tckd": tckd, "nckd": nckd.nansum()}
     if with_kl:
-        rows["kl"] = tckd + (q_R if reverse else p_R) * nckd
-    return {name: row.sum() * (T * T / n) for name, row in rows.items()}, on_rest.scatter_add_(1, targets, on_targets)
+        sums["kl"] = tckd + ((q if reverse else p)[:, -1:] * nckd).nansum()
+    return {name: value * numbers.square_mean for name, value in sums.items()}, on_rest.scatter_add_(1, targets, on_targets)
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
