@@ -37,6 +37,7 @@ else:  # run as a script: Python looks beside it
 CONTROL = "kd"  # the method whose run the others are compared with
 FALL = 5.0  # percentage points of validation accuracy, in one epoch or below the control
 SHARE = 80.0  # percent of the logit gradient
+SYMPTOMS = {"collapse", "dead", "early stop"}  # alarms that say what went wrong, not why
 TREATMENTS = {"all": "", "clean": "_clean", "policy": "_policy", "erased": "_erased", "mixup": "_mixup", "cutmix": "_cutmix"}
 GROUPS = (*TREATMENTS.values(), "_even", "_uneven")  # suffixes of columns
 
@@ -124,10 +125,14 @@ class Case:
         there = np.isfinite(values) & (images > 0)
         return float(np.average(values[there], weights=images[there])) if there.any() else math.nan
 
+    @property
+    def alarms(self) -> list[dict]:
+        """Those of summary.json, most telling first."""
+        return (self.run.summary or {}).get("alarms") or []
+
     def limit(self, alarm: str) -> float | None:
         """Beyond which the run has that alarm, if it has."""
-        alarms = (self.run.summary or {}).get("alarms") or []
-        return next((found["limit"] for found in alarms if found["name"] == alarm), None)
+        return next((found["limit"] for found in self.alarms if found["name"] == alarm), None)
 
 
 def read_columns(path: Path, epochs: int) -> dict[str, np.ndarray]:
@@ -226,7 +231,8 @@ def ending(case: Case) -> str:
 
 
 def against(case: Case, control: Case) -> list[str]:
-    """How far the run is from the control, where both trained one network on the same images."""
+    """How far the run is from the control, where both trained one network on the same images; and, if far below, the most
+    telling alarm that the control does not raise."""
     def alike(run):
         return run.config["dataset"], run.network, run.config.get("image_size"), run.config.get("val_size")
 
@@ -235,8 +241,12 @@ def against(case: Case, control: Case) -> list[str]:
     ours, theirs = ((run.val_acc1[-1], run.val_acc1.max()) for run in (case.run, control.run))
     last, best = (f"{one:.1f} %, {abs(one - other):.1f} points {'below' if one < other else 'above'}"
                   for one, other in zip(ours, theirs))
-    collapsed = "Collapsed against" if theirs[0] - ours[0] > FALL else "Against"
-    return [f"{collapsed} the control {control.name}: last {case.measured} accuracy {last}; best {best}"]
+    if theirs[0] - ours[0] <= FALL:
+        return [f"Against the control {control.name}: last {case.measured} accuracy {last}; best {best}"]
+    shared = {alarm["name"] for alarm in control.alarms} | SYMPTOMS
+    only = next((alarm["text"] for alarm in case.alarms if alarm["name"] not in shared), None)
+    return [*([f"Unlike the control: {only}"] if only else []),
+            f"Collapsed against the control {control.name}: last {case.measured} accuracy {last}; best {best}"]
 
 
 def events(case: Case) -> list[str]:
@@ -268,7 +278,8 @@ def blocks(cases: list[Case]) -> list[Block]:
         said = [f"{lead}: {summary[key]}" for lead, key in (("Cause", "cause"), ("Advice", "advice")) if summary.get(key)]
         said += against(case, control) if control else []
         said += events(case)
-        said += [f"Alarm: {alarm['text']}" for alarm in summary.get("alarms") or () if alarm["text"] != summary.get("cause")]
+        told = " ".join(said)
+        said += [f"Alarm: {alarm['text']}" for alarm in case.alarms if alarm["text"] not in told]
         heading = ending(case)
         if len(cases) > 1:
             heading = f"{case.name} ({'control: ' if case is control else ''}{who}): {heading}"

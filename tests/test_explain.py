@@ -208,6 +208,21 @@ def test_runs_are_compared_with_plain_kd(tmp_path):
     assert "control" not in words(control) and "control" not in words(lower, within)
 
 
+def test_a_run_that_collapsed_against_the_control_is_told_by_the_alarm_that_the_control_does_not_raise(tmp_path):
+    def alarms(*named):
+        return HEALTHY | {"health": "alarms", "alarms": [{"name": name, "value": 2.0, "limit": 1.0, "epoch": 1, "text": text}
+                                                         for name, text in named]}
+
+    shared, symptom, own = ("teacher", "the teacher is lost"), ("dead", "30 dead classes"), ("move", "steps are large")
+    control = write_run(tmp_path / "kd", "kd", summary=alarms(shared))
+    lower = write_run(tmp_path / "lower", "dkd", curve=[10.0, 20.0], summary=alarms(symptom, own, shared))
+    within = write_run(tmp_path / "within", "dkd", summary=alarms(own, shared))
+    text = words(control, lower, within)
+    assert "  Unlike the control: steps are large\n  Collapsed against the control kd" in text
+    assert text.count("Unlike") == 1, "a run that is as good as the control needs no cause"
+    assert text.count("Alarm: steps are large") == 1 and text.count("Alarm: the teacher is lost") == 3
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     first, second = (write_run(tmp_path / study / "run", "kd") for study in ("one", "two"))
     assert words(first, second).startswith("one/run, two/run\n")

@@ -13,7 +13,7 @@ CLIPPED = 0.9  # share of the steps
 SHARE = 0.8  # of one distillation term in the logit gradient
 TEACHER = 50.0  # accuracy (%) on the images that it teaches with
 SKIPPED = 0.01  # share of the steps
-MOVE = 0.04  # what a step changes, over the norm of the weights
+MOVE = 0.03  # what a step changes, over the norm of the weights
 DEAD = 0.1  # share of the classes that are never predicted
 CAUSES = ("skipped", "move", "inverted", "clipped", "share", "teacher")  # what can ruin a run; most telling first, as below
 
