@@ -36,7 +36,7 @@ except ImportError:  # run as a script: Python then looks in this folder, not in
     import make_figures
 Failure = make_figures.Failure
 
-SWEEPS = ("usual", "high", "adamw", "phase")
+SWEEPS = ("usual", "high", "findings", "phase")
 DIVERGED = 6  # exit code of a run that stopped as its loss was not finite
 FALL = 5.0  # percentage points below KD that count as a collapse
 LIMIT = 0.8  # share of one term in the gradient that raises an alarm

@@ -72,7 +72,7 @@ def write_ablation(top):
         write_cell(top / "phase", (50 - index, 52), **HIGH | level)
         for beta in (1.0, 2.0, 8.0):
             write_cell(top / "phase", (50 - beta * index, 52 + beta), **HIGH | level | DKD | {"beta": beta})
-    write_cell(top / "adamw", (50,), opt="adamw", lr=0.004)
+    write_cell(top / "findings", (50,), opt="adamw", lr=0.004)
     return top
 
 
@@ -304,7 +304,7 @@ def test_what_is_missing_is_named(tmp_path, capsys):
     (running / "summary.json").unlink()
     code, out, _ = draw(capsys, tmp_path, tmp_path / "out")
     assert code == 0 and not (tmp_path / "out").exists()
-    assert f"usual: 1 runs of 1 cells; not ended, left out: {running.name}" in out and "not found: high, adamw, phase" in out
+    assert f"usual: 1 runs of 1 cells; not ended, left out: {running.name}" in out and "not found: high, findings, phase" in out
     assert re.findall(r"(figure\d): not drawn", out) == ["figure7", "figure8", "figure9"]
 
 
