@@ -245,7 +245,7 @@ def against(case: Case, control: Case) -> list[str]:
         return [f"Against the control {control.name}: last {case.measured} accuracy {last}; best {best}"]
     shared = {alarm["name"] for alarm in control.alarms} | SYMPTOMS
     only = next((alarm["text"] for alarm in case.alarms if alarm["name"] not in shared), None)
-    return [*([f"Unlike the control: {only}"] if only else []),
+    return [*([f"Unlike the control: {only}"] if only and only != case.run.summary.get("cause") else []),
             f"Collapsed against the control {control.name}: last {case.measured} accuracy {last}; best {best}"]
 
 
