@@ -249,9 +249,10 @@ def draw(rows_of: list[Row], path: Path) -> None:
                       [row.times_base_max - row.times_base for row in rows]]
             axis.bar(left, heights, width, align="edge", label=name, color=f"C{index}", yerr=errors, error_kw={"elinewidth": 0.7})
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        if max(row.times_base for row in here) > 20 * min(row.times_base for row in here):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
         axis.set_xticks(range(len(sizes)), [f"{rows} x {classes}" for rows, classes in sizes])
         axis.set_ylabel(f"time / {here[0].base}")
         axis.set_title(", ".join(panel), fontsize=9, loc="left")
