@@ -35,7 +35,7 @@ study() {
 # $1: where to; then flags of all its runs, and its grids.
 sweep() {
     local output=$1; shift
-    python sweep.py --jobs "$jobs" --output "runs/$ablation/$output" distill.py "${common[@]}" "${student[@]}" --seed 0 1 2 "$@"
+    python sweep.py --jobs "$jobs" --output "runs/$ablation/$output" distill.py "${common[@]}" "${student[@]}" --seed "${seeds[@]}" "$@"
 }
 
 ablation() {
@@ -43,7 +43,7 @@ ablation() {
     python train_teacher.py "${common[@]}" "${teacher[@]}" --output "$weaker" --resume auto
     python train_teacher.py "${common[@]}" "${teacher[@]}" --init "$weaker/best.pt" --image-size 48 --output "$stronger" \
         --resume auto
-    student=(--student "$pico" --teacher-checkpoint "$weaker/best.pt")
+    student=(--student "$pico" --teacher-checkpoint "$weaker/best.pt") seeds=(0 1 2)
 
     # At a learning rate that suits KD: which method, which weight, which target of mixed images, warm-up, clipping, precision,
     # what early stopping looks at; without mixing; and two remedies from the literature.
@@ -65,6 +65,7 @@ ablation() {
         -- --experiment v4 --teacher-checkpoint "$stronger/best.pt"
 
     # The phase diagram: beta against augmentation, at the high learning rate.
+    seeds=("${few[@]}")
     sweep phase "${high[@]}" --clip-grad 0 \
         -- --method kd dkd --beta 1 2 4 8 16 --policy none --random-erasing 0 --mix-prob 0 \
         -- --method kd dkd --beta 1 2 4 8 16 --policy none --random-erasing 0 --mix-prob 1 \
@@ -90,14 +91,14 @@ case ${1:-study} in
     study) study ;;
     published) published ;;
     ablation)
-        ablation=ablation pico=resnet8x4 jobs=4 patience=30 warmup=20 precisions=(bf16 off)
+        ablation=ablation pico=resnet8x4 jobs=4 patience=30 warmup=20 precisions=(bf16 off) few=(0 1 2)
         common=(--epochs 100 --warmup-epochs 5 --label-smoothing 0 --weight-decay 5e-4)
         teacher=(--model resnet32x4 --opt sgd --lr 0.1 --patience 0)
         usual=(--opt sgd --lr 0.1 --patience 0) high=(--opt sgd --lr 0.8 --patience 0)
         adamw=(--opt adamw --lr 1e-3 --patience 0)
         ablation ;;
     ablation-small)
-        ablation=ablation-small pico=v2_pico jobs=2 patience=2 warmup=3 precisions=(bf16)
+        ablation=ablation-small pico=v2_pico jobs=2 patience=2 warmup=3 precisions=(bf16) few=(0)
         common=(--dataset synthetic --epochs 6 --batch-size 64 --warmup-epochs 2 --label-smoothing 0 --weight-decay 5e-4)
         teacher=(--model v2_tiny --opt sgd --lr 0.2 --mix-prob 0.5 --clip-grad 0 --patience 0 --epochs 8)
         usual=(--opt sgd --lr 0.2 --patience 0) high=(--opt sgd --lr 1.6 --patience 0)

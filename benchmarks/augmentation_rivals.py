@@ -18,8 +18,13 @@ def torchvision_pipeline(version, to_float):
                             version.RandomErasing(0.25)])
 
 
+def mixing():
+    """Mixup or CutMix of a batch with its successor in it, one draw for all; it makes the labels soft."""
+    return v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(CLASSES)), v2.CutMix(alpha=1.0, num_classes=len(CLASSES))])
+
+
 def image_by_image(transform, images, labels):
-    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(CLASSES)), v2.CutMix(alpha=1.0, num_classes=len(CLASSES))])
+    mix = mixing()
 
     def call():
         mix(torch.stack([transform(image) for image in images]), labels)
