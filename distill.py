@@ -44,7 +44,7 @@ def main(args):
     with Run(args, config, machine) as run:
         if run.finished:
             return
-        teacher = models.load(args.teacher_checkpoint, machine.device, machine.dtype)
+        teacher = models.load(args.teacher_checkpoint, machine.device, machine.dtype, folded=True)
         data, criterion, numbers = run.load_data(), method.function(args), method.numbers(args)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
@@ -53,7 +53,7 @@ def main(args):
                                    batch_size=run.batch_size)
         update = Update(student, build_optimizer(student, args), machine, args.clip_grad, args.model_ema)
         model, rows = run.parallel(student), machine.ranks.rows(args.batch_size)
-        print(f"{data}\nteacher {teacher.info['model']}: {models.parameters(teacher) / 1e6:.2f} M parameters, "
+        print(f"{data}\nteacher {teacher.info['model']}: {teacher.size / 1e6:.2f} M parameters, "
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
 

@@ -290,7 +290,7 @@ class CudaPath(ExitStack):
         return move
 
     def _replace_project(self) -> None:
-        from augment import augmenter, sampling
+        from augment import augmenter, ops, sampling
         from kernels import augment, softmax_kl
         from training import checkpoint, data, means, models
 
@@ -326,8 +326,9 @@ class CudaPath(ExitStack):
         self.replace(augment, _augment_kernel=StandIn(self.watch))
         self.replace(softmax_kl, _softmax_kl_kernel=StandIn(self.watch), _hyperparameters={})
         self.replace(torch.ops.fusekd, softmax_kl=softmax_kl._softmax_kl)  # the launcher, not the operator's fake form
-        softmax_kl._counter.cache_clear()
-        self.callback(softmax_kl._counter.cache_clear)
+        for cached in (softmax_kl._counter, *(each for each in vars(ops).values() if hasattr(each, "cache_clear"))):
+            cached.cache_clear()
+            self.callback(cached.cache_clear)  # fake tensors would compute nothing, silently, in a real run of this process
 
     def _mark_steps(self) -> None:
         """A step begins where the batch is asked for and ends after the progress line."""

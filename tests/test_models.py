@@ -520,6 +520,37 @@ def test_weights_held_in_the_type_of_autocast_give_the_same_logits(tmp_path, nam
     assert kinds[torch.nn.Linear] == torch.bfloat16 and kinds.get(torch.nn.BatchNorm2d, torch.float32) == torch.float32
 
 
+@pytest.mark.parametrize("name, left", [("v2_tiny", 0), ("resnet8x4", 0), ("vgg8", 0), ("mobilenet_v2", 0), ("wrn_16_2", 6),
+                                        ("resnet18", 0), ("efficientnet_v2_s", 0), ("densenet121", 62), ("vit_b_32", 0)])
+def test_a_folded_network_gives_the_same_logits_without_its_batch_norms(tmp_path, name, left):
+    """Those in front of a convolution cannot be folded.  Images of another size are still resized."""
+    net = models.build(name, 10, 64)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):  # as training leaves them, not as they begin
+                for values, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.5, 0.5), (module.running_mean, -0.5, 0.5),
+                                          (module.running_var, 0.5, 2.0)):
+                    values.uniform_(low, high)
+    save_best(tmp_path / "best.pt", net, name, 10, image_size=64)
+    plain, folded = (models.load(tmp_path / "best.pt", folded=folded) for folded in (False, True))
+    assert folded.info == plain.info and folded.size == plain.size == models.parameters(net) and not folded.training
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules()) == left
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+    for size in (64, 32):
+        images = torch.randn(2, 3, size, size).to(memory_format=torch.channels_last)
+        logits = plain(images)
+        assert (folded(images) - logits).abs().max() <= 1e-5 * logits.abs().max()
+
+
+def test_a_network_that_cannot_be_traced_is_not_folded():
+    class Moody(torch.nn.Module):
+        def forward(self, images):
+            return images if images.sum() > 0 else -images
+
+    net = Moody()
+    assert models.fold(net, 32) is net
+
+
 def test_activations_are_not_in_place_where_training_would_copy_them():
     for name in ("v2_pico", "efficientnet_v2_s", "efficientnet_b0"):
         found = [module for module in models.build(name, 10).modules() if isinstance(module, torch.nn.SiLU)]

@@ -1,7 +1,7 @@
 """What diagnostics.csv says of an epoch: which term makes the gradient, what the teacher says of the images that it is given, and
 how far student and teacher are apart; for all images, and split by what was done to them.
 
-Every 32nd step is looked at more closely, from its logits alone: a term's gradient with respect to the student's logits is that
+Every 40th step is looked at more closely, from its logits alone: a term's gradient with respect to the student's logits is that
 of the method with all other weights at 0.  The step adds sums to a table on the device, and the table is read once per epoch.
 docs/diagnostics.md explains every column.
 """
@@ -24,7 +24,7 @@ class Diagnostics:
     """Sums over the images of the steps that are looked at, of one epoch at a time.
 
     args: of training.options.  augmenter: makes the batches, of which this process has `rows`.  ranks: of training.distributed.
-    steps: those that are looked at, every 32nd where they are not given.
+    steps: those that are looked at, every 40th where they are not given.
     """
 
     def __init__(self, args, augmenter, rows: range, ranks, steps: range | None = None):

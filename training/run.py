@@ -137,9 +137,8 @@ class Run:
         stopped, params = len(rows) < self.args.epochs, models.parameters(net)
         of_teacher = dict.fromkeys(("teacher_test_acc1", "teacher_params", "retention", "compression"))
         if teacher:
-            size = models.parameters(teacher)
-            of_teacher = {"teacher_test_acc1": teacher_acc1, "teacher_params": size, "retention": 100 * chosen / teacher_acc1,
-                          "compression": size / params}
+            of_teacher = {"teacher_test_acc1": teacher_acc1, "teacher_params": teacher.size,
+                          "retention": 100 * chosen / teacher_acc1, "compression": teacher.size / params}
         self.directory.close({
             "test_acc1_last": last, "test_acc1_best": chosen, "best_epoch": self.stop.best_epoch, "epochs": len(rows),
             "stopped_early": stopped, "selected_on": self.data.selected_on,

@@ -12,7 +12,7 @@ from training.machine import Machine
 
 SMALLEST_SCALE = 2.0**-14  # a loss that overflows FP16 at this scale is broken, not large
 ALIGNMENT = 16  # elements
-EVERY = 32  # steps, one of which is looked at more closely, for diagnostics.csv
+EVERY = 40  # steps, one of which is looked at more closely, for diagnostics.csv
 
 
 def build_optimizer(net, args) -> torch.optim.Optimizer:

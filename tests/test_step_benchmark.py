@@ -1,0 +1,131 @@
+"""benchmarks/step.py measures what it says: our contender is the loop of distill.py, the plain loop is right, rows add up."""
+import ast
+import copy
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from augment import BatchAugmenter
+from benchmarks import step as benchmark
+from benchmarks.augmentation_rivals import MEAN, STD, Collate, PlainLoop, published_mixed_dkd
+from benchmarks.loss import published_dkd
+from losses import dkd_loss
+from training import options
+from training.machine import prepare_machine
+from training.synthetic import CLASSES
+
+BATCH, STEPS, SIZE = 8, 2, 32
+CASE = benchmark.CASES[0]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def machine():
+    return prepare_machine("cpu", None, seed=0)
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (BATCH * STEPS, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator)
+    return images, torch.randint(len(CLASSES), (BATCH * STEPS,), generator=generator)
+
+
+def test_every_contender_has_a_row_that_adds_up(machine, data, tmp_path):
+    rows = list(benchmark.benchmark(CASE, machine, *data, BATCH, repeats=2, compiled=False, steps=STEPS))
+    assert [(row.contender, row.workers > 0) for row in rows] == [
+        (benchmark.BASE, True), ("plain loop, no workers", False), ("plain loop, channels_last", True), ("ours", False)]
+    for row in rows:
+        assert 0 < row.ms_min <= row.ms <= row.ms_max < math.inf and 0 < row.times_base_min <= row.times_base_max
+        assert row.images_per_s == pytest.approx(1000 * BATCH / row.ms, rel=1e-3)
+        shares = {phase: getattr(row, f"share_{phase}") for phase in benchmark.PHASES}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+        nothing = {"waiting"} if row.contender == "ours" else {"augment"}
+        assert {phase for phase, share in shares.items() if share == 0} <= nothing | {"bookkeeping"} and not shares[nothing.pop()]
+    assert {row.times_base for row in rows if row.contender == row.base} == {1.0}
+    benchmark.draw(rows, tmp_path / "step.png")
+    plt.close("all")
+    assert (tmp_path / "step.png").stat().st_size > 10_000
+
+
+def test_our_first_step_has_the_loss_of_a_direct_computation(machine, data):
+    args, (teacher, student) = benchmark.recipe(BATCH), benchmark.networks(CASE, machine.device)
+    before = copy.deepcopy(student)
+    ours = benchmark.Ours(teacher, student, args, machine, *data)
+    columns = ours.run(1)
+
+    augmenter = BatchAugmenter(*data, **options.augmentation(args), mean=MEAN, std=STD, batch_size=BATCH)
+    augmenter.set_epoch(1)
+    images, targets = augmenter(0)
+    loss, terms = dkd_loss(before(images), teacher(images), targets, alpha=1.0, beta=8.0, temperature=4.0, label_smoothing=0.1)
+    torch.testing.assert_close(columns["train_loss"], loss.item())
+    for name, term in terms.items():
+        torch.testing.assert_close(columns[f"train_loss_{name}"], term.item())
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in before.parameters()])
+    torch.testing.assert_close(columns["grad_norm_mean"], norm.item())
+    assert columns["steps"] == 1 and columns["looked_at"] == 1
+    assert any(not torch.equal(*pair) for pair in zip(before.parameters(), student.parameters()))
+
+
+def calls(loop: ast.AST) -> list[str]:
+    """What a loop calls, in the order of the source, by the last part of its name."""
+    found = [node for node in ast.walk(loop) if isinstance(node, ast.Call)]
+    return [ast.unparse(node.func).rpartition(".")[2] for node in sorted(found, key=lambda node: (node.lineno, node.col_offset))]
+
+
+def test_our_loop_calls_what_the_script_calls():
+    """In its order: the inner loop of distill.py, and Run.log_step without the line on the terminal."""
+    def tree(path, kind, found):
+        return next(node for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, kind) and found(node))
+
+    def steps(node):
+        return ast.unparse(node.target) == "step"
+
+    script = calls(tree("distill.py", ast.For, steps))
+    log = calls(tree("training/run.py", ast.FunctionDef, lambda node: node.name == "log_step"))
+    at = script.index("log_step")
+    wanted = script[:at] + [name for name in log if name != "step"] + script[at + 1:]
+    ours = calls(tree("benchmarks/step.py", ast.For, steps))
+    assert [name for name in ours if name != "lap"] == wanted
+
+
+def test_mixed_labels_of_the_plain_loop_are_those_of_its_pixels():
+    """Image i shows i / BATCH everywhere, so each pixel of a mix says which image it is of, or how much of each is in it."""
+    torch.manual_seed(0)
+    collate, kinds = Collate(), set()
+    for _ in range(20):
+        images, soft = collate([(torch.full((3, SIZE, SIZE), label / BATCH), label) for label in range(BATCH)])
+        for row in range(BATCH):
+            partner, values = (row - 1) % BATCH, images[row, 0]
+            cut = values.unique().numel() > 1 or values[0, 0] in (row / BATCH, partner / BATCH)
+            kinds.add(cut)
+            lam = (values == row / BATCH).float().mean() if cut else (values[0, 0] - partner / BATCH) * BATCH / (row - partner)
+            expected = torch.zeros(len(CLASSES))
+            expected[row], expected[partner] = lam, 1 - lam
+            torch.testing.assert_close(soft[row], expected, atol=1e-5, rtol=0)
+    assert kinds == {False, True}
+
+
+def test_the_plain_loop_trains_on_the_published_loss(machine, data):
+    teacher, student = benchmark.networks(CASE, machine.device, torch.contiguous_format)
+    assert all(parameter.is_contiguous() for net in (teacher, student) for parameter in net.parameters())
+    before = copy.deepcopy(student)
+    loop = PlainLoop(teacher, student, benchmark.recipe(BATCH), machine, *data, workers=1)
+    batches = []
+    loop.batches = (batches.append(batch) or batch for batch in loop.batches)
+    losses = loop.run(2)
+    images, soft = batches[0]
+    assert len(losses) == len(batches) == 2 and images.shape == (BATCH, 3, SIZE, SIZE) and soft.shape == (BATCH, len(CLASSES))
+    torch.testing.assert_close(losses[0], published_mixed_dkd(before(images), teacher(images), soft).item())
+    assert any(not torch.equal(*pair) for pair in zip(before.parameters(), student.parameters()))
+
+
+def test_soft_labels_of_one_class_give_the_published_loss():
+    student, teacher = torch.randn(2, BATCH, len(CLASSES), generator=torch.Generator().manual_seed(0))
+    label = torch.arange(BATCH)
+    soft = torch.nn.functional.one_hot(label, len(CLASSES)).float()
+    torch.testing.assert_close(published_mixed_dkd(student, teacher, soft), published_dkd(student, teacher, label))
