@@ -49,8 +49,8 @@ STYLE = make_figures.STYLE | {"hatch.linewidth": 0.6}
 
 NOT_COMPARED = make_figures.MAY_DIFFER - {"amp", "patience", "teacher_sha256"} | {"script", "method_in_tables",
                                                                                   "method_in_figures"}
-OF_THE_METHOD = {"teacher", "teacher_sha256", "alpha", "beta", "gamma", "kl", "ce_weight", "temperature", "mixed_target", "dkd_warmup",
-                 "dist_warmup"}
+OF_THE_METHOD = {"teacher", "teacher_sha256", "alpha", "beta", "gamma", "kl", "ce_weight", "temperature", "mixed_target",
+                 "dkd_warmup", "dist_warmup"}
 KD = {"method": "kd", "ce_weight": 0}  # the control: with its usual weights
 BASE = {"method": "dkd", "beta": 8, "mixed_target": "pair", "clip_grad": 0, "dkd_warmup": 0}
 PANELS = {  # of figure 8: what distinguishes each from the base

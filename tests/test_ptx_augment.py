@@ -30,8 +30,8 @@ def make(policy, size, mode, kind, batch_size):
     """The kernel's and the reference's makers of the same batches."""
     from augment.fused import Fused
     from augment.policy import build_tables
-    from augment.sampling import Sampler
     from augment.reference import Reference
+    from augment.sampling import Sampler
     g = torch.Generator().manual_seed(size)
     sampler = Sampler(size, build_tables(policy, size), seed=3, crop_pad=4, flip=True, random_erasing=0.5, mixup=0.8, cutmix=1.0,
                       mix_prob=0.8)
