@@ -1,15 +1,15 @@
 """plots/explain.py, on run directories with invented numbers that test the words and the drawing and mean nothing else."""
-import contextlib
 import csv
-import io
 import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import command
 import matplotlib.image
 import matplotlib.style
 import matplotlib.transforms
@@ -86,23 +86,7 @@ def write_run(path, kind, *, curve=CURVE, summary=HEALTHY, status=None, change=l
     return path
 
 
-def run_main(*arguments):
-    """Exit code, stdout and stderr of main() in this process."""
-    code, output, errors = 0, io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        try:
-            explain.main([str(argument) for argument in arguments])
-        except SystemExit as leave:
-            code = leave.code
-    return code, output.getvalue(), errors.getvalue()
-
-
-def refused(code, *arguments):
-    """The one line on stderr with which main() must leave by `code`, having printed nothing else."""
-    got, output, errors = run_main(*arguments)
-    assert (got, output) == (code, ""), (got, output, errors)
-    assert re.fullmatch(r"error: [^\n]+\. [^\n]+\n", errors), errors
-    return errors
+run_main, refused = (partial(call, explain.main) for call in (command.run_main, command.refused))
 
 
 def words(*runs):

@@ -1,7 +1,5 @@
 """plots/make_figures.py, on run directories with invented numbers that test the drawing and mean nothing else."""
-import contextlib
 import csv
-import io
 import json
 import math
 import os
@@ -10,8 +8,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
+import command
 import matplotlib.image
 import matplotlib.style
 import numpy as np
@@ -86,23 +86,7 @@ def write_study(top, seeds=(1,), names=tuple(GROUPS), stop_v3=84, **flags):
     return top
 
 
-def run_main(*arguments):
-    """Exit code, stdout and stderr of main() in this process."""
-    code, output, errors = 0, io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        try:
-            make_figures.main([str(argument) for argument in arguments])
-        except SystemExit as leave:
-            code = leave.code
-    return code, output.getvalue(), errors.getvalue()
-
-
-def refused(code, *arguments):
-    """The one line on stderr with which main() must leave by `code`, having printed nothing else."""
-    got, output, errors = run_main(*arguments)
-    assert (got, output) == (code, ""), (got, output, errors)
-    assert re.fullmatch(r"error: [^\n]+\. [^\n]+\n", errors), errors
-    return errors
+run_main, refused = (partial(call, make_figures.main) for call in (command.run_main, command.refused))
 
 
 def draw(top, name):
