@@ -125,14 +125,15 @@ def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
         state = resume.State(run, writer, {"epochs": 9, "sched": "cosine"}, update=part, stop=Part(), ranks=Ranks())
         writer(go.wait)
         threading.Timer(0.2, go.set).start()
-        state.save(row, {"classes": []})
+        state.save(row, {"epoch": 1}, {"classes": []})
         monkeypatch.setattr(checkpoint, "write", slowly(checkpoint.write))
-        state.save(row, {"classes": []})
+        state.save(row, {"epoch": 2}, {"classes": []})
         part.weight += 1
         run.rows.append(row)
     assert torch.equal(resume.read_run(tmp_path / "last.pt")["update"]["weight"], torch.zeros(3))
     assert torch.equal(checkpoint.read(tmp_path / "best.pt")["state_dict"]["weight"], torch.zeros(3))
     assert (tmp_path / "log.csv").read_text().count("\n") == 3
+    assert (tmp_path / "diagnostics.csv").read_text() == "epoch\n1\n2\n"
 
 
 def slowly(function):

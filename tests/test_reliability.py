@@ -81,10 +81,10 @@ def all_as_due(place, attempt, *arguments):
 
 
 def test_a_crash_before_any_write_loses_nothing(place):
-    """Points 1 to 9 are config.json, env.json, status.json; 10 to 18 epoch 1; from 19 epoch 2, with prev.pt; 36 the teacher's
-    best.pt, told its test accuracy."""
-    points = [("teacher", 2), ("student", 10), ("teacher", 13), ("student", 21), ("teacher", 20), ("student", 40),
-              ("teacher", 36), ("pair", 21)]
+    """Points 1 to 9 are config.json, env.json, status.json; 10 to 21 epoch 1, with diagnostics.csv from 16; from 22 epoch 2,
+    with prev.pt; 45 the teacher's best.pt, told its test accuracy."""
+    points = [("teacher", 2), ("student", 10), ("teacher", 13), ("student", 17), ("teacher", 23), ("student", 24),
+              ("student", 46), ("teacher", 45), ("pair", 24)]
     all_as_due(place, torture.crash_point, *points)
 
 
