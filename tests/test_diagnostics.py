@@ -20,6 +20,7 @@ from training.step import EVERY, Update, build_optimizer
 
 ROOT = Path(__file__).parent.parent
 CLASSES, BATCH = 7, 12
+NO, YES = torch.tensor([0.0, 1.0])
 STUDENTS = ("--method kd", "--method kd --kl reverse --alpha 0.4 --standardize", "--method kd --alpha 8 --ce-weight 1",
             "--method dkd --beta 8", "--method dkd --mixed-target dominant --temperature 2",
             "--method dkd --mixed-target first --standardize", "--method dist --beta 2 --gamma 0.5")
@@ -109,7 +110,7 @@ def test_columns_are_means_over_single_images(flags):
     steps, treated = [], augment.treatments(1, looking.steps, range(BATCH))
     for step in range(augment.steps):
         both, targets = logits(step), augment(step).targets
-        looking.look(step, targets, *both, method.numbers(args))
+        looking.look(step, NO, targets, *both, method.numbers(args))
         if step % 2 == 0:
             steps.append((both, targets, [part[step // 2] for part in treated]))
     columns, images = looking.columns(), by_hand(args, steps, method.numbers(args))
@@ -146,8 +147,8 @@ def test_a_teacher_has_cross_entropy_alone_and_an_empty_group_is_empty():
     augment = augmenter(random_erasing=0.0, policy="none")
     looking = Diagnostics(args, augment, range(BATCH), Ranks())
     looking.begin(1)
-    looking.look(0, augment(0).targets, logits(0)[0])
-    looking.look(1, None, None)  # not looked at
+    looking.look(0, NO, augment(0).targets, logits(0)[0])
+    looking.look(1, NO, None, None)  # not looked at
     columns = looking.columns()
     assert columns["images_policy"] == columns["images_erased"] == 0 and columns["grad_ce_policy"] is None
     assert columns["student_entropy_erased"] is None and columns["share_ce"] == 1.0
@@ -161,7 +162,7 @@ def test_a_method_without_weights_has_the_gradient_of_the_whole(monkeypatch):
     for weighed_by in ({}, {"kl": "alpha"}, {"ce": "ce_weight", "kl": "alpha"}):
         monkeypatch.setitem(METHODS, "kd", METHODS["kd"]._replace(weighed_by=weighed_by))
         looking.begin(1)
-        looking.look(0, augment(0).targets, *logits(0), method.numbers(args))
+        looking.look(0, NO, augment(0).targets, *logits(0), method.numbers(args))
         shares[len(weighed_by)] = looking.columns()
     assert "grad_ce" not in shares[0]
     for name in ("grad_kl", "grad_ce", "share_kl", "cos_kl"):
@@ -169,7 +170,25 @@ def test_a_method_without_weights_has_the_gradient_of_the_whole(monkeypatch):
     assert shares[0]["grad_whole"] == pytest.approx(shares[2]["grad_whole"], rel=1e-4)
 
 
-def test_ranks_add_up(monkeypatch):
+def test_a_skipped_step_adds_nothing():
+    args, augment = student("--method dkd"), augmenter()
+    found = []
+    for sick in (False, True):
+        looking = Diagnostics(args, augment, range(BATCH), Ranks(), range(2))
+        looking.begin(0)
+        looking.look(0, NO, augment(0).targets, *logits(0), method.numbers(args))
+        if sick:
+            z, v = logits(1)
+            looking.look(1, YES, augment(1).targets, z * torch.nan, v * torch.inf, method.numbers(args))
+        found.append(looking.columns())
+    assert found[0] == found[1] and found[0]["images"] == BATCH
+    looking.begin(0)
+    looking.look(0, YES, augment(0).targets, *logits(0), method.numbers(args))
+    columns = looking.columns()
+    assert columns["images"] == 0 and columns["grad_nckd"] is columns["share_nckd"] is columns["teacher_spread"] is None
+
+
+def test_ranks_add_up():
     """Two halves of a batch, summed, are the whole batch."""
     args, augment = student("--method dkd"), augmenter()
     sums, (z, v), targets = [], logits(0), augmenter()(0).targets
@@ -178,7 +197,7 @@ def test_ranks_add_up(monkeypatch):
         looking = Diagnostics(args, augment, rows, Ranks())
         looking.begin(0)
         part = slice(rows.start, rows.stop)
-        looking.look(0, Targets(*(column[part] for column in targets)), z[part], v[part], method.numbers(args))
+        looking.look(0, NO, Targets(*(column[part] for column in targets)), z[part], v[part], method.numbers(args))
         sums.append((looking.sums, looking.predictions))
     for whole, one, other in zip(*sums):
         torch.testing.assert_close(whole, one + other, rtol=1e-4, atol=1e-4)
@@ -216,7 +235,7 @@ def test_every_column_is_documented():
     args, augment = student("--method dkd"), augmenter()
     looking = Diagnostics(args, augment, range(BATCH), Ranks())
     looking.begin(1)
-    looking.look(0, augment(0).targets, *logits(0), method.numbers(args))
+    looking.look(0, NO, augment(0).targets, *logits(0), method.numbers(args))
     suffixes = "|".join(group for group in diagnostics.GROUPS if group != "all")
     for column in looking.columns():
         name = re.sub(f"_({suffixes})$", "", column)

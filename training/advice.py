@@ -47,7 +47,7 @@ def advise(args, machine: Machine) -> list[str]:
         criterion(z, v, batch.targets, **numbers)[0].backward()
         norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), math.inf))
         student.zero_grad()
-        looking.look(step, batch.targets, z, v, numbers)
+        looking.look(step, torch.zeros((), device=z.device), batch.targets, z, v, numbers)
         entropies += torch.stack([entropy(v.float() / T) for T in TEMPERATURES]) / len(steps)
     norm = torch.stack(norms).median().item()
     return [*said(args, looking.columns(), len(data.classes)),

@@ -42,13 +42,15 @@ class Diagnostics:
         self.names, self.sums, self.predictions = (), 0.0, None
 
     @torch.no_grad()
-    def look(self, step: int, targets, logits, teacher_logits=None, numbers: dict | None = None) -> None:
+    def look(self, step: int, skipped, targets, logits, teacher_logits=None, numbers: dict | None = None) -> None:
         """Add a step, if it is one of those that are looked at; waits for nothing.
 
+        skipped: whether the step was, 0-dim; then it adds nothing, since its numbers may not be finite.
         logits, teacher_logits: (N, C), of this process's rows.  numbers: of the method, as they are in this epoch.
         """
         if step not in self.steps:
             return
+        skipped = skipped.bool()
         z, larger = logits.detach().float(), targets.lam >= 0.5
         ends = torch.stack([targets.dominant, torch.where(larger, targets.other, targets.label)], 1)
         dominant, mixed = ends[:, 0], ends[:, 0] != ends[:, 1]
@@ -56,27 +58,27 @@ class Diagnostics:
         groups = torch.cat([self.treated[self.steps.index(step)], torch.stack([mixed & ~uneven, uneven]).float()])
 
         best, log_q = z.argmax(1), z.log_softmax(1)
-        flags = {"images": self.all, "mixed": mixed, "student_acc1": best == dominant}
-        numbers_of = {"student_entropy": -(log_q.exp() * log_q).sum(1), "student_scale": z.std(1, correction=0)}
+        booleans = {"images": self.all, "mixed": mixed, "student_acc1": best == dominant}
+        floats = {"student_entropy": -(log_q.exp() * log_q).sum(1), "student_scale": z.std(1, correction=0)}
         if teacher_logits is not None:
             v, said = teacher_logits.float(), teacher_logits.argmax(1)
             log_p = v.log_softmax(1)
             p, at_T = log_p.exp(), (v / numbers.get("temperature", 1.0)).softmax(1).gather(1, ends)
-            flags |= {"teacher_acc1": said == dominant, "teacher_either": (said[:, None] == ends).any(1), "agree": said == best}
-            numbers_of |= {"teacher_target": p.gather(1, ends[:, :1])[:, 0], "teacher_target_T": at_T[:, 0],
-                           "teacher_outside_T": 1 - at_T[:, 0] - at_T[:, 1] * mixed, "teacher_entropy": -(p * log_p).sum(1),
-                           "teacher_scale": v.std(1, correction=0), "teacher_square": p.square().sum(1)}
-            predictions = groups @ p
+            booleans |= {"teacher_acc1": said == dominant, "teacher_either": (said[:, None] == ends).any(1), "agree": said == best}
+            floats |= {"teacher_target": p.gather(1, ends[:, :1])[:, 0], "teacher_target_T": at_T[:, 0],
+                       "teacher_outside_T": 1 - at_T[:, 0] - at_T[:, 1] * mixed, "teacher_entropy": -(p * log_p).sum(1),
+                       "teacher_scale": v.std(1, correction=0), "teacher_square": p.square().sum(1)}
+            predictions = (groups @ p).masked_fill_(skipped, 0.0)
             self.predictions = predictions if self.predictions is None else self.predictions + predictions
         terms = self.gradients(z, teacher_logits, targets, numbers)
         gradients = torch.stack(list(terms.values())) * len(z)  # of each image, not of their mean
         of_ce = gradients[list(terms).index("ce")] if "ce" in terms else torch.zeros_like(z)
         pulls = gradients.gather(2, ends.expand(len(terms), -1, -1)) * -mixed.float()[:, None]
         parts = torch.cat([gradients.square().sum(2), (gradients * of_ce).sum(2), pulls[..., 0], pulls[..., 1]])
-        self.names = (*flags, *numbers_of,
+        self.names = (*booleans, *floats,
                       *(f"{what}_{term}" for what in ("grad", "cos", "pull", "pull_minor") for term in terms))
-        values = torch.cat([torch.stack(list(flags.values())).float(), torch.stack(list(numbers_of.values())), parts])
-        self.sums = self.sums + groups @ values.T
+        values = torch.cat([torch.stack(list(booleans.values())).float(), torch.stack(list(floats.values())), parts])
+        self.sums = self.sums + (groups @ values.T).masked_fill_(skipped, 0.0)
 
     def gradients(self, z, v, targets, numbers) -> dict:
         """term -> (N, C): the gradient of its part of the loss with respect to the logits z."""

@@ -95,7 +95,7 @@ class Run:
 
         terms: of the loss, by name.  numbers: of the method in this epoch.
         """
-        self.diagnostics.look(step, targets, logits, teacher_logits, numbers)
+        self.diagnostics.look(step, skipped, targets, logits, teacher_logits, numbers)
         self.means.add(self.batch_size, skipped, accuracy(logits, targets.dominant), train_loss=loss,
                        **{f"train_loss_{name}": term for name, term in terms.items()})
         self.progress.step(self.epoch, step, lr, self.means)
