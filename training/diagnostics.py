@@ -64,7 +64,8 @@ class Diagnostics:
             v, said = teacher_logits.float(), teacher_logits.argmax(1)
             log_p = v.log_softmax(1)
             p, at_T = log_p.exp(), (v / numbers.get("temperature", 1.0)).softmax(1).gather(1, ends)
-            booleans |= {"teacher_acc1": said == dominant, "teacher_either": (said[:, None] == ends).any(1), "agree": said == best}
+            booleans |= {"teacher_acc1": said == dominant, "teacher_either": (said[:, None] == ends).any(1),
+                         "agree": said == best}
             floats |= {"teacher_target": p.gather(1, ends[:, :1])[:, 0], "teacher_target_T": at_T[:, 0],
                        "teacher_outside_T": 1 - at_T[:, 0] - at_T[:, 1] * mixed, "teacher_entropy": -(p * log_p).sum(1),
                        "teacher_scale": v.std(1, correction=0), "teacher_square": p.square().sum(1)}

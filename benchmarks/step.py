@@ -1,0 +1,299 @@
+"""How long a whole distillation step takes beside the loop that people write, and where its time goes.
+
+    python -m benchmarks.step                 the table -> benchmarks/results/step-<gpu or cpu>.csv and .png
+    python -m benchmarks.step --quick         the smallest pair, few repeats
+    python -m benchmarks.step --compile       with compiled networks on a CPU, too, which takes minutes to begin
+
+All contenders train the same pair on 32x32 images with DKD at beta 8 under AutoAugment, Random Erasing, Mixup and CutMix, with
+SGD and clipping at norm 1; in fp32 on a CPU and fp16 on a GPU.  Ours is the loop of distill.py with its objects.  The plain loop
+is a DataLoader whose workers take PIL images through torchvision v1 and mix where they collate; then the published loss on the
+label with the larger share, an optimizer that is not fused, and the loss read after every step, but no means or diagnostics.
+channels_last, which ours has everywhere, is one more line in it and a contender of its own.
+
+Every main process has `threads` threads.  The plain loop has `workers` processes besides, on the cores that are left: at most
+two of them, beside a GPU 16.  Ours leaves those cores idle; on a CPU so does one more contender, a plain loop without workers.
+
+Contenders take turns, block by block, and the ratio to the plain loop is taken within each repeat, so it holds where the
+machine's speed drifts.  Before each block come steps that are not timed, as many as the loader holds batches: it fills its
+queue while others run.  Where a block has fewer steps, a step is so long that the queue is always full.  A block of ours is an
+epoch, with its draws and with what is read at its end, which a run pays once in hundreds of steps; the loader's epoch never
+ends.  The shares are those of one more block, with a clock read after each phase.
+"""
+import argparse
+import os
+import time
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import matplotlib.pyplot as plt
+import torch
+import triton
+from torch import nn
+
+from augment import BatchAugmenter
+from benchmarks import table
+from benchmarks.augmentation import synchronize
+from benchmarks.augmentation_rivals import MEAN, PREFETCH, STD, PlainLoop
+from benchmarks.loss import ALPHA, BETA, EPS, T
+from training import method, models, options
+from training.diagnostics import Diagnostics
+from training.machine import prepare_machine
+from training.means import Means
+from training.step import Update, accuracy, build_optimizer, learning_rate
+from training.synthetic import CLASSES, generate
+
+CASES = (("v2_tiny", "v2_pico"), ("resnet20", "resnet8"), ("resnet32x4", "resnet8x4"))
+GPU_CASES = (*CASES, ("efficientnet_v2_l", "efficientnet_v2_s"))
+RECIPE = f"--method dkd --alpha {ALPHA} --beta {BETA} --temperature {T} --label-smoothing {EPS} --opt sgd --lr 0.05"
+BATCH = 128
+BLOCK_S, BLOCK_STEPS = 2.0, 64  # a block of the plain loop takes about so long, and has at most so many steps
+BASE = "plain loop"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one pair, median and extremes over the repeats; `times_base` is how many times as fast as `base` it is.
+
+    steps: of a block.  share_*: parts of a step's time; waiting is for the loader and the copy to the device.
+    """
+    hardware: str
+    torch: str
+    triton: str
+    case: str
+    batch_size: int
+    contender: str
+    threads: int
+    workers: int
+    repeats: int
+    steps: int
+    ms: float
+    ms_min: float
+    ms_max: float
+    images_per_s: float
+    base: str
+    times_base: float
+    times_base_min: float
+    times_base_max: float
+    peak_mb: float | None
+    share_waiting: float
+    share_augment: float
+    share_teacher: float
+    share_student: float
+    share_objective: float
+    share_backward: float
+    share_update: float
+    share_bookkeeping: float
+
+
+PHASES = [field.name.removeprefix("share_") for field in fields(Row) if field.name.startswith("share_")]
+
+
+class Laps:
+    """Seconds by phase; a call ends the phase that it names."""
+
+    def __init__(self, device):
+        self.device, self.seconds = device, dict.fromkeys(PHASES, 0.0)
+        self.last = self.now()
+
+    def now(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter()
+
+    def __call__(self, phase: str) -> None:
+        now = self.now()
+        self.seconds[phase] += now - self.last
+        self.last = now
+
+    def shares(self) -> list[float]:
+        return [round(seconds / sum(self.seconds.values()), 4) for seconds in self.seconds.values()]
+
+
+def recipe(batch_size: int):
+    return options.parse_distill("", "", f"{RECIPE} --weight-decay 5e-4 --batch-size {batch_size}".split())
+
+
+def networks(case: tuple[str, str], device, layout=torch.channels_last):
+    """Frozen teacher and student, with the same weights every time; the running statistics of the teacher are those of noise."""
+    torch.manual_seed(0)
+    teacher, student = (models.build(name, len(CLASSES)).to(device, memory_format=layout) for name in case)
+    teacher.info = {"model": case[0], "classes": CLASSES, "image_size": 32, "mean": MEAN, "std": STD, "dataset": "synthetic"}
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        teacher.train()(torch.randn(BATCH, 3, 32, 32, device=device))
+    return teacher.eval().requires_grad_(False), student.train()
+
+
+class Ours:
+    """The objects and the calls of distill.py and training/run.py; all images make an epoch.
+
+    lap: is called with the name of each phase of a step when it ends.
+    """
+    workers = 0
+
+    def __init__(self, teacher, student, args, machine, images, labels, *, compiled: bool = False):
+        self.args, self.machine, self.epoch, self.lap = args, machine, 0, lambda phase: None
+        with TemporaryDirectory() as folder:
+            models.save(Path(folder, "best.pt"), teacher, **teacher.info)
+            teacher = models.load(Path(folder, "best.pt"), machine.device, machine.dtype, folded=True)
+        self.augmenter = BatchAugmenter(images.to(machine.device), labels.to(machine.device), **options.augmentation(args),
+                                        mean=MEAN, std=STD, dtype=machine.dtype, batch_size=args.batch_size)
+        self.update = Update(student, build_optimizer(student, args), machine, args.clip_grad, args.model_ema)
+        self.rows, self.means = machine.ranks.rows(args.batch_size), Means(machine, self.augmenter.steps)
+        self.diagnostics = Diagnostics(args, self.augmenter, self.rows, machine.ranks)
+        self.criterion, self.numbers = method.function(args), method.numbers(args)
+        self.teacher, self.model = (torch.compile(net) if compiled else net for net in (teacher, student))
+        first = next(student.parameters())  # its gradient comes last
+        first.register_post_accumulate_grad_hook(lambda parameter: self.lap("backward"))
+
+    def run(self, steps: int) -> dict:
+        """The first `steps` of a new epoch; its columns of log.csv."""
+        self.epoch += 1
+        self.diagnostics.begin(self.epoch)
+        self.lap("bookkeeping")
+        self.augmenter.set_epoch(self.epoch)
+        for step in range(steps):
+            lr = learning_rate((self.epoch - 1) * self.augmenter.steps + step, self.args, self.augmenter.steps)
+            batch = self.augmenter(step, self.rows)
+            self.lap("augment")
+            with self.machine.autocast():
+                with torch.no_grad():
+                    teacher_logits = self.teacher(batch.images)
+                self.lap("teacher")
+                logits = self.model(batch.images)
+            self.lap("student")
+            loss, terms = self.criterion(logits, teacher_logits, batch.targets, **self.numbers)
+            self.lap("objective")
+            skipped = self.update(loss, lr)
+            self.lap("update")
+            self.diagnostics.look(step, skipped, batch.targets, logits, teacher_logits, self.numbers)
+            self.means.add(self.args.batch_size, skipped, accuracy(logits, batch.targets.dominant), train_loss=loss,
+                           **{f"train_loss_{name}": term for name, term in terms.items()})
+            self.lap("bookkeeping")
+        columns = self.update.diagnostics() | self.diagnostics.columns()
+        columns |= self.means.epoch_columns(self.epoch) | self.update.epoch_columns()
+        self.lap("bookkeeping")
+        return columns
+
+
+def cores(device) -> tuple[int, int]:
+    """Threads of each main process and workers of the plain loop."""
+    workers = max(1, min(16 if device.type == "cuda" else 2, os.cpu_count() - 1))
+    return max(1, os.cpu_count() - workers), workers
+
+
+def step_ms(contender, steps: int) -> float:
+    clock = Laps(contender.machine.device)
+    contender.run(steps)
+    return 1000 * (clock.now() - clock.last) / steps
+
+
+def benchmark(case, machine, images, labels, batch_size: int, repeats: int, compiled: bool, steps: int | None = None):
+    """A row for each contender.  steps: of a block; by default as many as the plain loop takes BLOCK_S for."""
+    device, args, workers = machine.device, recipe(batch_size), cores(machine.device)[1]
+    on_gpu, contenders, held = device.type == "cuda", {}, {}
+
+    def allocated() -> int:
+        return torch.cuda.memory_allocated(device) if on_gpu else 0
+
+    def enter(name: str, make, layout=torch.channels_last) -> None:
+        before = allocated()
+        contender = make(*networks(case, device, layout), args, machine)
+        try:
+            contender.run(1)
+        except RuntimeError as failure:  # out of memory, and what torch.compile raises
+            print(f"  {name} failed and is left out: {' '.join(str(failure).splitlines()[:2])}")
+        else:
+            contenders[name], held[name] = contender, allocated() - before
+
+    torch._dynamo.reset()
+    plain = partial(PlainLoop, images=images, labels=labels, workers=workers)
+    enter(BASE, plain, torch.contiguous_format)
+    steps = steps or min(BLOCK_STEPS, max(1, round(1000 * BLOCK_S / step_ms(contenders[BASE], 2))))
+    ours = partial(Ours, images=images[:steps * batch_size], labels=labels[:steps * batch_size])
+    if not on_gpu:
+        enter("plain loop, no workers", partial(plain, workers=0), torch.contiguous_format)
+    enter("plain loop, channels_last", partial(plain, layout=torch.channels_last))
+    enter("ours", ours)
+    if compiled:
+        enter("plain loop, compiled", partial(plain, compiled=True), torch.contiguous_format)
+        enter("ours, compiled", partial(ours, compiled=True))
+
+    untimed, times = min(steps, PREFETCH * workers), {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, contender in contenders.items():
+            contender.run(untimed)
+            times[name].append(step_ms(contender, steps))
+    for name, contender in contenders.items():
+        contender.run(untimed)
+        before, unwatched = allocated(), contender.lap
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        contender.lap = laps = Laps(device)
+        contender.run(steps)
+        contender.lap = unwatched
+        peak = round((torch.cuda.max_memory_allocated(device) - before + held[name]) / 1e6, 1) if on_gpu else None
+        ratios = [base / ms for base, ms in zip(times[BASE], times[name])]
+        ms, times_base = ([round(pick(column), 3) for pick in (median, min, max)] for column in (times[name], ratios))
+        yield Row(table.hardware(device), torch.__version__, triton.__version__, " to ".join(case), batch_size, name,
+                  torch.get_num_threads(), contender.workers, repeats, steps, *ms, round(1000 * batch_size / ms[0], 1),
+                  BASE, *times_base, peak, *laps.shares())
+
+
+def draw(rows_of: list[Row], path: Path) -> None:
+    """How many times as fast as the plain loop each contender is, and below what its step is made of."""
+    cases, names = (list(dict.fromkeys(column)) for column in zip(*((row.case, row.contender) for row in rows_of)))
+    heights = (2.2, 0.5 + 0.3 * len(rows_of))
+    figure, (bars, shares) = plt.subplots(2, 1, figsize=(8, sum(heights) + 1.5), layout="constrained", height_ratios=heights)
+    width = 0.8 / (len(names) - 1)
+    for index, name in enumerate(names[1:]):
+        rows = [row for row in rows_of if row.contender == name]
+        left = [cases.index(row.case) + (index - (len(names) - 1) / 2) * width for row in rows]
+        errors = [[row.times_base - row.times_base_min for row in rows], [row.times_base_max - row.times_base for row in rows]]
+        drawn = bars.bar(left, [row.times_base for row in rows], width, align="edge", yerr=errors, error_kw={"elinewidth": 0.8},
+                         label=name, color=f"{0.9 - 0.12 * index:.2f}")
+        bars.bar_label(drawn, [f"{row.times_base:.2f}" for row in rows], label_type="center", fontsize=8)
+    bars.axhline(1, color="black", linewidth=0.8)
+    bars.set(xticks=range(len(cases)), xticklabels=cases, ylabel=f"speed / that of the {BASE}")
+    bars.set_title(f"a whole step, batch of {rows_of[0].batch_size}; {rows_of[0].hardware}", fontsize=9, loc="left")
+    bars.legend(fontsize=8)
+
+    places = [index + 0.6 * cases.index(row.case) for index, row in enumerate(rows_of)]
+    left = [0.0] * len(rows_of)
+    for index, phase in enumerate(PHASES):
+        parts = [100 * getattr(row, f"share_{phase}") for row in rows_of]
+        shares.barh(places, parts, 0.8, left=left, label=phase, color=f"C{index}")
+        left = [start + part for start, part in zip(left, parts)]
+    shares.set_yticks(places, [f"{row.case}\n{row.contender}, {row.ms:.0f} ms" for row in rows_of], fontsize=7)
+    shares.invert_yaxis()
+    shares.set(xlim=(0, 100), xlabel="% of a step")
+    figure.legend(*shares.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="the smallest pair, few repeats; nothing is written")
+    parser.add_argument("--compile", action="store_true", help="with compiled networks on a CPU, too")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    args = parser.parse_args()
+    machine, found = prepare_machine(args.device, None, seed=0), []
+    on_gpu = machine.device.type == "cuda"
+    torch.set_num_threads(cores(machine.device)[0])
+    images, labels = generate(BLOCK_STEPS * BATCH, 0)
+    for case in CASES[:1] if args.quick else GPU_CASES if on_gpu else CASES:
+        for row in benchmark(case, machine, images, labels, BATCH, 3 if args.quick else 9, args.compile or on_gpu):
+            found.append(row)
+            made_of = ", ".join(f"{phase} {100 * getattr(row, f'share_{phase}'):.1f}" for phase in PHASES)
+            print(f"{row.case:24} {row.contender:25} {row.ms:8.2f} ms {row.times_base:6.2f} ({row.times_base_min:.2f} to "
+                  f"{row.times_base_max:.2f})  %: {made_of}", flush=True)
+    if not args.quick:
+        draw(found, table.write(found, "step", table.short(machine.device)).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
