@@ -36,8 +36,9 @@ from torch import nn
 from augment import BatchAugmenter
 from benchmarks import table
 from benchmarks.augmentation import synchronize
-from benchmarks.augmentation_rivals import MEAN, PREFETCH, STD, PlainLoop
+from benchmarks.augmentation_rivals import MEAN, STD
 from benchmarks.loss import ALPHA, BETA, EPS, T
+from benchmarks.plain_loop import PREFETCH, PlainLoop
 from training import method, models, options
 from training.diagnostics import Diagnostics
 from training.machine import prepare_machine

@@ -10,8 +10,9 @@ import torch
 
 from augment import BatchAugmenter
 from benchmarks import step as benchmark
-from benchmarks.augmentation_rivals import MEAN, STD, Collate, PlainLoop, published_mixed_dkd
+from benchmarks.augmentation_rivals import MEAN, STD
 from benchmarks.loss import published_dkd
+from benchmarks.plain_loop import Collate, PlainLoop, published_mixed_dkd
 from losses import dkd_loss
 from training import options
 from training.machine import prepare_machine
