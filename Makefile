@@ -1,5 +1,5 @@
 # make demo: the whole study in miniature on embedded data.   make test: all checks.   make torture: thousands of killed,
-# stopped and corrupted runs and sweeps, and each barrier of the kernels taken out, 10 minutes.   All set up .venv themselves, once.
+# stopped and corrupted runs and sweeps, and each barrier of the kernels taken out, 12 minutes.   All set up .venv themselves, once.
 SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python

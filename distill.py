@@ -21,8 +21,8 @@ def main(args):
     from augment import BatchAugmenter
     from training import models
     from training.advice import advise
-    from training.checkpoint import digest
     from training.evaluation import check_teacher
+    from training.files import digest
     from training.machine import prepare_machine
     from training.run import Run
     from training.rundir import announce

@@ -2,7 +2,7 @@
 # Every run behind every table and figure, as plain commands that can be copied one by one.
 #   ./experiments.sh                    the study and its controls: one GPU; data and ImageNet weights are downloaded if missing
 #   ./experiments.sh ablation           what makes DKD collapse, on CIFAR-100: one GPU
-#   ./experiments.sh ablation-small     the same on the embedded data: two CPU cores, half an hour
+#   ./experiments.sh ablation-small     the same on the embedded data: two CPU cores, 45 minutes
 #   ./experiments.sh published          a row of the published tables: one GPU
 # Interrupted, each goes on where it was when it is started again.
 set -euo pipefail

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from training import errors, grid, job
-from training.files import write_atomic, write_json
+from training.files import as_csv, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parent
 LOOK = 0.1  # seconds between two looks at the processes
@@ -41,7 +41,7 @@ def main(args):
             results = {cell.words: {each.seed: each.result() for each in jobs if each.cell is cell and each not in failed}
                        for cell in cells}
             rows, note = comparison.table(results, control.words, args.metric, len(failed))
-            write_atomic(output / "table.csv", comparison.as_csv(rows).encode())
+            write_atomic(output / "table.csv", as_csv(list(rows[0]), rows))
             write_atomic(output / "table.md", comparison.as_markdown(rows, note).encode())
             print("", comparison.as_markdown(rows, note), sep="\n", end="", flush=True)
         except BaseException as failure:

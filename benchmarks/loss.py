@@ -62,14 +62,18 @@ def published_kd(student, teacher, label):
 
 
 def published_dkd(student, teacher, label):
-    """DKD in the form in which it was published: masks, concatenated pairs, -1000 on the target."""
+    return F.cross_entropy(student, label, label_smoothing=EPS) + decoupled(student, teacher, label)
+
+
+def decoupled(student, teacher, label):
+    """DKD without cross-entropy in the form in which it was published: masks, concatenated pairs, -1000 on the target."""
     hot = torch.zeros_like(student, dtype=torch.bool).scatter_(1, label[:, None], True)
     q, p = F.softmax(student / T, 1), F.softmax(teacher / T, 1)
     q_pair, p_pair = (torch.cat([(x * hot).sum(1, keepdim=True), (x * ~hot).sum(1, keepdim=True)], 1) for x in (q, p))
     tckd = F.kl_div(q_pair.log(), p_pair, reduction="sum") * T * T / len(label)
     q_rest, p_rest = F.log_softmax(student / T - 1000.0 * hot, 1), F.softmax(teacher / T - 1000.0 * hot, 1)
     nckd = F.kl_div(q_rest, p_rest, reduction="sum") * T * T / len(label)
-    return F.cross_entropy(student, label, label_smoothing=EPS) + ALPHA * tckd + BETA * nckd
+    return ALPHA * tckd + BETA * nckd
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The three figures of the collapse study (PNG, PDF, their numbers as CSV), from what the sweeps of an ablation left.
 
-    ./experiments.sh ablation-small                                                the sweeps: two CPU cores, half an hour
+    ./experiments.sh ablation-small                                                the sweeps: two CPU cores, 45 minutes
     python plots/ablation_figures.py --runs runs/ablation-small --output figures   figure7, figure8, figure9
     python plots/ablation_figures.py                                               runs/ablation -> figures/
 

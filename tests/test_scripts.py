@@ -216,6 +216,15 @@ def test_a_dry_run_prints_and_touches_nothing(here, capsys):
     assert code == 0 and "4^2 (1 TCKD + 8 NCKD)" in out and "beta=8.0" in out and not Path("runs/dry").exists()
 
 
+def test_a_dry_run_of_several_processes_gives_advice_without_the_others(here, capsys, monkeypatch):
+    if not Path("runs/teacher/best.pt").exists():
+        train(capsys)
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    code, out, err = distill(capsys, "--teacher-checkpoint runs/teacher/best.pt --dry-run --output runs/dry")
+    assert code == 0 and "2 processes with --batch-size 16: 32 images a step" in out and "worth a try" in out, err
+
+
 def test_a_dry_run_with_a_teacher_gives_advice_that_does_what_it_says(here, capsys):
     if not Path("runs/teacher/best.pt").exists():
         train(capsys)

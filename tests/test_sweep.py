@@ -24,7 +24,7 @@ import pytest
 from scipy import stats
 from test_scripts import make_images
 
-from training import comparison, grid, job, options, resume
+from training import comparison, files, grid, job, options, resume
 from training.errors import Failure
 from training.flag_types import Parser
 
@@ -223,7 +223,7 @@ def test_the_bytes_of_the_table():
     assert all(part in below for part in (
         "test_acc1_best", "Seeds: 0, 1, 2.", "control, --method kd,", "multiple comparisons (1 made here)",
         "selected on: validation split, 20 images.", "Not finished, and not counted: 1 run."))
-    records = list(csv.DictReader(comparison.as_csv(rows).splitlines()))
+    records = list(csv.DictReader(files.as_csv(list(rows[0]), rows).decode().splitlines()))
     assert records[0] | {"sd": "2.0", "p": "", "pairs": "", "difference": ""} == records[0]
     assert float(records[1]["p"]) == pytest.approx(0.0741799, rel=1e-5) and records[2]["sd"] == records[2]["p"] == ""
 
@@ -375,7 +375,7 @@ def test_another_teacher_is_refused(place):
     line = "--output s distill.py --teacher-checkpoint teacher.pt"
     assert sweep(line)[0] == 0
     path = Path("s/distill-s42/config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher_sha256": job.digest(Path("teacher.pt"))}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher_sha256": job.digest_once(Path("teacher.pt"))}))
     assert sweep(line)[0] == 0
     Path("teacher.pt").write_bytes(b"two")
     code, _, err = sweep(line)

@@ -13,6 +13,7 @@ from losses.methods import METHODS, resolved
 from training import data as datasets
 from training import method, models, options
 from training.diagnostics import Diagnostics
+from training.distributed import Ranks
 from training.evaluation import check_classes
 from training.machine import Machine, global_batch_size
 
@@ -34,7 +35,7 @@ def advise(args, machine: Machine) -> list[str]:
                                batch_size=batch_size)
     student = models.build(args.student, len(data.classes), args.image_size or data.image_size).to(machine.device).train()
     criterion, numbers, steps = method.function(args), method.numbers(args), range(min(BATCHES, augmenter.steps))
-    looking = Diagnostics(args, augmenter, range(batch_size), machine.ranks, steps)
+    looking = Diagnostics(args, augmenter, range(batch_size), Ranks(), steps)  # whole batches, whoever else reads them
     augmenter.set_epoch(1)
     looking.begin(1)
     norms, entropies = [], torch.zeros(len(TEMPERATURES), device=machine.device)
@@ -49,9 +50,8 @@ def advise(args, machine: Machine) -> list[str]:
         student.zero_grad()
         looking.look(step, torch.zeros((), device=z.device), batch.targets, z, v, numbers)
         entropies += torch.stack([entropy(v.float() / T) for T in TEMPERATURES]) / len(steps)
-    norm = torch.stack(norms).median().item()
-    return [*said(args, looking.columns(), len(data.classes)),
-            *suggested(args, looking.columns(), norm, entropies.tolist(), len(data.classes))]
+    seen, classes, norm = looking.columns(), len(data.classes), torch.stack(norms).median().item()
+    return [*said(args, seen, classes), *suggested(args, seen, norm, entropies.tolist(), classes)]
 
 
 def entropy(logits):
@@ -93,7 +93,7 @@ def suggested(args, seen: dict, norm: float, entropies: list[float], classes: in
         fitting = [T for T, value in zip(TEMPERATURES, entropies) if value <= most]
         reason = f"the highest at which the teacher's entropy on these images is at most {most:.2f} nats" if fitting else (
             f"already at T = {TEMPERATURES[0]} the teacher's entropy on these images is above {most:.2f} nats")
-        lines.append(f"--temperature {(fitting or TEMPERATURES)[-1 if fitting else 0]}: {reason}, {FLAT:.0%} of a uniform guess ("
+        lines.append(f"--temperature {max(fitting, default=TEMPERATURES[0])}: {reason}, {FLAT:.0%} of a uniform guess ("
                      + ", ".join(f"{value:.2f} at T = {T}" for T, value in zip(TEMPERATURES, entropies)) + ")")
     now = f"--clip-grad {args.clip_grad:g} cuts each such step to {min(1.0, args.clip_grad / norm):.0%}" if args.clip_grad else \
         "now nothing is clipped"

@@ -107,15 +107,6 @@ def read(path) -> dict:
     return content
 
 
-def digest(path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as failure:
-        raise Failure(CHECKPOINT, f"cannot read ({path}: {failure.strerror})", "check the path and its permissions") from failure
-
-
 def on_cpu(tree):
     """A copy of nested containers whose tensors lie on the CPU and share nothing with the originals."""
     copy = queue_copy(tree)

@@ -3,8 +3,6 @@
 Accuracies and differences are in percent.  None, an empty cell of the CSV, is a number that is not defined: a standard deviation
 of one value, or an interval and a p-value where all values are equal, as Student's t would make them certain.
 """
-import csv
-import io
 from collections import Counter
 from statistics import fmean, stdev
 
@@ -89,15 +87,6 @@ def table(results: dict[str, dict[int, dict]], control: str, metric: str, missin
         "Last: mean accuracy with the weights of the last epoch. Minutes: mean of a run. A run that diverged has no accuracy. "
         "-: not defined, as with fewer than two values, or for an interval and p where all values are equal.")
     return rows, note + (f" Not finished, and not counted: {missing} {'run' if missing == 1 else 'runs'}." if missing else "")
-
-
-def as_csv(rows: list[dict]) -> str:
-    """Plain numbers, unrounded; the note is for people and stays out."""
-    content = io.StringIO()
-    writer = csv.DictWriter(content, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return content.getvalue()
 
 
 def as_markdown(rows: list[dict], note: str) -> str:

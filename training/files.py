@@ -1,10 +1,13 @@
 """Files that are replaced in one step: a reader, or a crash, sees the old one or the new one."""
+import csv
+import hashlib
+import io
 import json
 import os
 import shutil
 from pathlib import Path
 
-from training.errors import Unwritable
+from training.errors import CHECKPOINT, Failure, Unwritable
 
 
 def write_atomic(path, content, previous=None) -> None:
@@ -54,3 +57,21 @@ def make_directory(path: Path) -> None:
 
 def write_json(path, content: dict) -> None:
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def as_csv(names: list[str], rows: list[dict]) -> bytes:
+    """A table with these columns; None is an empty cell."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, names, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue().encode()
+
+
+def digest(path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as failure:
+        raise Failure(CHECKPOINT, f"cannot read ({path}: {failure.strerror})", "check the path and its permissions") from failure

@@ -1,6 +1,5 @@
 """One run of a sweep: its command, its process, and what it left in its directory.  Imports no torch."""
 import fcntl
-import hashlib
 import json
 import os
 import shlex
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from training import grid
 from training.errors import BUG, DATA, DIVERGED, IN_USE, STOPPED, USAGE, Failure
-from training.files import make_directory
+from training.files import digest, make_directory
 
 NOT_COMPARED = {"output", "device", "resume", "overwrite", "debug", "dry_run"}  # what runs of one table may differ in
 RESOLVED = (None, "auto")  # flags that a run decides itself; config.json then says what it decided
@@ -158,13 +157,10 @@ def stop(jobs: list[Job], number: int) -> None:
 def teacher(flags: dict) -> dict:
     """The digest by which a run knows its teacher, where the file is there."""
     path = Path(flags.get("teacher_checkpoint", ""))
-    return {"teacher_sha256": digest(path)} if path.is_file() else {}
+    return {"teacher_sha256": digest_once(path)} if path.is_file() else {}
 
 
-@cache
-def digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+digest_once = cache(digest)  # most runs of a sweep have one teacher
 
 
 def read_json(path: Path) -> dict | None:

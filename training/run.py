@@ -76,8 +76,8 @@ class Run:
         self.directory.open(self.config | facts | {"image_size": update.net.info["image_size"]}, update.checkpoint_bytes)
         self.state = resume.State(self.directory, self.writer, self.config, update=update, stop=self.stop, ranks=self.ranks)
         self.first = self.state.restore(self.saved)
-        self.means, self.progress = (Means(self.machine, augmenter.steps),
-                                     Progress(self.args.epochs, augmenter.steps, self.first))
+        self.means = Means(self.machine, augmenter.steps)
+        self.progress = Progress(self.args.epochs, augmenter.steps, self.first)
         self.diagnostics = Diagnostics(self.args, augmenter, self.ranks.rows(self.args.batch_size), self.ranks)
 
     def epochs(self):

@@ -1,8 +1,6 @@
 """The run directory: its lock, the columns of log.csv, its JSON files."""
-import csv
 import errno
 import fcntl
-import io
 import os
 import platform
 import shutil
@@ -15,7 +13,7 @@ from pathlib import Path
 
 from losses.methods import TERMS
 from training.errors import BUG, DONE, IN_USE, USAGE, Failure, Stopped, Unwritable, expected
-from training.files import make_directory, unwritable, write_atomic, write_json
+from training.files import as_csv, make_directory, unwritable, write_atomic, write_json
 
 OWNED = ("config.json", "env.json", "log.csv", "diagnostics.csv", "status.json", "summary.json", "last.pt", "prev.pt", "best.pt")
 
@@ -141,15 +139,6 @@ class RunDirectory:
         print(f"{summary['verdict']}: test accuracy {summary['test_acc1_best']:.2f} % with the weights of the best epoch, "
               f"{summary['best_epoch']}, {summary['test_acc1_last']:.2f} % with the last -> {self / 'best.pt'}")
         print(*(f"alarm: {alarm['text']}" for alarm in summary["alarms"]), sep="\n", end="\n" * bool(summary["alarms"]))
-
-
-def as_csv(names: list[str], rows: list[dict]) -> bytes:
-    """None is an empty cell."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, names, lineterminator="\n")
-    table.writeheader()
-    table.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
-    return text.getvalue().encode()
 
 
 def announce(config: dict, objective: str) -> None:

@@ -1,8 +1,8 @@
 """The verdict on a run: whether it collapsed, which alarms its numbers raise, and what most likely did it.
 
 An alarm is a number beyond a limit, and no proof: plots/explain.py shows them beside the curves.  Where the limits are from:
-the five points, the shares and the half are what the project calls a collapse, a loud term, a lost teacher; MOVE and DEAD lie
-between the healthy and the collapsed runs of STUDY.md.
+the five points, the shares and the half are what the project calls a collapse, a loud term, a lost teacher; MOVE and DEAD are set
+on the runs of STUDY.md, which no single limit separates.
 """
 from typing import NamedTuple
 
