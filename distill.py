@@ -26,7 +26,7 @@ def main(args):
     from training.machine import prepare_machine
     from training.run import Run
     from training.rundir import announce
-    from training.step import Update, build_optimizer, learning_rate
+    from training.step import EVERY, Update, build_optimizer, learning_rate
 
     machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic)
     config = vars(args) | {"script": "distill"} | machine.describe()
@@ -45,33 +45,39 @@ def main(args):
         if run.finished:
             return
         teacher = models.load(args.teacher_checkpoint, machine.device, machine.dtype, folded=True)
-        data, criterion, numbers = run.load_data(), method.function(args), method.numbers(args)
+        data, criterion = run.load_data(), method.function(args)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
-        teacher_test, teacher_val = check_teacher(teacher, data, machine, args.batch_size), run.evaluate(teacher, data.val)
+        teacher_test, teacher_val = check_teacher(teacher, data, machine, len(run.parts[0])), run.evaluate(teacher, data.val)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=run.batch_size)
-        update = Update(student, build_optimizer(student, args), machine, args.clip_grad, args.model_ema)
-        model, rows = run.parallel(student), machine.ranks.rows(args.batch_size)
+        update = Update(student, build_optimizer(student, args), machine, args.clip_grad, args.model_ema, len(run.parts))
+        model, numbers = run.parallel(student), method.numbers(args)
         print(f"{data}\nteacher {teacher.info['model']}: {teacher.size / 1e6:.2f} M parameters, "
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
 
-        run.start(update, augmenter, teacher=teacher.info["model"], **method.labels(args))
-        for epoch in run.epochs():
-            student.train()
-            augmenter.set_epoch(epoch)
-            numbers |= method.ramped(args, epoch)
-            for step in range(augmenter.steps):
-                lr = learning_rate((epoch - 1) * augmenter.steps + step, args, augmenter.steps)
-                batch = augmenter(step, rows)
+        def step(position, look):
+            for rows in run.parts:
+                batch = augmenter(position, rows)
                 with machine.autocast():
                     with torch.no_grad():
                         teacher_logits = teacher(batch.images)
                     logits = model(batch.images)
                 loss, terms = criterion(logits, teacher_logits, batch.targets, **numbers)
-                skipped = update(loss, lr)
-                run.log_step(step, lr, skipped, batch.targets, logits, loss, terms, teacher_logits, numbers)
+                update.backward(loss)
+                run.add(look, batch.targets, logits, loss, terms, teacher_logits, numbers)
+            run.end_step(update(look))
+
+        run.start(update, augmenter, teacher=teacher.info["model"], **method.labels(args))
+        for epoch in run.epochs():
+            student.train()
+            augmenter.set_epoch(epoch)
+            method.ramp(args, numbers, epoch, machine.device)
+            for position in range(augmenter.steps):
+                update.lr.fill_(lr := learning_rate((epoch - 1) * augmenter.steps + position, args, augmenter.steps))
+                step(position, look=position % EVERY == 0)
+                run.log_step(position, lr)
             run.end_training()
             val = run.evaluate(update.evaluated, data.val)
             run.end_epoch(val, teacher_agree=val.agreement(teacher_val))

@@ -19,7 +19,7 @@ def main(args):
     from training.machine import prepare_machine
     from training.run import Run
     from training.rundir import announce
-    from training.step import Update, build_optimizer, learning_rate
+    from training.step import EVERY, Update, build_optimizer, learning_rate
 
     machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic)
     pretrained = models.is_torchvision(args.model) and not args.init if args.pretrained is None else args.pretrained
@@ -35,22 +35,28 @@ def main(args):
         net = run.new_network(args.model, pretrained=pretrained, init=args.init)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=run.batch_size)
-        update = Update(net, build_optimizer(net, args), machine, args.clip_grad, args.model_ema)
-        model, rows = run.parallel(net), machine.ranks.rows(args.batch_size)
+        update = Update(net, build_optimizer(net, args), machine, args.clip_grad, args.model_ema, len(run.parts))
+        model = run.parallel(net)
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")
+
+        def step(position, look):
+            for rows in run.parts:
+                batch = augmenter(position, rows)
+                with machine.autocast():
+                    logits = model(batch.images)
+                loss = mixed_ce(logits, batch.targets, label_smoothing=args.label_smoothing)
+                update.backward(loss)
+                run.add(look, batch.targets, logits, loss, {"ce": loss})
+            run.end_step(update(look))
 
         run.start(update, augmenter)
         for epoch in run.epochs():
             net.train()
             augmenter.set_epoch(epoch)
-            for step in range(augmenter.steps):
-                lr = learning_rate((epoch - 1) * augmenter.steps + step, args, augmenter.steps)
-                batch = augmenter(step, rows)
-                with machine.autocast():
-                    logits = model(batch.images)
-                loss = mixed_ce(logits, batch.targets, label_smoothing=args.label_smoothing)
-                skipped = update(loss, lr)
-                run.log_step(step, lr, skipped, batch.targets, logits, loss, {"ce": loss})
+            for position in range(augmenter.steps):
+                update.lr.fill_(lr := learning_rate((epoch - 1) * augmenter.steps + position, args, augmenter.steps))
+                step(position, look=position % EVERY == 0)
+                run.log_step(position, lr)
             run.end_training()
             val = run.evaluate(update.evaluated, data.val)
             run.end_epoch(val)

@@ -26,29 +26,20 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 import torch
 import triton
-from torch import nn
 
-from augment import BatchAugmenter
 from benchmarks import table
 from benchmarks.augmentation import synchronize
-from benchmarks.augmentation_rivals import MEAN, STD
-from benchmarks.loss import ALPHA, BETA, EPS, T
+from benchmarks.our_loop import Ours, networks, recipe
 from benchmarks.plain_loop import PREFETCH, PlainLoop
-from training import method, models, options
-from training.diagnostics import Diagnostics
 from training.machine import prepare_machine
-from training.means import Means
-from training.step import Update, accuracy, build_optimizer, learning_rate
-from training.synthetic import CLASSES, generate
+from training.synthetic import generate
 
 CASES = (("v2_tiny", "v2_pico"), ("resnet20", "resnet8"), ("resnet32x4", "resnet8x4"))
 GPU_CASES = (*CASES, ("efficientnet_v2_l", "efficientnet_v2_s"))
-RECIPE = f"--method dkd --alpha {ALPHA} --beta {BETA} --temperature {T} --label-smoothing {EPS} --opt sgd --lr 0.05"
 BATCH = 128
 BLOCK_S, BLOCK_STEPS = 2.0, 64  # a block of the plain loop takes about so long, and has at most so many steps
 BASE = "plain loop"
@@ -110,75 +101,6 @@ class Laps:
 
     def shares(self) -> list[float]:
         return [round(seconds / sum(self.seconds.values()), 4) for seconds in self.seconds.values()]
-
-
-def recipe(batch_size: int):
-    return options.parse_distill("", "", f"{RECIPE} --weight-decay 5e-4 --batch-size {batch_size}".split())
-
-
-def networks(case: tuple[str, str], device, layout=torch.channels_last):
-    """Frozen teacher and student, with the same weights every time; the running statistics of the teacher are those of noise."""
-    torch.manual_seed(0)
-    teacher, student = (models.build(name, len(CLASSES)).to(device, memory_format=layout) for name in case)
-    teacher.info = {"model": case[0], "classes": CLASSES, "image_size": 32, "mean": MEAN, "std": STD, "dataset": "synthetic"}
-    for module in teacher.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        teacher.train()(torch.randn(BATCH, 3, 32, 32, device=device))
-    return teacher.eval().requires_grad_(False), student.train()
-
-
-class Ours:
-    """The objects and the calls of distill.py and training/run.py; all images make an epoch.
-
-    lap: is called with the name of each phase of a step when it ends.
-    """
-    workers = 0
-
-    def __init__(self, teacher, student, args, machine, images, labels, *, compiled: bool = False):
-        self.args, self.machine, self.epoch, self.lap = args, machine, 0, lambda phase: None
-        with TemporaryDirectory() as folder:
-            models.save(Path(folder, "best.pt"), teacher, **teacher.info)
-            teacher = models.load(Path(folder, "best.pt"), machine.device, machine.dtype, folded=True)
-        self.augmenter = BatchAugmenter(images.to(machine.device), labels.to(machine.device), **options.augmentation(args),
-                                        mean=MEAN, std=STD, dtype=machine.dtype, batch_size=args.batch_size)
-        self.update = Update(student, build_optimizer(student, args), machine, args.clip_grad, args.model_ema)
-        self.rows, self.means = machine.ranks.rows(args.batch_size), Means(machine, self.augmenter.steps)
-        self.diagnostics = Diagnostics(args, self.augmenter, self.rows, machine.ranks)
-        self.criterion, self.numbers = method.function(args), method.numbers(args)
-        self.teacher, self.model = (torch.compile(net) if compiled else net for net in (teacher, student))
-        first = next(student.parameters())  # its gradient comes last
-        first.register_post_accumulate_grad_hook(lambda parameter: self.lap("backward"))
-
-    def run(self, steps: int) -> dict:
-        """The first `steps` of a new epoch; its columns of log.csv."""
-        self.epoch += 1
-        self.diagnostics.begin(self.epoch)
-        self.lap("bookkeeping")
-        self.augmenter.set_epoch(self.epoch)
-        for step in range(steps):
-            lr = learning_rate((self.epoch - 1) * self.augmenter.steps + step, self.args, self.augmenter.steps)
-            batch = self.augmenter(step, self.rows)
-            self.lap("augment")
-            with self.machine.autocast():
-                with torch.no_grad():
-                    teacher_logits = self.teacher(batch.images)
-                self.lap("teacher")
-                logits = self.model(batch.images)
-            self.lap("student")
-            loss, terms = self.criterion(logits, teacher_logits, batch.targets, **self.numbers)
-            self.lap("objective")
-            skipped = self.update(loss, lr)
-            self.lap("update")
-            self.diagnostics.look(step, skipped, batch.targets, logits, teacher_logits, self.numbers)
-            self.means.add(self.args.batch_size, skipped, accuracy(logits, batch.targets.dominant), train_loss=loss,
-                           **{f"train_loss_{name}": term for name, term in terms.items()})
-            self.lap("bookkeeping")
-        columns = self.update.diagnostics() | self.diagnostics.columns()
-        columns |= self.means.epoch_columns(self.epoch) | self.update.epoch_columns()
-        self.lap("bookkeeping")
-        return columns
 
 
 def cores(device) -> tuple[int, int]:

@@ -106,7 +106,7 @@ class Watch(TorchDispatchMode):
             if any(tensor.is_cuda for tensor in inputs):
                 self.wait(f"a value is read ({name})")
             return {torch.bool: False, torch.int64: 0, torch.float64: float(IMAGES)}.get(args[0].dtype, 0.0)
-        if name.startswith("_fused_sgd"):  # which has no fake form; it works in place
+        if name.startswith(("_fused_sgd", "_fused_adamw")):  # without a fake form, with such a learning rate; in place
             assert all(tensor.is_cuda for tensor in inputs)
             result = None
         else:

@@ -1,5 +1,6 @@
 """diagnostics.csv against plain loops over single images in float64, and the verdict against made-up runs."""
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from training.distributed import Ranks
 from training.evaluation import Evaluation
 from training.machine import Machine
 from training.rundir import EpochRow
-from training.step import EVERY, Update, build_optimizer
+from training.step import Taken, Update, build_optimizer
 
 ROOT = Path(__file__).parent.parent
 CLASSES, BATCH = 7, 12
@@ -41,6 +42,12 @@ def student(flags):
 def logits(seed):
     generator = torch.Generator().manual_seed(seed)
     return 3 * torch.randn(BATCH, CLASSES, generator=generator), 3 * torch.randn(BATCH, CLASSES, generator=generator)
+
+
+def look(looking, skipped, targets, *both):
+    """A step that is looked at, which moves the weights by none of their norm."""
+    looking.look(targets, *both)
+    looking.end_step(Taken(skipped, NO, NO))
 
 
 @pytest.mark.parametrize("policy", ["autoaugment", "none"])
@@ -110,8 +117,8 @@ def test_columns_are_means_over_single_images(flags):
     steps, treated = [], augment.treatments(1, looking.steps, range(BATCH))
     for step in range(augment.steps):
         both, targets = logits(step), augment(step).targets
-        looking.look(step, NO, targets, *both, method.numbers(args))
         if step % 2 == 0:
+            look(looking, NO, targets, *both, method.numbers(args))
             steps.append((both, targets, [part[step // 2] for part in treated]))
     columns, images = looking.columns(), by_hand(args, steps, method.numbers(args))
     assert columns["looked_at"] == len(steps) == 3 and columns["images"] == 3 * BATCH
@@ -147,8 +154,7 @@ def test_a_teacher_has_cross_entropy_alone_and_an_empty_group_is_empty():
     augment = augmenter(random_erasing=0.0, policy="none")
     looking = Diagnostics(args, augment, range(BATCH), Ranks())
     looking.begin(1)
-    looking.look(0, NO, augment(0).targets, logits(0)[0])
-    looking.look(1, NO, None, None)  # not looked at
+    look(looking, NO, augment(0).targets, logits(0)[0])
     columns = looking.columns()
     assert columns["images_policy"] == columns["images_erased"] == 0 and columns["grad_ce_policy"] is None
     assert columns["student_entropy_erased"] is None and columns["share_ce"] == 1.0
@@ -158,11 +164,12 @@ def test_a_teacher_has_cross_entropy_alone_and_an_empty_group_is_empty():
 def test_a_method_without_weights_has_the_gradient_of_the_whole(monkeypatch):
     """And where one term has no weight of its own, it is what is left when all others are off."""
     args, augment = student("--method kd"), augmenter()
-    looking, shares = Diagnostics(args, augment, range(BATCH), Ranks()), {}
+    shares = {}
     for weighed_by in ({}, {"kl": "alpha"}, {"ce": "ce_weight", "kl": "alpha"}):
         monkeypatch.setitem(METHODS, "kd", METHODS["kd"]._replace(weighed_by=weighed_by))
+        looking = Diagnostics(args, augment, range(BATCH), Ranks())
         looking.begin(1)
-        looking.look(0, NO, augment(0).targets, *logits(0), method.numbers(args))
+        look(looking, NO, augment(0).targets, *logits(0), method.numbers(args))
         shares[len(weighed_by)] = looking.columns()
     assert "grad_ce" not in shares[0]
     for name in ("grad_kl", "grad_ce", "share_kl", "cos_kl"):
@@ -176,14 +183,14 @@ def test_a_skipped_step_adds_nothing():
     for sick in (False, True):
         looking = Diagnostics(args, augment, range(BATCH), Ranks(), range(2))
         looking.begin(0)
-        looking.look(0, NO, augment(0).targets, *logits(0), method.numbers(args))
+        look(looking, NO, augment(0).targets, *logits(0), method.numbers(args))
         if sick:
             z, v = logits(1)
-            looking.look(1, YES, augment(1).targets, z * torch.nan, v * torch.inf, method.numbers(args))
+            look(looking, YES, augment(1).targets, z * torch.nan, v * torch.inf, method.numbers(args))
         found.append(looking.columns())
     assert found[0] == found[1] and found[0]["images"] == BATCH
     looking.begin(0)
-    looking.look(0, YES, augment(0).targets, *logits(0), method.numbers(args))
+    look(looking, YES, augment(0).targets, *logits(0), method.numbers(args))
     columns = looking.columns()
     assert columns["images"] == 0 and columns["grad_nckd"] is columns["share_nckd"] is columns["teacher_spread"] is None
 
@@ -197,31 +204,31 @@ def test_ranks_add_up():
         looking = Diagnostics(args, augment, rows, Ranks())
         looking.begin(0)
         part = slice(rows.start, rows.stop)
-        looking.look(0, NO, Targets(*(column[part] for column in targets)), z[part], v[part], method.numbers(args))
-        sums.append((looking.sums, looking.predictions))
+        look(looking, NO, Targets(*(column[part] for column in targets)), z[part], v[part], method.numbers(args))
+        sums.append(looking.sums[:2])
     for whole, one, other in zip(*sums):
         torch.testing.assert_close(whole, one + other, rtol=1e-4, atol=1e-4)
 
 
-def test_clip_factor_and_how_far_a_step_goes():
+def test_how_far_a_step_goes():
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 3, bias=False)
-    args = argparse.Namespace(opt="sgd", lr=0.1, momentum=0.0, weight_decay=0.0)
-    update = Update(net, build_optimizer(net, args), Machine(torch.device("cpu"), "off"), 0.5, 0.0)
-    ratios, factors = [], []
-    for step in range(EVERY + 1):
-        before, images = net.weight.detach().clone(), torch.full((2, 4), 0.2 * (step % 4))
-        loss = net(images).square().mean()
-        norm = torch.autograd.grad(loss, net.weight, retain_graph=True)[0].norm().item()
-        update(loss, 0.1)
-        factors.append(min(1.0, 0.5 / norm) if norm else 1.0)
-        if step % EVERY == 0:
+    recipe = argparse.Namespace(opt="sgd", lr=0.1, momentum=0.0, weight_decay=0.0)
+    update = Update(net, build_optimizer(net, recipe), Machine(torch.device("cpu"), "off"), 0.5, 0.0)
+    args, augment, ratios = student("--method kd"), augmenter(), []
+    looking = Diagnostics(args, augment, range(BATCH), Ranks(), range(4))
+    looking.begin(1)
+    for step in range(4):
+        before, images = net.weight.detach().clone(), torch.full((2, 4), 0.2 * (1 + step))
+        update.backward(net(images).square().mean() * (math.inf if step == 2 else 1))
+        taken = update(look=step != 1)
+        assert (taken.move is None) == (step == 1)
+        if taken.move is not None:
+            looking.look(augment(step).targets, *logits(step), method.numbers(args))
+            looking.end_step(taken)
+        if step in (0, 3):
             ratios.append(((net.weight - before).norm() / before.norm()).item())
-    columns = update.diagnostics()
-    assert columns["update_ratio"] == pytest.approx(sum(ratios) / 2, rel=1e-5)
-    assert columns["clip_factor"] == pytest.approx(sum(factors) / len(factors), rel=1e-4)
-    update.epoch_columns()
-    assert not update.moves, "the next epoch has its own"
+    assert looking.columns()["update_ratio"] == pytest.approx(sum(ratios) / 2, rel=1e-5)
 
 
 def test_dead_classes():
@@ -235,7 +242,7 @@ def test_every_column_is_documented():
     args, augment = student("--method dkd"), augmenter()
     looking = Diagnostics(args, augment, range(BATCH), Ranks())
     looking.begin(1)
-    looking.look(0, NO, augment(0).targets, *logits(0), method.numbers(args))
+    look(looking, NO, augment(0).targets, *logits(0), method.numbers(args))
     suffixes = "|".join(group for group in diagnostics.GROUPS if group != "all")
     for column in looking.columns():
         name = re.sub(f"_({suffixes})$", "", column)

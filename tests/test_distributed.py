@@ -149,18 +149,22 @@ def train(machine, each, method, steps=24):
                                         torch.nn.Linear(24, 10)).double()
                     for _ in range(2))
     recipe = SimpleNamespace(opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
-    update, means = Update(net, build_optimizer(net, recipe), machine, 0.5, 0.0), Means(machine, steps)
+    update, means = Update(net, build_optimizer(net, recipe), machine, 0.5, 0.0), Means(machine, steps, 0.5)
     model, rows = machine.ranks.parallel(net, 0, (192,)), machine.ranks.rows(each)
     for step in range(steps):
         batch = augmenter(step % augmenter.steps, rows)
         with torch.no_grad():
             teacher_logits = teacher(batch.images.double()).float()
         loss, _ = METHODS[method](model(batch.images.double()).float(), teacher_logits, batch.targets)
-        skipped = update(loss, 0.1)
-        means.add(augmenter.batch_size, skipped, torch.tensor(0.0), train_loss=loss)
-    columns = means.epoch_columns(1) | update.epoch_columns()
-    return torch.cat([weight.detach().flatten() for weight in net.parameters()]), {name: columns[name] for name in columns
-                                                                                   if name != "amp_scale"}
+        update.backward(loss)
+        count(means, update(), loss)
+    return torch.cat([weight.detach().flatten() for weight in net.parameters()]), means.epoch_columns(1)[0]
+
+
+def count(means, taken, loss):
+    means.add(torch.tensor(0.0), train_loss=loss)
+    means.end_step(taken.skipped, taken.norm)
+    means.look()
 
 
 def train_like_one(machine):
@@ -187,7 +191,8 @@ def one_statistic(machine):
     net.train()
     torch.manual_seed(machine.ranks.rank)
     for _ in range(3):
-        update(model(torch.randn(8, 4)).square().mean(), 0.1)
+        update.backward(model(torch.randn(8, 4)).square().mean())
+        update()
     own = [(each[1].running_mean.clone(), each[1].running_var.clone()) for each in (net, update.average.module)]
     update.agree()
     for each, statistics in zip((net, update.average.module), own):
@@ -228,9 +233,10 @@ def a_sick_loss_on_one(machine):
     update, means = Update(weight, build_optimizer(weight, recipe), machine, 0.0, 0.0), Means(machine, 1)
     model, before = machine.ranks.parallel(weight, 0, (2,)), weight.weight.detach().clone()
     loss = model(torch.ones(1, 2)).sum() + (0, float("inf"))[machine.ranks.rank]
-    skipped = update(loss, 1.0)
-    means.add(2, skipped, torch.tensor(0.0), train_loss=loss)
-    assert skipped and torch.equal(weight.weight, before)
+    update.backward(loss)
+    taken = update()
+    count(means, taken, loss)
+    assert taken.skipped and torch.equal(weight.weight, before)
     assert "train_loss is not finite" in str(means.failure("")), "the process that saw nothing must name it, too"
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from training.data import Split
 from training.errors import Failure
 from training.evaluation import EarlyStop, Evaluation, check_teacher, evaluate
-from training.machine import Machine, prepare_machine
+from training.machine import Machine, parts_of, prepare_machine
 from training.means import SKIPS, Means
 from training.progress import Progress, clock
 from training.step import Update, accuracy, build_optimizer, learning_rate
@@ -37,6 +37,17 @@ def updater(model, recipe, *, precision="off", clip_grad=0.0, ema_decay=0.0):
     return Update(model, build_optimizer(model, SimpleNamespace(**recipe)), Machine(CPU.device, precision), clip_grad, ema_decay)
 
 
+def take(update, loss, means=None):
+    """A step with one loss -> whether it was skipped; counted by `means`, too."""
+    update.backward(loss)
+    taken = update()
+    if means:
+        means.add(torch.tensor(0.0), train_loss=loss)
+        means.end_step(taken.skipped, taken.norm)
+        means.look()
+    return taken.skipped
+
+
 def test_learning_rate_warms_up_linearly_and_falls_by_cosine_or_steps():
     args = SimpleNamespace(**RECIPE)
     rates = [learning_rate(step, args, 5) for step in range(50)]
@@ -56,24 +67,52 @@ def test_update_is_clip_then_step_of_the_plain_optimizer(recipe):
     ours, theirs = net(), net()
     plain = (torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.05) if recipe["opt"] == "adamw" else
              torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4))
-    update, norms = updater(ours, recipe, clip_grad=0.5), []
+    update, means, norms = updater(ours, recipe, clip_grad=0.5), Means(CPU, 4, 0.5), []
     for step in range(4):
         images, labels = batch(step)
-        update(F.cross_entropy(ours(images), labels), lr=0.1)
+        take(update, F.cross_entropy(ours(images), labels), means)
         F.cross_entropy(theirs(images), labels).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5).item())
         plain.step()
         plain.zero_grad()
     for one, two in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
-    columns = update.epoch_columns()
-    assert columns["grad_norm_mean"] == pytest.approx(sum(norms) / 4,
-                                                      rel=1e-5) and columns["grad_norm_max"] == pytest.approx(max(norms),
-                                                                                                              rel=1e-5)
+    columns, looked = means.epoch_columns(1)
+    assert columns["grad_norm_mean"] == pytest.approx(sum(norms) / 4, rel=1e-5)
+    assert columns["grad_norm_max"] == pytest.approx(max(norms), rel=1e-5)
     assert columns["clip_frac"] == sum(norm > 0.5 for norm in norms) / 4 and columns["steps"] == 4
-    assert columns["amp_scale"] is None and columns["skipped_steps"] == 0
-    update(F.cross_entropy(ours(images), labels), lr=0.1)
-    assert update.epoch_columns()["steps"] == 1, "the counts start again every epoch"
+    assert looked["clip_factor"] == pytest.approx(sum(min(1, 0.5 / norm) for norm in norms) / 4, rel=1e-5)
+    assert update.amp_scale() is None and columns["skipped_steps"] == 0
+    take(update, F.cross_entropy(ours(images), labels), means)
+    assert means.epoch_columns(2)[0]["steps"] == 1, "the counts start again every epoch"
+
+
+@pytest.mark.parametrize("recipe", OPTIMIZERS, ids=["adamw", "sgd"])
+def test_a_batch_in_parts_takes_the_step_of_the_whole(recipe):
+    """In a network without BatchNorm, whose statistics are those of a part."""
+    results = []
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 6))
+        update = Update(model, build_optimizer(model, SimpleNamespace(**recipe)), CPU, 0.5, 0.0, parts)
+        means = Means(CPU, 3, 0.5)
+        for step in range(3):
+            images, labels = batch(step)
+            for rows in parts_of(range(16), parts):
+                logits = model(images[rows.start:rows.stop])
+                loss = F.cross_entropy(logits, labels[rows.start:rows.stop])
+                update.backward(loss)
+                means.add(accuracy(logits, labels[rows.start:rows.stop]), train_loss=loss)
+            taken = update()
+            means.end_step(taken.skipped, taken.norm)
+            means.look()
+        results.append((model[1].weight.detach(), means.epoch_columns(1)[0]))
+    (whole, columns), (parted, of_parts) = results
+    torch.testing.assert_close(parted, whole, rtol=1e-5, atol=1e-6)
+    assert of_parts == pytest.approx(columns, rel=1e-5)
+    for rows, count in ((range(16), 3), (range(12), 4), (range(4), 8)):
+        with pytest.raises(Failure, match=f"--grad-accum {count} of {len(rows)} images"):
+            parts_of(rows, count)
 
 
 @pytest.mark.parametrize("recipe", OPTIMIZERS, ids=["adamw", "sgd"])
@@ -81,21 +120,21 @@ def test_an_overflowing_fp16_step_is_skipped_and_counted(recipe):
     """Also as the very first step, where fused SGD's momentum would otherwise be read before it was written."""
     ours, without = net(), net()
     update, plain = updater(ours, recipe, precision="fp16", clip_grad=1.0), updater(without, recipe, clip_grad=1.0)
+    counts, healthy = Means(CPU, 4, 1.0), Means(CPU, 3, 1.0)
     images, labels = batch()
     ours.eval(), without.eval()
     before = copy.deepcopy(ours.state_dict())
-    update(F.cross_entropy(ours(images), labels) * math.inf, lr=0.1)
+    take(update, F.cross_entropy(ours(images), labels) * math.inf, counts)
     assert all(torch.equal(value, before[name]) for name,
                value in ours.state_dict().items()), "a skipped step changed the weights"
     for _ in range(3):
-        update(F.cross_entropy(ours(images), labels), lr=0.1)
-        plain(F.cross_entropy(without(images), labels), lr=0.1)
+        take(update, F.cross_entropy(ours(images), labels), counts)
+        take(plain, F.cross_entropy(without(images), labels), healthy)
     for one, two in zip(ours.parameters(), without.parameters()):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-    columns, healthy = update.epoch_columns(), plain.epoch_columns()
-    assert (columns["skipped_steps"], columns["steps"], columns["amp_scale"]) == (1, 4, 32768.0)
-    assert columns["grad_norm_mean"] == pytest.approx(healthy["grad_norm_mean"],
-                                                      rel=1e-3), "unscaled before it is measured and clipped"
+    columns, healthy = counts.epoch_columns(1)[0], healthy.epoch_columns(1)[0]
+    assert (columns["skipped_steps"], columns["steps"], update.amp_scale()) == (1, 4, 32768.0)
+    assert columns["grad_norm_mean"] == pytest.approx(healthy["grad_norm_mean"], rel=1e-3), "unscaled before it is measured"
 
 
 @pytest.mark.parametrize("precision", ["off", "bf16", "fp16"])
@@ -107,19 +146,20 @@ def test_a_sick_step_leaves_no_trace(recipe, precision, sick):
     ours, without = net(), net()
     update, plain = updater(ours, recipe, precision=precision, clip_grad=1.0), updater(without, recipe, precision=precision,
                                                                                        clip_grad=1.0)
+    counts, healthy = Means(CPU, 5, 1.0), Means(CPU, 4, 1.0)
     for step in range(5):
         images, labels = batch(step)
         if step == sick:
-            skipped = update(F.cross_entropy(ours(images * math.nan), labels), lr=0.1)
+            skipped = take(update, F.cross_entropy(ours(images * math.nan), labels), counts)
         else:
-            skipped = update(F.cross_entropy(ours(images), labels), lr=0.1)
-            plain(F.cross_entropy(without(images), labels), lr=0.1)
+            skipped = take(update, F.cross_entropy(ours(images), labels), counts)
+            take(plain, F.cross_entropy(without(images), labels), healthy)
         assert skipped.item() == (step == sick)
     both = [tensors(each.state_dict()) for each in (update, plain)]
     assert both[0].keys() == both[1].keys()
     for key, value in both[0].items():
         assert torch.equal(value, both[1][key]), key
-    columns, healthy = update.epoch_columns(), plain.epoch_columns()
+    columns, healthy = counts.epoch_columns(1)[0], healthy.epoch_columns(1)[0]
     assert columns["skipped_steps"] == 1 and columns["grad_norm_mean"] == healthy["grad_norm_mean"]
 
 
@@ -128,7 +168,7 @@ def test_a_sick_step_leaves_no_trace(recipe, precision, sick):
 def test_the_size_of_a_checkpoint_is_known_before_the_first_step(recipe, ema_decay):
     update = updater(torch.nn.Linear(1000, 100), recipe, ema_decay=ema_decay)
     foreseen = update.checkpoint_bytes
-    update(update.net(torch.ones(2, 1000)).sum(), lr=0.1)
+    take(update, update.net(torch.ones(2, 1000)).sum())
     assert foreseen == update.checkpoint_bytes == pytest.approx(sum(value.nbytes
                                                                     for value in tensors(update.state_dict()).values()), rel=1e-3)
 
@@ -145,7 +185,7 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
     update = updater(model, OPTIMIZERS[1])
     before = copy.deepcopy(model.state_dict())
     images, labels = batch()
-    assert update(F.cross_entropy(model(images), labels) + math.inf, lr=0.1)
+    assert take(update, F.cross_entropy(model(images), labels) + math.inf)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -154,9 +194,9 @@ def test_a_loss_scale_that_falls_without_end_stops_the_run():
     update = updater(model, OPTIMIZERS[1], precision="fp16")
     images, labels = batch()
     for _ in range(31):
-        update(F.cross_entropy(model(images), labels) * math.inf, lr=0.1)
+        take(update, F.cross_entropy(model(images), labels) * math.inf)
     with pytest.raises(Failure, match="overflows FP16 at any loss scale .now 3.05e-05") as failure:
-        update.epoch_columns()
+        update.amp_scale()
     assert failure.value.code == 6
 
 
@@ -166,12 +206,12 @@ def test_a_restored_update_goes_on_as_the_one_that_was_saved():
         first, second = (updater(model, recipe, precision="fp16", clip_grad=1.0, ema_decay=0.9) for model in (one, two))
         images, labels = batch()
         for _ in range(3):
-            first(F.cross_entropy(one(images), labels), lr=0.1)
-        first(F.cross_entropy(one(images), labels) * math.inf, lr=0.1)
+            take(first, F.cross_entropy(one(images), labels))
+        take(first, F.cross_entropy(one(images), labels) * math.inf)
         second.load_state_dict(copy.deepcopy(first.state_dict()))
         for update, model in ((first, one), (second, two)):
-            update(F.cross_entropy(model(images * math.nan), labels), lr=0.1)
-            update(F.cross_entropy(model(images), labels), lr=0.1)
+            take(update, F.cross_entropy(model(images * math.nan), labels))
+            take(update, F.cross_entropy(model(images), labels))
         both = [tensors(update.state_dict()) for update in (first, second)]
         assert all(torch.equal(value, both[1][key]) for key, value in both[0].items())
         assert first.scaler.get_scale() == second.scaler.get_scale() == 16384.0
@@ -202,12 +242,14 @@ def test_no_step_waits_for_the_gpu(recipe):
             with machine.autocast():
                 logits = model(batch.images)
             loss, terms = dkd_loss(logits, logits.detach(), batch.targets)
-            skipped = update(loss, 0.1)
-            means.add(64, skipped, accuracy(logits, batch.targets.dominant), train_loss=loss, **terms)
-            means.read()
+            update.backward(loss)
+            taken = update()
+            means.add(accuracy(logits, batch.targets.dominant), train_loss=loss, **terms)
+            means.end_step(taken.skipped, taken.norm)
+            means.look()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert update.epoch_columns()["steps"] == augmenter.steps
+    assert means.epoch_columns(1)[0]["steps"] == augmenter.steps
 
 
 def test_moving_average():
@@ -216,33 +258,39 @@ def test_moving_average():
     images, labels = batch()
     weights = []
     for _ in range(3):
-        update(F.cross_entropy(model(images), labels), lr=0.1)
+        take(update, F.cross_entropy(model(images), labels))
         weights.append(model[1].weight.detach().clone())
     torch.testing.assert_close(update.evaluated[1].weight, 0.5 * (0.5 * weights[0] + 0.5 * weights[1]) + 0.5 * weights[2])
     assert update.evaluated is not model and updater(model, OPTIMIZERS[0]).evaluated is model
 
 
-def test_means_weigh_samples_and_name_the_first_sick_term():
+def test_means_leave_out_skipped_steps_and_name_the_first_sick_term():
     means = Means(CPU, 3 + SKIPS)
     no, yes = torch.tensor([0.0, 1.0])
     sick = {"train_loss": torch.tensor(math.nan), "train_loss_ce": torch.tensor(1.0), "train_loss_kl": torch.tensor(math.inf)}
     healthy = {"train_loss": torch.tensor(3.0), "train_loss_ce": torch.tensor(2.0), "train_loss_kl": torch.tensor(1.0)}
-    means.add(10, no, torch.tensor(1.0), **healthy | {"train_loss": torch.tensor(1.0)})
-    means.add(30, no, torch.tensor(0.5), **healthy)
-    means.add(20, yes, torch.tensor(0.0), **sick)
-    assert means.read() == {"train_loss": 2.5, "train_loss_ce": 2.0, "train_loss_kl": 1.0,
-                            "train_acc1": 62.5} and sum(means.samples) == 60
-    assert means.epoch_columns(1)["train_loss"] == 2.5
-    means.add(10, yes, no, **sick)
+
+    def add(skipped, correct, **losses):
+        means.add(torch.tensor(correct), **losses)
+        means.end_step(skipped, torch.tensor(1.0))
+        means.look()
+
+    add(no, 1.0, **healthy | {"train_loss": torch.tensor(1.0)})
+    add(no, 0.5, **healthy)
+    add(yes, 0.0, **sick)
+    assert means.read() == {"train_loss": 2.0, "train_loss_ce": 2.0, "train_loss_kl": 1.0, "train_acc1": 75.0}
+    columns = means.epoch_columns(1)[0]
+    assert columns["train_loss"] == 2.0 and (columns["steps"], columns["skipped_steps"]) == (3, 1)
+    add(yes, 0.0, **sick)
     with pytest.raises(Failure, match="train_loss_kl is not finite .no step of epoch 2 was kept") as failure:
         means.epoch_columns(2)
     assert failure.value.code == 6
     means.clear()
-    means.add(10, no, no, **healthy)
+    add(no, 0.0, **healthy)
     for _ in range(SKIPS):
-        means.add(10, yes, no, **healthy)
+        add(yes, 0.0, **healthy)
     with pytest.raises(Failure, match="the gradient is not finite .more than 20 steps in a row"):
-        means.add(10, yes, no, **healthy)
+        add(yes, 0.0, **healthy)
 
 
 def test_evaluate_counts_every_image_once(monkeypatch):
@@ -307,9 +355,11 @@ def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
             return True
 
     means = Means(CPU, 1)
-    means.add(8, torch.tensor(0.0), torch.tensor(0.5), train_loss=torch.tensor(1.5))
+    means.add(torch.tensor(0.5), train_loss=torch.tensor(1.5))
+    means.end_step(torch.tensor(0.0), torch.tensor(1.0))
+    means.look()
     for stream in (io.StringIO(), Terminal()):
-        progress = Progress(3, 10, stream=stream)
+        progress = Progress(3, 10, 8, stream=stream)
         progress.step(1, 4, 0.1, means)
         assert ("[5/10]" in stream.getvalue() and " loss 1.500" in stream.getvalue()) == stream.isatty()
     assert clock(3725.4) == "1:02:05"

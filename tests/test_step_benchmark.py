@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from augment import BatchAugmenter
+from benchmarks import our_loop
 from benchmarks import step as benchmark
 from benchmarks.augmentation_rivals import MEAN, STD
 from benchmarks.loss import published_dkd
@@ -53,9 +54,9 @@ def test_every_contender_has_a_row_that_adds_up(machine, data, tmp_path):
 
 
 def test_our_first_step_has_the_loss_of_a_direct_computation(machine, data):
-    args, (teacher, student) = benchmark.recipe(BATCH), benchmark.networks(CASE, machine.device)
+    args, (teacher, student) = our_loop.recipe(BATCH), our_loop.networks(CASE, machine.device)
     before = copy.deepcopy(student)
-    ours = benchmark.Ours(teacher, student, args, machine, *data)
+    ours = our_loop.Ours(teacher, student, args, machine, *data)
     columns = ours.run(1)
 
     augmenter = BatchAugmenter(*data, **options.augmentation(args), mean=MEAN, std=STD, batch_size=BATCH)
@@ -80,25 +81,23 @@ def calls(loop: ast.AST) -> list[str]:
 
 
 def test_our_loop_calls_what_the_script_calls():
-    """In its order: the inner loop of distill.py, and Run.log_step without the line on the terminal."""
+    """In its order: the step of distill.py, where Run.add and Run.end_step stand for what they call."""
     def tree(path, kind, found):
         return next(node for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, kind) and found(node))
 
-    def steps(node):
-        return ast.unparse(node.target) == "step"
+    def within(path, name):
+        return calls(tree(path, ast.FunctionDef, lambda node: node.name == name))
 
-    script = calls(tree("distill.py", ast.For, steps))
-    log = calls(tree("training/run.py", ast.FunctionDef, lambda node: node.name == "log_step"))
-    at = script.index("log_step")
-    wanted = script[:at] + [name for name in log if name != "step"] + script[at + 1:]
-    ours = calls(tree("benchmarks/step.py", ast.For, steps))
-    assert [name for name in ours if name != "lap"] == wanted
+    script = within("distill.py", "step")
+    assert script[-3:] == ["add", "end_step", "update"] and within("training/run.py", "log_step") == ["look", "step"]
+    wanted = script[:-3] + within("training/run.py", "add") + ["update"] + within("training/run.py", "end_step")
+    assert [name for name in within("benchmarks/our_loop.py", "step") if name != "lap"] == wanted
 
     def loads(path):
         found = tree(path, ast.Call, lambda node: ast.unparse(node.func) == "models.load")
         return [ast.unparse(node) for node in (*found.args[1:], *found.keywords)]
 
-    assert loads("benchmarks/step.py") == loads("distill.py")
+    assert loads("benchmarks/our_loop.py") == loads("distill.py")
 
 
 def test_mixed_labels_of_the_plain_loop_are_those_of_its_pixels():
@@ -119,10 +118,10 @@ def test_mixed_labels_of_the_plain_loop_are_those_of_its_pixels():
 
 
 def test_the_plain_loop_trains_on_the_published_loss(machine, data):
-    teacher, student = benchmark.networks(CASE, machine.device, torch.contiguous_format)
+    teacher, student = our_loop.networks(CASE, machine.device, torch.contiguous_format)
     assert all(parameter.is_contiguous() for net in (teacher, student) for parameter in net.parameters())
     before = copy.deepcopy(student)
-    loop = PlainLoop(teacher, student, benchmark.recipe(BATCH), machine, *data, workers=1)
+    loop = PlainLoop(teacher, student, our_loop.recipe(BATCH), machine, *data, workers=1)
     batches = []
     loop.batches = (batches.append(batch) or batch for batch in loop.batches)
     losses = loop.run(2)

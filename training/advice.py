@@ -16,6 +16,7 @@ from training.diagnostics import Diagnostics
 from training.distributed import Ranks
 from training.evaluation import check_classes
 from training.machine import Machine, global_batch_size
+from training.step import Taken
 
 BATCHES = 8
 TEMPERATURES = (1, 2, 3, 4, 6, 8)
@@ -48,7 +49,8 @@ def advise(args, machine: Machine) -> list[str]:
         criterion(z, v, batch.targets, **numbers)[0].backward()
         norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), math.inf))
         student.zero_grad()
-        looking.look(step, torch.zeros((), device=z.device), batch.targets, z, v, numbers)
+        looking.look(batch.targets, z, v, numbers)
+        looking.end_step(Taken(*torch.zeros(3, device=z.device)))
         entropies += torch.stack([entropy(v.float() / T) for T in TEMPERATURES]) / len(steps)
     seen, classes, norm = looking.columns(), len(data.classes), torch.stack(norms).median().item()
     return [*said(args, seen, classes), *suggested(args, seen, norm, entropies.tolist(), classes)]

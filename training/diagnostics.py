@@ -23,43 +23,47 @@ PERCENT = ("student_acc1", "teacher_acc1", "teacher_either")
 class Diagnostics:
     """Sums over the images of the steps that are looked at, of one epoch at a time.
 
-    args: of training.options.  augmenter: makes the batches, of which this process has `rows`.  ranks: of training.distributed.
-    steps: those that are looked at, every 40th where they are not given.
+    In such a step `look` takes the logits and `end_step` adds what it saw, on the device alone, so a CUDA graph may hold both.
+    args: of training.options.  augmenter: makes the batches, of which these `rows` are looked at.  ranks: of
+    training.distributed.  steps: those that are looked at, every 40th where they are not given.
     """
 
     def __init__(self, args, augmenter, rows: range, ranks, steps: range | None = None):
         self.args, self.augmenter, self.rows, self.ranks = args, augmenter, rows, ranks
         self.function = method.function(args) if "method" in args else None
         self.steps = range(0, augmenter.steps, EVERY) if steps is None else steps
+        self.treated, self.sums = None, []
 
     def begin(self, epoch: int) -> None:
         """Forget the last epoch, and draw what is done to the images of this one."""
         policy, erased, mixup, cutmix = self.augmenter.treatments(epoch, self.steps, self.rows)
         clean = ~(policy | erased | mixup | cutmix)
-        groups = torch.ones_like(policy), clean, policy, erased, mixup, cutmix
-        self.all = groups[0][0]
-        self.treated = torch.stack(groups, 1).float()  # (steps, groups, rows)
-        self.names, self.sums, self.predictions = (), 0.0, None
+        treated = torch.stack([torch.ones_like(policy), clean, policy, erased, mixup, cutmix], 1).float()  # (steps, groups, rows)
+        if self.treated is None:
+            self.treated, self.all = treated, torch.ones_like(policy[0])
+            self.index = torch.zeros(1, dtype=torch.int64, device=treated.device)  # of the next one among `steps`
+        else:
+            self.treated.copy_(treated)
+            self.index.zero_()
+        for sums in self.sums:
+            sums.zero_()
 
     @torch.no_grad()
-    def look(self, step: int, skipped, targets, logits, teacher_logits=None, numbers: dict | None = None) -> None:
-        """Add a step, if it is one of those that are looked at; waits for nothing.
+    def look(self, targets, logits, teacher_logits=None, numbers: dict | None = None) -> None:
+        """Look at the next one of the steps; waits for nothing.
 
-        skipped: whether the step was, 0-dim; then it adds nothing, since its numbers may not be finite.
-        logits, teacher_logits: (N, C), of this process's rows.  numbers: of the method, as they are in this epoch.
+        logits, teacher_logits: (N, C), of `rows`.  numbers: of the method, as they are in this epoch.
         """
-        if step not in self.steps:
-            return
-        skipped = skipped.bool()
         z, larger = logits.detach().float(), targets.lam >= 0.5
         ends = torch.stack([targets.dominant, torch.where(larger, targets.other, targets.label)], 1)
         dominant, mixed = ends[:, 0], ends[:, 0] != ends[:, 1]
         uneven = mixed & (torch.where(larger, targets.lam, 1 - targets.lam) >= UNEVEN)
-        groups = torch.cat([self.treated[self.steps.index(step)], torch.stack([mixed & ~uneven, uneven]).float()])
+        groups = torch.cat([self.treated.index_select(0, self.index)[0], torch.stack([mixed & ~uneven, uneven]).float()])
 
         best, log_q = z.argmax(1), z.log_softmax(1)
         booleans = {"images": self.all, "mixed": mixed, "student_acc1": best == dominant}
         floats = {"student_entropy": -(log_q.exp() * log_q).sum(1), "student_scale": z.std(1, correction=0)}
+        predictions = []
         if teacher_logits is not None:
             v, said = teacher_logits.float(), teacher_logits.argmax(1)
             log_p = v.log_softmax(1)
@@ -69,8 +73,7 @@ class Diagnostics:
             floats |= {"teacher_target": p.gather(1, ends[:, :1])[:, 0], "teacher_target_T": at_T[:, 0],
                        "teacher_outside_T": 1 - at_T[:, 0] - at_T[:, 1] * mixed, "teacher_entropy": -(p * log_p).sum(1),
                        "teacher_scale": v.std(1, correction=0), "teacher_square": p.square().sum(1)}
-            predictions = (groups @ p).masked_fill_(skipped, 0.0)
-            self.predictions = predictions if self.predictions is None else self.predictions + predictions
+            predictions = [groups @ p]
         terms = self.gradients(z, teacher_logits, targets, numbers)
         gradients = torch.stack(list(terms.values())) * len(z)  # of each image, not of their mean
         of_ce = gradients[list(terms).index("ce")] if "ce" in terms else torch.zeros_like(z)
@@ -79,7 +82,20 @@ class Diagnostics:
         self.names = (*booleans, *floats,
                       *(f"{what}_{term}" for what in ("grad", "cos", "pull", "pull_minor") for term in terms))
         values = torch.cat([torch.stack(list(booleans.values())).float(), torch.stack(list(floats.values())), parts])
-        self.sums = self.sums + (groups @ values.T).masked_fill_(skipped, 0.0)
+        self.seen = [groups @ values.T, *predictions]
+
+    @torch.no_grad()
+    def end_step(self, taken) -> None:
+        """Add what was seen to the sums, unless the step was skipped: then its numbers may not be finite.
+
+        taken: a training.step.Taken with a move.
+        """
+        self.seen.append(torch.stack([taken.move, torch.ones_like(taken.move)]))
+        if not self.sums:
+            self.sums = list(map(torch.zeros_like, self.seen))
+        for sums, seen in zip(self.sums, self.seen):
+            sums += seen.masked_fill_(taken.skipped.bool(), 0.0)
+        self.index += 1
 
     def gradients(self, z, v, targets, numbers) -> dict:
         """term -> (N, C): the gradient of its part of the loss with respect to the logits z."""
@@ -107,12 +123,11 @@ class Diagnostics:
 
     def columns(self) -> dict:
         """The epoch's columns of diagnostics.csv, None where there is nothing to average; waits for the device."""
-        sums = self.ranks.sum(self.sums.double()).tolist()
-        squares = [None] * len(GROUPS)
-        if self.predictions is not None:
-            squares = self.ranks.sum(self.predictions.double()).square().sum(1).tolist()
-        found = {"looked_at": len(self.steps)}
-        for group, row, square in zip(GROUPS, sums, squares):
+        sums, *predictions, moves = (self.ranks.sum(sums.double()) for sums in self.sums)
+        squares = predictions[0].square().sum(1).tolist() if predictions else [None] * len(GROUPS)
+        move, steps = moves.tolist()
+        found = {"looked_at": len(self.steps), "update_ratio": move / steps if steps else None}
+        for group, row, square in zip(GROUPS, sums.tolist(), squares):
             suffix = "" if group == "all" else f"_{group}"
             found |= {name + suffix: value for name, value in averaged(dict(zip(self.names, row)), square).items()}
         return found

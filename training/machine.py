@@ -85,3 +85,12 @@ def global_batch_size(each: int, data, machine: Machine) -> int:
                           "choose an even one")
         print(f"{processes} processes with --batch-size {each}: {together} images a step")
     return together
+
+
+def parts_of(rows: range, count: int) -> list[range]:
+    """`rows` of a batch in `count` parts of one size, in whole pairs, which may be mixed."""
+    each = len(rows) // count
+    if each * count != len(rows) or (each % 2 and count > 1):
+        raise Failure(USAGE, f"a batch cannot be taken in so many parts (--grad-accum {count} of {len(rows)} images)",
+                      "choose one that leaves equal parts of an even number of images")
+    return [rows[first:first + each] for first in range(0, len(rows), each)]

@@ -10,34 +10,51 @@ SKIPS = 20  # optimizer steps in a row that a healthy run may skip: FP16's first
 
 
 class Means:
-    """Means over an epoch's samples of losses and accuracy; and the end of a run that only skips steps.
+    """Means over an epoch of losses, accuracy and gradient norms; and the end of a run that only skips steps.
 
-    A step writes one row of a table on the device, by one launch: whether it was skipped, how much it got right, its losses.  The
-    host reads rows that have arrived, without waiting, and what is missing at the end of the epoch.  Of several processes each
-    has the means over all of them, so that all decide alike.
+    In a step, `add` takes what each part of its batch came to, and `end_step` writes one row of a table on the device: whether
+    it was skipped, its gradient norm, the share that was right, its losses.  Both run on the device alone, so a CUDA graph may
+    hold them.  Outside, `look` reads the rows that have arrived, without waiting; `epoch_columns` reads all.  Of several
+    processes each has the means over all of them, so that all decide alike.
     """
 
-    def __init__(self, machine: Machine, steps: int):
-        self.ranks, self.steps = machine.ranks, steps
+    def __init__(self, machine: Machine, steps: int, clip_grad: float = 0.0):
+        self.ranks, self.steps, self.clip_grad = machine.ranks, steps, clip_grad or math.inf
         self.in_a_row = 0  # steps skipped
+        self.row = torch.zeros(1, dtype=torch.int64, device=machine.device)  # of the table, the next one
+        self.names, self.parts, self.table = (), [], None
         self.clear()
 
     def clear(self) -> None:
-        self.names, self.table, self.samples, self.rows, self.arrived = (), None, [], [], None
+        """Start the next epoch."""
+        self.taken, self.rows, self.arrived = 0, [], None  # steps; rows on the host; when the next of them will be there
+        self.row.zero_()
 
-    def add(self, samples: int, skipped, correct, **losses) -> None:
-        """Add a step's batch of `samples`: whether it was `skipped`, the share that is `correct`, its losses; 0-dim fp32 tensors.
+    def add(self, correct, **losses) -> None:
+        """A part of the step's batch: the share that is `correct`, and its losses, 0-dim fp32; the same names at every call."""
+        self.names = tuple(losses)
+        self.parts.append([correct, *(loss.detach() for loss in losses.values())])
 
-        The names are the same at every call.  Failure DIVERGED after too many skipped steps in a row; on a GPU some steps later.
-        """
+    def end_step(self, skipped, norm) -> None:
+        """Write the step's row.  skipped, norm: as in training.step.Taken."""
+        if len(self.parts) == 1:
+            row = torch.stack([skipped, norm, *self.parts[0]])
+        else:
+            parts = torch.stack(list(map(torch.stack, self.parts)))
+            row = torch.cat([torch.stack([skipped, norm]), parts.mean(0)])
+        self.parts.clear()
         if self.table is None:
-            self.names = tuple(losses)
-            self.table = torch.empty(self.steps, 2 + len(losses), device=skipped.device)
-        row = self.table[len(self.samples)]
-        torch.stack([skipped, correct, *(loss.detach() for loss in losses.values())], out=row)
-        self.ranks.mean(row)
-        self.samples.append(samples)
-        new = self.table[len(self.rows):len(self.samples)]
+            self.table = torch.empty(self.steps, len(row), dtype=row.dtype, device=row.device)
+        self.table.index_copy_(0, self.row, self.ranks.mean(row)[None])
+        self.row += 1
+
+    def look(self) -> None:
+        """Read the rows that have arrived, after a step.
+
+        Failure DIVERGED after too many skipped steps in a row; on a GPU some steps later.
+        """
+        self.taken += 1
+        new = self.table[len(self.rows):self.taken]
         if not new.is_cuda:
             self.take(new)
         elif self.arrived is None and len(new) >= SKIPS:  # a copy for each step would be one more launch
@@ -56,26 +73,38 @@ class Means:
             if self.in_a_row > SKIPS:
                 raise self.failure(f"more than {SKIPS} steps in a row were skipped")
 
+    def kept(self) -> list:
+        """The rows of the steps that were not skipped, without saying so."""
+        return [row for skipped, *row in self.rows if not skipped]
+
     def read(self) -> dict:
         """The means over the rows that have arrived, as columns of log.csv; NaN where no step was kept."""
-        sums = [0.0] * (2 + len(self.names))
-        for samples, (skipped, *numbers) in zip(self.samples, self.rows):
-            if not skipped:
-                sums = [total + samples * number for total, number in zip(sums, (1.0, *numbers))]
-        count, correct, *losses = sums
-        return {name: total / count if count else math.nan
-                for name, total in zip((*self.names, "train_acc1"), (*losses, 100 * correct))}
+        norms, correct, *losses = zip(*self.kept()) if self.kept() else [()] * (2 + len(self.names))
+        columns = zip((*self.names, "train_acc1"), (*losses, [100 * share for share in correct]))
+        return {name: mean(column, math.nan) for name, column in columns}
 
-    def epoch_columns(self, epoch: int) -> dict:
-        """The epoch's means; waits for the device and starts the next epoch's.  An epoch without a kept step ends the run."""
-        self.take(self.table[len(self.rows):len(self.samples)])
+    def epoch_columns(self, epoch: int) -> tuple[dict, dict]:
+        """The epoch's columns of log.csv and of diagnostics.csv; waits for the device and starts the next epoch's.
+
+        An epoch without a kept step ends the run.
+        """
+        self.take(self.table[len(self.rows):self.taken])
         columns = self.read()
         if not all(map(math.isfinite, columns.values())):
             raise self.failure(f"no step of epoch {epoch} was kept")
+        norms = [norm for norm, *_ in self.kept()]
+        columns |= {"grad_norm_mean": mean(norms), "grad_norm_max": max(norms),
+                    "clip_frac": mean([norm > self.clip_grad for norm in norms]),
+                    "skipped_steps": self.taken - len(norms), "steps": self.taken}
+        looked = {"clip_factor": mean([min(1.0, self.clip_grad / norm) if norm else 1.0 for norm in norms])}
         self.clear()
-        return columns
+        return columns, looked
 
     def failure(self, reason: str) -> Failure:
         """Names the loss that went first: the terms stand after their sum."""
-        sick = [name for name, *values in zip(self.names, *(row[2:] for row in self.rows)) if not all(map(math.isfinite, values))]
+        sick = [name for name, *values in zip(self.names, *(row[3:] for row in self.rows)) if not all(map(math.isfinite, values))]
         return Failure(DIVERGED, f"{sick[-1] if sick else 'the gradient'} is not finite ({reason})", CALMER)
+
+
+def mean(values, otherwise=None):
+    return sum(values) / len(values) if values else otherwise

@@ -11,8 +11,9 @@ CLEAR = "\r\033[K"  # back to the start of the terminal's line, and empty it
 class Progress:
     """One line per epoch; on a terminal also a live line inside the epoch, twice a second."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int, first: int = 1, stream=None):
-        self.epochs, self.steps, self.first, self.stream = epochs, steps_per_epoch, first, stream or sys.stdout
+    def __init__(self, epochs: int, steps_per_epoch: int, batch_size: int, first: int = 1, stream=None):
+        self.epochs, self.steps, self.batch_size, self.first = epochs, steps_per_epoch, batch_size, first
+        self.stream = stream or sys.stdout
         self.live, self.started, self.shown = self.stream.isatty(), time.perf_counter(), 0.0
 
     def step(self, epoch: int, step: int, lr: float, means: Means) -> None:
@@ -23,7 +24,7 @@ class Progress:
         done = (epoch - self.first) * self.steps + step + 1  # since this process began
         eta = (now - self.started) / done * ((self.epochs - self.first + 1) * self.steps - done)
         losses = " ".join(f"{name.removeprefix('train_')} {value:.3f}" for name, value in means.read().items())
-        rate = sum(means.samples) * done / (step + 1) / (now - self.started)
+        rate = self.batch_size * done / (now - self.started)
         self.stream.write(f"{CLEAR}epoch {epoch}/{self.epochs} [{step + 1}/{self.steps}] eta {clock(eta)} "
                           f"lr {lr:.2g} {losses} {rate:.0f} images/s")
         self.stream.flush()

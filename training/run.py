@@ -7,12 +7,12 @@ from training import models, options, resume
 from training.checkpoint import Writer
 from training.diagnostics import Diagnostics
 from training.evaluation import EarlyStop, Evaluation, evaluate
-from training.machine import Machine, global_batch_size
+from training.machine import Machine, global_batch_size, parts_of
 from training.means import Means
 from training.progress import Progress
 from training.rundir import EpochRow, RunDirectory
 from training.source import Split
-from training.step import accuracy
+from training.step import Taken, accuracy
 from training.verdict import judge
 
 CLEAN = 512  # training images, or fewer than twice as many, on which a network is also evaluated without augmentation
@@ -51,6 +51,7 @@ class Run:
         with self.ranks.in_turn():
             self.data = datasets.load(**options.data(self.args), device=self.machine.device)
         self.batch_size = global_batch_size(self.args.batch_size, self.data, self.machine)
+        self.parts = parts_of(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
         stride = max(1, len(self.data.train.labels) // CLEAN)
         self.clean = Split(*(part[::stride] for part in self.data.train))
         return self.data
@@ -76,9 +77,9 @@ class Run:
         self.directory.open(self.config | facts | {"image_size": update.net.info["image_size"]}, update.checkpoint_bytes)
         self.state = resume.State(self.directory, self.writer, self.config, update=update, stop=self.stop, ranks=self.ranks)
         self.first = self.state.restore(self.saved)
-        self.means = Means(self.machine, augmenter.steps)
-        self.progress = Progress(self.args.epochs, augmenter.steps, self.first)
-        self.diagnostics = Diagnostics(self.args, augmenter, self.ranks.rows(self.args.batch_size), self.ranks)
+        self.means = Means(self.machine, augmenter.steps, self.args.clip_grad)
+        self.progress = Progress(self.args.epochs, augmenter.steps, self.batch_size, self.first)
+        self.diagnostics = Diagnostics(self.args, augmenter, self.parts[0], self.ranks)
 
     def epochs(self):
         """The numbers of the epochs to train, from 1 or where the run was left, up to the last or the early stop."""
@@ -89,28 +90,39 @@ class Run:
             self.diagnostics.begin(self.epoch)
             yield self.epoch
 
-    def log_step(self, step: int, lr: float, skipped, targets, logits, loss, terms: dict, teacher_logits=None,
-                 numbers: dict | None = None) -> None:
-        """Add a step to the means of the epoch, and now and then to its diagnostics, without waiting for the device.
+    def add(self, look: bool, targets, logits, loss, terms: dict, teacher_logits=None, numbers: dict | None = None) -> None:
+        """In a step: add a part of its batch to the means of the epoch, and of the first part to its diagnostics.
 
         terms: of the loss, by name.  numbers: of the method in this epoch.
         """
-        self.diagnostics.look(step, skipped, targets, logits, teacher_logits, numbers)
-        self.means.add(self.batch_size, skipped, accuracy(logits, targets.dominant), train_loss=loss,
+        if look and not self.means.parts:
+            self.diagnostics.look(targets, logits, teacher_logits, numbers)
+        self.means.add(accuracy(logits, targets.dominant), train_loss=loss,
                        **{f"train_loss_{name}": term for name, term in terms.items()})
+
+    def end_step(self, taken: Taken) -> None:
+        """In a step: add how it was taken."""
+        self.means.end_step(taken.skipped, taken.norm)
+        if taken.move is not None:
+            self.diagnostics.end_step(taken)
+
+    def log_step(self, step: int, lr: float) -> None:
+        """After a step: show it, and end a run that skips too many; without waiting for the device."""
+        self.means.look()
         self.progress.step(self.epoch, step, lr, self.means)
         self.lr = lr
 
     def end_training(self) -> None:
         """Read the epoch's means: its one wait for the device.  All processes agree on the running statistics."""
         self.samples = self.batch_size * self.means.steps
-        self.looked = self.update.diagnostics() | self.diagnostics.columns()
-        self.columns = self.means.epoch_columns(self.epoch) | self.update.epoch_columns()
+        self.columns, looked = self.means.epoch_columns(self.epoch)
+        self.columns["amp_scale"] = self.update.amp_scale()
+        self.looked = looked | self.diagnostics.columns()
         self.update.agree()
         self.trained = time.perf_counter()
 
     def evaluate(self, net, split) -> Evaluation:
-        return evaluate(net, split, self.data.mean, self.data.std, self.machine, self.args.batch_size)
+        return evaluate(net, split, self.data.mean, self.data.std, self.machine, len(self.parts[0]))
 
     def end_epoch(self, val: Evaluation, **more) -> None:
         """Count the epoch, save it, and say it.  more: columns of log.csv that only this script has."""

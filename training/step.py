@@ -1,8 +1,9 @@
 """One optimizer step: learning rate, optimizer, and `Update`, which scales, clips, steps and averages.
 
-Nothing here waits for the device inside a step: counts stay on it and are read once per epoch.
+Nothing here waits for the device inside a step, or keeps on the host what the next one needs.
 """
 import math
+from typing import NamedTuple
 
 import torch
 from torch.optim.swa_utils import AveragedModel
@@ -16,14 +17,24 @@ EVERY = 40  # steps, one of which is looked at more closely, for diagnostics.csv
 
 
 def build_optimizer(net, args) -> torch.optim.Optimizer:
-    """AdamW or SGD over all parameters, in the fused form that leaves a skipped FP16 step to the device."""
+    """AdamW or SGD over all parameters, in the fused form that leaves a skipped FP16 step to the device.
+
+    The learning rate is a tensor on the device, where a schedule writes it: fp32 on a GPU, whose kernels take no other, and
+    float64 on a CPU, where it counts as a number of Python's would.
+    """
     if args.opt == "adamw":
-        return torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
-    if args.momentum:
-        # Fused SGD allocates its momentum uninitialised; were the first step skipped (usual in FP16), the second would use it.
-        for parameter in net.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
+                                    fused=True)
+        if args.momentum:
+            # Fused SGD allocates its momentum uninitialised; were the first step skipped (usual in FP16), the second would use
+            # it.
+            for parameter in net.parameters():
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    device = next(net.parameters()).device
+    dtype = torch.float32 if device.type == "cuda" else torch.float64
+    optimizer.param_groups[0]["lr"] = torch.tensor(args.lr, dtype=dtype, device=device)
     return optimizer
 
 
@@ -38,28 +49,39 @@ def learning_rate(step: int, args, steps_per_epoch: int) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+class Taken(NamedTuple):
+    """A step that was taken, in 0-dim fp32 tensors.  skipped: 1 or 0.  norm: of its gradient, before clipping.  move: the norm of
+    what it changed in the weights over theirs; None where it was not looked at."""
+    skipped: torch.Tensor
+    norm: torch.Tensor
+    move: torch.Tensor | None
+
+
 class Update:
-    """`skipped = update(loss, lr)` is one optimizer step: scale, backward, unscale, clip, step, average; and its gradient norm.
+    """`update.backward(loss)`, once for each of the `parts` of a batch, and `update()` are one optimizer step: scale, backward,
+    unscale, clip, step, average.
 
     A step whose loss or gradient is not finite, in whatever precision, leaves weights, momentum and running statistics as they
-    were; it counts as skipped and enters neither the gradient norms nor the clipped share.  `skipped` is a 0-dim fp32 tensor, 1
-    or 0: the device decides, nothing waits for it.  Of several processes all skip a step or none: they see one mean gradient.
+    were; it counts as skipped.  The device decides, nothing waits for it.  Of several processes all skip a step or none: they
+    see one mean gradient.
+    lr: the learning rate, 0-dim, on the device; write the next step's into it.
     """
 
-    def __init__(self, net, optimizer, machine: Machine, clip_grad: float, ema_decay: float):
-        self.net, self.optimizer, self.scaler, self.ranks = net, optimizer, machine.scaler(), machine.ranks
+    def __init__(self, net, optimizer, machine: Machine, clip_grad: float, ema_decay: float, parts: int = 1):
+        self.net, self.optimizer, self.machine, self.ranks = net, optimizer, machine, machine.ranks
+        self.scaler, self.lr = machine.scaler(), optimizer.param_groups[0]["lr"]
         self.clip_grad = clip_grad or math.inf
         self.parameters = list(net.parameters())
         self.buffers = FlatBuffers(net)
         if ema_decay:
             self.average = AveragedModel(net)
+            self.average.n_averaged = self.average.n_averaged.to(self.lr.device)
             self.average_buffers = FlatBuffers(self.average.module)
             self.averages = [*self.average.module.parameters(), *self.average_buffers.floats]
         else:
             self.average = None
-        self.ema_decay = ema_decay
-        self.zero, self.one = torch.arange(2.0, device=self.parameters[0].device)
-        self.norms, self.moves = [], []  # of this epoch's steps, and of each that is looked at, on the device
+        self.ema_decay, self.averaged = ema_decay, False
+        self.zero, self.share = torch.tensor([0.0, 1 / parts], device=self.lr.device)
         self.remember_buffers()
 
     @property
@@ -67,14 +89,16 @@ class Update:
         """The network whose weights count: the moving average where there is one."""
         return self.average.module if self.average else self.net
 
-    def __call__(self, loss, lr: float):
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        seed = torch.addcmul(self.one, loss.detach(), self.zero)  # NaN for a sick loss: then no process has a finite gradient
+    def backward(self, loss) -> None:
+        """Add the gradient of one part's loss, the mean over its images; of the mean over all parts, that is its share."""
+        seed = torch.addcmul(self.share, loss.detach(), self.zero)  # NaN for a sick loss: then no process has a finite gradient
         loss.backward(self.scaler.scale(seed))
+
+    def __call__(self, look: bool = False) -> Taken:
+        """Take the step.  look: how far it goes, too."""
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
-        before = None if len(self.norms) % EVERY else self.copy_parameters()
+        before = self.copy_parameters() if look else None
         kept = norm < math.inf
         skipped = torch.logical_not(kept, out=torch.empty((), device=norm.device))
         self.optimizer.found_inf = skipped  # fused optimizers read it on the device; the scaler has its own for its scale
@@ -85,10 +109,7 @@ class Update:
         self.buffers.words.copy_(self.before)
         if self.average:
             self.update_average()
-        if before:
-            self.moves.append(self.relative_move(before))
-        self.norms.append(norm)
-        return skipped
+        return Taken(skipped, norm, self.relative_move(before) if look else None)
 
     @torch.no_grad()
     def copy_parameters(self) -> list:
@@ -104,11 +125,12 @@ class Update:
     @torch.no_grad()
     def update_average(self) -> None:
         """Weights and running statistics of the average by one call; the first step is its start, and counters are copied."""
-        share = 1 - self.ema_decay if self.average.n_averaged else 1.0
-        torch._foreach_lerp_(self.averages, [*self.parameters, *self.buffers.floats], share)
+        torch._foreach_lerp_(self.averages, [*self.parameters, *self.buffers.floats],
+                             1 - self.ema_decay if self.averaged else 1.0)
+        self.averaged = True
         for count, now in zip(self.average_buffers.others, self.buffers.others):
             count.copy_(now)
-        self.average.n_averaged += 1  # which is on the host
+        self.average.n_averaged += 1
 
     def remember_buffers(self) -> None:
         self.before = self.buffers.words.clone()
@@ -128,29 +150,14 @@ class Update:
             buffers.copy_(self.ranks.mean(buffers.double()))  # in float64 the mean of equal numbers is that number
         self.remember_buffers()
 
-    def diagnostics(self) -> dict:
-        """The epoch's columns of diagnostics.csv, read from the device; before `epoch_columns`."""
-        norms, moves = torch.stack(self.norms).tolist(), torch.stack(self.moves).tolist()
-        factors = [min(1.0, self.clip_grad / norm) if norm else 1.0 for norm in norms if math.isfinite(norm)]
-        moves = [move for move, norm in zip(moves, norms[::EVERY]) if math.isfinite(norm)]
-        return {"clip_factor": sum(factors) / len(factors) if factors else None,
-                "update_ratio": sum(moves) / len(moves) if moves else None}
-
-    def epoch_columns(self) -> dict:
-        """The epoch's columns of log.csv, read from the device once; starts the next epoch's counts."""
-        norms = torch.stack(self.norms).tolist()
-        good = [norm for norm in norms if math.isfinite(norm)]
-        columns = {
-            "grad_norm_mean": sum(good) / len(good) if good else math.nan, "grad_norm_max": max(good, default=0.0),
-            "clip_frac": sum(norm > self.clip_grad for norm in good) / len(good) if good else math.nan,
-            "amp_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
-            "skipped_steps": len(norms) - len(good), "steps": len(norms),
-        }
-        if self.scaler.is_enabled() and columns["amp_scale"] < SMALLEST_SCALE:
-            raise Failure(DIVERGED, f"the gradient overflows FP16 at any loss scale (now {columns['amp_scale']:.3g})", CALMER)
-        self.norms.clear()
-        self.moves.clear()
-        return columns
+    def amp_scale(self) -> float | None:
+        """The loss scale, None without one; waits for the device.  Failure DIVERGED: at any scale FP16 overflows."""
+        if not self.scaler.is_enabled():
+            return None
+        scale = self.scaler.get_scale()
+        if scale < SMALLEST_SCALE:
+            raise Failure(DIVERGED, f"the gradient overflows FP16 at any loss scale (now {scale:.3g})", CALMER)
+        return scale
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -168,7 +175,10 @@ class Update:
         self.net.load_state_dict(state["net"])
         if self.average:
             self.average.load_state_dict(state["average"])
+            self.averaged = bool(self.average.n_averaged)
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
         self.scaler.load_state_dict(state["scaler"])
         self.remember_buffers()
 
@@ -183,7 +193,7 @@ class FlatBuffers:
         grouped, parts, end = {}, [], 0
         for buffer in net.buffers():
             grouped.setdefault(buffer.dtype, []).append(buffer)
-        for dtype, buffers in grouped.items():
+        for dtype, buffers in sorted(grouped.items(), key=lambda item: -item[0].itemsize):  # so that the widest are aligned
             starts = [0]
             for buffer in buffers:  # aligned for vector loads
                 starts.append(starts[-1] + -(-buffer.numel() // ALIGNMENT) * ALIGNMENT)

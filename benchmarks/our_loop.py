@@ -1,0 +1,98 @@
+"""Our distillation loop, as distill.py has it, without what is around it: no evaluation, no files, no lines on the terminal."""
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+
+from augment import BatchAugmenter
+from benchmarks.augmentation_rivals import MEAN, STD
+from benchmarks.loss import ALPHA, BETA, EPS, T
+from training import method, models, options
+from training.diagnostics import Diagnostics
+from training.means import Means
+from training.step import EVERY, Update, accuracy, build_optimizer, learning_rate
+from training.synthetic import CLASSES
+
+RECIPE = f"--method dkd --alpha {ALPHA} --beta {BETA} --temperature {T} --label-smoothing {EPS} --opt sgd --lr 0.05"
+
+
+def recipe(batch_size: int):
+    return options.parse_distill("", "", f"{RECIPE} --weight-decay 5e-4 --batch-size {batch_size}".split())
+
+
+def networks(case: tuple[str, str], device, layout=torch.channels_last):
+    """Frozen teacher and student, with the same weights every time; the running statistics of the teacher are those of noise."""
+    torch.manual_seed(0)
+    teacher, student = (models.build(name, len(CLASSES)).to(device, memory_format=layout) for name in case)
+    teacher.info = {"model": case[0], "classes": CLASSES, "image_size": 32, "mean": MEAN, "std": STD, "dataset": "synthetic"}
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        teacher.train()(torch.randn(128, 3, 32, 32, device=device))
+    return teacher.eval().requires_grad_(False), student.train()
+
+
+class Ours:
+    """The objects and the calls of distill.py and training/run.py; all images make an epoch.
+
+    lap: is called with the name of each phase of a step when it ends.
+    """
+    workers = 0
+
+    def __init__(self, teacher, student, args, machine, images, labels, *, compiled: bool = False):
+        self.args, self.machine, self.epoch, self.lap = args, machine, 0, lambda phase: None
+        with TemporaryDirectory() as folder:
+            models.save(Path(folder, "best.pt"), teacher, **teacher.info)
+            teacher = models.load(Path(folder, "best.pt"), machine.device, machine.dtype, folded=True)
+        self.augmenter = BatchAugmenter(images.to(machine.device), labels.to(machine.device), **options.augmentation(args),
+                                        mean=MEAN, std=STD, dtype=machine.dtype, batch_size=args.batch_size)
+        self.update = Update(student, build_optimizer(student, args), machine, args.clip_grad, args.model_ema)
+        self.rows = machine.ranks.rows(args.batch_size)
+        self.means = Means(machine, self.augmenter.steps, args.clip_grad)
+        self.diagnostics = Diagnostics(args, self.augmenter, self.rows, machine.ranks)
+        self.criterion, self.numbers = method.function(args), method.numbers(args)
+        self.teacher, self.model = (torch.compile(net) if compiled else net for net in (teacher, student))
+        first = next(student.parameters())  # its gradient comes last
+        first.register_post_accumulate_grad_hook(lambda parameter: self.lap("backward"))
+
+    def step(self, position, look):
+        batch = self.augmenter(position, self.rows)
+        self.lap("augment")
+        with self.machine.autocast():
+            with torch.no_grad():
+                teacher_logits = self.teacher(batch.images)
+            self.lap("teacher")
+            logits = self.model(batch.images)
+        self.lap("student")
+        loss, terms = self.criterion(logits, teacher_logits, batch.targets, **self.numbers)
+        self.lap("objective")
+        self.update.backward(loss)
+        if look:
+            self.diagnostics.look(batch.targets, logits, teacher_logits, self.numbers)
+        self.means.add(accuracy(logits, batch.targets.dominant), train_loss=loss,
+                       **{f"train_loss_{name}": term for name, term in terms.items()})
+        self.lap("bookkeeping")
+        taken = self.update(look)
+        self.lap("update")
+        self.means.end_step(taken.skipped, taken.norm)
+        if taken.move is not None:
+            self.diagnostics.end_step(taken)
+        self.lap("bookkeeping")
+
+    def run(self, steps: int) -> dict:
+        """The first `steps` of a new epoch; its columns of log.csv."""
+        self.epoch += 1
+        self.diagnostics.begin(self.epoch)
+        self.lap("bookkeeping")
+        self.augmenter.set_epoch(self.epoch)
+        for position in range(steps):
+            lr = learning_rate((self.epoch - 1) * self.augmenter.steps + position, self.args, self.augmenter.steps)
+            self.update.lr.fill_(lr)
+            self.step(position, look=position % EVERY == 0)
+            self.means.look()
+        columns, looked = self.means.epoch_columns(self.epoch)
+        columns |= {"amp_scale": self.update.amp_scale()} | looked | self.diagnostics.columns()
+        self.lap("bookkeeping")
+        return columns
