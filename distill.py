@@ -57,7 +57,8 @@ def main(args):
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
 
-        def step(position, look):
+        def step(position, lr):
+            look = position % EVERY == 0
             for rows in run.parts:
                 batch = augmenter(position, rows)
                 with machine.autocast():
@@ -67,16 +68,15 @@ def main(args):
                 loss, terms = criterion(logits, teacher_logits, batch.targets, **numbers)
                 update.backward(loss)
                 run.add(look, batch.targets, logits, loss, terms, teacher_logits, numbers)
-            run.end_step(update(look))
+            run.end_step(update(lr, look))
 
         run.start(update, augmenter, teacher=teacher.info["model"], **method.labels(args))
         for epoch in run.epochs():
             student.train()
             augmenter.set_epoch(epoch)
-            method.ramp(args, numbers, epoch, machine.device)
+            numbers |= method.ramped(args, epoch)
             for position in range(augmenter.steps):
-                update.lr.fill_(lr := learning_rate((epoch - 1) * augmenter.steps + position, args, augmenter.steps))
-                step(position, look=position % EVERY == 0)
+                step(position, lr := learning_rate((epoch - 1) * augmenter.steps + position, args, augmenter.steps))
                 run.log_step(position, lr)
             run.end_training()
             val = run.evaluate(update.evaluated, data.val)

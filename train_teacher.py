@@ -39,7 +39,8 @@ def main(args):
         model = run.parallel(net)
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")
 
-        def step(position, look):
+        def step(position, lr):
+            look = position % EVERY == 0
             for rows in run.parts:
                 batch = augmenter(position, rows)
                 with machine.autocast():
@@ -47,15 +48,14 @@ def main(args):
                 loss = mixed_ce(logits, batch.targets, label_smoothing=args.label_smoothing)
                 update.backward(loss)
                 run.add(look, batch.targets, logits, loss, {"ce": loss})
-            run.end_step(update(look))
+            run.end_step(update(lr, look))
 
         run.start(update, augmenter)
         for epoch in run.epochs():
             net.train()
             augmenter.set_epoch(epoch)
             for position in range(augmenter.steps):
-                update.lr.fill_(lr := learning_rate((epoch - 1) * augmenter.steps + position, args, augmenter.steps))
-                step(position, look=position % EVERY == 0)
+                step(position, lr := learning_rate((epoch - 1) * augmenter.steps + position, args, augmenter.steps))
                 run.log_step(position, lr)
             run.end_training()
             val = run.evaluate(update.evaluated, data.val)

@@ -57,7 +57,8 @@ class Ours:
         first = next(student.parameters())  # its gradient comes last
         first.register_post_accumulate_grad_hook(lambda parameter: self.lap("backward"))
 
-    def step(self, position, look):
+    def step(self, position, lr):
+        look = position % EVERY == 0
         batch = self.augmenter(position, self.rows)
         self.lap("augment")
         with self.machine.autocast():
@@ -74,7 +75,7 @@ class Ours:
         self.means.add(accuracy(logits, batch.targets.dominant), train_loss=loss,
                        **{f"train_loss_{name}": term for name, term in terms.items()})
         self.lap("bookkeeping")
-        taken = self.update(look)
+        taken = self.update(lr, look)
         self.lap("update")
         self.means.end_step(taken.skipped, taken.norm)
         if taken.move is not None:
@@ -89,8 +90,7 @@ class Ours:
         self.augmenter.set_epoch(self.epoch)
         for position in range(steps):
             lr = learning_rate((self.epoch - 1) * self.augmenter.steps + position, self.args, self.augmenter.steps)
-            self.update.lr.fill_(lr)
-            self.step(position, look=position % EVERY == 0)
+            self.step(position, lr)
             self.means.look()
         columns, looked = self.means.epoch_columns(self.epoch)
         columns |= {"amp_scale": self.update.amp_scale()} | looked | self.diagnostics.columns()

@@ -68,14 +68,8 @@ def hyperparameters(weights: Weights, temperature: float, label_smoothing: float
     """The numbers of the loss as fp32 (6,) on the device: the four weights, temperature, smoothing; one tensor for each set.
 
     The kernel reads them there, so a schedule recompiles nothing, and a captured CUDA graph follows what is later written into
-    the tensor that it was captured with.  A number that is a 0-dim fp32 tensor there is read where it is, by one more launch.
+    the tensor that it was captured with.
     """
-    numbers = [0.0 if number is None else number for number in (*weights, temperature, label_smoothing)]
-    if any(isinstance(number, torch.Tensor) for number in numbers):
-        rest = hyperparameters(Weights(*(0.0 if isinstance(number, torch.Tensor) else number for number in numbers[:4])),
-                               temperature, label_smoothing, device)
-        return torch.stack([number if isinstance(number, torch.Tensor) else fixed
-                            for number, fixed in zip(numbers, rest.unbind())])
     key = (*(float(weight or 0.0) for weight in weights), float(temperature), float(label_smoothing), device)
     if key not in _hyperparameters:
         numbers = torch.empty(6, pin_memory=device.type == "cuda").copy_(torch.tensor(key[:6]))

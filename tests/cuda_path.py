@@ -106,7 +106,7 @@ class Watch(TorchDispatchMode):
             if any(tensor.is_cuda for tensor in inputs):
                 self.wait(f"a value is read ({name})")
             return {torch.bool: False, torch.int64: 0, torch.float64: float(IMAGES)}.get(args[0].dtype, 0.0)
-        if name.startswith(("_fused_sgd", "_fused_adamw")):  # without a fake form, with such a learning rate; in place
+        if name.startswith("_fused_sgd"):  # which has no fake form; it works in place
             assert all(tensor.is_cuda for tensor in inputs)
             result = None
         else:
@@ -366,7 +366,8 @@ class CudaPath(ExitStack):
                              (torch.amp.GradScaler, "update"),
                              (torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step"), (torch.optim.SGD, "step")):
             self.phase(target, name, "scaler, clip and optimizer")
-        for target, name in ((Diagnostics, "look"), (Update, "copy_parameters"), (Update, "relative_move")):
+        for target, name in ((Diagnostics, "look"), (Diagnostics, "end_step"),
+                             (Update, "copy_parameters"), (Update, "relative_move")):
             self.phase(target, name, "diagnostics")
         self.phase(losses, "mixed_ce", "loss")
         for method in METHODS.values():

@@ -221,7 +221,7 @@ def test_how_far_a_step_goes():
     for step in range(4):
         before, images = net.weight.detach().clone(), torch.full((2, 4), 0.2 * (1 + step))
         update.backward(net(images).square().mean() * (math.inf if step == 2 else 1))
-        taken = update(look=step != 1)
+        taken = update(0.1, look=step != 1)
         assert (taken.move is None) == (step == 1)
         if taken.move is not None:
             looking.look(augment(step).targets, *logits(step), method.numbers(args))

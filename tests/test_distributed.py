@@ -157,7 +157,7 @@ def train(machine, each, method, steps=24):
             teacher_logits = teacher(batch.images.double()).float()
         loss, _ = METHODS[method](model(batch.images.double()).float(), teacher_logits, batch.targets)
         update.backward(loss)
-        count(means, update(), loss)
+        count(means, update(0.1), loss)
     return torch.cat([weight.detach().flatten() for weight in net.parameters()]), means.epoch_columns(1)[0]
 
 
@@ -192,7 +192,7 @@ def one_statistic(machine):
     torch.manual_seed(machine.ranks.rank)
     for _ in range(3):
         update.backward(model(torch.randn(8, 4)).square().mean())
-        update()
+        update(0.1)
     own = [(each[1].running_mean.clone(), each[1].running_var.clone()) for each in (net, update.average.module)]
     update.agree()
     for each, statistics in zip((net, update.average.module), own):
@@ -234,7 +234,7 @@ def a_sick_loss_on_one(machine):
     model, before = machine.ranks.parallel(weight, 0, (2,)), weight.weight.detach().clone()
     loss = model(torch.ones(1, 2)).sum() + (0, float("inf"))[machine.ranks.rank]
     update.backward(loss)
-    taken = update()
+    taken = update(1.0)
     count(means, taken, loss)
     assert taken.skipped and torch.equal(weight.weight, before)
     assert "train_loss is not finite" in str(means.failure("")), "the process that saw nothing must name it, too"

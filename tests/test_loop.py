@@ -40,7 +40,7 @@ def updater(model, recipe, *, precision="off", clip_grad=0.0, ema_decay=0.0):
 def take(update, loss, means=None):
     """A step with one loss -> whether it was skipped; counted by `means`, too."""
     update.backward(loss)
-    taken = update()
+    taken = update(0.1)
     if means:
         means.add(torch.tensor(0.0), train_loss=loss)
         means.end_step(taken.skipped, taken.norm)
@@ -103,7 +103,7 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole(recipe):
                 loss = F.cross_entropy(logits, labels[rows.start:rows.stop])
                 update.backward(loss)
                 means.add(accuracy(logits, labels[rows.start:rows.stop]), train_loss=loss)
-            taken = update()
+            taken = update(0.1)
             means.end_step(taken.skipped, taken.norm)
             means.look()
         results.append((model[1].weight.detach(), means.epoch_columns(1)[0]))
@@ -243,7 +243,7 @@ def test_no_step_waits_for_the_gpu(recipe):
                 logits = model(batch.images)
             loss, terms = dkd_loss(logits, logits.detach(), batch.targets)
             update.backward(loss)
-            taken = update()
+            taken = update(0.1)
             means.add(accuracy(logits, batch.targets.dominant), train_loss=loss, **terms)
             means.end_step(taken.skipped, taken.norm)
             means.look()

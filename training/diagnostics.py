@@ -23,7 +23,7 @@ PERCENT = ("student_acc1", "teacher_acc1", "teacher_either")
 class Diagnostics:
     """Sums over the images of the steps that are looked at, of one epoch at a time.
 
-    In such a step `look` takes the logits and `end_step` adds what it saw, on the device alone, so a CUDA graph may hold both.
+    In such a step `look` takes the logits, and `end_step` adds what it saw to the sums on the device.
     args: of training.options.  augmenter: makes the batches, of which these `rows` are looked at.  ranks: of
     training.distributed.  steps: those that are looked at, every 40th where they are not given.
     """
@@ -32,21 +32,15 @@ class Diagnostics:
         self.args, self.augmenter, self.rows, self.ranks = args, augmenter, rows, ranks
         self.function = method.function(args) if "method" in args else None
         self.steps = range(0, augmenter.steps, EVERY) if steps is None else steps
-        self.treated, self.sums = None, []
 
     def begin(self, epoch: int) -> None:
         """Forget the last epoch, and draw what is done to the images of this one."""
         policy, erased, mixup, cutmix = self.augmenter.treatments(epoch, self.steps, self.rows)
         clean = ~(policy | erased | mixup | cutmix)
-        treated = torch.stack([torch.ones_like(policy), clean, policy, erased, mixup, cutmix], 1).float()  # (steps, groups, rows)
-        if self.treated is None:
-            self.treated, self.all = treated, torch.ones_like(policy[0])
-            self.index = torch.zeros(1, dtype=torch.int64, device=treated.device)  # of the next one among `steps`
-        else:
-            self.treated.copy_(treated)
-            self.index.zero_()
-        for sums in self.sums:
-            sums.zero_()
+        self.all = torch.ones_like(policy[0])
+        # (steps, groups, rows)
+        self.treated = torch.stack([torch.ones_like(policy), clean, policy, erased, mixup, cutmix], 1).float()
+        self.sums, self.looked = [], 0  # steps so far
 
     @torch.no_grad()
     def look(self, targets, logits, teacher_logits=None, numbers: dict | None = None) -> None:
@@ -58,7 +52,7 @@ class Diagnostics:
         ends = torch.stack([targets.dominant, torch.where(larger, targets.other, targets.label)], 1)
         dominant, mixed = ends[:, 0], ends[:, 0] != ends[:, 1]
         uneven = mixed & (torch.where(larger, targets.lam, 1 - targets.lam) >= UNEVEN)
-        groups = torch.cat([self.treated.index_select(0, self.index)[0], torch.stack([mixed & ~uneven, uneven]).float()])
+        groups = torch.cat([self.treated[self.looked], torch.stack([mixed & ~uneven, uneven]).float()])
 
         best, log_q = z.argmax(1), z.log_softmax(1)
         booleans = {"images": self.all, "mixed": mixed, "student_acc1": best == dominant}
@@ -91,11 +85,10 @@ class Diagnostics:
         taken: a training.step.Taken with a move.
         """
         self.seen.append(torch.stack([taken.move, torch.ones_like(taken.move)]))
-        if not self.sums:
-            self.sums = list(map(torch.zeros_like, self.seen))
-        for sums, seen in zip(self.sums, self.seen):
-            sums += seen.masked_fill_(taken.skipped.bool(), 0.0)
-        self.index += 1
+        skipped = taken.skipped.bool()
+        seen = [each.masked_fill_(skipped, 0.0) for each in self.seen]
+        self.sums = [sums + each for sums, each in zip(self.sums, seen)] if self.sums else seen
+        self.looked += 1
 
     def gradients(self, z, v, targets, numbers) -> dict:
         """term -> (N, C): the gradient of its part of the loss with respect to the logits z."""

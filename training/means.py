@@ -13,22 +13,20 @@ class Means:
     """Means over an epoch of losses, accuracy and gradient norms; and the end of a run that only skips steps.
 
     In a step, `add` takes what each part of its batch came to, and `end_step` writes one row of a table on the device: whether
-    it was skipped, its gradient norm, the share that was right, its losses.  Both run on the device alone, so a CUDA graph may
-    hold them.  Outside, `look` reads the rows that have arrived, without waiting; `epoch_columns` reads all.  Of several
-    processes each has the means over all of them, so that all decide alike.
+    it was skipped, its gradient norm, the share that was right, its losses.  After it `look` reads the rows that have arrived,
+    without waiting; `epoch_columns` reads all.  Of several processes each has the means over all of them, so that all decide
+    alike.
     """
 
     def __init__(self, machine: Machine, steps: int, clip_grad: float = 0.0):
         self.ranks, self.steps, self.clip_grad = machine.ranks, steps, clip_grad or math.inf
         self.in_a_row = 0  # steps skipped
-        self.row = torch.zeros(1, dtype=torch.int64, device=machine.device)  # of the table, the next one
-        self.names, self.parts, self.table = (), [], None
         self.clear()
 
     def clear(self) -> None:
         """Start the next epoch."""
+        self.names, self.parts, self.table = (), [], None
         self.taken, self.rows, self.arrived = 0, [], None  # steps; rows on the host; when the next of them will be there
-        self.row.zero_()
 
     def add(self, correct, **losses) -> None:
         """A part of the step's batch: the share that is `correct`, and its losses, 0-dim fp32; the same names at every call."""
@@ -37,23 +35,22 @@ class Means:
 
     def end_step(self, skipped, norm) -> None:
         """Write the step's row.  skipped, norm: as in training.step.Taken."""
-        if len(self.parts) == 1:
-            row = torch.stack([skipped, norm, *self.parts[0]])
-        else:
-            parts = torch.stack(list(map(torch.stack, self.parts)))
-            row = torch.cat([torch.stack([skipped, norm]), parts.mean(0)])
-        self.parts.clear()
+        parts, self.parts = self.parts, []
+        if len(parts) > 1:
+            parts = [torch.stack(list(map(torch.stack, parts))).mean(0).unbind()]
+        values = [skipped, norm, *parts[0]]
         if self.table is None:
-            self.table = torch.empty(self.steps, len(row), dtype=row.dtype, device=row.device)
-        self.table.index_copy_(0, self.row, self.ranks.mean(row)[None])
-        self.row += 1
+            self.table = torch.empty(self.steps, len(values), device=skipped.device)
+        row = self.table[self.taken]
+        torch.stack(values, out=row)
+        self.ranks.mean(row)
+        self.taken += 1
 
     def look(self) -> None:
         """Read the rows that have arrived, after a step.
 
         Failure DIVERGED after too many skipped steps in a row; on a GPU some steps later.
         """
-        self.taken += 1
         new = self.table[len(self.rows):self.taken]
         if not new.is_cuda:
             self.take(new)

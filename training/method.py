@@ -1,4 +1,4 @@
-"""The chosen method by its record in losses/methods.py: flags, numbers, names and formula.  Needs torch only for a warm-up."""
+"""The chosen method by its record in losses/methods.py: flags, numbers, names and formula.  Imports no torch."""
 from pkgutil import resolve_name
 
 from losses.methods import METHODS
@@ -88,16 +88,6 @@ def function(args):
 def numbers(args) -> dict:
     """Its keyword arguments."""
     return own_numbers(args) | {"label_smoothing": args.label_smoothing}
-
-
-def ramp(args, numbers: dict, epoch: int, device) -> None:
-    """Write what the numbers are in `epoch` into those that a warm-up raises: 0-dim fp32 on the device, where a CUDA graph reads
-    them."""
-    import torch
-    for name, value in ramped(args, epoch).items():
-        if not isinstance(numbers[name], torch.Tensor):
-            numbers[name] = torch.empty((), device=device)
-        numbers[name].fill_(value)
 
 
 def warmup(args) -> int:

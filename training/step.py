@@ -1,6 +1,6 @@
 """One optimizer step: learning rate, optimizer, and `Update`, which scales, clips, steps and averages.
 
-Nothing here waits for the device inside a step, or keeps on the host what the next one needs.
+Nothing here waits for the device inside a step: counts stay on it and are read once per epoch.
 """
 import math
 from typing import NamedTuple
@@ -17,24 +17,14 @@ EVERY = 40  # steps, one of which is looked at more closely, for diagnostics.csv
 
 
 def build_optimizer(net, args) -> torch.optim.Optimizer:
-    """AdamW or SGD over all parameters, in the fused form that leaves a skipped FP16 step to the device.
-
-    The learning rate is a tensor on the device, where a schedule writes it: fp32 on a GPU, whose kernels take no other, and
-    float64 on a CPU, where it counts as a number of Python's would.
-    """
+    """AdamW or SGD over all parameters, in the fused form that leaves a skipped FP16 step to the device."""
     if args.opt == "adamw":
-        optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    else:
-        optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
-                                    fused=True)
-        if args.momentum:
-            # Fused SGD allocates its momentum uninitialised; were the first step skipped (usual in FP16), the second would use
-            # it.
-            for parameter in net.parameters():
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    device = next(net.parameters()).device
-    dtype = torch.float32 if device.type == "cuda" else torch.float64
-    optimizer.param_groups[0]["lr"] = torch.tensor(args.lr, dtype=dtype, device=device)
+        return torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+    if args.momentum:
+        # Fused SGD allocates its momentum uninitialised; were the first step skipped (usual in FP16), the second would use it.
+        for parameter in net.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
@@ -58,30 +48,27 @@ class Taken(NamedTuple):
 
 
 class Update:
-    """`update.backward(loss)`, once for each of the `parts` of a batch, and `update()` are one optimizer step: scale, backward,
+    """`update.backward(loss)`, once for each of the `parts` of a batch, and `update(lr)` are one optimizer step: scale, backward,
     unscale, clip, step, average.
 
     A step whose loss or gradient is not finite, in whatever precision, leaves weights, momentum and running statistics as they
     were; it counts as skipped.  The device decides, nothing waits for it.  Of several processes all skip a step or none: they
     see one mean gradient.
-    lr: the learning rate, 0-dim, on the device; write the next step's into it.
     """
 
     def __init__(self, net, optimizer, machine: Machine, clip_grad: float, ema_decay: float, parts: int = 1):
-        self.net, self.optimizer, self.machine, self.ranks = net, optimizer, machine, machine.ranks
-        self.scaler, self.lr = machine.scaler(), optimizer.param_groups[0]["lr"]
+        self.net, self.optimizer, self.scaler, self.ranks = net, optimizer, machine.scaler(), machine.ranks
         self.clip_grad = clip_grad or math.inf
         self.parameters = list(net.parameters())
         self.buffers = FlatBuffers(net)
         if ema_decay:
             self.average = AveragedModel(net)
-            self.average.n_averaged = self.average.n_averaged.to(self.lr.device)
             self.average_buffers = FlatBuffers(self.average.module)
             self.averages = [*self.average.module.parameters(), *self.average_buffers.floats]
         else:
             self.average = None
-        self.ema_decay, self.averaged = ema_decay, False
-        self.zero, self.share = torch.tensor([0.0, 1 / parts], device=self.lr.device)
+        self.ema_decay = ema_decay
+        self.zero, self.share = torch.tensor([0.0, 1 / parts], device=self.parameters[0].device)
         self.remember_buffers()
 
     @property
@@ -94,8 +81,10 @@ class Update:
         seed = torch.addcmul(self.share, loss.detach(), self.zero)  # NaN for a sick loss: then no process has a finite gradient
         loss.backward(self.scaler.scale(seed))
 
-    def __call__(self, look: bool = False) -> Taken:
+    def __call__(self, lr: float, look: bool = False) -> Taken:
         """Take the step.  look: how far it goes, too."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
         before = self.copy_parameters() if look else None
@@ -125,12 +114,11 @@ class Update:
     @torch.no_grad()
     def update_average(self) -> None:
         """Weights and running statistics of the average by one call; the first step is its start, and counters are copied."""
-        torch._foreach_lerp_(self.averages, [*self.parameters, *self.buffers.floats],
-                             1 - self.ema_decay if self.averaged else 1.0)
-        self.averaged = True
+        share = 1 - self.ema_decay if self.average.n_averaged else 1.0
+        torch._foreach_lerp_(self.averages, [*self.parameters, *self.buffers.floats], share)
         for count, now in zip(self.average_buffers.others, self.buffers.others):
             count.copy_(now)
-        self.average.n_averaged += 1
+        self.average.n_averaged += 1  # which is on the host
 
     def remember_buffers(self) -> None:
         self.before = self.buffers.words.clone()
@@ -175,10 +163,7 @@ class Update:
         self.net.load_state_dict(state["net"])
         if self.average:
             self.average.load_state_dict(state["average"])
-            self.averaged = bool(self.average.n_averaged)
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
         self.scaler.load_state_dict(state["scaler"])
         self.remember_buffers()
 
