@@ -183,7 +183,8 @@ def draw(rows_of: list[Row], path: Path) -> None:
     bars.axhline(1, color="black", linewidth=0.8)
     bars.set(xticks=range(len(cases)), xticklabels=cases, ylabel=f"speed / that of the {BASE}")
     bars.set_title(f"a whole step, batch of {rows_of[0].batch_size}; {rows_of[0].hardware}", fontsize=9, loc="left")
-    bars.legend(fontsize=8)
+    bars.legend(fontsize=8, ncols=len(names) - 1, loc="upper left")
+    bars.margins(y=0.25)  # room for the legend above the bars
 
     places = [index + 0.6 * cases.index(row.case) for index, row in enumerate(rows_of)]
     left = [0.0] * len(rows_of)
