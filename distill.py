@@ -16,8 +16,6 @@ from training import errors, method, options
 
 
 def main(args):
-    import torch
-
     from augment import BatchAugmenter
     from training import models
     from training.advice import advise
@@ -26,9 +24,9 @@ def main(args):
     from training.machine import prepare_machine
     from training.run import Run
     from training.rundir import announce
-    from training.step import EVERY, Update, build_optimizer, learning_rate
+    from training.step import Update, build_optimizer, learning_rate
 
-    machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic)
+    machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
     config = vars(args) | {"script": "distill"} | machine.describe()
     announce(config, method.objective(args))
     taught = Path(args.teacher_checkpoint).exists()
@@ -44,31 +42,31 @@ def main(args):
     with Run(args, config, machine) as run:
         if run.finished:
             return
-        teacher = models.load(args.teacher_checkpoint, machine.device, machine.dtype, folded=True)
         data, criterion = run.load_data(), method.function(args)
+        machine = run.settle(args.student, args.teacher_checkpoint)
+        teacher = models.load(args.teacher_checkpoint, machine.device, machine.dtype, folded=True)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
         teacher_test, teacher_val = check_teacher(teacher, data, machine, len(run.parts[0])), run.evaluate(teacher, data.val)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=run.batch_size)
         update = Update(student, build_optimizer(student, args), machine, args.clip_grad, args.model_ema, len(run.parts))
-        model, numbers = run.parallel(student), method.numbers(args)
+        model, teach, numbers = run.called(student), run.called(teacher), method.numbers(args)
         print(f"{data}\nteacher {teacher.info['model']}: {teacher.size / 1e6:.2f} M parameters, "
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
 
-        def step(position, lr):
-            look = position % EVERY == 0
+        @run.step(numbers)
+        def step(position, lr, look):
             for rows in run.parts:
                 batch = augmenter(position, rows)
                 with machine.autocast():
-                    with torch.no_grad():
-                        teacher_logits = teacher(batch.images)
+                    teacher_logits = teach(batch.images)  # which is frozen: nothing is kept for a backward pass
                     logits = model(batch.images)
                 loss, terms = criterion(logits, teacher_logits, batch.targets, **numbers)
                 update.backward(loss)
-                run.add(look, batch.targets, logits, loss, terms, teacher_logits, numbers)
-            run.end_step(update(lr, look))
+                run.add(position, look, batch.targets, logits, loss, terms, teacher_logits, numbers)
+            run.end_step(position, update(lr, look))
 
         run.start(update, augmenter, teacher=teacher.info["model"], **method.labels(args))
         for epoch in run.epochs():

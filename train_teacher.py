@@ -19,9 +19,9 @@ def main(args):
     from training.machine import prepare_machine
     from training.run import Run
     from training.rundir import announce
-    from training.step import EVERY, Update, build_optimizer, learning_rate
+    from training.step import Update, build_optimizer, learning_rate
 
-    machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic)
+    machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
     pretrained = models.is_torchvision(args.model) and not args.init if args.pretrained is None else args.pretrained
     config = vars(args) | {"script": "train_teacher", "pretrained": pretrained} | machine.describe()
     announce(config, method.objective(args))
@@ -32,23 +32,24 @@ def main(args):
         if run.finished:
             return
         data = run.load_data()
+        machine = run.settle(args.model)
         net = run.new_network(args.model, pretrained=pretrained, init=args.init)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=run.batch_size)
         update = Update(net, build_optimizer(net, args), machine, args.clip_grad, args.model_ema, len(run.parts))
-        model = run.parallel(net)
+        model = run.called(net)
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")
 
-        def step(position, lr):
-            look = position % EVERY == 0
+        @run.step()
+        def step(position, lr, look):
             for rows in run.parts:
                 batch = augmenter(position, rows)
                 with machine.autocast():
                     logits = model(batch.images)
                 loss = mixed_ce(logits, batch.targets, label_smoothing=args.label_smoothing)
                 update.backward(loss)
-                run.add(look, batch.targets, logits, loss, {"ce": loss})
-            run.end_step(update(lr, look))
+                run.add(position, look, batch.targets, logits, loss, {"ce": loss})
+            run.end_step(position, update(lr, look))
 
         run.start(update, augmenter)
         for epoch in run.epochs():

@@ -1,5 +1,5 @@
 """Augmentation of a whole batch on the device of its images, every image with a draw of its own."""
-from augment.augmenter import Batch, BatchAugmenter
+from augment.augmenter import Batch, BatchAugmenter, is_fused
 from augment.policy import POLICIES
 
-__all__ = ["POLICIES", "Batch", "BatchAugmenter"]
+__all__ = ["POLICIES", "Batch", "BatchAugmenter", "is_fused"]

@@ -58,7 +58,7 @@ class BatchAugmenter:
         self.batch_size, self.steps, self.rows_per_mix = batch_size, len(images) // batch_size, rows_per_mix[mix_mode]
         self.sampler = Sampler(size, build_tables(policy, size).to(images.device), seed=seed, crop_pad=crop_pad, flip=flip,
                                random_erasing=random_erasing, mixup=mixup, cutmix=cutmix, mix_prob=mix_prob)
-        self.fused = kernels.use_triton(images) and size in WARPS
+        self.fused = is_fused(images)
         if kernels.use_triton(images) and not self.fused:
             _say_once(f"images of {size}x{size} are augmented in plain PyTorch: the fused kernel takes "
                       + " and ".join(f"{size}x{size}" for size in WARPS))
@@ -114,6 +114,11 @@ class BatchAugmenter:
                  for lam, share in zip(mixes.lam.tolist(), mixes.share.tolist())]
         return [(", ".join(words) or "as it is") + (mixed[row // self.rows_per_mix] if row ^ 1 < self.batch_size else "")
                 for row, words in enumerate(done)]
+
+
+def is_fused(images) -> bool:
+    """Whether one launch makes a batch of these images; it then reads the step on the device."""
+    return kernels.use_triton(images) and images.shape[1] in WARPS
 
 
 def _fused():

@@ -9,9 +9,10 @@ from augment import BatchAugmenter
 from benchmarks.augmentation_rivals import MEAN, STD
 from benchmarks.loss import ALPHA, BETA, EPS, T
 from training import method, models, options
+from training.capture import Step
 from training.diagnostics import Diagnostics
 from training.means import Means
-from training.step import EVERY, Update, accuracy, build_optimizer, learning_rate
+from training.step import Update, accuracy, build_optimizer, learning_rate
 from training.synthetic import CLASSES
 
 RECIPE = f"--method dkd --alpha {ALPHA} --beta {BETA} --temperature {T} --label-smoothing {EPS} --opt sgd --lr 0.05"
@@ -37,11 +38,11 @@ def networks(case: tuple[str, str], device, layout=torch.channels_last):
 class Ours:
     """The objects and the calls of distill.py and training/run.py; all images make an epoch.
 
-    lap: is called with the name of each phase of a step when it ends.
+    captured: steps become a CUDA graph.  lap: is called with the name of each phase of a step when it ends.
     """
     workers = 0
 
-    def __init__(self, teacher, student, args, machine, images, labels, *, compiled: bool = False):
+    def __init__(self, teacher, student, args, machine, images, labels, *, captured: bool = False):
         self.args, self.machine, self.epoch, self.lap = args, machine, 0, lambda phase: None
         with TemporaryDirectory() as folder:
             models.save(Path(folder, "best.pt"), teacher, **teacher.info)
@@ -53,17 +54,16 @@ class Ours:
         self.means = Means(machine, self.augmenter.steps, args.clip_grad)
         self.diagnostics = Diagnostics(args, self.augmenter, self.rows, machine.ranks)
         self.criterion, self.numbers = method.function(args), method.numbers(args)
-        self.teacher, self.model = (torch.compile(net) if compiled else net for net in (teacher, student))
+        self.teach, self.model = machine.compile(teacher, captured), machine.compile(student, captured)
+        self.take = Step(self.step, self.numbers, machine, captured, self.update.abandon)
         first = next(student.parameters())  # its gradient comes last
         first.register_post_accumulate_grad_hook(lambda parameter: self.lap("backward"))
 
-    def step(self, position, lr):
-        look = position % EVERY == 0
+    def step(self, position, lr, look):
         batch = self.augmenter(position, self.rows)
         self.lap("augment")
         with self.machine.autocast():
-            with torch.no_grad():
-                teacher_logits = self.teacher(batch.images)
+            teacher_logits = self.teach(batch.images)
             self.lap("teacher")
             logits = self.model(batch.images)
         self.lap("student")
@@ -71,13 +71,13 @@ class Ours:
         self.lap("objective")
         self.update.backward(loss)
         if look:
-            self.diagnostics.look(batch.targets, logits, teacher_logits, self.numbers)
+            self.diagnostics.look(position, batch.targets, logits, teacher_logits, self.numbers)
         self.means.add(accuracy(logits, batch.targets.dominant), train_loss=loss,
                        **{f"train_loss_{name}": term for name, term in terms.items()})
         self.lap("bookkeeping")
         taken = self.update(lr, look)
         self.lap("update")
-        self.means.end_step(taken.skipped, taken.norm)
+        self.means.end_step(position, taken.skipped, taken.norm)
         if taken.move is not None:
             self.diagnostics.end_step(taken)
         self.lap("bookkeeping")
@@ -90,7 +90,7 @@ class Ours:
         self.augmenter.set_epoch(self.epoch)
         for position in range(steps):
             lr = learning_rate((self.epoch - 1) * self.augmenter.steps + position, self.args, self.augmenter.steps)
-            self.step(position, lr)
+            self.take(position, lr)
             self.means.look()
         columns, looked = self.means.epoch_columns(self.epoch)
         columns |= {"amp_scale": self.update.amp_scale()} | looked | self.diagnostics.columns()

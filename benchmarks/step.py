@@ -1,27 +1,31 @@
 """How long a whole distillation step takes beside the loop that people write, and where its time goes.
 
     python -m benchmarks.step                 the table -> benchmarks/results/step-<gpu or cpu>.csv and .png
-    python -m benchmarks.step --quick         the smallest pair, few repeats
-    python -m benchmarks.step --compile       with compiled networks on a CPU, too, which takes minutes to begin
+    python -m benchmarks.step --quick         the smallest pair, few repeats, nothing compiled; nothing is written
 
 All contenders train the same pair on 32x32 images with DKD at beta 8 under AutoAugment, Random Erasing, Mixup and CutMix, with
-SGD and clipping at norm 1; in fp32 on a CPU and fp16 on a GPU.  Ours is the loop of distill.py with its objects.  The plain loop
-is a DataLoader whose workers take PIL images through torchvision v1 and mix where they collate; then the published loss on the
-label with the larger share, an optimizer that is not fused, and the loss read after every step, but no means or diagnostics.
-channels_last, which ours has everywhere, is one more line in it and a contender of its own.
+SGD and clipping at norm 1; in fp16 on a GPU, on a CPU in fp32 and, where it has the instructions, ours in bf16, too.  Ours is the
+loop of distill.py with its objects; on a GPU also recorded as a CUDA graph.  The plain loop is a DataLoader whose workers take
+PIL images through torchvision v1 and mix where they collate; then the published loss on the label with the larger share, an
+optimizer that is not fused, and the loss read after every step, but no means or diagnostics.  channels_last, which ours has
+everywhere, is one more line in it and a contender of its own.
 
-Every main process has `threads` threads.  The plain loop has `workers` processes besides, on the cores that are left: at most
-two of them, beside a GPU 16.  Ours leaves those cores idle; on a CPU so does one more contender, a plain loop without workers.
+Every main process has all cores, as PyTorch does by itself.  The plain loop has `workers` processes besides: two, on a GPU 16.
 
 Contenders take turns, block by block, and the ratio to the plain loop is taken within each repeat, so it holds where the
 machine's speed drifts.  Before each block come steps that are not timed, as many as the loader holds batches: it fills its
 queue while others run.  Where a block has fewer steps, a step is so long that the queue is always full.  A block of ours is an
 epoch, with its draws and with what is read at its end, which a run pays once in hundreds of steps; the loader's epoch never
-ends.  The shares are those of one more block, with a clock read after each phase.
+ends.  The shares are those of one more block, with a clock read after each phase; inside of a graph there is none to read.
+
+What a step could take at most: `work` counts the arithmetic, the traffic and the launches of our step in eager mode, and
+benchmarks/bounds.py measures what the device does of each in a second.  The largest of the three times is a bound for eager mode
+only as far as operations are not joined: compiled networks have less traffic and fewer launches.
 """
 import argparse
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -31,7 +35,7 @@ import matplotlib.pyplot as plt
 import torch
 import triton
 
-from benchmarks import table
+from benchmarks import bounds, table
 from benchmarks.augmentation import synchronize
 from benchmarks.our_loop import Ours, networks, recipe
 from benchmarks.plain_loop import PREFETCH, PlainLoop
@@ -49,7 +53,9 @@ BASE = "plain loop"
 class Row:
     """One contender on one pair, median and extremes over the repeats; `times_base` is how many times as fast as `base` it is.
 
-    steps: of a block.  share_*: parts of a step's time; waiting is for the loader and the copy to the device.
+    steps: of a block.  begin_s: seconds of its first step, in which networks are compiled.  share_*: parts of a step's time;
+    waiting is for the loader and the copy to the device.  gflop, mb, launches: of a step of ours in eager mode, the rest of the
+    line what they take at the measured rates, in milliseconds.
     """
     hardware: str
     torch: str
@@ -57,6 +63,7 @@ class Row:
     case: str
     batch_size: int
     contender: str
+    precision: str
     threads: int
     workers: int
     repeats: int
@@ -70,14 +77,21 @@ class Row:
     times_base_min: float
     times_base_max: float
     peak_mb: float | None
-    share_waiting: float
-    share_augment: float
-    share_teacher: float
-    share_student: float
-    share_objective: float
-    share_backward: float
-    share_update: float
-    share_bookkeeping: float
+    begin_s: float
+    gflop: float
+    mb: float
+    launches: int
+    arithmetic_ms: float
+    traffic_ms: float
+    launches_ms: float
+    share_waiting: float | None
+    share_augment: float | None
+    share_teacher: float | None
+    share_student: float | None
+    share_objective: float | None
+    share_backward: float | None
+    share_update: float | None
+    share_bookkeeping: float | None
 
 
 PHASES = [field.name.removeprefix("share_") for field in fields(Row) if field.name.startswith("share_")]
@@ -103,10 +117,9 @@ class Laps:
         return [round(seconds / sum(self.seconds.values()), 4) for seconds in self.seconds.values()]
 
 
-def cores(device) -> tuple[int, int]:
-    """Threads of each main process and workers of the plain loop."""
-    workers = max(1, min(16 if device.type == "cuda" else 2, os.cpu_count() - 1))
-    return max(1, os.cpu_count() - workers), workers
+def workers_of(device) -> int:
+    """Of the plain loop."""
+    return min(16, max(2, os.cpu_count() - 1)) if device.type == "cuda" else 2
 
 
 def step_ms(contender, steps: int) -> float:
@@ -115,44 +128,65 @@ def step_ms(contender, steps: int) -> float:
     return 1000 * (clock.now() - clock.last) / steps
 
 
+def contenders(machine, compiled: bool, plain, ours):
+    """Of each: its name, what makes it, the memory format of its networks, and its machine; the base first."""
+    on_gpu, channels_last = machine.device.type == "cuda", torch.channels_last
+    half = not on_gpu and torch.cpu.get_capabilities().get("avx512_bf16")
+    yield BASE, plain, torch.contiguous_format, machine
+    yield "plain loop, channels_last", partial(plain, layout=channels_last), channels_last, machine
+    if compiled:
+        yield "plain loop, compiled", partial(plain, compiled=True), torch.contiguous_format, machine
+    yield "ours", ours, channels_last, machine
+    if on_gpu:
+        yield "ours, graph", partial(ours, captured=True), channels_last, machine
+    if half:
+        yield "ours, bf16", ours, channels_last, machine._replace(precision="bf16")
+    if compiled:
+        made = machine._replace(compiled=True)
+        yield "ours, compiled", ours, channels_last, made
+        if on_gpu:
+            yield "ours, compiled, graph", partial(ours, captured=True), channels_last, made
+        if half:
+            yield "ours, compiled, bf16", ours, channels_last, made._replace(precision="bf16")
+
+
 def benchmark(case, machine, images, labels, batch_size: int, repeats: int, compiled: bool, steps: int | None = None):
     """A row for each contender.  steps: of a block; by default as many as the plain loop takes BLOCK_S for."""
-    device, args, workers = machine.device, recipe(batch_size), cores(machine.device)[1]
-    on_gpu, contenders, held = device.type == "cuda", {}, {}
+    device, args = machine.device, recipe(batch_size)
+    on_gpu, running, held, began = device.type == "cuda", {}, Counter(), {}
 
     def allocated() -> int:
         return torch.cuda.memory_allocated(device) if on_gpu else 0
 
-    def enter(name: str, make, layout=torch.channels_last) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64  # contenders share the classes of their layers
+    plain = partial(PlainLoop, images=images, labels=labels, workers=workers_of(device))
+    if not steps:
+        base = plain(*networks(case, device, torch.contiguous_format), args, machine)
+        base.run(2)
+        steps = min(BLOCK_STEPS, max(1, round(1000 * BLOCK_S / step_ms(base, 2))))
+        del base
+    ours = partial(Ours, images=images[:steps * batch_size], labels=labels[:steps * batch_size])
+    work, rates = bounds.work(partial(ours(*networks(case, device), args, machine).run, 1)), {}
+    for name, make, layout, its_machine in contenders(machine, compiled, plain, ours):
         before = allocated()
-        contender = make(*networks(case, device, layout), args, machine)
+        contender = make(*networks(case, device, layout), args, its_machine)
         try:
-            contender.run(1)
+            began[name] = step_ms(contender, 1) / 1000
         except RuntimeError as failure:  # out of memory, and what torch.compile raises
             print(f"  {name} failed and is left out: {' '.join(str(failure).splitlines()[:2])}")
-        else:
-            contenders[name], held[name] = contender, allocated() - before
+            continue
+        running[name], held[name] = contender, allocated() - before
+        if its_machine.precision not in rates:
+            rates[its_machine.precision] = bounds.rates(device, its_machine.dtype)
 
-    torch._dynamo.reset()
-    plain = partial(PlainLoop, images=images, labels=labels, workers=workers)
-    enter(BASE, plain, torch.contiguous_format)
-    steps = steps or min(BLOCK_STEPS, max(1, round(1000 * BLOCK_S / step_ms(contenders[BASE], 2))))
-    ours = partial(Ours, images=images[:steps * batch_size], labels=labels[:steps * batch_size])
-    if not on_gpu:
-        enter("plain loop, no workers", partial(plain, workers=0), torch.contiguous_format)
-    enter("plain loop, channels_last", partial(plain, layout=torch.channels_last))
-    enter("ours", ours)
-    if compiled:
-        enter("plain loop, compiled", partial(plain, compiled=True), torch.contiguous_format)
-        enter("ours, compiled", partial(ours, compiled=True))
-
-    untimed, times = min(steps, PREFETCH * workers), {name: [] for name in contenders}
+    times = {name: [] for name in running}
     for _ in range(repeats):
-        for name, contender in contenders.items():
-            contender.run(untimed)
+        for name, contender in running.items():
+            contender.run(min(steps, PREFETCH * contender.workers) or 1)
             times[name].append(step_ms(contender, steps))
-    for name, contender in contenders.items():
-        contender.run(untimed)
+    for name, contender in running.items():
+        contender.run(min(steps, PREFETCH * contender.workers) or 1)
         before, unwatched = allocated(), contender.lap
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
@@ -162,15 +196,19 @@ def benchmark(case, machine, images, labels, batch_size: int, repeats: int, comp
         peak = round((torch.cuda.max_memory_allocated(device) - before + held[name]) / 1e6, 1) if on_gpu else None
         ratios = [base / ms for base, ms in zip(times[BASE], times[name])]
         ms, times_base = ([round(pick(column), 3) for pick in (median, min, max)] for column in (times[name], ratios))
+        least = [round(value, 3) for value in rates[contender.machine.precision].bounds_ms(work)]
+        shares = [None] * len(PHASES) if name.endswith("graph") else laps.shares()
         yield Row(table.hardware(device), torch.__version__, triton.__version__, " to ".join(case), batch_size, name,
-                  torch.get_num_threads(), contender.workers, repeats, steps, *ms, round(1000 * batch_size / ms[0], 1),
-                  BASE, *times_base, peak, *laps.shares())
+                  contender.machine.precision, torch.get_num_threads(), contender.workers, repeats, steps, *ms,
+                  round(1000 * batch_size / ms[0], 1), BASE, *times_base, peak, round(began[name], 2), round(work.flops / 1e9, 2),
+                  round(work.nbytes / 1e6, 1), work.launches, *least, *shares)
 
 
 def draw(rows_of: list[Row], path: Path) -> None:
     """How many times as fast as the plain loop each contender is, and below what its step is made of."""
     cases, names = (list(dict.fromkeys(column)) for column in zip(*((row.case, row.contender) for row in rows_of)))
-    heights = (2.2, 0.5 + 0.3 * len(rows_of))
+    watched = [row for row in rows_of if row.share_teacher is not None]
+    heights = (2.8, 0.5 + 0.3 * len(watched))
     figure, (bars, shares) = plt.subplots(2, 1, figsize=(8, sum(heights) + 1.5), layout="constrained", height_ratios=heights)
     width = 0.8 / (len(names) - 1)
     for index, name in enumerate(names[1:]):
@@ -183,16 +221,16 @@ def draw(rows_of: list[Row], path: Path) -> None:
     bars.axhline(1, color="black", linewidth=0.8)
     bars.set(xticks=range(len(cases)), xticklabels=cases, ylabel=f"speed / that of the {BASE}")
     bars.set_title(f"a whole step, batch of {rows_of[0].batch_size}; {rows_of[0].hardware}", fontsize=9, loc="left")
-    bars.legend(fontsize=8, ncols=len(names) - 1, loc="upper left")
-    bars.margins(y=0.25)  # room for the legend above the bars
+    bars.legend(fontsize=8, ncols=3, loc="upper left")
+    bars.margins(y=0.3)  # room for the legend above the bars
 
-    places = [index + 0.6 * cases.index(row.case) for index, row in enumerate(rows_of)]
-    left = [0.0] * len(rows_of)
+    places = [index + 0.6 * cases.index(row.case) for index, row in enumerate(watched)]
+    left = [0.0] * len(watched)
     for index, phase in enumerate(PHASES):
-        parts = [100 * getattr(row, f"share_{phase}") for row in rows_of]
+        parts = [100 * getattr(row, f"share_{phase}") for row in watched]
         shares.barh(places, parts, 0.8, left=left, label=phase, color=f"C{index}")
         left = [start + part for start, part in zip(left, parts)]
-    shares.set_yticks(places, [f"{row.case}\n{row.contender}, {row.ms:.0f} ms" for row in rows_of], fontsize=7)
+    shares.set_yticks(places, [f"{row.case}\n{row.contender}, {row.ms:.0f} ms" for row in watched], fontsize=7)
     shares.invert_yaxis()
     shares.set(xlim=(0, 100), xlabel="% of a step")
     figure.legend(*shares.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
@@ -201,18 +239,17 @@ def draw(rows_of: list[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="the smallest pair, few repeats; nothing is written")
-    parser.add_argument("--compile", action="store_true", help="with compiled networks on a CPU, too")
+    parser.add_argument("--quick", action="store_true", help="the smallest pair, few repeats, nothing compiled or written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args()
     machine, found = prepare_machine(args.device, None, seed=0), []
     on_gpu = machine.device.type == "cuda"
-    torch.set_num_threads(cores(machine.device)[0])
     images, labels = generate(BLOCK_STEPS * BATCH, 0)
     for case in CASES[:1] if args.quick else GPU_CASES if on_gpu else CASES:
-        for row in benchmark(case, machine, images, labels, BATCH, 3 if args.quick else 9, args.compile or on_gpu):
+        for row in benchmark(case, machine, images, labels, BATCH, 3 if args.quick else 9, compiled=not args.quick):
             found.append(row)
-            made_of = ", ".join(f"{phase} {100 * getattr(row, f'share_{phase}'):.1f}" for phase in PHASES)
+            shares = {phase: getattr(row, f"share_{phase}") for phase in PHASES}
+            made_of = ", ".join(f"{phase} {100 * share:.1f}" for phase, share in shares.items() if share is not None)
             print(f"{row.case:24} {row.contender:25} {row.ms:8.2f} ms {row.times_base:6.2f} ({row.times_base_min:.2f} to "
                   f"{row.times_base_max:.2f})  %: {made_of}", flush=True)
     if not args.quick:

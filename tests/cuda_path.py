@@ -12,9 +12,10 @@ are looked at. What cannot be seen here: time, bandwidth, what cuDNN chooses, an
 really makes.
 """
 import functools
+import itertools
 import sys
 from collections import Counter, defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,10 @@ BOOKKEEPING = "book-keeping"
 
 class Wait(AssertionError):
     """Something inside a step makes the host wait for the GPU."""
+
+
+class NotRepeatable(AssertionError):
+    """What is recorded as a CUDA graph would do something else each time it is called."""
 
 
 class MixedDevices(AssertionError):
@@ -74,6 +79,7 @@ class Watch(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.steps, self.inside, self.phase, self.counts = 0, False, BOOKKEEPING, Counter()
+        self.by_step, self.recording, self.recordings = Counter(), None, 0
 
     @property
     def launches(self) -> dict:
@@ -84,9 +90,30 @@ class Watch(TorchDispatchMode):
         if self.inside and self.steps > 1:
             raise Wait(f"{what} at {place()}")
 
+    def note(self, name: str, *arguments) -> None:
+        """Into a recording: an operation, and all numbers that it is given from Python."""
+        if self.recording is not None and not name.startswith("profiler::"):
+            numbers = [leaf for leaf in tree_leaves(arguments) if not isinstance(leaf, torch.Tensor)]
+            self.recording.append(f"{name} {numbers} at {place()}")
+
+    def record(self, function, pool, stream):
+        """In the place of training.capture.record: a recording twice over must be the same; a replay is one launch."""
+        both = []
+        for _ in range(2):
+            self.recording = []
+            function()
+            both.append(self.recording)
+            self.recording = None
+        self.recordings += 1
+        for one, other in itertools.zip_longest(*both):
+            if one != other:
+                raise NotRepeatable(f"{one}, and then {other}")
+        return self.launch
+
     def launch(self, count: int = 1) -> None:
-        if self.inside and self.steps > 1:
+        if self.inside and self.steps > 1 and self.recording is None:
             self.counts[self.phase] += count
+            self.by_step[self.steps] += count
 
     @contextmanager
     def during(self, phase: str):
@@ -106,12 +133,15 @@ class Watch(TorchDispatchMode):
             if any(tensor.is_cuda for tensor in inputs):
                 self.wait(f"a value is read ({name})")
             return {torch.bool: False, torch.int64: 0, torch.float64: float(IMAGES)}.get(args[0].dtype, 0.0)
-        if name.startswith("_fused_sgd"):  # which has no fake form; it works in place
+        if name.startswith(("_fused_sgd", "_fused_adamw")):  # without a fake form, the latter with such a rate; in place
             assert all(tensor.is_cuda for tensor in inputs)
             result = None
         else:
             result = function(*args, **kwargs)
         outputs = tensors(result)
+        self.note(name, args, kwargs)
+        if self.recording is not None and not all(tensor.is_cuda for tensor in (*inputs, *outputs)):
+            raise MixedDevices(f"a tensor on the CPU would be read once and never again ({name}) at {place()}")
         if function in COPIES:
             source, target = (args[1], args[0]) if function is aten.copy_.default else (args[0], result)
             if source.device != target.device and not (kwargs.get("non_blocking") or args[2:3] == (True,)):
@@ -122,7 +152,7 @@ class Watch(TorchDispatchMode):
 
 
 class StandIn:
-    """Takes the place of a Triton kernel: looks at its arguments and counts one launch."""
+    """Takes the place of a Triton kernel: looks at its arguments and counts, or records, one launch."""
 
     def __init__(self, watch: Watch):
         self.watch = watch
@@ -133,6 +163,7 @@ class StandIn:
             if wrong:
                 raise MixedDevices(f"a kernel was given a tensor on {wrong[0].device} at {place()}")
             self.watch.launch()
+            self.watch.note("a kernel of ours", args, options)
         return launch
 
 
@@ -255,12 +286,15 @@ class CudaPath(ExitStack):
 
     def _replace_driver(self) -> None:
         event = SimpleNamespace(record=lambda: None, query=lambda: True)
+        stream = SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None)
         answers = {"is_available": True, "device_count": 1, "current_device": 0, "is_initialized": True,
                    "is_bf16_supported": True,
-                   "max_memory_allocated": 0, "mem_get_info": (80 << 30, 80 << 30), "is_current_stream_capturing": False,
-                   "get_device_name": "fake", "Event": event, "current_stream": SimpleNamespace(cuda_stream=0)}
+                   "max_memory_allocated": 0, "mem_get_info": (80 << 30, 80 << 30),
+                   "get_device_name": "fake", "Event": event, "current_stream": stream,
+                   "Stream": stream, "stream": nullcontext(), "graph_pool_handle": (0, 1)}
         self.replace(torch.cuda, **{name: lambda *_, answer=answer, **__: answer for name, answer in answers.items()},
                      synchronize=lambda *_: self.watch.wait("synchronize"), manual_seed_all=lambda seed: None,
+                     is_current_stream_capturing=lambda: self.watch.recording is not None,
                      get_rng_state=lambda *_: torch.zeros(16, dtype=torch.uint8))
         self.replace(torch._C, _cuda_setDevice=lambda index: None)
         self.replace(torch.backends.cudnn, version=lambda: 90000)
@@ -292,7 +326,7 @@ class CudaPath(ExitStack):
     def _replace_project(self) -> None:
         from augment import augmenter, ops, sampling
         from kernels import augment, softmax_kl
-        from training import checkpoint, data, means, models
+        from training import capture, checkpoint, data, means, models
 
         real_write = checkpoint.write
 
@@ -315,6 +349,7 @@ class CudaPath(ExitStack):
             self.folder / "teacher.pt", kind="weights", state_dict=models.build(self.teacher, 100).state_dict(),
             model=self.teacher, classes=self.classes,
             image_size=32, mean=[0.5] * 3, std=[0.25] * 3, dataset="cifar100", seed=0, epoch=1, val_acc1=100.0, test_acc1=100.0)
+        self.replace(capture, record=self.watch.record)
         self.replace(checkpoint, write=write)
         self.replace(data, load=load)
         self.replace(means, SKIPS=2)  # so that rows are copied to the host within a few steps
@@ -331,20 +366,20 @@ class CudaPath(ExitStack):
             self.callback(cached.cache_clear)  # fake tensors would compute nothing, silently, in a real run of this process
 
     def _mark_steps(self) -> None:
-        """A step begins where the batch is asked for and ends after the progress line."""
+        """A step begins where the loop calls it and ends after the progress line."""
         import losses
         from augment import BatchAugmenter
         from losses.methods import METHODS
         from training import progress
+        from training.capture import Step
         from training.diagnostics import Diagnostics
         from training.step import Update
 
-        make, end = BatchAugmenter.__call__, progress.Progress.step
+        begin, end = Step.__call__, progress.Progress.step
 
         def begin_step(*args):
             self.watch.steps, self.watch.inside = self.watch.steps + 1, True
-            with self.watch.during("augmentation"):
-                return make(*args)
+            begin(*args)
 
         def end_step(*args):
             end(*args)
@@ -358,7 +393,8 @@ class CudaPath(ExitStack):
             with self.watch.during("backward"), torch.no_grad():
                 backward(loss, torch.ones_like(loss) if gradient is None else gradient)
 
-        self.replace(BatchAugmenter, __call__=begin_step)
+        self.replace(Step, __call__=begin_step)
+        self.phase(BatchAugmenter, "__call__", "augmentation")
         self.replace(progress.Progress, step=end_step)
         self.replace(torch.nn.Module, __call__=call)
         self.replace(torch.Tensor, backward=walk)

@@ -1,8 +1,11 @@
 """Both scripts, from their flags to the summary, on fake CUDA tensors: devices agree, no step waits for the GPU, few launches
 are our own."""
+import itertools
+import random
+
 import pytest
 import torch
-from cuda_path import BOOKKEEPING, CudaPath, MixedDevices, Wait
+from cuda_path import BOOKKEEPING, CudaPath, MixedDevices, NotRepeatable, Wait
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from training import evaluation, run, step
@@ -23,6 +26,8 @@ def test_a_student_is_distilled_without_waiting(tmp_path, flags):
     with CudaPath(tmp_path) as path:
         path.distill(flags)
     assert path.watch.steps == 8 and (tmp_path / "run" / "summary.json").exists()
+    launch_by_launch = "--deterministic" in flags or "--kernels reference" in flags
+    assert path.watch.recordings == (0 if launch_by_launch else 2), "a step that is looked at and one that is not"
 
 
 @pytest.mark.parametrize("flags", TEACHERS)
@@ -77,7 +82,21 @@ def plant_a_synchronisation(logits, labels):
     torch.cuda.synchronize()
 
 
+def plant_a_random_number_of_python(logits, labels):
+    logits * random.random()
+
+
+def plant_a_count_on_the_host(logits, labels, counter=itertools.count()):
+    logits[next(counter) % len(logits)].sum()
+
+
+def plant_a_number_from_the_host(logits, labels):
+    logits * torch.tensor(0.5)
+
+
 @pytest.mark.parametrize("plant, refused, reason", [
+    (plant_a_random_number_of_python, NotRepeatable, "mul"), (plant_a_count_on_the_host, NotRepeatable, "select"),
+    (plant_a_number_from_the_host, MixedDevices, "on the CPU"),
     (plant_a_read, Wait, "a value is read"), (plant_a_blocking_copy, Wait, "from cuda to cpu"),
     (plant_an_upload, Wait, "from cpu to cuda"),
     (plant_a_size_from_data, DynamicOutputShapeException, "nonzero"), (plant_a_tensor_on_the_cpu, RuntimeError, "cuda:0 and cpu"),
@@ -99,10 +118,18 @@ def test_a_kernel_that_is_given_a_tensor_on_the_cpu_is_caught(tmp_path, monkeypa
             path.distill("--method kd --debug")
 
 
+def test_a_recorded_step_is_few_launches(tmp_path):
+    with CudaPath(tmp_path) as path:
+        path.distill("--method dkd --model-ema 0.9 --grad-accum 2")
+    eager, *replays = (path.watch.by_step[step] for step in range(3, 9))
+    assert eager > 200 and len(replays) == 5
+    assert max(replays) <= 4, "position, learning rate, the graph, and a copy of rows to the host, which is frequent here"
+
+
 def test_few_launches_are_our_own(tmp_path):
     """PyTorch's networks and optimizers take what they take; at most as many as here are ours, and none is added unseen."""
     with CudaPath(tmp_path, teacher="resnet32x4", student="resnet8x4") as path:
-        path.distill("--method dkd --amp fp16")
+        path.distill("--method dkd --amp fp16 --no-cuda-graph")
     launches = path.watch.launches
     assert launches["augmentation"] == 1 and launches["loss"] <= 2
     assert launches[BOOKKEEPING] <= 12, "copies of rows to the host, frequent here, included"

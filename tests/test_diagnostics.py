@@ -44,9 +44,9 @@ def logits(seed):
     return 3 * torch.randn(BATCH, CLASSES, generator=generator), 3 * torch.randn(BATCH, CLASSES, generator=generator)
 
 
-def look(looking, skipped, targets, *both):
+def look(looking, position, skipped, targets, *both):
     """A step that is looked at, which moves the weights by none of their norm."""
-    looking.look(targets, *both)
+    looking.look(position, targets, *both)
     looking.end_step(Taken(skipped, NO, NO))
 
 
@@ -118,7 +118,7 @@ def test_columns_are_means_over_single_images(flags):
     for step in range(augment.steps):
         both, targets = logits(step), augment(step).targets
         if step % 2 == 0:
-            look(looking, NO, targets, *both, method.numbers(args))
+            look(looking, step, NO, targets, *both, method.numbers(args))
             steps.append((both, targets, [part[step // 2] for part in treated]))
     columns, images = looking.columns(), by_hand(args, steps, method.numbers(args))
     assert columns["looked_at"] == len(steps) == 3 and columns["images"] == 3 * BATCH
@@ -154,7 +154,7 @@ def test_a_teacher_has_cross_entropy_alone_and_an_empty_group_is_empty():
     augment = augmenter(random_erasing=0.0, policy="none")
     looking = Diagnostics(args, augment, range(BATCH), Ranks())
     looking.begin(1)
-    look(looking, NO, augment(0).targets, logits(0)[0])
+    look(looking, 0, NO, augment(0).targets, logits(0)[0])
     columns = looking.columns()
     assert columns["images_policy"] == columns["images_erased"] == 0 and columns["grad_ce_policy"] is None
     assert columns["student_entropy_erased"] is None and columns["share_ce"] == 1.0
@@ -169,7 +169,7 @@ def test_a_method_without_weights_has_the_gradient_of_the_whole(monkeypatch):
         monkeypatch.setitem(METHODS, "kd", METHODS["kd"]._replace(weighed_by=weighed_by))
         looking = Diagnostics(args, augment, range(BATCH), Ranks())
         looking.begin(1)
-        look(looking, NO, augment(0).targets, *logits(0), method.numbers(args))
+        look(looking, 0, NO, augment(0).targets, *logits(0), method.numbers(args))
         shares[len(weighed_by)] = looking.columns()
     assert "grad_ce" not in shares[0]
     for name in ("grad_kl", "grad_ce", "share_kl", "cos_kl"):
@@ -183,14 +183,14 @@ def test_a_skipped_step_adds_nothing():
     for sick in (False, True):
         looking = Diagnostics(args, augment, range(BATCH), Ranks(), range(2))
         looking.begin(0)
-        look(looking, NO, augment(0).targets, *logits(0), method.numbers(args))
+        look(looking, 0, NO, augment(0).targets, *logits(0), method.numbers(args))
         if sick:
             z, v = logits(1)
-            look(looking, YES, augment(1).targets, z * torch.nan, v * torch.inf, method.numbers(args))
+            look(looking, 1, YES, augment(1).targets, z * torch.nan, v * torch.inf, method.numbers(args))
         found.append(looking.columns())
     assert found[0] == found[1] and found[0]["images"] == BATCH
     looking.begin(0)
-    look(looking, YES, augment(0).targets, *logits(0), method.numbers(args))
+    look(looking, 0, YES, augment(0).targets, *logits(0), method.numbers(args))
     columns = looking.columns()
     assert columns["images"] == 0 and columns["grad_nckd"] is columns["share_nckd"] is columns["teacher_spread"] is None
 
@@ -204,7 +204,7 @@ def test_ranks_add_up():
         looking = Diagnostics(args, augment, rows, Ranks())
         looking.begin(0)
         part = slice(rows.start, rows.stop)
-        look(looking, NO, Targets(*(column[part] for column in targets)), z[part], v[part], method.numbers(args))
+        look(looking, 0, NO, Targets(*(column[part] for column in targets)), z[part], v[part], method.numbers(args))
         sums.append(looking.sums[:2])
     for whole, one, other in zip(*sums):
         torch.testing.assert_close(whole, one + other, rtol=1e-4, atol=1e-4)
@@ -224,7 +224,7 @@ def test_how_far_a_step_goes():
         taken = update(0.1, look=step != 1)
         assert (taken.move is None) == (step == 1)
         if taken.move is not None:
-            looking.look(augment(step).targets, *logits(step), method.numbers(args))
+            looking.look(step, augment(step).targets, *logits(step), method.numbers(args))
             looking.end_step(taken)
         if step in (0, 3):
             ratios.append(((net.weight - before).norm() / before.norm()).item())
@@ -242,7 +242,7 @@ def test_every_column_is_documented():
     args, augment = student("--method dkd"), augmenter()
     looking = Diagnostics(args, augment, range(BATCH), Ranks())
     looking.begin(1)
-    look(looking, NO, augment(0).targets, *logits(0), method.numbers(args))
+    look(looking, 0, NO, augment(0).targets, *logits(0), method.numbers(args))
     suffixes = "|".join(group for group in diagnostics.GROUPS if group != "all")
     for column in looking.columns():
         name = re.sub(f"_({suffixes})$", "", column)

@@ -163,7 +163,7 @@ def train(machine, each, method, steps=24):
 
 def count(means, taken, loss):
     means.add(torch.tensor(0.0), train_loss=loss)
-    means.end_step(taken.skipped, taken.norm)
+    means.end_step(means.taken, taken.skipped, taken.norm)
     means.look()
 
 

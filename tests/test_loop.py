@@ -43,7 +43,7 @@ def take(update, loss, means=None):
     taken = update(0.1)
     if means:
         means.add(torch.tensor(0.0), train_loss=loss)
-        means.end_step(taken.skipped, taken.norm)
+        means.end_step(means.taken, taken.skipped, taken.norm)
         means.look()
     return taken.skipped
 
@@ -104,7 +104,7 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole(recipe):
                 update.backward(loss)
                 means.add(accuracy(logits, labels[rows.start:rows.stop]), train_loss=loss)
             taken = update(0.1)
-            means.end_step(taken.skipped, taken.norm)
+            means.end_step(means.taken, taken.skipped, taken.norm)
             means.look()
         results.append((model[1].weight.detach(), means.epoch_columns(1)[0]))
     (whole, columns), (parted, of_parts) = results
@@ -245,7 +245,7 @@ def test_no_step_waits_for_the_gpu(recipe):
             update.backward(loss)
             taken = update(0.1)
             means.add(accuracy(logits, batch.targets.dominant), train_loss=loss, **terms)
-            means.end_step(taken.skipped, taken.norm)
+            means.end_step(means.taken, taken.skipped, taken.norm)
             means.look()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -272,7 +272,7 @@ def test_means_leave_out_skipped_steps_and_name_the_first_sick_term():
 
     def add(skipped, correct, **losses):
         means.add(torch.tensor(correct), **losses)
-        means.end_step(skipped, torch.tensor(1.0))
+        means.end_step(means.taken, skipped, torch.tensor(1.0))
         means.look()
 
     add(no, 1.0, **healthy | {"train_loss": torch.tensor(1.0)})
@@ -356,7 +356,7 @@ def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
 
     means = Means(CPU, 1)
     means.add(torch.tensor(0.5), train_loss=torch.tensor(1.5))
-    means.end_step(torch.tensor(0.0), torch.tensor(1.0))
+    means.end_step(means.taken, torch.tensor(0.0), torch.tensor(1.0))
     means.look()
     for stream in (io.StringIO(), Terminal()):
         progress = Progress(3, 10, 8, stream=stream)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from augment import BatchAugmenter
-from benchmarks import our_loop
+from benchmarks import bounds, our_loop
 from benchmarks import step as benchmark
 from benchmarks.augmentation_rivals import MEAN, STD
 from benchmarks.loss import published_dkd
@@ -38,15 +38,17 @@ def data():
 
 def test_every_contender_has_a_row_that_adds_up(machine, data, tmp_path):
     rows = list(benchmark.benchmark(CASE, machine, *data, BATCH, repeats=2, compiled=False, steps=STEPS))
-    assert [(row.contender, row.workers > 0) for row in rows] == [
-        (benchmark.BASE, True), ("plain loop, no workers", False), ("plain loop, channels_last", True), ("ours", False)]
+    half = [("ours, bf16", "bf16", 0)] if torch.cpu.get_capabilities().get("avx512_bf16") else []
+    assert [(row.contender, row.precision, row.workers) for row in rows] == [
+        (benchmark.BASE, "off", 2), ("plain loop, channels_last", "off", 2), ("ours", "off", 0), *half]
     for row in rows:
         assert 0 < row.ms_min <= row.ms <= row.ms_max < math.inf and 0 < row.times_base_min <= row.times_base_max
         assert row.images_per_s == pytest.approx(1000 * BATCH / row.ms, rel=1e-3)
         shares = {phase: getattr(row, f"share_{phase}") for phase in benchmark.PHASES}
         assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
-        nothing = {"waiting"} if row.contender == "ours" else {"augment"}
+        nothing = {"waiting"} if row.contender.startswith("ours") else {"augment"}
         assert {phase for phase, share in shares.items() if share == 0} <= nothing | {"bookkeeping"} and not shares[nothing.pop()]
+        assert row.arithmetic_ms > 0 and row.traffic_ms > 0 and row.launches_ms > 0
     assert {row.times_base for row in rows if row.contender == row.base} == {1.0}
     benchmark.draw(rows, tmp_path / "step.png")
     plt.close("all")
@@ -88,8 +90,9 @@ def test_our_loop_calls_what_the_script_calls():
     def within(path, name):
         return calls(tree(path, ast.FunctionDef, lambda node: node.name == name))
 
-    script = within("distill.py", "step")
-    assert script[-3:] == ["add", "end_step", "update"] and within("training/run.py", "log_step") == ["look", "step"]
+    decorator, *script = within("distill.py", "step")
+    assert decorator == "step" and script[-3:] == ["add", "end_step", "update"]
+    assert within("training/run.py", "log_step") == ["look", "step"]
     wanted = script[:-3] + within("training/run.py", "add") + ["update"] + within("training/run.py", "end_step")
     assert [name for name in within("benchmarks/our_loop.py", "step") if name != "lap"] == wanted
 
@@ -136,3 +139,23 @@ def test_soft_labels_of_one_class_give_the_published_loss():
     label = torch.arange(BATCH)
     soft = torch.nn.functional.one_hot(label, len(CLASSES)).float()
     torch.testing.assert_close(published_mixed_dkd(student, teacher, soft), published_dkd(student, teacher, label))
+
+
+def test_work_is_counted():
+    left, right = torch.ones(3, 5), torch.ones(5, 7)
+
+    def step():
+        product = left @ right
+        product.view(7, 3).add_(1.0)
+        torch.empty(100)
+
+    flops, nbytes, launches = bounds.work(step)
+    assert (flops, nbytes, launches) == (2 * 3 * 5 * 7, 4 * (15 + 35 + 21 + 21), 2), "a view and an empty tensor cost nothing"
+
+
+def test_rates_are_of_this_machine(monkeypatch):
+    monkeypatch.setattr(bounds, "SIDE", 64)
+    monkeypatch.setattr(bounds, "COPIED", 2**16)
+    rates = bounds.rates(torch.device("cpu"), torch.float32)
+    assert rates.flops > 1e7 and rates.nbytes > 1e7 and 1e-8 < rates.launch < 1e-2
+    assert rates.bounds_ms(bounds.Work(int(rates.flops), 0, 0))[0] == pytest.approx(1000, rel=1e-3)

@@ -13,13 +13,15 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 EVERYTHING = {"augment", "kernels", "losses", "training"}
 NOTHING = set()
 ALLOWED = {  # module or folder: what of ours it may import; from top to bottom, so no arrow points upward
-    "training.run": {"training.checkpoint", "training.data", "training.diagnostics", "training.evaluation", "training.machine",
-                     "training.means", "training.models", "training.options", "training.progress", "training.resume",
-                     "training.rundir", "training.source", "training.step", "training.verdict"},
+    "training.run": {"training.capture", "training.checkpoint", "training.data", "training.diagnostics", "training.evaluation",
+                     "training.machine", "training.means", "training.models", "training.options", "training.progress",
+                     "training.resume", "training.rundir", "training.source", "training.step", "training.trial",
+                     "training.verdict", "augment"},
     "training.advice": {"training.data", "training.diagnostics", "training.distributed", "training.evaluation",
                         "training.machine", "training.method", "training.models", "training.options",
                         "training.step", "augment", "losses.methods"},
     "training.diagnostics": {"training.method", "training.step", "losses"}, "training.verdict": {"losses.methods"},
+    "training.capture": {"training.errors", "training.machine", "training.step"}, "training.trial": {"training.machine"},
     "training.evaluation": {"training.errors", "training.machine", "training.models"},
     "training.step": {"training.errors", "training.machine"}, "training.means": {"training.errors", "training.machine"},
     "training.machine": {"training.distributed", "training.errors", "kernels"},

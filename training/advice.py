@@ -49,7 +49,7 @@ def advise(args, machine: Machine) -> list[str]:
         criterion(z, v, batch.targets, **numbers)[0].backward()
         norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), math.inf))
         student.zero_grad()
-        looking.look(batch.targets, z, v, numbers)
+        looking.look(step, batch.targets, z, v, numbers)
         looking.end_step(Taken(*torch.zeros(3, device=z.device)))
         entropies += torch.stack([entropy(v.float() / T) for T in TEMPERATURES]) / len(steps)
     seen, classes, norm = looking.columns(), len(data.classes), torch.stack(norms).median().item()

@@ -23,7 +23,7 @@ PERCENT = ("student_acc1", "teacher_acc1", "teacher_either")
 class Diagnostics:
     """Sums over the images of the steps that are looked at, of one epoch at a time.
 
-    In such a step `look` takes the logits, and `end_step` adds what it saw to the sums on the device.
+    In such a step `look` takes the logits, and `end_step` adds what it saw to the sums on the device; a CUDA graph may hold both.
     args: of training.options.  augmenter: makes the batches, of which these `rows` are looked at.  ranks: of
     training.distributed.  steps: those that are looked at, every 40th where they are not given.
     """
@@ -32,27 +32,33 @@ class Diagnostics:
         self.args, self.augmenter, self.rows, self.ranks = args, augmenter, rows, ranks
         self.function = method.function(args) if "method" in args else None
         self.steps = range(0, augmenter.steps, EVERY) if steps is None else steps
+        self.treated, self.sums = None, []
 
     def begin(self, epoch: int) -> None:
         """Forget the last epoch, and draw what is done to the images of this one."""
         policy, erased, mixup, cutmix = self.augmenter.treatments(epoch, self.steps, self.rows)
         clean = ~(policy | erased | mixup | cutmix)
-        self.all = torch.ones_like(policy[0])
-        # (steps, groups, rows)
-        self.treated = torch.stack([torch.ones_like(policy), clean, policy, erased, mixup, cutmix], 1).float()
-        self.sums, self.looked = [], 0  # steps so far
+        treated = torch.stack([torch.ones_like(policy), clean, policy, erased, mixup, cutmix], 1).float()  # (steps, groups, rows)
+        if self.treated is None:
+            self.treated, self.all = treated, torch.ones_like(policy[0])
+        else:  # where a captured step reads and adds
+            self.treated.copy_(treated)
+            for sums in self.sums:
+                sums.zero_()
 
     @torch.no_grad()
-    def look(self, targets, logits, teacher_logits=None, numbers: dict | None = None) -> None:
-        """Look at the next one of the steps; waits for nothing.
+    def look(self, position: int | torch.Tensor, targets, logits, teacher_logits=None, numbers: dict | None = None) -> None:
+        """Look at the step at `position` of the epoch, one of `steps`; waits for nothing.
 
         logits, teacher_logits: (N, C), of `rows`.  numbers: of the method, as they are in this epoch.
         """
+        index = (position - self.steps.start) // self.steps.step
+        treated = self.treated[index] if isinstance(index, int) else self.treated.index_select(0, index.view(1))[0]
         z, larger = logits.detach().float(), targets.lam >= 0.5
         ends = torch.stack([targets.dominant, torch.where(larger, targets.other, targets.label)], 1)
         dominant, mixed = ends[:, 0], ends[:, 0] != ends[:, 1]
         uneven = mixed & (torch.where(larger, targets.lam, 1 - targets.lam) >= UNEVEN)
-        groups = torch.cat([self.treated[self.looked], torch.stack([mixed & ~uneven, uneven]).float()])
+        groups = torch.cat([treated, torch.stack([mixed & ~uneven, uneven]).float()])
 
         best, log_q = z.argmax(1), z.log_softmax(1)
         booleans = {"images": self.all, "mixed": mixed, "student_acc1": best == dominant}
@@ -87,8 +93,11 @@ class Diagnostics:
         self.seen.append(torch.stack([taken.move, torch.ones_like(taken.move)]))
         skipped = taken.skipped.bool()
         seen = [each.masked_fill_(skipped, 0.0) for each in self.seen]
-        self.sums = [sums + each for sums, each in zip(self.sums, seen)] if self.sums else seen
-        self.looked += 1
+        if self.sums:
+            for sums, each in zip(self.sums, seen):
+                sums += each
+        else:
+            self.sums = seen
 
     def gradients(self, z, v, targets, numbers) -> dict:
         """term -> (N, C): the gradient of its part of the loss with respect to the logits z."""

@@ -8,15 +8,20 @@ import kernels
 from training.distributed import Ranks
 from training.errors import USAGE, Failure
 
-AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
+AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32, "auto": torch.float32}
 
 
 class Machine(NamedTuple):
-    """Where the run happens, in what precision, with which kernels ("triton" or "reference"), and by which processes."""
+    """Where the run happens, in what precision, with which kernels ("triton" or "reference"), and by which processes.
+
+    precision: of AMP; "auto" until training.trial has settled it.  compiled: whether torch.compile makes code of the networks;
+    "auto" likewise.
+    """
     device: torch.device
     precision: str
     kernels: str = "reference"
     ranks: Ranks = Ranks()
+    compiled: bool | str = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -30,14 +35,22 @@ class Machine(NamedTuple):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def describe(self) -> dict:
-        return {"device": str(self.device), "amp": self.precision, "kernels": self.kernels, "processes": self.ranks.size}
+        return {"device": str(self.device), "amp": self.precision, "kernels": self.kernels, "processes": self.ranks.size,
+                "compile": self.compiled}
+
+    def compile(self, net, captured: bool = False):
+        """`net` as a step is to call it.  captured: inside of a CUDA graph, so that it needs none of its own."""
+        if not self.compiled:
+            return net
+        on_gpu = self.device.type == "cuda"
+        return torch.compile(net, mode="reduce-overhead" if on_gpu and not captured else None)
 
     def peak_memory_mb(self):
         return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if self.device.type == "cuda" else None
 
 
-def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str = "auto",
-                    deterministic: bool = False) -> Machine:
+def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str = "auto", deterministic: bool = False,
+                    compiled: bool | str = False) -> Machine:
     """Seed the weights' initialisation and choose device, precision and kernels; the data have generators of their own.
 
     Under torchrun each process has a GPU of its own, or all share the CPU.
@@ -69,7 +82,12 @@ def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str
     if kernels_choice == "triton" and not fused:
         raise Failure(USAGE, f"Triton needs a GPU (--kernels triton, --device {device})",
                       "use --kernels auto, or set TRITON_INTERPRET=1 to run it in Python")
-    return Machine(device, amp or ("fp16" if device.type == "cuda" else "off"), "triton" if fused else "reference", ranks)
+    if amp == "auto" and device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
+        print("--amp auto: off, because this CPU has no instructions for bf16")
+        amp = "off"
+    if amp is None or (amp == "auto" and device.type == "cuda"):
+        amp = "fp16" if device.type == "cuda" else "off"
+    return Machine(device, amp, "triton" if fused else "reference", ranks, compiled)
 
 
 def global_batch_size(each: int, data, machine: Machine) -> int:

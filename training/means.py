@@ -13,19 +13,19 @@ class Means:
     """Means over an epoch of losses, accuracy and gradient norms; and the end of a run that only skips steps.
 
     In a step, `add` takes what each part of its batch came to, and `end_step` writes one row of a table on the device: whether
-    it was skipped, its gradient norm, the share that was right, its losses.  After it `look` reads the rows that have arrived,
-    without waiting; `epoch_columns` reads all.  Of several processes each has the means over all of them, so that all decide
-    alike.
+    it was skipped, its gradient norm, the share that was right, its losses; a CUDA graph may hold both.  After it `look` counts
+    the step and reads the rows that have arrived, without waiting; `epoch_columns` reads all.  Of several processes each has the
+    means over all of them, so that all decide alike.
     """
 
     def __init__(self, machine: Machine, steps: int, clip_grad: float = 0.0):
         self.ranks, self.steps, self.clip_grad = machine.ranks, steps, clip_grad or math.inf
         self.in_a_row = 0  # steps skipped
+        self.names, self.parts, self.table = (), [], None
         self.clear()
 
     def clear(self) -> None:
         """Start the next epoch."""
-        self.names, self.parts, self.table = (), [], None
         self.taken, self.rows, self.arrived = 0, [], None  # steps; rows on the host; when the next of them will be there
 
     def add(self, correct, **losses) -> None:
@@ -33,24 +33,27 @@ class Means:
         self.names = tuple(losses)
         self.parts.append([correct, *(loss.detach() for loss in losses.values())])
 
-    def end_step(self, skipped, norm) -> None:
-        """Write the step's row.  skipped, norm: as in training.step.Taken."""
+    def end_step(self, position: int | torch.Tensor, skipped, norm) -> None:
+        """Write the row of the step at `position` of the epoch.  skipped, norm: as in training.step.Taken."""
         parts, self.parts = self.parts, []
         if len(parts) > 1:
             parts = [torch.stack(list(map(torch.stack, parts))).mean(0).unbind()]
         values = [skipped, norm, *parts[0]]
         if self.table is None:
             self.table = torch.empty(self.steps, len(values), device=skipped.device)
-        row = self.table[self.taken]
-        torch.stack(values, out=row)
-        self.ranks.mean(row)
-        self.taken += 1
+        if isinstance(position, int):
+            row = self.table[position]
+            torch.stack(values, out=row)
+            self.ranks.mean(row)
+        else:
+            self.table.index_copy_(0, position.view(1), torch.stack(values)[None])
 
     def look(self) -> None:
-        """Read the rows that have arrived, after a step.
+        """Count a step, after it, and read the rows that have arrived.
 
         Failure DIVERGED after too many skipped steps in a row; on a GPU some steps later.
         """
+        self.taken += 1
         new = self.table[len(self.rows):self.taken]
         if not new.is_cuda:
             self.take(new)

@@ -80,7 +80,12 @@ def machine_flags(parser, output) -> None:
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
     kernels_flag(add)
-    add("--amp", choices=("fp16", "bf16", "off"), help="off: fp32, without TF32; default: fp16 on CUDA, off on a CPU")
+    add("--amp", choices=("fp16", "bf16", "off", "auto"), help="off: fp32, without TF32; auto: on a CPU bf16 or off, whichever "
+        "is faster in ten steps; default: fp16 on CUDA, off on a CPU")
+    add("--compile", nargs="?", const=True, default=False, choices=("auto",), metavar="auto", help="make code of the networks, "
+        "which takes a minute or more; auto: in a run that is long enough, if it is faster in ten steps; default: off")
+    add("--cuda-graph", action=argparse.BooleanOptionalAction, help="record a whole step and replay it as one launch; "
+        "default: on CUDA, where it can be done")
     add("--seed", type=whole, default=42, metavar="N", help="of the weights, split, order and augmentation; " + DEFAULT)
     add("--deterministic", action="store_true", help="the same bits every time on one GPU model and one set of versions; slower")
     add("--output", type=nonempty, metavar="DIR", help=f"run directory; default: {output}")

@@ -14,7 +14,9 @@ from training.errors import CHECKPOINT, USAGE, Failure
 from training.files import write_atomic
 from training.rundir import EpochRow
 
-FREE = {"output", "epochs", "patience", "device", "resume", "overwrite", "debug", "dry_run"}  # what a resumed run may change
+FREE = {"output", "epochs", "patience", "device", "resume", "overwrite", "debug", "dry_run",
+        "cuda_graph"}  # what a resumed run may change
+TRIED = {"amp", "compile"}  # what "auto" leaves to a trial: a resumed run keeps what was found
 NO_FLAGS = {"script", "teacher_sha256", "processes"}
 
 
@@ -69,7 +71,8 @@ def is_finished(run, saved: dict | None, epochs: int, stop) -> bool:
 def compare(run, old: dict, new: dict) -> None:
     """Refuse flags that differ from those of the run; shows both in a table."""
     old = {key: value for key, value in new.items() if not value} | old  # a flag that is newer than the run was off
-    changed = sorted(key for key in old.keys() | new.keys() if key not in FREE and old.get(key) != new.get(key))
+    changed = sorted(key for key in old.keys() | new.keys()
+                     if key not in FREE and old.get(key) != new.get(key) and not (key in TRIED and new[key] == "auto"))
     if new["epochs"] < old["epochs"]:
         changed.append("epochs")
     if not changed:

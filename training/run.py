@@ -2,8 +2,10 @@
 import time
 from contextlib import ExitStack
 
+from augment import is_fused
 from training import data as datasets
-from training import models, options, resume
+from training import models, options, resume, trial
+from training.capture import Step, captures
 from training.checkpoint import Writer
 from training.diagnostics import Diagnostics
 from training.evaluation import EarlyStop, Evaluation, evaluate
@@ -56,6 +58,26 @@ class Run:
         self.clean = Split(*(part[::stride] for part in self.data.train))
         return self.data
 
+    def settle(self, name: str, teacher_checkpoint=None) -> Machine:
+        """The machine, with what is "auto" in it as in the run that is resumed, or else as a trial of the networks finds it.
+
+        name: of the network to train.  Decides, too, whether steps become a CUDA graph.
+        """
+        def networks(machine):
+            teacher = teacher_checkpoint and models.load(teacher_checkpoint, machine.device, machine.dtype, folded=True)
+            return teacher, models.build(name, len(self.data.classes), size).to(machine.device)
+
+        size = self.args.image_size or self.data.image_size
+        if self.saved:
+            found = self.saved["config"]
+            self.machine = self.machine._replace(precision=found["amp"], compiled=found.get("compile", False))
+        else:
+            steps = self.args.epochs * (len(self.data.train.labels) // self.batch_size)
+            self.machine = trial.settle(self.machine, networks, len(self.parts[0]), size, steps)
+        self.config |= self.machine.describe()
+        self.captured = captures(self.args.cuda_graph, self.machine, is_fused(self.data.train.images))
+        return self.machine
+
     def new_network(self, name: str, *, pretrained: bool, init: str | None):
         """The network to train, on the device; `net.info` is what best.pt will say of it.  A run to resume fills its weights."""
         data, image_size = self.data, self.args.image_size or self.data.image_size
@@ -67,9 +89,19 @@ class Run:
                     "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed}
         return net.to(self.machine.device)
 
-    def parallel(self, net):
-        """`net` as the loop is to call it, so that all processes have one gradient."""
-        return self.ranks.parallel(net, self.args.seed, (3, net.info["image_size"], net.info["image_size"]))
+    def called(self, net):
+        """`net` as a step is to call it: compiled, if so asked; with one gradient in all processes, if it is trained."""
+        if net.training:
+            net = self.ranks.parallel(net, self.args.seed, (3, net.info["image_size"], net.info["image_size"]))
+        return self.machine.compile(net, self.captured)
+
+    def step(self, numbers: dict | None = None):
+        """Decorates the function (position, lr, look) that takes a step.  numbers: what it reads besides, by name."""
+        return lambda function: Step(function, numbers or {}, self.machine, self.captured, self.abandon)
+
+    def abandon(self) -> None:
+        self.update.abandon()
+        self.means.parts.clear()
 
     def start(self, update, augmenter, **facts) -> None:
         """Write the first files, or restore what was saved.  facts: what config.json holds besides."""
@@ -90,19 +122,19 @@ class Run:
             self.diagnostics.begin(self.epoch)
             yield self.epoch
 
-    def add(self, look: bool, targets, logits, loss, terms: dict, teacher_logits=None, numbers: dict | None = None) -> None:
+    def add(self, position, look: bool, targets, logits, loss, terms: dict, teacher_logits=None, numbers=None) -> None:
         """In a step: add a part of its batch to the means of the epoch, and of the first part to its diagnostics.
 
         terms: of the loss, by name.  numbers: of the method in this epoch.
         """
         if look and not self.means.parts:
-            self.diagnostics.look(targets, logits, teacher_logits, numbers)
+            self.diagnostics.look(position, targets, logits, teacher_logits, numbers)
         self.means.add(accuracy(logits, targets.dominant), train_loss=loss,
                        **{f"train_loss_{name}": term for name, term in terms.items()})
 
-    def end_step(self, taken: Taken) -> None:
+    def end_step(self, position, taken: Taken) -> None:
         """In a step: add how it was taken."""
-        self.means.end_step(taken.skipped, taken.norm)
+        self.means.end_step(position, taken.skipped, taken.norm)
         if taken.move is not None:
             self.diagnostics.end_step(taken)
 

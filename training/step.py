@@ -57,7 +57,8 @@ class Update:
     """
 
     def __init__(self, net, optimizer, machine: Machine, clip_grad: float, ema_decay: float, parts: int = 1):
-        self.net, self.optimizer, self.scaler, self.ranks = net, optimizer, machine.scaler(), machine.ranks
+        self.net, self.optimizer, self.machine, self.ranks = net, optimizer, machine, machine.ranks
+        self.scaler = machine.scaler()
         self.clip_grad = clip_grad or math.inf
         self.parameters = list(net.parameters())
         self.buffers = FlatBuffers(net)
@@ -67,7 +68,7 @@ class Update:
             self.averages = [*self.average.module.parameters(), *self.average_buffers.floats]
         else:
             self.average = None
-        self.ema_decay = ema_decay
+        self.ema_decay, self.started = ema_decay, False
         self.zero, self.share = torch.tensor([0.0, 1 / parts], device=self.parameters[0].device)
         self.remember_buffers()
 
@@ -81,10 +82,9 @@ class Update:
         seed = torch.addcmul(self.share, loss.detach(), self.zero)  # NaN for a sick loss: then no process has a finite gradient
         loss.backward(self.scaler.scale(seed))
 
-    def __call__(self, lr: float, look: bool = False) -> Taken:
+    def __call__(self, lr: float | torch.Tensor, look: bool = False) -> Taken:
         """Take the step.  look: how far it goes, too."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.set_groups(lr, isinstance(lr, torch.Tensor) and torch.cuda.is_current_stream_capturing())
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
         before = self.copy_parameters() if look else None
@@ -100,6 +100,11 @@ class Update:
             self.update_average()
         return Taken(skipped, norm, self.relative_move(before) if look else None)
 
+    def set_groups(self, lr: float | torch.Tensor, capturable: bool) -> None:
+        """Tell the optimizer.  AdamW wants to know of a CUDA graph, although its fused form keeps all on the device anyway."""
+        for group in self.optimizer.param_groups:
+            group |= {"lr": lr} | {name: capturable for name in ("capturable",) if name in group}
+
     @torch.no_grad()
     def copy_parameters(self) -> list:
         return list(torch._foreach_mul(self.parameters, 1.0))
@@ -114,11 +119,17 @@ class Update:
     @torch.no_grad()
     def update_average(self) -> None:
         """Weights and running statistics of the average by one call; the first step is its start, and counters are copied."""
-        share = 1 - self.ema_decay if self.average.n_averaged else 1.0
+        share = 1 - self.ema_decay if self.started else 1.0
         torch._foreach_lerp_(self.averages, [*self.parameters, *self.buffers.floats], share)
         for count, now in zip(self.average_buffers.others, self.buffers.others):
             count.copy_(now)
-        self.average.n_averaged += 1  # which is on the host
+        self.started = True
+
+    def abandon(self) -> None:
+        """Forget a step that was begun, on the host: its launches never ran."""
+        self.optimizer.zero_grad(set_to_none=True)
+        state, self.scaler = self.scaler.state_dict(), self.machine.scaler()
+        self.scaler.load_state_dict(state)
 
     def remember_buffers(self) -> None:
         self.before = self.buffers.words.clone()
@@ -156,6 +167,9 @@ class Update:
 
     def state_dict(self) -> dict:
         """Weights, moving average, optimizer and loss scale, at the end of an epoch."""
+        if self.average:
+            self.average.n_averaged.fill_(self.started)
+        self.set_groups(0.0, False)  # a number, after a recorded step, too; each step is given its own
         return {"net": self.net.state_dict(), "average": self.average.state_dict() if self.average else None,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
@@ -163,6 +177,7 @@ class Update:
         self.net.load_state_dict(state["net"])
         if self.average:
             self.average.load_state_dict(state["average"])
+            self.started = bool(self.average.n_averaged)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.remember_buffers()

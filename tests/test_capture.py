@@ -1,0 +1,244 @@
+"""A recorded step is the step: on a CPU, where a recording of its operations stands in for a CUDA graph.
+
+As in a graph, recording has no effect and a replay runs no Python: the operations run again on the very tensors of the recording,
+and what they make is written over what they made then.  So a step that keeps anything on the host, or reads anything from it,
+comes to other numbers.  tests/test_cuda_path.py has the other half, on fake CUDA tensors.
+"""
+import itertools
+import random
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_scripts import make_images, run
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import kernels.augment
+import losses
+from training import capture, checkpoint, diagnostics
+from training import run as running
+from training import step as stepping
+from training.distributed import Ranks
+from training.machine import Machine
+
+EVERY = 2
+CLOCK = 5  # columns at the end of log.csv
+FLAGS = ("--dataset imagefolder --data-dir {place}/images --epochs 3 --warmup-epochs 1 --batch-size 8 --val-size 12 "
+         "--device cpu --kernels triton --seed 3")
+
+
+def tensors(tree) -> list:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def memory(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+class Recording(TorchDispatchMode):
+    """The operations of one call, in `calls`; what they overwrite that was there before is put back at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.made, self.before = [], set(), {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a value is read"
+        given = {one.name: value for one, value in zip(function._schema.arguments, args)} | kwargs
+        self.overwrite(tensors([given.get(one.name) for one in function._schema.arguments
+                                if (one.alias_info and one.alias_info.is_write) or one.name.startswith("running_")]))
+        result = function(*args, **kwargs)
+        self.made |= set(map(memory, tensors(result))) - set(map(memory, tensors((args, kwargs))))  # without views
+        self.note(lambda: function(*args, **kwargs), result)
+        return result
+
+    def overwrite(self, written) -> None:
+        for tensor in written:
+            if memory(tensor) not in self.made | self.before.keys():
+                storage = tensor.untyped_storage()
+                self.before[memory(tensor)] = storage, storage.clone()
+
+    def note(self, call, result=()) -> None:
+        self.calls.append((call, tensors(result)))
+
+    def put_back(self) -> None:
+        for storage, content in self.before.values():
+            storage.copy_(content)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for call, old in self.calls:
+            for then, now in zip(old, tensors(call())):
+                if memory(then) != memory(now):
+                    then.copy_(now)
+
+
+class Launch:
+    """In the place of a Triton kernel, which the recording does not see by itself."""
+
+    def __init__(self, kernel, graphs):
+        self.kernel, self.graphs = kernel, graphs
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            with _disable_current_modes():
+                self.kernel[grid](*args, **options)
+            if self.graphs.recording:
+                self.graphs.recording.note(lambda: self.kernel[grid](*args, **options))
+        return launch
+
+
+class Graphs:
+    """In the place of training.capture.record."""
+    recording, replays, made = None, 0, 0
+
+    def record(self, function, pool, stream):
+        recording = Recording()
+        self.recording, self.made = recording, self.made + 1
+        try:
+            with recording:
+                function()
+        finally:
+            self.recording = None
+            recording.put_back()
+
+        def replay():
+            self.replays += 1
+            recording.replay()
+        return replay
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Steps are recorded on the CPU; its learning rate has the digits of the number it is given otherwise."""
+    found, stream = Graphs(), SimpleNamespace(wait_stream=lambda other: None)
+    for name, answer in {"Stream": stream, "current_stream": stream, "stream": nullcontext(), "graph_pool_handle": None,
+                         "is_current_stream_capturing": False}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+
+    class Step(capture.Step):
+        def __init__(self, *args):
+            super().__init__(*args)
+            if self.captured:
+                self.lr = self.lr.double()
+
+    monkeypatch.setattr(running, "Step", Step)
+    monkeypatch.setattr(running, "captures", lambda asked, machine, fused: asked and fused)
+    monkeypatch.setattr(capture, "record", found.record)
+    monkeypatch.setattr(kernels.augment, "_augment_kernel", Launch(kernels.augment._augment_kernel, found))
+    for module in (capture, diagnostics, stepping):
+        monkeypatch.setattr(module, "EVERY", EVERY)
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("capture")
+    make_images(place / "images" / "train", ["a", "b", "c"], 12, seed=0, size=32)
+    make_images(place / "images" / "test", ["a", "b", "c"], 5, seed=1, size=32)
+    return place
+
+
+@pytest.fixture
+def teacher(place, capsys):
+    """The checkpoint of one, after an epoch."""
+    if not (place / "teacher" / "best.pt").exists():
+        flags = FLAGS.format(place=place).replace("--epochs 3 --warmup-epochs 1", "--epochs 1 --warmup-epochs 0")
+        code, _, err = run(capsys, "train_teacher.py", f"{flags} --model v2_pico --output {place / 'teacher'}")
+        assert code == 0, err
+    return place / "teacher" / "best.pt"
+
+
+def left(folder):
+    """What a run leaves, without the clock: rows of both tables, and all its weights and moments."""
+    tables = [[line.split(",")[:-cut or None] for line in (folder / name).read_text().splitlines()]
+              for name, cut in (("log.csv", CLOCK), ("diagnostics.csv", 0))]
+    return tables, checkpoint.read(folder / "last.pt")["update"]
+
+
+def both(capsys, place, script, flags):
+    found = []
+    for name, how in (("eager", "--no-cuda-graph"), ("graph", "--cuda-graph")):
+        code, _, err = run(capsys, script, f"{FLAGS.format(place=place)} {flags} {how} --overwrite --output {place / name}")
+        assert code == 0, err
+        found.append(left(place / name))
+    return found
+
+
+def same(eager, graph):
+    assert eager[0] == graph[0]
+    for one, other in zip(tree_leaves(eager[1]), tree_leaves(graph[1]), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize("script, flags, replays", [
+    ("train_teacher.py", "--model v2_pico --opt sgd --lr 0.05 --model-ema 0.9", 6),
+    ("distill.py", "--student resnet8 --method kd --grad-accum 2", 6),
+    ("distill.py", "--student v2_pico --method dkd --dkd-warmup 2 --opt sgd --lr 0.05", 4)])
+def test_a_recorded_run_leaves_what_an_eager_one_leaves(capsys, place, teacher, graphs, script, flags, replays):
+    if script == "distill.py":
+        flags += f" --teacher-checkpoint {teacher}"
+    same(*both(capsys, place, script, flags))
+    assert graphs.made == 2 and graphs.replays == replays
+
+
+def test_a_recording_that_fails_leaves_an_eager_run(capsys, place, teacher, graphs, monkeypatch):
+    def fail(function, pool, stream):
+        Graphs.record(graphs, function, pool, stream)
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(capture, "record", fail)
+    said = []
+    monkeypatch.setattr(capture, "print", said.append, raising=False)
+    same(*both(capsys, place, "distill.py", f"--student v2_pico --method kd --teacher-checkpoint {teacher}"))
+    assert graphs.made == 1 and not graphs.replays
+    assert said == ["no CUDA graph of the step: operation not permitted when stream is capturing"]
+
+
+def plant_a_random_number_of_python(logits):
+    return logits * (1 + random.random())
+
+
+def plant_a_count_on_the_host(logits, counter=itertools.count()):
+    return logits + 0.1 * next(counter)
+
+
+def plant_a_tensor_that_is_new_each_time(logits, kept=[0.0]):
+    kept[0] = logits.detach().mean() + kept[0]
+    return logits * kept[0]
+
+
+@pytest.mark.parametrize("plant", [
+    plant_a_random_number_of_python, plant_a_count_on_the_host, plant_a_tensor_that_is_new_each_time])
+def test_a_planted_state_on_the_host_is_noticed(capsys, place, teacher, graphs, monkeypatch, plant):
+    monkeypatch.setattr(random, "random", random.Random(0).random)
+    loss = losses.mixed_ce
+    monkeypatch.setattr(losses, "mixed_ce", lambda logits, *args, **named: loss(plant(logits), *args, **named))
+    with pytest.raises(AssertionError):
+        same(*both(capsys, place, "train_teacher.py", "--model v2_pico"))
+    assert graphs.replays
+
+
+def test_a_planted_read_is_noticed(capsys, place, teacher, graphs, monkeypatch):
+    loss = losses.mixed_ce
+    monkeypatch.setattr(losses, "mixed_ce", lambda logits, *args, **named: loss(logits * logits.amax().item(), *args, **named))
+    with pytest.raises(AssertionError, match="a value is read"):
+        both(capsys, place, "train_teacher.py", "--model v2_pico --debug")
+
+
+@pytest.mark.parametrize("asked, device, fused, ranks, deterministic, reason", [
+    (None, "cpu", True, 1, False, ""), (False, "cuda", True, 1, False, ""), (True, "cpu", True, 1, False, "it needs a GPU"),
+    (None, "cuda", False, 1, False, "the batch is made by plain PyTorch"), (None, "cuda", True, 2, False, "several processes"),
+    (None, "cuda", True, 1, True, "--deterministic"), (None, "cuda", True, 1, False, None)])
+def test_where_a_step_is_recorded(capsys, asked, device, fused, ranks, deterministic, reason):
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        recorded = capture.captures(asked, Machine(torch.device(device), "off", ranks=Ranks(size=ranks)), fused)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    out = capsys.readouterr().out
+    assert recorded == (reason is None)
+    assert out.startswith(f"no CUDA graph of the step: {reason}") if reason else not out

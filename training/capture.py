@@ -1,0 +1,106 @@
+"""A script's step as its loop calls it: taken launch by launch, or recorded once as a CUDA graph and replayed.
+
+A replay runs no Python.  So a step that is recorded is a function of tensors that stay where they are: the position in the epoch
+and the learning rate are written into two of them before each step, and all that a step leaves behind is on the device.  What
+it reads from Python, the method's numbers and whether it is looked at, is part of the key by which a recording is kept.
+"""
+import time
+from collections import Counter
+
+import torch
+
+from training.errors import USAGE, Failure
+from training.machine import Machine
+from training.step import EVERY
+
+WARM_UP = 3  # steps before any is recorded, in which libraries choose their kernels and make their workspaces
+
+
+def captures(asked: bool | None, machine: Machine, fused: bool) -> bool:
+    """Whether steps are to be recorded; says why not where one would expect it.
+
+    asked: --cuda-graph.  fused: whether one launch makes the batch, from a position on the device.
+    """
+    on_gpu = machine.device.type == "cuda"
+    if asked is False or (asked is None and not on_gpu):
+        return False
+    reasons = {"it needs a GPU": not on_gpu, "--deterministic": torch.are_deterministic_algorithms_enabled(),
+               "several processes average their gradients in it": machine.ranks.size > 1,
+               "the batch is made by plain PyTorch, which reads its position on the host": not fused}
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason:
+        print(f"no CUDA graph of the step: {reason}")
+    return reason is None
+
+
+def record(function, pool, stream):
+    """What `function` launches on `stream` -> a function that launches it all at once; its memory is of `pool`."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        function()
+    return graph.replay
+
+
+class Step:
+    """`step(position, lr)` takes the step at `position` of an epoch; every 40th is looked at.
+
+    function: (position, lr, look); with `captured`, position and lr are 0-dim tensors on the device.  numbers: what it reads
+    besides, by name; may change between steps.  abandon: called after a recording that failed, to forget what it began.
+    """
+
+    def __init__(self, function, numbers: dict, machine: Machine, captured: bool, abandon):
+        self.function, self.numbers, self.machine, self.captured, self.abandon = function, numbers, machine, captured, abandon
+        self.taken, self.recorded = Counter(), {}
+        if captured:
+            self.position = torch.zeros((), dtype=torch.int64, device=machine.device)
+            self.lr = torch.zeros((), device=machine.device)
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, position: int, lr: float) -> None:
+        look = position % EVERY == 0
+        take = self.replay if self.captured else self.function
+        if self.machine.compiled and not self.taken:
+            self.compile(take, position, lr, look)
+        else:
+            take(position, lr, look)
+        self.taken[look, *self.numbers.values()] += 1
+
+    def compile(self, take, position, lr, look) -> None:
+        """The first step, in which torch.compile works."""
+        print("compiling the networks, which takes a minute or more", flush=True)
+        started = time.perf_counter()
+        try:
+            take(position, lr, look)
+        except Exception as failure:
+            if not type(failure).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = str(failure).strip().partition("\n")[0]
+            raise Failure(USAGE, f"the networks cannot be compiled ({type(failure).__name__}: {reason})",
+                          "leave out --compile") from failure
+        print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+
+    def replay(self, position: int, lr: float, look: bool) -> None:
+        """On a stream of its own: a warm-up, or the recording of such a step, which is made where there is none."""
+        self.position.fill_(position)
+        self.lr.fill_(lr)
+        key = (look, *self.numbers.values())
+        if key not in self.recorded and self.taken[key] and self.taken.total() >= WARM_UP:
+            self.record(key)
+        main = torch.cuda.current_stream()
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream):
+            if key in self.recorded:
+                self.recorded[key]()
+            else:
+                self.function(self.position, self.lr, look)
+        main.wait_stream(self.stream)
+
+    def record(self, key: tuple) -> None:
+        """Record the step with this key; those with numbers that are no more are forgotten.  Where that fails, none is."""
+        self.recorded = {old: replay for old, replay in self.recorded.items() if old[1:] == key[1:]}
+        try:
+            self.recorded[key] = record(lambda: self.function(self.position, self.lr, key[0]), self.pool, self.stream)
+        except RuntimeError as failure:
+            print(f"no CUDA graph of the step: {str(failure).strip().partition(chr(10))[0]}")
+            self.abandon()
+            self.recorded, self.captured = {}, False
