@@ -13,7 +13,8 @@ STUDENTS = ("--method kd", "--method kd --amp bf16 --opt sgd --clip-grad 0 --dev
             "--method kd --kl reverse --amp off --model-ema 0.9",
             "--method dkd --model-ema 0.9 --dkd-warmup 2", "--method dkd --amp bf16 --opt sgd --momentum 0 --deterministic",
             "--method dkd --amp off --kernels reference --mixed-target dominant",
-            "--method dkd --kernels reference --opt sgd --policy none")
+            "--method dkd --kernels reference --opt sgd --policy none",
+            "--method kd --grad-checkpoint --model-ema 0.9", "--method dkd --grad-checkpoint --amp bf16 --opt sgd")
 TEACHERS = ("", "--opt sgd --model-ema 0.9 --deterministic --device cuda:0",
             "--amp bf16 --kernels reference --policy randaugment", "--amp off --mixup 0 --cutmix 0")
 

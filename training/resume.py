@@ -14,7 +14,8 @@ from training.errors import CHECKPOINT, USAGE, Failure
 from training.files import write_atomic
 from training.rundir import EpochRow
 
-FREE = {"output", "epochs", "patience", "device", "resume", "overwrite", "debug", "dry_run"}  # what a resumed run may change
+# What a resumed run may change.
+FREE = {"output", "epochs", "patience", "device", "grad_checkpoint", "resume", "overwrite", "debug", "dry_run"}
 NO_FLAGS = {"script", "teacher_sha256", "processes"}
 
 

@@ -10,6 +10,7 @@ from training.evaluation import EarlyStop, Evaluation, evaluate
 from training.machine import Machine, global_batch_size, parts_of
 from training.means import Means
 from training.progress import Progress
+from training.recompute import recompute
 from training.rundir import EpochRow, RunDirectory
 from training.source import Split
 from training.step import Taken, accuracy
@@ -63,6 +64,8 @@ class Run:
             net = models.build(name, len(data.classes), image_size)
             if not self.saved:
                 models.initialise(net, name, pretrained=pretrained, init=init)
+        if self.args.grad_checkpoint:
+            recompute(net, name)
         net.info = {"model": name, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
                     "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed}
         return net.to(self.machine.device)
