@@ -14,13 +14,15 @@ EVERYTHING = {"augment", "kernels", "losses", "training"}
 NOTHING = set()
 ALLOWED = {  # module or folder: what of ours it may import; from top to bottom, so no arrow points upward
     "training.run": {"training.checkpoint", "training.data", "training.diagnostics", "training.evaluation", "training.machine",
-                     "training.means", "training.models", "training.options", "training.progress", "training.recompute",
-                     "training.resume", "training.rundir", "training.source", "training.step", "training.verdict"},
+                     "training.means", "training.memory", "training.models", "training.options", "training.progress",
+                     "training.recompute", "training.resume", "training.rundir", "training.source", "training.step",
+                     "training.verdict"},
     "training.advice": {"training.data", "training.diagnostics", "training.distributed", "training.evaluation",
                         "training.machine", "training.method", "training.models", "training.options",
                         "training.step", "augment", "losses.methods"},
     "training.diagnostics": {"training.method", "training.step", "losses"}, "training.verdict": {"losses.methods"},
     "training.evaluation": {"training.errors", "training.machine", "training.models"},
+    "training.memory": {"training.machine", "training.recompute"},
     "training.step": {"training.errors", "training.machine"}, "training.means": {"training.errors", "training.machine"},
     "training.machine": {"training.distributed", "training.errors", "kernels"},
     "training.models": {"training.checkpoint", "training.errors", "training.networks"}, "training.networks": NOTHING,

@@ -3,7 +3,7 @@ import time
 from contextlib import ExitStack
 
 from training import data as datasets
-from training import models, options, resume
+from training import memory, models, options, resume
 from training.checkpoint import Writer
 from training.diagnostics import Diagnostics
 from training.evaluation import EarlyStop, Evaluation, evaluate
@@ -74,9 +74,11 @@ class Run:
         """`net` as the loop is to call it, so that all processes have one gradient."""
         return self.ranks.parallel(net, self.args.seed, (3, net.info["image_size"], net.info["image_size"]))
 
-    def start(self, update, augmenter, **facts) -> None:
-        """Write the first files, or restore what was saved.  facts: what config.json holds besides."""
-        self.update = update
+    def start(self, update, augmenter, teacher=None, **facts) -> None:
+        """Say what it takes, and write the first files, or restore what was saved.  facts: what config.json holds besides."""
+        self.update, sizes = update, {"image_size": self.data.image_size, "images": self.data.nbytes}
+        memory.report(self.args, update, self.machine, rows=len(self.parts[0]), parts=len(self.parts), teacher=teacher, **sizes)
+        facts |= {"teacher": teacher.info["model"]} if teacher else {}
         self.directory.open(self.config | facts | {"image_size": update.net.info["image_size"]}, update.checkpoint_bytes)
         self.state = resume.State(self.directory, self.writer, self.config, update=update, stop=self.stop, ranks=self.ranks)
         self.first = self.state.restore(self.saved)
