@@ -77,7 +77,7 @@ CASES = [  # student, teacher, images at once, their size, flags
     ("resnet8x4", "resnet32x4", 128, 32, {"opt": "sgd", "precision": "bf16", "checkpoint": True}),
     ("v2_pico", "v2_tiny", 32, 32, {}), ("v2_pico", "v2_tiny", 32, 32, {"precision": "bf16", "parts": 2, "checkpoint": True}),
     ("v2_pico", "v2_tiny", 256, 32, {"precision": "fp16", "checkpoint": True}),
-    ("efficientnet_v2_s", "efficientnet_v2_s", 128, 32, {"precision": "bf16"}),
+    ("efficientnet_v2_s", None, 128, 32, {"precision": "bf16"}),
     ("efficientnet_v2_s", None, 64, 128, {"precision": "bf16", "checkpoint": True, "ema_decay": 0.9}),
     ("swin_t", None, 32, 64, {"checkpoint": True, "parts": 2})]
 
