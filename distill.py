@@ -68,7 +68,7 @@ def main(args):
                 run.add(position, look, batch.targets, logits, loss, terms, teacher_logits, numbers)
             run.end_step(position, update(lr, look))
 
-        run.start(update, augmenter, teacher=teacher.info["model"], **method.labels(args))
+        run.start(update, augmenter, teacher, **method.labels(args))
         for epoch in run.epochs():
             student.train()
             augmenter.set_epoch(epoch)

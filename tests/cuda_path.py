@@ -295,8 +295,10 @@ class CudaPath(ExitStack):
         self.replace(torch.cuda, **{name: lambda *_, answer=answer, **__: answer for name, answer in answers.items()},
                      synchronize=lambda *_: self.watch.wait("synchronize"), manual_seed_all=lambda seed: None,
                      is_current_stream_capturing=lambda: self.watch.recording is not None,
-                     get_rng_state=lambda *_: torch.zeros(16, dtype=torch.uint8))
-        self.replace(torch._C, _cuda_setDevice=lambda index: None)
+                     get_rng_state=lambda *_: torch.zeros(16, dtype=torch.uint8), set_rng_state=lambda *_: None,
+                     _initialized=True, _exchange_device=lambda index: index, _maybe_exchange_device=lambda index: index)
+        # Gradient checkpointing asks for the number of the backward pass, and computes a block again once in each.
+        self.replace(torch._C, _cuda_setDevice=lambda index: None, _current_graph_task_id=lambda: self.watch.steps)
         self.replace(torch.backends.cudnn, version=lambda: 90000)
         self.replace(fake_tensor, init_gpu_context=lambda *_: None)
         self.replace(FakeTensorMode, avoid_device_init=True, __deepcopy__=lambda mode, memo: mode)

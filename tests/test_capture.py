@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import kernels.augment
 import losses
-from training import capture, checkpoint, diagnostics
+from training import capture, checkpoint, diagnostics, options
 from training import run as running
 from training import step as stepping
 from training.distributed import Ranks
@@ -126,7 +126,7 @@ def graphs(monkeypatch):
                 self.lr = self.lr.double()
 
     monkeypatch.setattr(running, "Step", Step)
-    monkeypatch.setattr(running, "captures", lambda asked, machine, fused: asked and fused)
+    monkeypatch.setattr(running, "captures", lambda args, machine, fused: args.cuda_graph and fused)
     monkeypatch.setattr(capture, "record", found.record)
     monkeypatch.setattr(kernels.augment, "_augment_kernel", Launch(kernels.augment._augment_kernel, found))
     for module in (capture, diagnostics, stepping):
@@ -229,16 +229,14 @@ def test_a_planted_read_is_noticed(capsys, place, teacher, graphs, monkeypatch):
         both(capsys, place, "train_teacher.py", "--model v2_pico --debug")
 
 
-@pytest.mark.parametrize("asked, device, fused, ranks, deterministic, reason", [
-    (None, "cpu", True, 1, False, ""), (False, "cuda", True, 1, False, ""), (True, "cpu", True, 1, False, "it needs a GPU"),
-    (None, "cuda", False, 1, False, "the batch is made by plain PyTorch"), (None, "cuda", True, 2, False, "several processes"),
-    (None, "cuda", True, 1, True, "--deterministic"), (None, "cuda", True, 1, False, None)])
-def test_where_a_step_is_recorded(capsys, asked, device, fused, ranks, deterministic, reason):
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        recorded = capture.captures(asked, Machine(torch.device(device), "off", ranks=Ranks(size=ranks)), fused)
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.mark.parametrize("flags, device, fused, ranks, reason", [
+    ("", "cpu", True, 1, ""), ("--no-cuda-graph", "cuda", True, 1, ""), ("--cuda-graph", "cpu", True, 1, "it needs a GPU"),
+    ("", "cuda", False, 1, "the batch is made by plain PyTorch"), ("", "cuda", True, 2, "several processes"),
+    ("--deterministic", "cuda", True, 1, "--deterministic"), ("--grad-checkpoint", "cuda", True, 1, "--grad-checkpoint"),
+    ("", "cuda", True, 1, None), ("--cuda-graph --compile", "cuda", True, 1, None)])
+def test_where_a_step_is_recorded(capsys, flags, device, fused, ranks, reason):
+    machine = Machine(torch.device(device), "off", ranks=Ranks(size=ranks))
+    recorded = capture.captures(options.parse_teacher("", "", flags.split()), machine, fused)
     out = capsys.readouterr().out
     assert recorded == (reason is None)
     assert out.startswith(f"no CUDA graph of the step: {reason}") if reason else not out

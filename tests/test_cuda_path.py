@@ -16,7 +16,8 @@ STUDENTS = ("--method kd", "--method kd --amp bf16 --opt sgd --clip-grad 0 --dev
             "--method kd --kl reverse --amp off --model-ema 0.9",
             "--method dkd --model-ema 0.9 --dkd-warmup 2", "--method dkd --amp bf16 --opt sgd --momentum 0 --deterministic",
             "--method dkd --amp off --kernels reference --mixed-target dominant",
-            "--method dkd --kernels reference --opt sgd --policy none")
+            "--method dkd --kernels reference --opt sgd --policy none",
+            "--method kd --grad-checkpoint --model-ema 0.9", "--method dkd --grad-checkpoint --amp bf16 --opt sgd")
 TEACHERS = ("", "--opt sgd --model-ema 0.9 --deterministic --device cuda:0",
             "--amp bf16 --kernels reference --policy randaugment", "--amp off --mixup 0 --cutmix 0")
 
@@ -26,8 +27,8 @@ def test_a_student_is_distilled_without_waiting(tmp_path, flags):
     with CudaPath(tmp_path) as path:
         path.distill(flags)
     assert path.watch.steps == 8 and (tmp_path / "run" / "summary.json").exists()
-    launch_by_launch = "--deterministic" in flags or "--kernels reference" in flags
-    assert path.watch.recordings == (0 if launch_by_launch else 2), "a step that is looked at and one that is not"
+    launch_by_launch = any(flag in flags for flag in ("--deterministic", "--kernels reference", "--grad-checkpoint"))
+    assert path.watch.recordings == (1 if launch_by_launch else 2), "the teacher, or a step that is looked at and one that is not"
 
 
 @pytest.mark.parametrize("flags", TEACHERS)
@@ -124,6 +125,13 @@ def test_a_recorded_step_is_few_launches(tmp_path):
     eager, *replays = (path.watch.by_step[step] for step in range(3, 9))
     assert eager > 200 and len(replays) == 5
     assert max(replays) <= 4, "position, learning rate, the graph, and a copy of rows to the host, which is frequent here"
+
+
+def test_a_recorded_teacher_is_two_launches(tmp_path):
+    with CudaPath(tmp_path) as path:
+        path.distill("--method kd --deterministic")
+    teacher = path.watch.counts["teacher"] / 2  # launch by launch in the second and third step
+    assert teacher > 20 and path.watch.by_step[3] - path.watch.by_step[7] == pytest.approx(teacher - 2, abs=1)
 
 
 def test_few_launches_are_our_own(tmp_path):

@@ -91,7 +91,7 @@ def test_status_says_how_a_run_ended(tmp_path):
     (OSError(errno.ENOSPC, "No space left on device", "runs/x/last.pt"), 8, "runs/x/last.pt"),
     (errors.Unwritable(errno.ENOENT, "No such file or directory", "/proc/x"), 8, "/proc/x"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nmore"), 7,
-     "(--batch-size 64). try --batch-size 32, or a smaller --image-size"),
+     "(--batch-size 64). try --grad-checkpoint, --grad-accum 2, --batch-size 32, or a smaller --image-size"),
     (RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but"), 2, "--deterministic"),
     (errors.Stopped(signal.SIGINT), 130, "--resume auto"),
     (errors.Stopped(signal.SIGTERM), 143, "SIGTERM"),
@@ -114,7 +114,7 @@ def test_the_memory_at_its_peak_is_told(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
     _, line = errors.expected(torch.OutOfMemoryError("CUDA out of memory."), 512)
     assert line == ("out of GPU memory (--batch-size 512, 7.6 of 7.9 GiB at the peak). "
-                    "try --batch-size 256, or a smaller --image-size")
+                    "try --grad-checkpoint, --grad-accum 2, --batch-size 256, or a smaller --image-size")
 
 
 def test_a_bug_keeps_its_traceback():

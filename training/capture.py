@@ -1,4 +1,5 @@
-"""A script's step as its loop calls it: taken launch by launch, or recorded once as a CUDA graph and replayed.
+"""A script's step as its loop calls it: taken launch by launch, or recorded once as a CUDA graph and replayed; where it cannot
+be recorded, the teacher's forward pass is.
 
 A replay runs no Python.  So a step that is recorded is a function of tensors that stay where they are: the position in the epoch
 and the learning rate are written into two of them before each step, and all that a step leaves behind is on the device.  What
@@ -16,15 +17,16 @@ from training.step import EVERY
 WARM_UP = 3  # steps before any is recorded, in which libraries choose their kernels and make their workspaces
 
 
-def captures(asked: bool | None, machine: Machine, fused: bool) -> bool:
+def captures(args, machine: Machine, fused: bool) -> bool:
     """Whether steps are to be recorded; says why not where one would expect it.
 
-    asked: --cuda-graph.  fused: whether one launch makes the batch, from a position on the device.
+    args: of training.options.  fused: whether one launch makes the batch, from a position on the device.
     """
     on_gpu = machine.device.type == "cuda"
-    if asked is False or (asked is None and not on_gpu):
+    if args.cuda_graph is False or (args.cuda_graph is None and not on_gpu):
         return False
-    reasons = {"it needs a GPU": not on_gpu, "--deterministic": torch.are_deterministic_algorithms_enabled(),
+    reasons = {"it needs a GPU": not on_gpu, "--deterministic": args.deterministic,
+               "--grad-checkpoint keeps the state of the random numbers on the host": args.grad_checkpoint,
                "several processes average their gradients in it": machine.ranks.size > 1,
                "the batch is made by plain PyTorch, which reads its position on the host": not fused}
     reason = next((reason for reason, holds in reasons.items() if holds), None)
@@ -36,9 +38,32 @@ def captures(asked: bool | None, machine: Machine, fused: bool) -> bool:
 def record(function, pool, stream):
     """What `function` launches on `stream` -> a function that launches it all at once; its memory is of `pool`."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    # What other threads ask of CUDA meanwhile, such as NCCL's, is none of its business.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         function()
     return graph.replay
+
+
+class Replayed:
+    """A frozen `net` on batches of one shape, recorded after a warm-up; each call writes over what the last one returned."""
+
+    def __init__(self, net):
+        self.net, self.calls, self.stream, self.replay = net, 0, torch.cuda.Stream(), None
+
+    def __call__(self, images):
+        self.calls += 1
+        if self.calls <= WARM_UP:
+            return self.net(images)
+        if self.replay is None:
+            self.images = images.clone()  # which keeps its memory format
+
+            def forward():
+                self.logits = self.net(self.images)
+
+            self.replay = record(forward, torch.cuda.graph_pool_handle(), self.stream)
+        self.images.copy_(images)
+        self.replay()
+        return self.logits
 
 
 class Step:

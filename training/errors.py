@@ -59,7 +59,8 @@ def expected(failure: BaseException, batch_size: int | None = None) -> tuple[int
         if cuda.is_available():
             peak, total = cuda.max_memory_allocated() / 2**30, cuda.mem_get_info()[1] / 2**30
             used += f", {peak:.1f} of {total:.1f} GiB at the peak"
-        remedy = f"try --batch-size {max(2, (batch_size or 0) // 2)}, or a smaller --image-size"
+        half = max(2, (batch_size or 0) // 2)
+        remedy = f"try --grad-checkpoint, --grad-accum 2, --batch-size {half}, or a smaller --image-size"
         return OUT_OF_MEMORY, f"out of GPU memory ({used}). {remedy}"
     if type(failure).__name__.startswith("Dist") or isinstance(failure, RuntimeError) and "gloo/transport" in str(failure):
         reason = str(failure).partition(". ")[0].rpartition("] ")[2]

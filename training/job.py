@@ -14,7 +14,8 @@ from training import grid
 from training.errors import BUG, DATA, DIVERGED, IN_USE, STOPPED, USAGE, Failure
 from training.files import digest, make_directory
 
-NOT_COMPARED = {"output", "device", "resume", "overwrite", "debug", "dry_run", "cuda_graph"}  # in one table runs may differ so
+# What runs of one table may differ in.
+NOT_COMPARED = {"output", "device", "cuda_graph", "grad_checkpoint", "resume", "overwrite", "debug", "dry_run"}
 RESOLVED = (None, "auto")  # flags that a run decides itself; config.json then says what it decided
 PAUSE = 1.0  # seconds until a run that another process is at is looked at again
 NUMBERS = ("test_acc1_best", "test_acc1_last", "wall_s")

@@ -54,6 +54,8 @@ def optimisation_flags(parser) -> None:
     batch_size_flag(add, default=128)
     add("--grad-accum", type=count, metavar="PARTS", help="take a batch in so many parts, one after another, which needs less "
         "memory; its step is that of the whole batch, but for BatchNorm; default: 1")
+    add("--grad-checkpoint", action="store_true", help="keep nothing from inside a block of the network for the backward pass "
+        "but compute it again there: needs much less memory and more time, for the same numbers")
     add("--opt", choices=("adamw", "sgd"), default="adamw", help=DEFAULT)
     add("--lr", type=positive, default=1e-3, metavar="RATE", help="peak learning rate; " + DEFAULT)
     add("--momentum", type=number(float, at_least=0, below=1), default=0.9, metavar="M", help="of SGD; " + DEFAULT)
@@ -166,6 +168,8 @@ def parse_show(description, usage_lines, argv=None):
 
 
 def check_schedule(parser, args) -> None:
+    if args.compile and args.grad_checkpoint:
+        parser.error("--compile and --grad-checkpoint exclude each other")
     if args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup-epochs must be less than --epochs ({args.warmup_epochs} of {args.epochs})")
     if args.milestones != sorted(set(args.milestones)):

@@ -14,8 +14,8 @@ from training.errors import CHECKPOINT, USAGE, Failure
 from training.files import write_atomic
 from training.rundir import EpochRow
 
-FREE = {"output", "epochs", "patience", "device", "resume", "overwrite", "debug", "dry_run",
-        "cuda_graph"}  # what a resumed run may change
+# What a resumed run may change.
+FREE = {"output", "epochs", "patience", "device", "cuda_graph", "grad_checkpoint", "resume", "overwrite", "debug", "dry_run"}
 TRIED = {"amp", "compile"}  # what "auto" leaves to a trial: a resumed run keeps what was found
 NO_FLAGS = {"script", "teacher_sha256", "processes"}
 

@@ -4,14 +4,15 @@ from contextlib import ExitStack
 
 from augment import is_fused
 from training import data as datasets
-from training import models, options, resume, trial
-from training.capture import Step, captures
+from training import memory, models, options, resume, trial
+from training.capture import Replayed, Step, captures
 from training.checkpoint import Writer
 from training.diagnostics import Diagnostics
 from training.evaluation import EarlyStop, Evaluation, evaluate
 from training.machine import Machine, global_batch_size, parts_of
 from training.means import Means
 from training.progress import Progress
+from training.recompute import recompute
 from training.rundir import EpochRow, RunDirectory
 from training.source import Split
 from training.step import Taken, accuracy
@@ -75,7 +76,7 @@ class Run:
             steps = self.args.epochs * (len(self.data.train.labels) // self.batch_size)
             self.machine = trial.settle(self.machine, networks, len(self.parts[0]), size, steps)
         self.config |= self.machine.describe()
-        self.captured = captures(self.args.cuda_graph, self.machine, is_fused(self.data.train.images))
+        self.captured = captures(self.args, self.machine, is_fused(self.data.train.images))
         return self.machine
 
     def new_network(self, name: str, *, pretrained: bool, init: str | None):
@@ -85,6 +86,8 @@ class Run:
             net = models.build(name, len(data.classes), image_size)
             if not self.saved:
                 models.initialise(net, name, pretrained=pretrained, init=init)
+        if self.args.grad_checkpoint:
+            recompute(net, name)
         net.info = {"model": name, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
                     "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed}
         return net.to(self.machine.device)
@@ -93,6 +96,8 @@ class Run:
         """`net` as a step is to call it: compiled, if so asked; with one gradient in all processes, if it is trained."""
         if net.training:
             net = self.ranks.parallel(net, self.args.seed, (3, net.info["image_size"], net.info["image_size"]))
+        elif self.machine.device.type == "cuda" and not (self.captured or self.machine.compiled or self.args.cuda_graph is False):
+            return Replayed(net)
         return self.machine.compile(net, self.captured)
 
     def step(self, numbers: dict | None = None):
@@ -103,9 +108,11 @@ class Run:
         self.update.abandon()
         self.means.parts.clear()
 
-    def start(self, update, augmenter, **facts) -> None:
-        """Write the first files, or restore what was saved.  facts: what config.json holds besides."""
-        self.update = update
+    def start(self, update, augmenter, teacher=None, **facts) -> None:
+        """Say what it takes, and write the first files, or restore what was saved.  facts: what config.json holds besides."""
+        self.update, sizes = update, {"image_size": self.data.image_size, "images": self.data.nbytes}
+        memory.report(self.args, update, self.machine, rows=len(self.parts[0]), parts=len(self.parts), teacher=teacher, **sizes)
+        facts |= {"teacher": teacher.info["model"]} if teacher else {}
         self.directory.open(self.config | facts | {"image_size": update.net.info["image_size"]}, update.checkpoint_bytes)
         self.state = resume.State(self.directory, self.writer, self.config, update=update, stop=self.stop, ranks=self.ranks)
         self.first = self.state.restore(self.saved)

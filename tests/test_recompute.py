@@ -1,0 +1,181 @@
+"""Gradient checkpointing changes no number: losses, gradients, weights, running statistics, moving average, whole runs."""
+import copy
+import csv
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import test_distributed
+import test_scripts
+import torch
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from losses import Targets, mixed_ce
+from training import models
+from training.distributed import Ranks
+from training.errors import Failure
+from training.machine import Machine
+from training.recompute import blocks, recompute, uncounted
+from training.step import Update, build_optimizer
+
+CLOCKS = ("images_per_s", "epoch_s", "val_s", "total_s", "peak_mem_mb")
+
+
+def network(name, image_size=32, seed=0):
+    """`name` with random layers that draw often."""
+    torch.manual_seed(seed)
+    net = models.build(name, 10, image_size)
+    for module in net.modules():
+        if isinstance(module, (StochasticDepth, nn.Dropout)):
+            module.p = 0.3
+    return net.train()
+
+
+def images(image_size=32, count=4):
+    return torch.randn(count, 3, image_size, image_size,
+                       generator=torch.Generator().manual_seed(1)).to(memory_format=torch.channels_last)
+
+
+def train(net, opt="sgd", *, precision="off", parts=1, ema_decay=0.0, steps=2, ranks=Ranks()):
+    """Losses, and all that a few steps leave in an Update."""
+    machine = Machine(torch.device("cpu"), precision, ranks=ranks)
+    recipe = SimpleNamespace(opt=opt, lr=0.01, momentum=0.9, weight_decay=1e-4)
+    update, losses = Update(net, build_optimizer(net, recipe), machine, 1.0, ema_decay, parts), []
+    model, label = ranks.parallel(net, 0, (3, 32, 32)), torch.arange(4 // parts)
+    net.train()
+    targets = Targets(label, label, torch.ones(len(label)))
+    torch.manual_seed(2)
+    for _ in range(steps):
+        for part in images().chunk(parts):
+            with machine.autocast():
+                logits = model(part)
+            losses.append(mixed_ce(logits, targets))
+            update.backward(losses[-1])
+        losses.append(update(0.01).norm)
+    return torch.stack(losses).detach(), update.state_dict(), torch.get_rng_state()
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize("name, options", [
+    ("resnet8", {}), ("resnet8", {"parts": 2, "ema_decay": 0.5, "opt": "adamw"}), ("resnet8", {"precision": "bf16"}),
+    ("resnet8", {"precision": "fp16"}), ("v2_pico", {"ema_decay": 0.9}), ("v2_pico", {"precision": "bf16", "parts": 2}),
+    ("wrn_16_2", {}), ("vgg8", {}), ("mobilenet_v2", {}), ("efficientnet_v2_s", {"steps": 1, "ema_decay": 0.9}),
+    ("swin_t", {"steps": 1})])
+def test_no_bit_changes(name, options):
+    plain, checkpointed = network(name), network(name)
+    recompute(checkpointed, name)
+    expected = train(plain, **options)
+    assert same(train(checkpointed, **options), expected)
+    counters = [buffer for key, buffer in plain.named_buffers() if key.endswith("num_batches_tracked")]
+    assert all(count == options.get("steps", 2) * options.get("parts", 1) for count in counters)
+
+
+def together(machine, folder):
+    made = []
+    for flag in (False, True):
+        net = network("v2_pico")
+        if flag:
+            recompute(net, "v2_pico")
+        made.append(train(net, ranks=machine.ranks))
+    assert same(*made)
+
+
+def test_no_bit_changes_in_two_processes(tmp_path):
+    test_distributed.together(2, together, tmp_path)
+
+
+def test_less_is_kept_and_no_name_changes():
+    plain, checkpointed = network("resnet8"), network("resnet8")
+    recompute(checkpointed, "resnet8")
+    assert list(checkpointed.state_dict()) == list(plain.state_dict())
+    kept = []
+    for net in (plain, checkpointed, copy.deepcopy(checkpointed)):
+        seen = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.update({tensor.data_ptr(): tensor.nbytes}) or tensor,
+                                                      lambda tensor: tensor):
+            net(images())
+        kept.append(sum(seen.values()))
+    assert kept[1] < 0.5 * kept[0] and kept[2] == kept[1]
+
+
+def test_a_copy_computes_with_its_own_weights():
+    """A moving average is a deep copy, in training or not."""
+    net = network("resnet8")
+    recompute(net, "resnet8")
+    average = copy.deepcopy(net)
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    assert average(images()).abs().sum() > 0
+    assert not average.eval()(images()).equal(net.eval()(images()))
+
+
+def test_nothing_is_left_changed_where_the_computation_breaks_off():
+    net = network("resnet8")
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in net.modules() if isinstance(norm, nn.BatchNorm2d)]
+    with pytest.raises(ZeroDivisionError), uncounted(net):
+        1 / 0
+    assert before == [(norm.momentum, norm.num_batches_tracked) for norm in net.modules() if isinstance(norm, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("name, kinds, count", [
+    ("resnet20", {"BasicBlock", "Conv2dNormActivation"}, 10), ("wrn_40_2", {"PreActivationBlock"}, 18),
+    ("efficientnet_v2_s", {"Conv2dNormActivation", "FusedMBConv", "MBConv"}, 42), ("resnet50", {"Bottleneck"}, 16),
+    ("vit_b_16", {"EncoderBlock"}, 12), ("regnet_x_400mf", {"ResBottleneckBlock"}, 22), ("alexnet", set(), 0)])
+def test_blocks_are_found(name, kinds, count):
+    found = blocks(network(name, 64 if name == "alexnet" else 32))
+    assert ({type(block).__name__ for block in found}, len(found)) == (kinds, count)
+    inside = [module for block in found for module in block.modules()]
+    assert len(set(inside)) == len(inside), "no block is inside of another"
+
+
+def test_a_network_without_blocks_is_refused():
+    with pytest.raises(Failure, match="no part of alexnet can be computed again"):
+        recompute(network("alexnet", 64), "alexnet")
+
+
+def log(folder):
+    with open(Path(folder, "log.csv"), newline="") as file:
+        return [{key: value for key, value in row.items() if key not in CLOCKS} for row in csv.DictReader(file)]
+
+
+def test_a_run_has_the_same_log_and_may_change_the_flag_when_it_goes_on(tmp_path, monkeypatch, capsys):
+    classes = [f"class{index}" for index in range(6)]
+    for seed, split in enumerate(("train", "test")):
+        test_scripts.make_images(tmp_path / "images" / split, classes, 16, seed=seed)
+    monkeypatch.chdir(tmp_path)
+
+    def run(output, flags=""):
+        code, out, err = test_scripts.run(capsys, "train_teacher.py", f"--model v2_pico {test_scripts.SMALL} --data-dir images "
+                                          f"--val-size 12 --model-ema 0.5 --sched multistep --output {output} {flags}")
+        assert code == 0, err
+        return out
+
+    def weights(folder, name="best.pt"):
+        return torch.load(Path(folder, name), weights_only=True)
+
+    run("plain", "--epochs 3")
+    run("checkpointed", "--epochs 3 --grad-checkpoint")
+    run("changed", "--epochs 2 --grad-checkpoint")
+    shutil.copytree("changed", "elsewhere")
+    run("changed", "--epochs 3 --resume")
+    run("elsewhere", "--epochs 3 --resume --grad-checkpoint")
+    for folder in ("checkpointed", "changed", "elsewhere"):
+        assert log(folder) == log("plain"), folder
+        assert same(weights(folder)["state_dict"], weights("plain")["state_dict"])
+        assert same(weights(folder, "last.pt")["update"], weights("plain", "last.pt")["update"])
+    assert json.loads(Path("checkpointed/config.json").read_text())["grad_checkpoint"] is True
+    code, _, err = test_scripts.run(capsys, "train_teacher.py", f"--model alexnet {test_scripts.SMALL} --data-dir images "
+                                    "--image-size 64 --no-pretrained --output none --grad-checkpoint")
+    assert code == 2 and "--grad-checkpoint" in err and err.count("\n") == 1
