@@ -217,7 +217,8 @@ def draw(rows_of: list[Row], path: Path) -> None:
         errors = [[row.times_base - row.times_base_min for row in rows], [row.times_base_max - row.times_base for row in rows]]
         drawn = bars.bar(left, [row.times_base for row in rows], width, align="edge", yerr=errors, error_kw={"elinewidth": 0.8},
                          label=name, color=f"{0.9 - 0.12 * index:.2f}")
-        bars.bar_label(drawn, [f"{row.times_base:.2f}" for row in rows], label_type="center", fontsize=8)
+        bars.bar_label(drawn, [f"{row.times_base:.2f}" for row in rows], label_type="center", fontsize=8, rotation=90,
+                       color="white" if index > 2 else "black")
     bars.axhline(1, color="black", linewidth=0.8)
     bars.set(xticks=range(len(cases)), xticklabels=cases, ylabel=f"speed / that of the {BASE}")
     bars.set_title(f"a whole step, batch of {rows_of[0].batch_size}; {rows_of[0].hardware}", fontsize=9, loc="left")

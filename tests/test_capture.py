@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import kernels.augment
 import losses
-from training import capture, checkpoint, diagnostics, options
+from training import capture, checkpoint, diagnostics, models, options
 from training import run as running
 from training import step as stepping
 from training.distributed import Ranks
@@ -183,6 +183,15 @@ def test_a_recorded_run_leaves_what_an_eager_one_leaves(capsys, place, teacher, 
         flags += f" --teacher-checkpoint {teacher}"
     same(*both(capsys, place, script, flags))
     assert graphs.made == 2 and graphs.replays == replays
+
+
+def test_a_recorded_teacher_says_the_same(graphs):
+    teacher = models.build("resnet8", 10).eval().requires_grad_(False)
+    recorded = capture.Replayed(teacher)
+    for seed in range(6):
+        images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).to(memory_format=torch.channels_last)
+        assert torch.equal(recorded(images), teacher(images))
+    assert (graphs.made, graphs.replays) == (1, 6 - capture.WARM_UP)
 
 
 def test_a_recording_that_fails_leaves_an_eager_run(capsys, place, teacher, graphs, monkeypatch):
