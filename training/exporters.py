@@ -117,7 +117,8 @@ def quantize_onnx(made, batches, path: Path) -> None:
 
 def program(module, images, free: dict, quantizer=None, batches=None):
     """The torch.export program of `module` with these free dimensions, in int8 where a quantiser of torchao's is given."""
-    made = torch.export.export(module, (images,), dynamic_shapes=(free,))
+    # A strict trace tells a quantiser apart the calls of a module that is called twice, such as the ReLU of a residual block.
+    made = torch.export.export(module, (images,), dynamic_shapes=(free,), strict=quantizer is not None)
     if quantizer is None:
         return made
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
