@@ -18,9 +18,10 @@ def have(*packages: str) -> bool:
     return True
 
 
-needs_onnx = pytest.mark.skipif(not have("onnx", "onnxscript", "onnxruntime"), reason="needs requirements-export.txt: onnxruntime")
-needs_torchao = pytest.mark.skipif(not have("torchao.quantization.pt2e"), reason="needs requirements-export.txt: torchao")
-needs_executorch = pytest.mark.skipif(not have("executorch.runtime"), reason="needs requirements-export.txt: executorch")
+NEEDS = "needs requirements-export.txt"
+needs_onnx = pytest.mark.skipif(not have("onnx", "onnxscript", "onnxruntime"), reason=NEEDS)
+needs_torchao = pytest.mark.skipif(not have("torchao.quantization.pt2e"), reason=NEEDS)
+needs_executorch = pytest.mark.skipif(not have("executorch.runtime"), reason=NEEDS)
 
 
 def trained_run(place: Path, capsys) -> Path:

@@ -1,4 +1,4 @@
-"""export.py: every format in its own runtime against the checkpoint, what lies beside the file, and what a refusal leaves: nothing."""
+"""export.py: every format in its own runtime against the checkpoint, what lies beside a file, and a refusal that leaves nothing."""
 import csv
 import json
 import shutil
@@ -171,7 +171,8 @@ def test_a_network_that_cannot_be_exported_is_one_line(trained, tmp_path, capsys
 
 
 def test_calibration_leaves_the_test_set_alone():
-    split = {name: exported.datasets.Split(torch.full((2000, 2, 2, 3), value, dtype=torch.uint8), torch.zeros(2000, dtype=torch.int64))
+    labels = torch.zeros(2000, dtype=torch.int64)
+    split = {name: exported.datasets.Split(torch.full((2000, 2, 2, 3), value, dtype=torch.uint8), labels)
              for value, name in enumerate(("train", "val", "test"))}
     rest = dict(name="", classes=[""], superclasses=None, superclass_names=None, mean=(), std=(), selected_on="")
     data = exported.datasets.Dataset(**split, **rest)
