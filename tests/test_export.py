@@ -1,4 +1,4 @@
-"""export.py: every format in its own runtime against the checkpoint, what lies beside a file, and a refusal that leaves nothing."""
+"""export.py: every format in its own runtime against the checkpoint, what lies beside a file, a refusal leaves nothing."""
 import csv
 import json
 import shutil

@@ -98,8 +98,8 @@ def test_images_of_other_sizes_are_cropped_and_shrunk_as_for_training(trained, p
     for one, other in zip(*answers, strict=True):
         assert [one[key] for key in ("path", "class")] == [other[key] for key in ("path", "class")]
         assert float(one["probability"]) == pytest.approx(float(other["probability"]), abs=1e-5)
-    fitted, wide = ([row["probability"] for row in answers[0] if row["path"].endswith(name)] for name in ("fitted.png", "wide.png"))
-    assert fitted == wide
+    of = {name: [row["probability"] for row in answers[0] if row["path"].endswith(name)] for name in ("fitted.png", "wide.png")}
+    assert of["fitted.png"] == of["wide.png"]
 
 
 def test_many_images_go_in_batches_and_a_sheet_shows_the_first(trained, place, tmp_path, capsys, monkeypatch):
