@@ -2,8 +2,9 @@
 
     python -m benchmarks.peak_memory runs/v2-s42/best.pt        -> megabytes of the process, and of them what the network took
 """
-import resource
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +12,8 @@ from training import runtime
 
 
 def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # Linux counts in kilobytes
+    """Of this program's own memory; getrusage would count what the process was before it ran this program."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1e3
 
 
 def main() -> None:
