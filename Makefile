@@ -38,7 +38,7 @@ STUDENTS := $(addprefix $(DEMO)/,v1 v2 v3 v3.1 v4)
 demo: $(INSTALLED)
 	@$(MAKE) --no-print-directory -j 2 demo-runs
 	@$(PYTHON) plots/make_figures.py --runs $(DEMO) --output figures
-	@$(PYTHON) -m benchmarks.latency --quick $(DEMO)/teacher $(DEMO)/v2
+	@$(PYTHON) -m benchmarks.latency --quick $(DEMO)/v2
 
 demo-runs: $(addsuffix /summary.json,$(DEMO)/teacher $(DEMO)/alone $(DEMO)/teacher-strong $(STUDENTS))
 
