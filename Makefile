@@ -1,11 +1,12 @@
 # make demo: the whole study in miniature on embedded data.   make test: all checks.   make torture: thousands of killed,
 # stopped and corrupted runs and sweeps, and each barrier of the kernels taken out, 12 minutes.   All set up .venv themselves, once.
+# make test-export: exported files in the runtimes that `make test` does without, from requirements-export.txt.
 SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed-$(shell sha256sum requirements.txt | cut -c 1-16)
 
-.PHONY: demo demo-runs test torture
+.PHONY: demo demo-runs test test-export torture
 .DELETE_ON_ERROR:
 
 $(INSTALLED): requirements.txt
@@ -15,6 +16,10 @@ $(INSTALLED): requirements.txt
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+test-export: $(INSTALLED)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-export.txt
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/test_export.py tests/test_predict.py tests/test_latency.py
 
 torture: $(INSTALLED)
 	$(PYTHON) tests/torture.py
@@ -33,6 +38,7 @@ STUDENTS := $(addprefix $(DEMO)/,v1 v2 v3 v3.1 v4)
 demo: $(INSTALLED)
 	@$(MAKE) --no-print-directory -j 2 demo-runs
 	@$(PYTHON) plots/make_figures.py --runs $(DEMO) --output figures
+	@$(PYTHON) -m benchmarks.latency --quick $(DEMO)/v2
 
 demo-runs: $(addsuffix /summary.json,$(DEMO)/teacher $(DEMO)/alone $(DEMO)/teacher-strong $(STUDENTS))
 

@@ -18,7 +18,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from training import cifar, data, imagefolder, synthetic
+from training import cifar, data, imagefolder, pictures, synthetic
 from training.data import Split
 from training.errors import Failure
 
@@ -401,10 +401,10 @@ def test_an_interruption_does_not_wait_for_the_photographs_that_are_left(two_tre
             if text.startswith("decoding"):
                 raise KeyboardInterrupt
 
-    started, fit = [], imagefolder.ImageOps.fit
+    started, fit = [], pictures.ImageOps.fit
     for path in two_trees.glob("*/*/*"):
         Image.open(path).resize((160, 160)).save(path)
-    monkeypatch.setattr(imagefolder.ImageOps, "fit", lambda *args: (started.append(1), time.sleep(0.1), fit(*args))[-1])
+    monkeypatch.setattr(pictures.ImageOps, "fit", lambda *args: (started.append(1), time.sleep(0.1), fit(*args))[-1])
     total = len(list(two_trees.glob("*/*/*")))
     monkeypatch.setattr(imagefolder, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(2))
     with pytest.raises(KeyboardInterrupt):

@@ -9,13 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torchvision.datasets.folder import is_image_file
 
 from training.errors import DATA, OUT_OF_MEMORY, USAGE, Failure
 from training.files import write_atomic
+from training.pictures import decode_into, image_files, size_of
 from training.source import Source, Split
 
 THUMBNAIL = 128  # pixels; larger images gain from threads, smaller ones lose
@@ -62,17 +60,6 @@ def find_images(root: Path) -> Tree:
         paths += found
         labels += [label] * len(found)
     return Tree(root, classes, paths, labels)
-
-
-def image_files(folder) -> Iterator[str]:
-    """Paths of the images in `folder` and below; hidden files and folders are left out."""
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from image_files(entry.path)
-        elif is_image_file(entry.name):
-            yield entry.path
 
 
 def read_images(data_dir: Path, trees: list[Tree], image_size, stream) -> list[torch.Tensor]:
@@ -163,27 +150,6 @@ def distinct_sizes(paths: list[str], stream) -> dict[tuple[int, int], str]:
     if not first_with:
         raise unreadable(paths, len(paths))
     return first_with
-
-
-def size_of(path: str) -> tuple[int, int] | None:
-    """Width and height from the header, None if it is not that of an image."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception:  # Pillow raises a dozen types on damaged files; decode_into fails on the same ones
-        return None
-
-
-def decode_into(slot: np.ndarray, path: str) -> bool:
-    """Fill `slot` (side, side, 3) with the centre of an image, its short side resized to `side`; False if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # 16 and 32 bits per channel: Pillow would clip them at 255
-                return False
-            slot[...] = ImageOps.fit(image.convert("RGB"), slot.shape[:2], Image.Resampling.BILINEAR)
-        return True
-    except Exception:  # see size_of
-        return False
 
 
 def unreadable(paths: list[str], total: int) -> Failure:

@@ -1,0 +1,32 @@
+"""The memory of a process that does nothing but open a network in its runtime and predict one image, on a CPU.
+
+    python -m benchmarks.peak_memory runs/v2-s42/best.pt        -> megabytes of the process, and of them what the network took
+"""
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from training import runtime
+
+
+def peak_mb() -> float:
+    """Of this program's own memory; getrusage would count what the process was before it ran this program."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1e3
+
+
+def main() -> None:
+    path = sys.argv[1]
+    runtime.require("onnxruntime" if path.endswith(".onnx") else "torch")
+    if not path.endswith(".onnx"):
+        from training import models  # noqa: F401  with all that it imports, before the network is read
+    before = peak_mb()
+    model = runtime.load(path)
+    size = model.card["image_size"]
+    model(np.zeros((1, size, size, 3), np.uint8))
+    print(round(peak_mb(), 1), round(peak_mb() - before, 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Write a trained network as one file for ONNX Runtime, torch.export or ExecuTorch, checked in that runtime on the test set.
+
+    python export.py runs/v2-s42/best.pt                                  -> runs/v2-s42/export/best-fp32.onnx
+    python export.py runs/v2-s42/best.pt --precision int8                 a quarter of the weights; refused above --max-drop
+    python export.py runs/v2-s42/best.pt --format executorch --precision int8 --output phone
+
+The file takes images and gives probabilities and logits.  Beside it lie its description, FILE.json, and its line of export.csv,
+which compares it with the checkpoint.  An export that fails or is refused leaves nothing.
+"""
+from training import errors
+from training.deploy_options import parse_export
+
+
+def main(args):
+    from pathlib import Path
+
+    from training import exported, exporters, runtime
+    from training.files import digest
+
+    runtime.require(*exporters.needs(args.format, args.precision))
+    checkpoint = Path(args.checkpoint)
+    original, module = runtime.load(checkpoint), exporters.deployed(checkpoint, args.input, args.precision)
+    with exported.workplace(args.output or checkpoint.parent / "export") as place:
+        data = exported.data_of_run(checkpoint, module.info["classes"], args.data_dir)
+        print(data)
+        takes_float = "-float" if args.input == "float" else ""
+        path = place / f"{checkpoint.stem}-{args.precision}{takes_float}{exporters.SUFFIXES[args.format]}"
+        exporters.export(module, args.format, args.precision, exported.calibration(data), path)
+
+        card = exporters.card(module, args.format, args.precision, digest(checkpoint))
+        images, labels = (part.numpy() for part in data.test)
+        found, expected = (model(images)[1] for model in (runtime.start(path, card), original))
+        row = exported.compare(path, checkpoint, card, found, expected, labels)
+        print(row)
+        exported.judge(row, args.max_drop)
+        card |= {"test_acc1": row.accuracy, "checkpoint_test_acc1": row.checkpoint_accuracy, "sha256": digest(path)}
+        print(f"{exported.publish(path, card, row, place.parent)}: {card['images']} -> {' and '.join(card['outputs'])}")
+
+
+if __name__ == "__main__":
+    errors.run(main, parse_export(*__doc__.split("\n\n", 1)))

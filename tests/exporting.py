@@ -1,0 +1,40 @@
+"""What the tests of export.py, predict.py and benchmarks.latency share: a small trained run, and the scripts as commands."""
+import importlib
+from pathlib import Path
+
+import pytest
+from test_scripts import SMALL, make_images, run
+
+CLASSES = [f"class{index}" for index in range(6)]
+
+
+def have(*packages: str) -> bool:
+    """Whether the packages of requirements-export.txt that are named here can be imported."""
+    try:
+        for package in packages:
+            importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
+
+
+NEEDS = "needs requirements-export.txt"
+needs_onnx = pytest.mark.skipif(not have("onnx", "onnxscript", "onnxruntime"), reason=NEEDS)
+needs_torchao = pytest.mark.skipif(not have("torchao.quantization.pt2e"), reason=NEEDS)
+needs_executorch = pytest.mark.skipif(not have("executorch.runtime"), reason=NEEDS)
+
+
+def trained_run(place: Path, capsys) -> Path:
+    """A run of resnet8 on coloured stripes of 16x16 pixels in `place`, which becomes the images' own folder, too."""
+    make_images(place / "images" / "train", CLASSES, 30, seed=0)
+    make_images(place / "images" / "test", CLASSES, 10, seed=1)
+    code, _, errors = run(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --data-dir {place}/images --output {place}/run")
+    assert code == 0, errors
+    return place / "run"
+
+
+def one_line(code: int, expected: int, errors: str) -> str:
+    """stderr, which must be the one line of an expected error."""
+    assert code == expected, errors
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and ". " in errors, errors
+    return errors

@@ -1,0 +1,223 @@
+"""export.py: every format in its own runtime against the checkpoint, what lies beside a file, a refusal leaves nothing."""
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from exporting import CLASSES, needs_executorch, needs_onnx, needs_torchao, one_line, trained_run
+from test_scripts import make_images, run
+
+from training import exported, exporters, files, models, runtime
+from training.errors import DIVERGED, Failure
+
+SUFFIX = {"onnx": "onnx", "pt2": "pt2", "executorch": "pte"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("export")
+
+
+@pytest.fixture
+def trained(place, capsys):
+    return place / "run" if (place / "run" / "summary.json").exists() else trained_run(place, capsys)
+
+
+def export(capsys, trained, flags, output):
+    return run(capsys, "export.py", f"{trained}/best.pt --output {output} {flags}")
+
+
+def images(count, height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("format, precision, takes", [
+    pytest.param("onnx", "fp32", "uint8", marks=needs_onnx), pytest.param("onnx", "fp32", "float", marks=needs_onnx),
+    pytest.param("onnx", "fp16", "uint8", marks=needs_onnx), pytest.param("onnx", "int8", "uint8", marks=needs_onnx),
+    ("pt2", "fp32", "uint8"), ("pt2", "fp16", "float"), pytest.param("pt2", "int8", "uint8", marks=needs_torchao),
+    pytest.param("executorch", "fp32", "uint8", marks=needs_executorch),
+    pytest.param("executorch", "int8", "float", marks=needs_executorch),
+])
+def test_a_file_does_what_its_checkpoint_does(trained, format, precision, takes, tmp_path, capsys):
+    code, out, err = export(capsys, trained, f"--format {format} --precision {precision} --input {takes}", tmp_path / "out")
+    assert code == 0, err
+    name = f"best-{precision}{'-float' if takes == 'float' else ''}.{SUFFIX[format]}"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {name, f"{name}.json", "export.csv"}
+
+    card = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    assert card["classes"] == CLASSES and card["image_size"] == 16 and (card["input"], card["precision"]) == (takes, precision)
+    assert card["checkpoint_sha256"] == files.digest(trained / "best.pt") and card["test_acc1"] > 50
+    row, = csv.DictReader((tmp_path / "out" / "export.csv").read_text().splitlines())
+    assert row["file"] == name and row["images"] == "60" and f"{row['same_predictions']} of 60" in out
+    assert float(row["checkpoint_accuracy"]) == pytest.approx(card["checkpoint_test_acc1"])
+    assert float(row["drop"]) <= 1 and int(row["bytes"]) == (tmp_path / "out" / name).stat().st_size
+
+    model, net = runtime.load(tmp_path / "out" / name), models.load(trained / "best.pt")
+    for count, height, width in ((1, 16, 16), (19, 16, 16), (3, 9, 13)) + (((2, 40, 31),) if format != "executorch" else ()):
+        some = images(count, height, width)
+        probabilities, logits = model(some)
+        with torch.no_grad():
+            expected = net(models.normalise(torch.from_numpy(some), net.info["mean"], net.info["std"])).numpy()
+        assert probabilities.shape == logits.shape == (count, 6) and probabilities.dtype == np.float32
+        np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+        np.testing.assert_allclose(logits, expected, atol={"fp32": 1e-4, "fp16": 0.1, "int8": 3}[precision])
+        if precision == "fp32":
+            np.testing.assert_allclose(probabilities, models.predict(net, some).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("format", [pytest.param("onnx", marks=needs_onnx), "pt2"])
+def test_a_file_names_no_folder_of_the_machine_that_made_it(trained, format, tmp_path, capsys):
+    assert export(capsys, trained, f"--format {format}", tmp_path)[0] == 0
+    content = (tmp_path / f"best-fp32.{SUFFIX[format]}").read_bytes()
+    assert b"site-packages" not in content and b"exporters.py" not in content
+
+
+@needs_onnx
+def test_a_process_with_numpy_and_onnxruntime_alone_predicts_the_same(trained, tmp_path, capsys):
+    assert export(capsys, trained, "", tmp_path)[0] == 0
+    some = images(5, 16, 16)
+    np.save(tmp_path / "images.npy", some)
+    program = ("import sys, json, numpy, onnxruntime\n"
+               "session = onnxruntime.InferenceSession('best-fp32.onnx', providers=['CPUExecutionProvider'])\n"
+               "found = session.run(['probabilities'], {'images': numpy.load('images.npy')})[0]\n"
+               "assert not {'torch', 'training', 'kernels'} & set(sys.modules)\n"
+               "print(json.dumps(found.tolist()))\n")
+    result = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    expected = models.predict(models.load(trained / "best.pt"), some).numpy()
+    np.testing.assert_allclose(np.array(json.loads(result.stdout)), expected, atol=1e-5)
+    assert (np.argmax(json.loads(result.stdout), 1) == expected.argmax(1)).all()
+
+
+@needs_onnx
+def test_int8_is_a_quarter_of_the_weights(tmp_path):
+    """Of a network whose weights outweigh the names and shapes in the file; v2_pico's do not."""
+    net = models.build("resnet8x4", 10)
+    models.save(tmp_path / "best.pt", net, model="resnet8x4", classes=list("abcdefghij"), image_size=32, mean=(0.5,) * 3,
+                std=(0.25,) * 3, dataset="none", test_acc1=None)
+    module, calibration = exporters.deployed(tmp_path / "best.pt"), torch.from_numpy(images(16, 32, 32))
+    for precision in ("fp32", "int8"):
+        exporters.export(module, "onnx", precision, calibration, tmp_path / precision)
+    whole, small = ((tmp_path / precision).stat().st_size for precision in ("fp32", "int8"))
+    assert whole / small > 3.7, f"{whole} and {small} bytes"
+
+
+def test_a_second_export_replaces_its_line_and_keeps_the_others(trained, tmp_path, capsys):
+    for flags in ("", "--precision fp16", ""):
+        assert export(capsys, trained, f"--format pt2 {flags}", tmp_path)[0] == 0
+    rows = list(csv.DictReader((tmp_path / "export.csv").read_text().splitlines()))
+    assert [row["file"] for row in rows] == ["best-fp16.pt2", "best-fp32.pt2"]
+    assert runtime.load(tmp_path / "best-fp32.pt2").card["precision"] == "fp32"
+
+
+def test_by_default_it_lies_in_the_run(trained, capsys):
+    code, _, err = run(capsys, "export.py", f"{trained}/best.pt --format pt2")
+    assert code == 0, err
+    assert (trained / "export" / "best-fp32.pt2").exists()
+    shutil.rmtree(trained / "export")
+
+
+def other_weights(monkeypatch):
+    """An exporter that gets the weights wrong."""
+    right = exporters.EXPORTERS["pt2"]
+
+    def wrong(module, batches, path):
+        for parameter in module.net.parameters():
+            parameter.data = parameter.data.flip(0)
+        right(module, batches, path)
+
+    monkeypatch.setitem(exporters.EXPORTERS, "pt2", wrong)
+
+
+@pytest.mark.parametrize("precision, words", [("fp32", "other logits"), ("fp16", "--max-drop 1")])
+def test_a_file_that_predicts_otherwise_is_refused_and_leaves_nothing(trained, precision, words, tmp_path, capsys, monkeypatch):
+    other_weights(monkeypatch)
+    code, out, err = export(capsys, trained, f"--format pt2 --precision {precision}", tmp_path / "a" / "b")
+    assert words in one_line(code, DIVERGED, err) and not list(tmp_path.iterdir()), out
+
+
+def test_a_refused_file_leaves_the_one_before_it(trained, tmp_path, capsys, monkeypatch):
+    assert export(capsys, trained, "--format pt2", tmp_path)[0] == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other_weights(monkeypatch)
+    assert export(capsys, trained, "--format pt2", tmp_path)[0] == DIVERGED
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_drop_is_judged_by_its_limit():
+    def row(precision, drop, difference=0.0):
+        return exported.Row("f", "onnx", precision, "uint8", 1, 1, 100, 90, 50 - drop, 50, drop, difference, 5.0)
+
+    exported.judge(row("int8", 0.5, difference=2.0), max_drop=0.5)
+    exported.judge(row("int8", -3), max_drop=0)
+    exported.judge(row("fp32", 0, difference=4e-4), max_drop=0)
+    for refused in (row("int8", 0.51), row("int8", float("nan")), row("fp32", 0, 6e-4), row("fp32", 0, float("nan"))):
+        with pytest.raises(Failure):
+            exported.judge(refused, max_drop=0.5)
+
+
+def test_a_network_that_cannot_be_exported_is_one_line(trained, tmp_path, capsys, monkeypatch):
+    def fails(module, batches, path):
+        path.write_bytes(b"half")
+        raise ValueError("no such operator\nand much more")
+
+    monkeypatch.setitem(exporters.EXPORTERS, "pt2", fails)
+    code, _, err = export(capsys, trained, "--format pt2", tmp_path / "out")
+    assert "no such operator)" in one_line(code, 2, err) and not list(tmp_path.iterdir())
+
+
+def test_calibration_leaves_the_test_set_alone():
+    labels = torch.zeros(2000, dtype=torch.int64)
+    split = {name: exported.datasets.Split(torch.full((2000, 2, 2, 3), value, dtype=torch.uint8), labels)
+             for value, name in enumerate(("train", "val", "test"))}
+    rest = dict(name="", classes=[""], superclasses=None, superclass_names=None, mean=(), std=(), selected_on="")
+    data = exported.datasets.Dataset(**split, **rest)
+    assert len(exported.calibration(data)) == exported.CALIBRATION_IMAGES and (exported.calibration(data) == 1).all()
+    assert (exported.calibration(exported.datasets.Dataset(**split | {"val": split["test"]}, **rest)) == 0).all()
+
+
+@pytest.mark.parametrize("package, flags", [
+    ("onnxruntime", ""), ("onnxscript", ""), ("torchao.quantization.pt2e", "--format pt2 --precision int8"),
+    ("executorch.exir", "--format executorch"),
+])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(trained, package, flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", sys)  # so that the one named is the first that is missing
+    for name in ("onnxscript", "onnxruntime", "torchao.quantization.pt2e", "executorch.exir"):
+        monkeypatch.setitem(sys.modules, name, None if name == package else sys)
+    code, _, err = export(capsys, trained, flags, tmp_path / "out")
+    assert package in one_line(code, 2, err) and "pip install -r requirements-export.txt" in err and not list(tmp_path.iterdir())
+
+
+BAD = [  # what is wrong, arguments, exit code, words of the line
+    ("no such checkpoint", "nowhere.pt", 5, ["nowhere.pt"]),
+    ("text", "text.pt", 5, ["text.pt"]),
+    ("a training state", "run/last.pt", 5, ["last.pt", "best.pt"]),
+    ("not in a run directory", "alone/best.pt", 5, ["config.json"]),
+    ("unknown format", "run/best.pt --format tflite", 2, ["tflite"]),
+    ("unknown precision", "run/best.pt --precision int4", 2, ["int4"]),
+    ("fp16 of ExecuTorch", "run/best.pt --format executorch --precision fp16", 2, ["fp16"]),
+    ("a drop below nothing", "run/best.pt --max-drop -1", 2, ["--max-drop"]),
+    ("the data is gone", "run/best.pt --data-dir nowhere", 4, ["nowhere"]),
+    ("other data", "run/best.pt --data-dir other", 2, ["other", "--data-dir"]),
+    ("output below a file", "run/best.pt --output text.pt/out", 8, ["text.pt"]),
+    ("output where nothing can be made", "run/best.pt --output /proc/nothing", 8, ["/proc/nothing"]),
+]
+
+
+@pytest.mark.parametrize("arguments, code, words", [pytest.param(*case[1:], id=case[0]) for case in BAD])
+def test_one_line_and_an_exit_code_for_what_is_wrong(trained, arguments, code, words, place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    (place / "text.pt").write_text("hello")
+    (place / "alone").mkdir(exist_ok=True)
+    shutil.copy(trained / "best.pt", place / "alone")
+    if not (place / "other").exists():
+        make_images(place / "other" / "train", ["a", "b"], 30, seed=2)
+        make_images(place / "other" / "test", ["a", "b"], 4, seed=3)
+    format = "" if "--format" in arguments else "--format pt2"
+    found, _, err = run(capsys, "export.py", f"{arguments} {format}")
+    assert all(word in one_line(found, code, err) for word in words), err
+    assert not (trained / "export").exists() and not (place / "alone" / "export").exists()

@@ -1,0 +1,175 @@
+"""predict.py: the same rows from a checkpoint and from what was exported of it; unreadable images; one line for errors."""
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from exporting import CLASSES, needs_onnx, one_line, trained_run
+from PIL import Image, ImageOps
+from test_scripts import ROOT, run
+
+from training import models, pictures
+
+TEST_IMAGES = 60
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("predict")
+
+
+@pytest.fixture
+def trained(place, capsys):
+    """A run directory with best.pt and export/best-fp32.pt2."""
+    if not (place / "run" / "export").exists():
+        trained_run(place, capsys)
+        code, _, err = run(capsys, "export.py", f"{place}/run/best.pt --format pt2")
+        assert code == 0, err
+    return place / "run"
+
+
+def table(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def probabilities(trained, paths):
+    """What models.predict makes of square images that need no resizing."""
+    images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    return models.predict(models.load(trained / "best.pt"), torch.from_numpy(images)).numpy()
+
+
+@pytest.mark.parametrize("model", ["best.pt", "export/best-fp32.pt2"])
+def test_csv_has_the_likeliest_classes_of_every_image_below_a_folder(trained, place, model, capsys):
+    folder = place / "images" / "test"
+    code, out, err = run(capsys, "predict.py", f"{trained}/{model} {folder} --csv --top 3")
+    assert code == 0 and not err, err
+    rows, paths = table(out), sorted(map(str, folder.glob("*/*.png")))
+    assert len(paths) == TEST_IMAGES and [row["path"] for row in rows] == [path for path in paths for _ in range(3)]
+    expected = probabilities(trained, paths)
+    for number, row in enumerate(rows):
+        image, rank = divmod(number, 3)
+        index = expected[image].argsort()[::-1][rank]
+        assert (row["rank"], row["class"]) == (str(rank + 1), CLASSES[index])
+        assert float(row["probability"]) == pytest.approx(expected[image, index], abs=1e-5)
+
+
+def test_a_line_per_image(trained, place, capsys):
+    path = place / "images" / "test" / CLASSES[0] / "000.png"
+    code, out, _ = run(capsys, "predict.py", f"{trained}/best.pt {path} --top 99")
+    named, *shares = out.rstrip("\n").split("  ")
+    assert code == 0 and named == str(path) and out.count("\n") == 1 and len(shares) == len(CLASSES), out
+    assert sum(float(share.split()[1]) for share in shares) == pytest.approx(100, abs=0.1)
+
+
+def test_what_cannot_be_read_is_named_and_nothing_else_is_lost(trained, place, tmp_path, capsys, monkeypatch):
+    good = sorted(map(str, (place / "images" / "test" / CLASSES[1]).glob("*.png")))
+    (tmp_path / "bad.png").write_text("no image")
+    Image.fromarray(np.zeros((16, 16), np.uint16)).save(tmp_path / "deep.png")
+    lines = [good[0], str(tmp_path / "bad.png"), good[1], "nowhere.png", str(tmp_path / "deep.png"), "", *good[2:]]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    code, out, err = run(capsys, "predict.py", f"{trained}/best.pt - --csv --top 1 --output {tmp_path}/sheet.png")
+    assert code == 4 and [row["path"] for row in table(out)] == good, err
+    *named, _, last = err.splitlines()
+    assert [line.split()[2] for line in named] == [str(tmp_path / "bad.png"), "nowhere.png", str(tmp_path / "deep.png")]
+    assert last.startswith("error: 3 of 13 images could not be read (-). ") and "10 of 10 images" in err
+    assert Image.open(tmp_path / "sheet.png").width > 300
+
+
+def test_images_of_other_sizes_are_cropped_and_shrunk_as_for_training(trained, place, tmp_path, capsys):
+    Image.open(place / "images" / "test" / CLASSES[2] / "000.png").resize((90, 40)).save(tmp_path / "wide.png")
+    Image.open(tmp_path / "wide.png").crop((0, 0, 9, 9)).save(tmp_path / "small.png")
+    for name in ("wide.png", "small.png"):
+        pixels = pictures.read(str(tmp_path / name), 16)
+        assert pixels.shape == ((9, 9, 3) if name == "small.png" else (16, 16, 3))
+    fitted = np.asarray(ImageOps.fit(Image.open(tmp_path / "wide.png"), (16, 16), Image.Resampling.BILINEAR))
+    assert np.array_equal(pictures.read(str(tmp_path / "wide.png"), 16), fitted)
+    Image.fromarray(fitted).save(tmp_path / "fitted.png")
+    answers = []
+    for model in ("best.pt", "export/best-fp32.pt2"):
+        code, out, err = run(capsys, "predict.py", f"{trained}/{model} {tmp_path} --csv")
+        assert code == 0, err
+        answers.append(table(out))
+    for one, other in zip(*answers, strict=True):
+        assert [one[key] for key in ("path", "class")] == [other[key] for key in ("path", "class")]
+        assert float(one["probability"]) == pytest.approx(float(other["probability"]), abs=1e-5)
+    of = {name: [row["probability"] for row in answers[0] if row["path"].endswith(name)] for name in ("fitted.png", "wide.png")}
+    assert of["fitted.png"] == of["wide.png"]
+
+
+def test_many_images_go_in_batches_and_a_sheet_shows_the_first(trained, place, tmp_path, capsys, monkeypatch):
+    some = sorted(map(str, (place / "images" / "train" / CLASSES[3]).glob("*.png")))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(some * 5)))
+    code, out, err = run(capsys, "predict.py", f"{trained}/best.pt - --csv --top 1 --output {tmp_path}/sheet.png")
+    assert code == 0 and len(table(out)) == 150 and "96 of 150 images" in err
+
+
+@needs_onnx
+def test_an_onnx_file_needs_no_torch(trained, place, tmp_path, capsys):
+    code, _, err = run(capsys, "export.py", f"{trained}/best.pt --output {tmp_path}")
+    assert code == 0, err
+    program = ("import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; sys.path.insert(0, '.')\n"
+               "runpy.run_path('predict.py', run_name='__main__')")
+    folder = place / "images" / "test"
+    result = subprocess.run([sys.executable, "-c", program, "predict.py", tmp_path / "best-fp32.onnx", folder, "--csv"],
+                            cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    of_checkpoint = table(run(capsys, "predict.py", f"{trained}/best.pt {folder} --csv")[1])
+    for one, other in zip(table(result.stdout), of_checkpoint, strict=True):
+        assert [one[key] for key in ("path", "rank", "class")] == [other[key] for key in ("path", "rank", "class")]
+        assert float(one["probability"]) == pytest.approx(float(other["probability"]), abs=1e-5)
+
+
+def test_names_that_are_no_text_are_printed_as_they_are(trained, place, tmp_path):
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    shutil.copy(place / "images" / "test" / CLASSES[0] / "000.png", name)
+    result = subprocess.run([sys.executable, ROOT / "predict.py", trained / "best.pt", tmp_path], capture_output=True)
+    assert result.returncode == 0 and result.stdout.startswith(name), result.stderr
+
+
+BAD = [  # what is wrong, arguments, exit code, words of the line
+    ("no such model", "nowhere.pt images", 5, ["nowhere.pt"]),
+    ("the model is text", "text.pt images", 5, ["text.pt"]),
+    ("a kind of file that is not ours", "model.tflite images", 5, ["model.tflite"]),
+    ("no such exported file", "nowhere.onnx images", 5, ["nowhere.onnx"]),
+    ("an exported file without its description", "alone.pt2 images", 5, ["alone.pt2.json"]),
+    ("a description that is none", "wrong.pt2 images", 5, ["wrong.pt2.json", "classes"]),
+    ("an exported file that was damaged", "damaged.pt2 images", 5, ["damaged.pt2", "SHA-256"]),
+    ("an exported file that its runtime refuses", "refused.pt2 images", 5, ["refused.pt2", "export it again"]),
+    ("an empty folder", "run/best.pt empty", 4, ["empty"]),
+    ("no classes at all", "run/best.pt images --top 0", 2, ["--top"]),
+    ("a sheet that cannot be written", "run/best.pt images/test/class0 --output /proc/nothing/a.png", 8, ["/proc/nothing"]),
+]
+
+
+@pytest.mark.parametrize("arguments, code, words", [pytest.param(*case[1:], id=case[0]) for case in BAD])
+def test_one_line_and_an_exit_code_for_what_is_wrong(trained, arguments, code, words, place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    (place / "empty").mkdir(exist_ok=True)
+    for name in ("text.pt", "model.tflite"):
+        (place / name).write_text("hello")
+    content, card = ((trained / "export" / f"best-fp32.pt2{end}").read_bytes() for end in ("", ".json"))
+    for name in ("alone.pt2", "wrong.pt2"):
+        (place / name).write_bytes(content)
+    (place / "wrong.pt2.json").write_text("{}")
+    (place / "damaged.pt2").write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    (place / "damaged.pt2.json").write_bytes(card)
+    (place / "refused.pt2").write_bytes(b"hello")
+    sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    (place / "refused.pt2.json").write_text(json.dumps(json.loads(card) | {"sha256": sha256}))
+    found, _, err = run(capsys, "predict.py", arguments)
+    assert all(word in one_line(found, code, err) for word in words), err
+
+
+@pytest.mark.parametrize("suffix, package", [("onnx", "onnxruntime"), ("pte", "executorch.runtime")])
+def test_a_missing_runtime_is_named_with_the_command_that_installs_it(trained, suffix, package, tmp_path, capsys, monkeypatch):
+    for end in ("", ".json"):
+        shutil.copy(trained / "export" / f"best-fp32.pt2{end}", tmp_path / f"best.{suffix}{end}")
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, err = run(capsys, "predict.py", f"{tmp_path}/best.{suffix} {tmp_path}")
+    assert package in one_line(code, 2, err) and "pip install -r requirements-export.txt" in err
