@@ -182,7 +182,8 @@ class Run:
         self.ranks.wait()  # for the one that writes best.pt
         path, net, rows = self.directory / "best.pt", self.update.net, self.directory.rows
         best = models.load(path, self.machine.device)
-        last, chosen = (self.evaluate(each, self.data.test).acc1 for each in (self.update.evaluated, best))
+        chosen = self.evaluate(best, self.data.test).acc1
+        last = chosen if self.stop.best_epoch == len(rows) else self.evaluate(self.update.evaluated, self.data.test).acc1
         if self.ranks.first:
             models.save(path, best, **best.info | {"test_acc1": chosen})
         stopped, params = len(rows) < self.args.epochs, models.parameters(net)
