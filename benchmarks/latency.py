@@ -29,6 +29,7 @@ from statistics import median, quantiles
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks import table
 from training import errors, exported, exporters, models, runtime
@@ -194,6 +195,7 @@ def draw(path: Path) -> None:
         axis.plot(*zip(*front([(float(row["ms_median"]), float(row["accuracy"])) for row in there])), color="0.6", zorder=0,
                   drawstyle="steps-post")
         axis.set(xscale="log", xlabel="ms for one image, median")
+        axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
         axis.set_title(f"{threads} thread{'s' * (threads != '1')}", fontsize=9, loc="left")
         axis.grid(color="0.9")
     axes[0, 0].set_ylabel("test accuracy (%)")

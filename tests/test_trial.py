@@ -118,7 +118,8 @@ def test_networks_that_cannot_be_compiled_are_one_line(place, capsys, monkeypatc
 def test_compiled_networks_learn_the_same(place, capsys, monkeypatch):
     """As PyTorch traces them; the code generator behind it takes a minute and a C++ compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    found = []
+    found, begun = [], []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
     for how in ("", "--compile"):
         flags = f"{FLAGS.format(place=place)} --epochs 1 {how} --output {place / f'how{how}'}"
         code, out, err = run(capsys, "train_teacher.py", flags)
@@ -127,3 +128,4 @@ def test_compiled_networks_learn_the_same(place, capsys, monkeypatch):
         found.append(dict(zip(header.split(","), row.split(","))))
     for name in ("train_loss", "val_loss", "grad_norm_mean"):
         assert float(found[0][name]) == pytest.approx(float(found[1][name]), rel=1e-3)
+    assert len(begun) == int(found[1]["steps"])

@@ -83,6 +83,7 @@ class Step:
 
     def __call__(self, position: int, lr: float) -> None:
         look = position % EVERY == 0
+        self.machine.begin_step()
         take = self.replay if self.captured else self.function
         if self.machine.compiled and not self.taken:
             self.compile(take, position, lr, look)

@@ -33,6 +33,11 @@ class Machine(NamedTuple):
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def begin_step(self) -> None:
+        """Before a step: what compiled networks returned in the last one may be overwritten, and nothing before the next call."""
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+
     def scaler(self):
         """fp16 gradients need scaling; the other types have fp32's range."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)

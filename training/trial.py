@@ -17,6 +17,7 @@ LONG_S = 600  # of training, from where on the minute that compiling takes is wo
 def step_ms(machine: Machine, teacher, student, images) -> float:
     """A step on `images`, (N, 3, H, W); milliseconds."""
     started = time.perf_counter()
+    machine.begin_step()
     with machine.autocast():
         teacher_logits = teacher(images).float() if teacher else 0.0
         logits = student(images)
