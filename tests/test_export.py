@@ -93,17 +93,35 @@ def test_a_process_with_numpy_and_onnxruntime_alone_predicts_the_same(trained, t
     assert (np.argmax(json.loads(result.stdout), 1) == expected.argmax(1)).all()
 
 
+def untrained(folder, name):
+    models.save(folder / "best.pt", models.build(name, 10), model=name, classes=list("abcdefghij"), image_size=32,
+                mean=(0.5,) * 3, std=(0.25,) * 3, dataset="none", test_acc1=None)
+    return exporters.deployed(folder / "best.pt")
+
+
 @needs_onnx
 def test_int8_is_a_quarter_of_the_weights(tmp_path):
-    """Of a network whose weights outweigh the names and shapes in the file; v2_pico's do not."""
-    net = models.build("resnet8x4", 10)
-    models.save(tmp_path / "best.pt", net, model="resnet8x4", classes=list("abcdefghij"), image_size=32, mean=(0.5,) * 3,
-                std=(0.25,) * 3, dataset="none", test_acc1=None)
-    module, calibration = exporters.deployed(tmp_path / "best.pt"), torch.from_numpy(images(16, 32, 32))
-    for precision in ("fp32", "int8"):
-        exporters.export(module, "onnx", precision, calibration, tmp_path / precision)
-    whole, small = ((tmp_path / precision).stat().st_size for precision in ("fp32", "int8"))
-    assert whole / small > 3.7, f"{whole} and {small} bytes"
+    """And a third of the smallest network's file, most of which is not weights."""
+    for name, times in (("resnet8x4", 3.8), ("v2_pico", 3.0)):
+        module, calibration = untrained(tmp_path, name), torch.from_numpy(images(16, 32, 32))
+        for precision in ("fp32", "int8"):
+            exporters.export(module, "onnx", precision, calibration, tmp_path / precision)
+        whole, small = ((tmp_path / precision).stat().st_size for precision in ("fp32", "int8"))
+        assert whole / small > times, f"{name}: {whole} and {small} bytes"
+
+
+@needs_onnx
+@pytest.mark.parametrize("lost, of_channels", [(0, False), (1, False), (2, True)])
+def test_weights_have_a_scale_for_each_channel_where_one_for_each_tensor_costs(tmp_path, monkeypatch, lost, of_channels):
+    """lost: images in a hundred about which the file with one scale says something else than the network in fp32."""
+    import onnx
+    said = {"whole.onnx": 0, "channels.onnx": 0, "int8": lost}
+    monkeypatch.setattr(exporters, "predictions", lambda path, batches: np.arange(100) < said[path.name])
+    exporters.export(untrained(tmp_path, "resnet8"), "onnx", "int8", torch.from_numpy(images(16, 32, 32)), tmp_path / "int8")
+    graph = onnx.load(tmp_path / "int8").graph
+    sizes = {part.name: np.prod(part.dims) for part in graph.initializer}
+    scales = [sizes[node.input[4]] for node in graph.node if node.op_type == "QLinearConv"]
+    assert scales and all((size > 1) == of_channels for size in scales)
 
 
 def test_a_second_export_replaces_its_line_and_keeps_the_others(trained, tmp_path, capsys):
