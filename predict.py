@@ -40,8 +40,9 @@ def contact_sheet(shown: list) -> bytes:
     """A PNG of (path, image, likeliest class with its probability) triples."""
     from matplotlib.figure import Figure
     rows = -(-len(shown) // COLUMNS)
-    figure = Figure(figsize=(COLUMNS * INCHES, rows * INCHES * 1.25), layout="constrained")
-    axes = figure.subplots(rows, COLUMNS, squeeze=False)
+    columns = min(COLUMNS, len(shown))
+    figure = Figure(figsize=(columns * INCHES, rows * INCHES * 1.25), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, (path, image, title) in zip(axes.flat, shown):

@@ -2,6 +2,7 @@
 import ast
 import copy
 import math
+import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from augment import BatchAugmenter
-from benchmarks import bounds, our_loop
+from benchmarks import bounds, our_loop, startup
 from benchmarks import step as benchmark
 from benchmarks.augmentation_rivals import MEAN, STD
 from benchmarks.loss import published_dkd
@@ -159,3 +160,10 @@ def test_rates_are_of_this_machine(monkeypatch):
     rates = bounds.rates(torch.device("cpu"), torch.float32)
     assert rates.flops > 1e7 and rates.nbytes > 1e7 and 1e-8 < rates.launch < 1e-2
     assert rates.bounds_ms(bounds.Work(int(rates.flops), 0, 0))[0] == pytest.approx(1000, rel=1e-3)
+
+
+def test_the_parts_of_a_start_are_in_order():
+    started = time.perf_counter()
+    interpreter, imports, drawn, setup, first_step = startup.parts("cpu")
+    assert min(interpreter, imports, drawn, setup, first_step) > 0 and imports > interpreter
+    assert interpreter + imports + drawn + setup + first_step < time.perf_counter() - started
