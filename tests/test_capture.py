@@ -194,6 +194,16 @@ def test_a_recorded_teacher_says_the_same(graphs):
     assert (graphs.made, graphs.replays) == (1, 6 - capture.WARM_UP)
 
 
+def test_a_teacher_that_cannot_be_recorded_is_called(graphs, monkeypatch, capsys):
+    def fail(function, pool, stream):
+        raise RuntimeError("operation not permitted\nand more")
+
+    monkeypatch.setattr(capture, "record", fail)
+    recorded = capture.Replayed(torch.nn.Identity())
+    assert [recorded(number) for number in map(torch.tensor, range(6))] == list(range(6))
+    assert capsys.readouterr().out == "no CUDA graph of the teacher: operation not permitted\n"
+
+
 def test_a_recording_that_fails_leaves_an_eager_run(capsys, place, teacher, graphs, monkeypatch):
     def fail(function, pool, stream):
         Graphs.record(graphs, function, pool, stream)

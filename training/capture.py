@@ -5,6 +5,7 @@ A replay runs no Python.  So a step that is recorded is a function of tensors th
 and the learning rate are written into two of them before each step, and all that a step leaves behind is on the device.  What
 it reads from Python, the method's numbers and whether it is looked at, is part of the key by which a recording is kept.
 """
+import math
 import time
 from collections import Counter
 
@@ -44,6 +45,10 @@ def record(function, pool, stream):
     return graph.replay
 
 
+def first_line(failure) -> str:
+    return str(failure).strip().partition("\n")[0]
+
+
 class Replayed:
     """A frozen `net` on batches of one shape, recorded after a warm-up; each call writes over what the last one returned."""
 
@@ -60,7 +65,12 @@ class Replayed:
             def forward():
                 self.logits = self.net(self.images)
 
-            self.replay = record(forward, torch.cuda.graph_pool_handle(), self.stream)
+            try:
+                self.replay = record(forward, torch.cuda.graph_pool_handle(), self.stream)
+            except RuntimeError as failure:
+                print(f"no CUDA graph of the teacher: {first_line(failure)}")
+                self.calls = -math.inf  # a warm-up without end
+                return self.net(images)
         self.images.copy_(images)
         self.replay()
         return self.logits
@@ -100,8 +110,7 @@ class Step:
         except Exception as failure:
             if not type(failure).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
-            reason = str(failure).strip().partition("\n")[0]
-            raise Failure(USAGE, f"the networks cannot be compiled ({type(failure).__name__}: {reason})",
+            raise Failure(USAGE, f"the networks cannot be compiled ({type(failure).__name__}: {first_line(failure)})",
                           "leave out --compile") from failure
         print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
 
@@ -127,6 +136,6 @@ class Step:
         try:
             self.recorded[key] = record(lambda: self.function(self.position, self.lr, key[0]), self.pool, self.stream)
         except RuntimeError as failure:
-            print(f"no CUDA graph of the step: {str(failure).strip().partition(chr(10))[0]}")
+            print(f"no CUDA graph of the step: {first_line(failure)}")
             self.abandon()
             self.recorded, self.captured = {}, False

@@ -69,12 +69,10 @@ class Run:
             return teacher, models.build(name, len(self.data.classes), size).to(machine.device)
 
         size = self.args.image_size or self.data.image_size
-        if self.saved:
-            found = self.saved["config"]
-            self.machine = self.machine._replace(precision=found["amp"], compiled=found.get("compile", False))
-        else:
-            steps = self.args.epochs * (len(self.data.train.labels) // self.batch_size)
-            self.machine = trial.settle(self.machine, networks, len(self.parts[0]), size, steps)
+        steps = self.args.epochs * (len(self.data.train.labels) // self.batch_size)
+        found = self.saved["config"] if self.saved else self.ranks.decide(
+            lambda: trial.settle(self.machine, networks, len(self.parts[0]), size, steps).describe())
+        self.machine = self.machine._replace(precision=found["amp"], compiled=found.get("compile", False))
         self.config |= self.machine.describe()
         self.captured = captures(self.args, self.machine, is_fused(self.data.train.images))
         return self.machine
