@@ -7,14 +7,14 @@
 The file takes images and gives probabilities and logits.  Beside it lie its description, FILE.json, and its line of export.csv,
 which compares it with the checkpoint.  An export that fails or is refused leaves nothing.
 """
+from deploy.options import parse_export
 from training import errors
-from training.deploy_options import parse_export
 
 
 def main(args):
     from pathlib import Path
 
-    from training import exported, exporters, runtime
+    from deploy import exported, exporters, runtime
     from training.files import digest
 
     runtime.require(*exporters.needs(args.format, args.precision))

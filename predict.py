@@ -10,8 +10,8 @@ import csv
 import io
 import sys
 
+from deploy.options import parse_predict
 from training import errors
-from training.deploy_options import parse_predict
 
 BATCH, SHEET, COLUMNS, INCHES = 64, 96, 8, 1.7
 
@@ -54,7 +54,8 @@ def contact_sheet(shown: list) -> bytes:
 
 
 def main(args):
-    from training import pictures, runtime
+    from deploy import runtime
+    from training import pictures
     from training.files import write_atomic
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="surrogateescape")  # names of files may be any bytes

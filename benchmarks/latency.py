@@ -6,7 +6,7 @@
 
 A RUN is the directory of a run, with its best.pt and config.json.  All contenders take uint8 images from the host's memory and
 give probabilities and logits there.  PyTorch's networks have their BatchNorms folded and are channels_last; on a GPU they are
-on it, and ONNX Runtime is left out.  Its files are exported here, by training.exporters, and compared with the checkpoint
+on it, and ONNX Runtime is left out.  Its files are exported here, by deploy.exporters, and compared with the checkpoint
 on the run's test set; PyTorch's accuracy is the one in the checkpoint.  Where onnxruntime is not installed, its rows are missing.
 
 Contenders take turns: in each repeat every one of them, with one thread and with all, has a block of calls with one image, each
@@ -32,7 +32,8 @@ import torch
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks import table
-from training import errors, exported, exporters, models, runtime
+from deploy import exported, exporters, runtime
+from training import errors, models
 from training.files import digest, write_json
 
 BATCHES = (8, 32, 128)

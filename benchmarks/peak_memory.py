@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training import runtime
+from deploy import runtime
 
 
 def peak_mb() -> float:

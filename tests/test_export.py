@@ -11,7 +11,8 @@ import torch
 from exporting import CLASSES, needs_executorch, needs_onnx, needs_torchao, one_line, trained_run
 from test_scripts import make_images, run
 
-from training import exported, exporters, files, models, runtime
+from deploy import exported, exporters, runtime
+from training import files, models
 from training.errors import DIVERGED, Failure
 
 SUFFIX = {"onnx": "onnx", "pt2": "pt2", "executorch": "pte"}

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from deploy.runtime import card_path
 from training import data as datasets
 from training import options
 from training.errors import CHECKPOINT, DIVERGED, USAGE, Failure
 from training.files import as_csv, make_directory, write_atomic, write_json
-from training.runtime import card_path
 
 CALIBRATION_IMAGES = 512
 TOLERANCE = 1e-4  # on logits in fp32, relative where the largest is above 1; other predictions are then ties within twice that

@@ -2,7 +2,7 @@
 
 The file holds all that lies between an image and its classes: scaling, normalisation, resizing, the network, softmax.  int8
 is post-training quantisation by the tool that is maintained for each format.  To add a format: one function that makes the
-file, a line in `EXPORTERS`, and one in `RUNTIMES` of training/runtime.py.
+file, a line in `EXPORTERS`, and one in `RUNTIMES` of deploy/runtime.py.
 """
 import io
 from pathlib import Path
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deploy.runtime import onnx_session, quiet, require
 from training import models
 from training.errors import USAGE, Failure
-from training.runtime import onnx_session, quiet, require
 
 # ExecuTorch plans its memory ahead, for a largest batch.  It must be below 16: from there on torch takes convolutions apart in
 # another way, and a program is for one side of that limit.

@@ -1,6 +1,6 @@
 """A trained network in use, in the runtime of its file: a run's best.pt, or what export.py made of one.
 
-    from training import runtime
+    from deploy import runtime
     model = runtime.load("runs/v2-s42/export/best-int8.onnx")
     probabilities, logits = model(images)       # uint8 (N, H, W, 3) -> two arrays, float32 (N, C)
 

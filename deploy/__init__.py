@@ -1,0 +1,1 @@
+"""A trained network outside of this project: files for other runtimes, checked, described, and in use."""
