@@ -7,7 +7,7 @@ import torch
 from test_scripts import make_images, run
 from torch import nn
 
-from training import trial
+from training import models, trial
 from training.machine import Machine, prepare_machine
 
 CPU = Machine(torch.device("cpu"), "auto", compiled="auto")
@@ -57,6 +57,29 @@ def test_networks_are_compiled_where_the_run_is_long_enough(monkeypatch, capsys,
     machine, asked = settle(monkeypatch, CPU._replace(precision=precision), steps, off=20.0, bf16=22.0, compiled=compiled_ms)
     assert machine == CPU._replace(precision="off", compiled=compiled) and said in capsys.readouterr().out
     assert any(each[1] for each in asked) == (steps >= 30_000)
+
+
+def test_networks_that_cannot_be_compiled_are_left_as_they_are(monkeypatch, capsys):
+    def refuse(net, mode):
+        raise torch._dynamo.exc.BackendCompilerFailed(None, RuntimeError("no C++ compiler\nand more"), None)
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    machine, _ = settle(monkeypatch, CPU._replace(precision="off"), 30_000, off=20.0)
+    assert machine == CPU._replace(precision="off", compiled=False)
+    assert "--compile auto: no, because they cannot be compiled (BackendCompilerFailed: " in capsys.readouterr().out
+
+
+def test_compiled_networks_are_tried(monkeypatch):
+    """As PyTorch traces them: a folded teacher and a student of ours."""
+    def networks(machine):
+        teacher, student = (models.build("resnet8", 10) for _ in range(2))
+        return models.fold(teacher.eval().requires_grad_(False), 32), student
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(trial, "STEPS", 2)
+    machines = {name: CPU._replace(precision="off", compiled=name == "compiled") for name in ("eager", "compiled")}
+    ms = trial.compare(machines, networks, 4, 32)
+    assert set(ms) == set(machines) and min(ms.values()) > 0
 
 
 def test_a_trial_step_trains_nothing(monkeypatch):

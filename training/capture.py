@@ -12,7 +12,7 @@ from collections import Counter
 import torch
 
 from training.errors import USAGE, Failure
-from training.machine import Machine
+from training.machine import Machine, cannot_compile
 from training.step import EVERY
 
 WARM_UP = 3  # steps before any is recorded, in which libraries choose their kernels and make their workspaces
@@ -108,10 +108,10 @@ class Step:
         try:
             take(position, lr, look)
         except Exception as failure:
-            if not type(failure).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = cannot_compile(failure)
+            if reason is None:
                 raise
-            raise Failure(USAGE, f"the networks cannot be compiled ({type(failure).__name__}: {first_line(failure)})",
-                          "leave out --compile") from failure
+            raise Failure(USAGE, f"the networks cannot be compiled ({reason})", "leave out --compile") from failure
         print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
 
     def replay(self, position: int, lr: float, look: bool) -> None:

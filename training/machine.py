@@ -100,6 +100,13 @@ def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str
     return Machine(device, amp, "triton" if fused else "reference", ranks, compiled)
 
 
+def cannot_compile(failure: Exception) -> str | None:
+    """Why torch.compile failed, in a line; None for a failure that is not its own."""
+    if not type(failure).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return None
+    return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next one, rather than give it to the kernel, which would hand out pages anew and
     fill them with zeros: a fifth of a step of v2_tiny.  Any other C library does as it always does."""

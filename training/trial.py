@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from training.machine import Machine
+from training.machine import Machine, cannot_compile
 
 STEPS = 10
 LONG_S = 600  # of training, from where on the minute that compiling takes is worth a try
@@ -19,7 +19,7 @@ def step_ms(machine: Machine, teacher, student, images) -> float:
     started = time.perf_counter()
     machine.begin_step()
     with machine.autocast():
-        teacher_logits = teacher(images).float() if teacher else 0.0
+        teacher_logits = teacher(images).float() if teacher is not None else 0.0
         logits = student(images)
     (logits.float() - teacher_logits).square().mean().backward()
     student.zero_grad(set_to_none=True)
@@ -36,7 +36,8 @@ def compare(machines: dict[str, Machine], networks, batch_size: int, image_size:
         for name, machine in machines.items():
             teacher, student = networks(machine)
             images = noise.to(machine.device, machine.dtype, memory_format=torch.channels_last)
-            runners[name] = (machine, teacher and machine.compile(teacher), machine.compile(student.train()), images)
+            compiled = (machine.compile(net) if net is not None else None for net in (teacher, student.train()))
+            runners[name] = (machine, *compiled, images)
         taken = {name: [] for name in runners}
         for _ in range(STEPS + 1):
             for name, runner in runners.items():
@@ -60,7 +61,15 @@ def settle(machine: Machine, networks, batch_size: int, image_size: int, steps: 
         if each * steps < 1000 * LONG_S:
             print(f"--compile auto: no, because the run takes about {each * steps / 60000:.1f} minutes")
             return eager(now)
-        ms = compare({"eager": eager(now), "compiled": machine._replace(compiled=True)}, networks, batch_size, image_size)
+        print("--compile auto: compiling the networks, which takes a minute or more", flush=True)
+        try:
+            ms = compare({"eager": eager(now), "compiled": machine._replace(compiled=True)}, networks, batch_size, image_size)
+        except Exception as failure:
+            reason = cannot_compile(failure)
+            if reason is None:
+                raise
+            print(f"--compile auto: no, because they cannot be compiled ({reason})")
+            return eager(now)
         machine = machine._replace(compiled=ms["compiled"] < ms["eager"])
         print(f"--compile auto: {'yes' if machine.compiled else 'no'}; the networks took {ms['compiled']:.1f} ms a step "
               f"compiled, {ms['eager']:.1f} as they are")
