@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -528,3 +529,17 @@ def test_torchrun_itself_stops_within_ten_seconds_and_the_run_goes_on(place):
     assert len(torture.log_of(run)) < 3, "it was to be stopped before its end"
     result = place.run(f"{line} --output {run} --resume auto")  # the lock is free: all its processes have ended
     assert result.code == 0 and torture.difference(run, whole) == "", result.err
+
+
+def test_a_reader_that_goes_is_one_line():
+    """As `head` does."""
+    code = """if 1:
+        from types import SimpleNamespace
+        from training import errors
+        errors.run(lambda args: [print("line") for _ in range(10**6)], SimpleNamespace(debug=False))"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "line\n"
+    process.stdout.close()
+    assert process.stderr.read() == "error: nobody reads what is printed (broken pipe). send it to a file\n"
+    assert process.wait() == 141

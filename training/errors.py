@@ -46,6 +46,8 @@ def expected(failure: BaseException, batch_size: int | None = None) -> tuple[int
         return STOPPED + failure.number, f"stopped ({failure}). the same command with --resume auto continues"
     if isinstance(failure, Failure):
         return failure.code, str(failure)
+    if isinstance(failure, BrokenPipeError):
+        return STOPPED + signal.SIGPIPE, "nobody reads what is printed (broken pipe). send it to a file"
     if isinstance(failure, Unwritable) or isinstance(failure, OSError) and failure.errno in DISK_ERRORS:
         room, remedy = "", "free space, or choose another --output"
         if getattr(failure, "needed", 0):
@@ -91,6 +93,8 @@ def ended_by_the_rules(main, args) -> None:
             outcome, first = expected(stopped[0] if stopped else failure, vars(args).get("batch_size")), first_to_fail()
             if first and (outcome is None or args.debug):
                 raise
+            if isinstance(failure, BrokenPipeError):  # else Python would fail once more, when it empties stdout at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code, line = outcome or (BUG, "")
             if first:
                 print(f"error: {' '.join(line.split())}", file=sys.stderr)
