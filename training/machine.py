@@ -109,7 +109,7 @@ def cannot_compile(failure: Exception) -> str | None:
 
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next one, rather than give it to the kernel, which would hand out pages anew and
-    fill them with zeros: a fifth of a step of v2_tiny.  Any other C library does as it always does."""
+    fill them with zeros.  Any other C library does as it always does."""
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
