@@ -32,7 +32,9 @@ torture: $(INSTALLED)
 DEMO := runs/demo
 RECIPE := --dataset synthetic --epochs 8 --batch-size 64 --opt sgd --lr 0.2 --weight-decay 5e-4 --warmup-epochs 2 \
           --label-smoothing 0 --clip-grad 0 --patience 0 --mix-prob 0.5 --resume auto
-RUN = @set -o pipefail; OMP_NUM_THREADS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PYTHON) $(1) $(RECIPE) --output $(@D) 2>&1 | sed -u 's/^/[$(notdir $(@D))] /'
+# Memory in huge pages, where glibc knows of them, costs fewer faults.
+ENVIRONMENT := OMP_NUM_THREADS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+RUN = @set -o pipefail; $(ENVIRONMENT) $(PYTHON) $(1) $(RECIPE) --output $(@D) 2>&1 | sed -u 's/^/[$(notdir $(@D))] /'
 STUDENTS := $(addprefix $(DEMO)/,v1 v2 v3 v3.1 v4)
 
 demo: $(INSTALLED)

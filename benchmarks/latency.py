@@ -33,7 +33,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks import table
 from deploy import exported, exporters, runtime
-from training import errors, models
+from training import errors, models, options
 from training.files import digest, write_json
 
 BATCHES = (8, 32, 128)
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, of a teacher or a student")
     parser.add_argument("--quick", action="store_true", help="no torch.compile, no memory, few repeats; nothing is written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of expected errors too")
+    options.debug_flag(parser.add_argument)
     errors.run(measure, parser.parse_args())
 
 

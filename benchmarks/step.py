@@ -13,16 +13,16 @@ everywhere, is one more line in it and a contender of its own.
 Every main process has all cores, as PyTorch does by itself.  The plain loop has `workers` processes besides: two, on a GPU 16.
 
 Contenders take turns, block by block, and the ratio to the plain loop is taken within each repeat, so it holds where the
-machine's speed drifts.  Before each block come steps that are not timed, as many as the loader holds batches: it fills its
-queue while others run.  Where a block has fewer steps, a step is so long that the queue is always full.  A block of ours is an
-epoch, with its draws and with what is read at its end, which a run pays once in hundreds of steps; the loader's epoch never
-ends.  The shares are those of one more block, with a clock read after each phase; inside of a graph there is none to read.
+machine's speed drifts.  Before each block come steps that are not timed, as many as the loader holds batches, one without a
+loader: it fills its queue while others run.  Where a block has fewer steps, a step is so long that the queue is always full.  A
+block of ours is an epoch, with its draws and with what is read at its end, which a run pays once in hundreds of steps; the
+loader's epoch never ends.  The shares are those of one more block, with a clock read after each phase; inside of a graph there
+is none to read.
 
 What a step could take at most: `work` counts the arithmetic, the traffic and the launches of our step in eager mode, and
 benchmarks/bounds.py measures what the device does of each in a second.  The largest of the three times is a bound for eager mode
 only as far as operations are not joined: compiled networks have less traffic and fewer launches.
 """
-import argparse
 import os
 import time
 from collections import Counter
@@ -180,13 +180,16 @@ def benchmark(case, machine, images, labels, batch_size: int, repeats: int, comp
         if its_machine.precision not in rates:
             rates[its_machine.precision] = bounds.rates(device, its_machine.dtype)
 
+    def fill_queue(contender) -> None:
+        contender.run(min(steps, PREFETCH * contender.workers) or 1)
+
     times = {name: [] for name in running}
     for _ in range(repeats):
         for name, contender in running.items():
-            contender.run(min(steps, PREFETCH * contender.workers) or 1)
+            fill_queue(contender)
             times[name].append(step_ms(contender, steps))
     for name, contender in running.items():
-        contender.run(min(steps, PREFETCH * contender.workers) or 1)
+        fill_queue(contender)
         before, unwatched = allocated(), contender.lap
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
@@ -239,10 +242,7 @@ def draw(rows_of: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="the smallest pair, few repeats, nothing compiled or written")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    args = parser.parse_args()
+    args = table.flags(__doc__, quick="the smallest pair, few repeats, nothing compiled")
     machine, found = prepare_machine(args.device, None, seed=0), []
     on_gpu = machine.device.type == "cuda"
     images, labels = generate(BLOCK_STEPS * BATCH, 0)

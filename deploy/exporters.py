@@ -14,7 +14,7 @@ from torch import nn
 
 from deploy.runtime import onnx_session, quiet, require
 from training import models
-from training.errors import USAGE, Failure
+from training.errors import USAGE, Failure, first_line
 
 # ExecuTorch plans its memory ahead, for a largest batch.  It must be below 16: from there on torch takes convolutions apart in
 # another way, and a program is for one side of that limit.
@@ -63,8 +63,7 @@ def export(module: Deployed, format: str, precision: str, calibration, path: Pat
     except OSError:
         raise
     except Exception as failure:  # each exporter raises its own types for what it cannot do
-        reason = f"{failure}".strip().partition("\n")[0]
-        raise Failure(USAGE, f"{module.info['model']} cannot be exported as {format} in {precision} ({reason})",
+        raise Failure(USAGE, f"{module.info['model']} cannot be exported as {format} in {precision} ({first_line(failure)})",
                       "choose another --format or --precision") from failure
 
 

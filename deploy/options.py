@@ -1,12 +1,8 @@
 """The flags of export.py and predict.py.  Imports no torch."""
 from training.flag_types import count, nonempty, nonnegative
-from training.options import DEFAULT, new_parser
+from training.options import DEFAULT, debug_flag, new_parser
 
 FORMATS, PRECISIONS = ("onnx", "pt2", "executorch"), ("fp32", "fp16", "int8")
-
-
-def debug_flag(add) -> None:
-    add("--debug", action="store_true", help="show the traceback of expected errors too")
 
 
 def parse_export(description, usage_lines, argv=None):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.errors import CHECKPOINT, USAGE, Failure
+from training.errors import CHECKPOINT, USAGE, Failure, first_line
 from training.files import digest
 
 BATCH = 256
@@ -107,8 +107,7 @@ def start(path: Path, card: dict, threads: int | None = None) -> Model:
         with quiet():
             return Model(card, runner(path, card, threads))
     except Exception as failure:  # each runtime raises its own types
-        reason = f"{failure}".partition("\n")[0]
-        raise Failure(CHECKPOINT, f"cannot be opened by its runtime ({path}: {reason})",
+        raise Failure(CHECKPOINT, f"cannot be opened by its runtime ({path}: {first_line(failure)})",
                       "export it again with the versions that are installed here") from failure
 
 

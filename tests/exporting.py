@@ -25,7 +25,9 @@ needs_executorch = pytest.mark.skipif(not have("executorch.runtime"), reason=NEE
 
 
 def trained_run(place: Path, capsys) -> Path:
-    """A run of resnet8 on coloured stripes of 16x16 pixels in `place`, which becomes the images' own folder, too."""
+    """A run of resnet8 on coloured stripes of 16x16 pixels in `place`, which becomes the images' own folder, too; made once."""
+    if (place / "run" / "summary.json").exists():
+        return place / "run"
     make_images(place / "images" / "train", CLASSES, 30, seed=0)
     make_images(place / "images" / "test", CLASSES, 10, seed=1)
     code, _, errors = run(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --data-dir {place}/images --output {place}/run")

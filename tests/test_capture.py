@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cuda_path import tensors
 from test_scripts import make_images, run
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -27,10 +28,6 @@ EVERY = 2
 CLOCK = 5  # columns at the end of log.csv
 FLAGS = ("--dataset imagefolder --data-dir {place}/images --epochs 3 --warmup-epochs 1 --batch-size 8 --val-size 12 "
          "--device cpu --kernels triton --seed 3")
-
-
-def tensors(tree) -> list:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def memory(tensor):

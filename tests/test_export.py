@@ -25,7 +25,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def trained(place, capsys):
-    return place / "run" if (place / "run" / "summary.json").exists() else trained_run(place, capsys)
+    return trained_run(place, capsys)
 
 
 def export(capsys, trained, flags, output):

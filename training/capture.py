@@ -11,7 +11,7 @@ from collections import Counter
 
 import torch
 
-from training.errors import USAGE, Failure
+from training.errors import USAGE, Failure, first_line
 from training.machine import Machine, cannot_compile
 from training.step import EVERY
 
@@ -43,10 +43,6 @@ def record(function, pool, stream):
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         function()
     return graph.replay
-
-
-def first_line(failure) -> str:
-    return str(failure).strip().partition("\n")[0]
 
 
 class Replayed:
@@ -85,7 +81,7 @@ class Step:
 
     def __init__(self, function, numbers: dict, machine: Machine, captured: bool, abandon):
         self.function, self.numbers, self.machine, self.captured, self.abandon = function, numbers, machine, captured, abandon
-        self.taken, self.recorded = Counter(), {}
+        self.begun, self.warm, self.recorded = False, Counter(), {}
         if captured:
             self.position = torch.zeros((), dtype=torch.int64, device=machine.device)
             self.lr = torch.zeros((), device=machine.device)
@@ -95,11 +91,11 @@ class Step:
         look = position % EVERY == 0
         self.machine.begin_step()
         take = self.replay if self.captured else self.function
-        if self.machine.compiled and not self.taken:
+        if self.machine.compiled and not self.begun:
             self.compile(take, position, lr, look)
         else:
             take(position, lr, look)
-        self.taken[look, *self.numbers.values()] += 1
+        self.begun = True
 
     def compile(self, take, position, lr, look) -> None:
         """The first step, in which torch.compile works."""
@@ -119,7 +115,7 @@ class Step:
         self.position.fill_(position)
         self.lr.fill_(lr)
         key = (look, *self.numbers.values())
-        if key not in self.recorded and self.taken[key] and self.taken.total() >= WARM_UP:
+        if key not in self.recorded and self.warm[key] and self.warm.total() >= WARM_UP:
             self.record(key)
         main = torch.cuda.current_stream()
         self.stream.wait_stream(main)
@@ -128,6 +124,7 @@ class Step:
                 self.recorded[key]()
             else:
                 self.function(self.position, self.lr, look)
+                self.warm[key] += 1
         main.wait_stream(self.stream)
 
     def record(self, key: tuple) -> None:

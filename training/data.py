@@ -45,8 +45,7 @@ class Dataset:
     @property
     def nbytes(self) -> int:
         """Of all images and labels, each counted once."""
-        splits = {id(split): split for split in (self.train, self.val, self.test)}
-        return sum(tensor.nbytes for split in splits.values() for tensor in split)
+        return nbytes([self.train, self.val, self.test])
 
     def __str__(self) -> str:
         sizes = [len(split.labels) for split in (self.train, self.val, self.test)]
@@ -127,9 +126,14 @@ def mean_and_std(images: torch.Tensor) -> tuple[tuple, tuple]:
     return tuple(round(value, 4) for value in mean.tolist()), tuple(round(value, 4) for value in std.tolist())
 
 
+def nbytes(splits: list[Split]) -> int:
+    """Of their tensors, each split counted once."""
+    return sum(tensor.nbytes for split in {id(split): split for split in splits}.values() for tensor in split)
+
+
 def upload(splits: list[Split], device: torch.device) -> list[Split]:
     if device.type == "cuda":
-        needed = sum(tensor.nbytes for split in splits for tensor in split)
+        needed = nbytes(splits)
         free, _ = torch.cuda.mem_get_info(device)
         if needed > free:
             raise Failure(OUT_OF_MEMORY, f"too many images for the GPU ({needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free)",

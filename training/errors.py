@@ -40,6 +40,11 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+def first_line(failure: BaseException) -> str:
+    """What others' code says of its failure, without the lines that come after."""
+    return str(failure).strip().partition("\n")[0]
+
+
 def expected(failure: BaseException, batch_size: int | None = None) -> tuple[int, str] | None:
     """The exit code and the line of an error that is not a bug; None for one that is."""
     if isinstance(failure, Stopped):

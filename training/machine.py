@@ -8,7 +8,7 @@ import torch
 
 import kernels
 from training.distributed import Ranks
-from training.errors import USAGE, Failure
+from training.errors import USAGE, Failure, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32, "auto": torch.float32}
@@ -104,7 +104,7 @@ def cannot_compile(failure: Exception) -> str | None:
     """Why torch.compile failed, in a line; None for a failure that is not its own."""
     if not type(failure).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return None
-    return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+    return f"{type(failure).__name__}: {first_line(failure)}"
 
 
 def keep_freed_memory() -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from training.errors import first_line
 from training.machine import Machine
 from training.recompute import blocks
 
@@ -184,7 +185,7 @@ def report(args, update, machine: Machine, **rest) -> None:
     try:
         estimate = Estimate.of(update, machine, **rest)
     except Exception as failure:  # of a layer that needs numbers; no run depends on an estimate
-        print(f"memory: not estimated ({str(failure).partition(chr(10))[0]})")
+        print(f"memory: not estimated ({first_line(failure)})")
         return
     there = available(machine.device)
     print(f"memory: {estimate}, of {there / GIB:.1f} GiB")

@@ -34,7 +34,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.utils.flop_counter import FlopCounterMode
 
 from training import checkpoint
-from training.errors import CHECKPOINT, DATA, USAGE, Failure
+from training.errors import CHECKPOINT, DATA, USAGE, Failure, first_line
 from training.networks import NETWORKS
 
 PREFIX = "torchvision/"
@@ -118,8 +118,7 @@ def build(name: str, num_classes: int, image_size: int = 32) -> nn.Module:
         net.register_forward_pre_hook(partial(_resize, image_size))
         _on_meta(net, image_size)
     except (RuntimeError, ValueError, AssertionError) as failure:  # what layers raise for sizes they cannot take
-        reason = str(failure).partition("\n")[0]
-        raise Failure(USAGE, f"{name} cannot work on images of {image_size}x{image_size} ({reason})",
+        raise Failure(USAGE, f"{name} cannot work on images of {image_size}x{image_size} ({first_line(failure)})",
                       f"use --image-size {_natural_size(name)}") from failure
     return net.to(memory_format=torch.channels_last)
 

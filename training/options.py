@@ -78,6 +78,10 @@ def kernels_flag(add) -> None:
         help="augmentation and loss in Triton's fused kernels or in plain PyTorch; auto is Triton on CUDA; " + DEFAULT)
 
 
+def debug_flag(add) -> None:
+    add("--debug", action="store_true", help="show the traceback of expected errors too")
+
+
 def machine_flags(parser, output) -> None:
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
@@ -95,7 +99,7 @@ def machine_flags(parser, output) -> None:
         help="continue the run in --output, or start it where there is none yet; PATH: a run directory or its last.pt")
     add("--overwrite", action="store_true", help="replace what a run left in --output")
     add("--dry-run", action="store_true", help="print the configuration and the objective, then stop")
-    add("--debug", action="store_true", help="show the traceback of expected errors too")
+    debug_flag(add)
 
 
 def new_parser(description, usage_lines) -> Parser:
@@ -163,7 +167,7 @@ def parse_show(description, usage_lines, argv=None):
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
     kernels_flag(add)
     add("--output", type=nonempty, default="batch.png", metavar="FILE", help=DEFAULT)
-    add("--debug", action="store_true", help="show the traceback of expected errors too")
+    debug_flag(add)
     return parser.parse_args(argv)
 
 
