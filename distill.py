@@ -7,8 +7,7 @@
     torchrun --nproc-per-node 2 distill.py --batch-size 64     on two GPUs, 64 images each
 
 Teacher and student see the same augmented images; the criterion reads both logits and both labels of each mixed image.
-To add a method: a file in losses/ and a record in losses/methods.py.  Leaves log.csv, summary.json, best.pt and last.pt in
---output; plots/make_figures.py draws them.
+A new method is a file in losses/ and a record in losses/methods.py.  Leaves log.csv, summary.json, best.pt and last.pt.
 """
 from pathlib import Path
 
@@ -29,13 +28,11 @@ def main(args):
     machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
     config = vars(args) | {"script": "distill"} | machine.describe()
     announce(config, method.objective(args))
-    taught = Path(args.teacher_checkpoint).exists()
     if args.dry_run:
-        print(*advise(args, machine) if taught else [f"no teacher yet ({args.teacher_checkpoint}): with one, here is advice"],
-              sep="\n")
+        print(*advise(args, machine), sep="\n")
         return
 
-    if not taught:
+    if not Path(args.teacher_checkpoint).exists():
         raise errors.Failure(errors.CHECKPOINT, f"no teacher ({args.teacher_checkpoint})",
                              "train one first: python train_teacher.py, or name one with --teacher-checkpoint")
     config["teacher_sha256"] = digest(args.teacher_checkpoint)
@@ -56,12 +53,17 @@ def main(args):
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
 
+        @run.ahead(augmenter)  # on a GPU while the student learns from the batch before
+        def taught(position, rows):
+            batch = augmenter(position, rows)
+            with machine.autocast():
+                return batch, teach(batch.images)  # which is frozen: nothing is kept for a backward pass
+
         @run.step(numbers)
         def step(position, lr, look):
             for rows in run.parts:
-                batch = augmenter(position, rows)
+                batch, teacher_logits = taught(position, rows)
                 with machine.autocast():
-                    teacher_logits = teach(batch.images)  # which is frozen: nothing is kept for a backward pass
                     logits = model(batch.images)
                 loss, terms = criterion(logits, teacher_logits, batch.targets, **numbers)
                 update.backward(loss)

@@ -4,8 +4,8 @@
     python -m benchmarks.memory --quick       the smallest pair
 
 Distillation as in experiment v2: FP16, AdamW, no moving average, all of CIFAR-100 on the GPU at 32x32; the networks enlarge the
-images themselves.  A batch fits where a step is estimated to take at most 90 % of the memory: the rest is for what is not
-counted.
+images themselves.  Without --grad-checkpoint steps are a CUDA graph.  A batch fits where a step is estimated to take at most
+90 % of the memory: the rest is for what is not counted.
 """
 import argparse
 import math
@@ -74,7 +74,7 @@ class Study:
     def total(self, checkpoint: bool, rows: int) -> int:
         """Bytes that a step of `rows` images takes."""
         return memory.Estimate.of(self.updates[checkpoint], MACHINE, rows=rows, image_size=SIZE, teacher=self.teacher,
-                                  images=IMAGES * (3 * SIZE * SIZE + 8)).total
+                                  graph=not checkpoint, images=IMAGES * (3 * SIZE * SIZE + 8)).total
 
     def largest(self, checkpoint: bool, gib: float) -> int:
         """The largest multiple of STEP that fits.

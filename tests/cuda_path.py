@@ -285,7 +285,7 @@ class CudaPath(ExitStack):
         kernels.choose("auto")
 
     def _replace_driver(self) -> None:
-        event = SimpleNamespace(record=lambda: None, query=lambda: True)
+        event = SimpleNamespace(record=lambda: None, query=lambda: True, elapsed_time=lambda end: 1.0)
         stream = SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None)
         answers = {"is_available": True, "device_count": 1, "current_device": 0, "is_initialized": True,
                    "is_bf16_supported": True,

@@ -2,11 +2,12 @@
 
 As in a graph, recording has no effect and a replay runs no Python: the operations run again on the very tensors of the recording,
 and what they make is written over what they made then.  So a step that keeps anything on the host, or reads anything from it,
-comes to other numbers.  tests/test_cuda_path.py has the other half, on fake CUDA tensors.
+comes to other numbers.  What is done on a second stream is replayed as late as it may be, and nothing that it touches may be
+written on the first meanwhile.  tests/test_cuda_path.py has the other half, on fake CUDA tensors.
 """
 import itertools
 import random
-from contextlib import nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import kernels.augment
 import losses
-from training import capture, checkpoint, diagnostics, models, options
+from training import ahead, capture, checkpoint, diagnostics, models, options
 from training import run as running
 from training import step as stepping
 from training.distributed import Ranks
@@ -35,21 +36,27 @@ def memory(tensor):
 
 
 class Recording(TorchDispatchMode):
-    """The operations of one call, in `calls`; what they overwrite that was there before is put back at the end."""
+    """The operations of one call, in `calls`; what they overwrite that was there before is put back at the end.
 
-    def __init__(self):
+    graphs: whose streams they are on.  late: those on another stream than the first, until the first waits for it.
+    """
+
+    def __init__(self, graphs):
         super().__init__()
-        self.calls, self.made, self.before = [], set(), {}
+        self.graphs, self.calls, self.late, self.made, self.before = graphs, [], [], set(), {}
+        self.first, self.touched, self.overlapped = graphs.stream, {}, False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         assert function is not torch.ops.aten._local_scalar_dense.default, "a value is read"
         given = {one.name: value for one, value in zip(function._schema.arguments, args)} | kwargs
-        self.overwrite(tensors([given.get(one.name) for one in function._schema.arguments
-                                if (one.alias_info and one.alias_info.is_write) or one.name.startswith("running_")]))
-        result = function(*args, **kwargs)
-        self.made |= set(map(memory, tensors(result))) - set(map(memory, tensors((args, kwargs))))  # without views
-        self.note(lambda: function(*args, **kwargs), result)
+        written = tensors([given.get(one.name) for one in function._schema.arguments
+                           if (one.alias_info and one.alias_info.is_write) or one.name.startswith("running_")])
+        self.overwrite(written)
+        result, read = function(*args, **kwargs), tensors((args, kwargs))
+        new = set(map(memory, tensors(result))) - set(map(memory, read))  # without views
+        self.made |= new
+        self.note(lambda: function(*args, **kwargs), result, read=set(map(memory, read)), written=new | set(map(memory, written)))
         return result
 
     def overwrite(self, written) -> None:
@@ -58,8 +65,24 @@ class Recording(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self.before[memory(tensor)] = storage, storage.clone()
 
-    def note(self, call, result=()) -> None:
-        self.calls.append((call, tensors(result)))
+    def note(self, call, result=(), *, read=frozenset(), written) -> None:
+        """An operation that reads and writes these places in memory."""
+        (self.calls if self.graphs.stream is self.first else self.late).append((call, tensors(result)))
+        for place in read | written:
+            self.touch(place, place in written)
+
+    def touch(self, place: int, writes: bool) -> None:
+        """No stream may write what another reads or writes at the same time."""
+        others = self.touched.setdefault(place, {})
+        for stream, (wrote, when) in others.items():
+            assert not (wrote or writes) or stream is self.graphs.stream or when <= self.graphs.stream.seen(stream), "a race"
+        before, _ = others.get(self.graphs.stream, (False, 0))
+        others[self.graphs.stream] = before or writes, self.graphs.stream.now
+
+    def waits(self, stream, other) -> None:
+        if stream is self.first:
+            self.calls, self.late = [*self.calls, *self.late], []
+        self.overlapped |= stream is not other
 
     def put_back(self) -> None:
         for storage, content in self.before.values():
@@ -84,26 +107,61 @@ class Launch:
             with _disable_current_modes():
                 self.kernel[grid](*args, **options)
             if self.graphs.recording:
-                self.graphs.recording.note(lambda: self.kernel[grid](*args, **options))
+                self.graphs.recording.note(lambda: self.kernel[grid](*args, **options), 
+                                           written=set(map(memory, tensors(args))))
         return launch
 
 
+class Stream:
+    """Counts its waits, and knows which of another stream's operations are done when its own next one begins."""
+
+    def __init__(self, graphs):
+        self.graphs, self.now, self.known = graphs, 1, {}
+
+    def seen(self, other) -> int:
+        return self.known.get(other, 0)
+
+    def wait_stream(self, other) -> None:
+        for stream, when in [*other.known.items(), (other, other.now)]:
+            self.known[stream] = max(when, self.seen(stream))
+        other.now += 1
+        if self.graphs.recording:
+            self.graphs.recording.waits(self, other)
+
+
 class Graphs:
-    """In the place of training.capture.record."""
-    recording, replays, made = None, 0, 0
+    """In the place of training.capture.record, and of CUDA's streams and events.  ms: of a replay without a second stream."""
+    recording, replays, made, clock, ms = None, 0, 0, 0, 2
+
+    def __init__(self):
+        self.stream = Stream(self)
+
+    @contextmanager
+    def on(self, stream):
+        before, self.stream = self.stream, stream
+        yield
+        self.stream = before
+
+    def event(self, enable_timing):
+        event = SimpleNamespace(query=lambda: True, elapsed_time=lambda end: end.at - event.at)
+        event.record = lambda: setattr(event, "at", self.clock)
+        return event
 
     def record(self, function, pool, stream):
-        recording = Recording()
-        self.recording, self.made = recording, self.made + 1
-        try:
-            with recording:
-                function()
-        finally:
-            self.recording = None
-            recording.put_back()
+        with self.on(stream):
+            recording = Recording(self)
+            self.recording, self.made = recording, self.made + 1
+            try:
+                with recording:
+                    function()
+            finally:
+                self.recording = None
+                recording.put_back()
+        assert not recording.late, "nobody waits for the second stream"
 
         def replay():
             self.replays += 1
+            self.clock += 1 if recording.overlapped else self.ms
             recording.replay()
         return replay
 
@@ -111,10 +169,12 @@ class Graphs:
 @pytest.fixture
 def graphs(monkeypatch):
     """Steps are recorded on the CPU; its learning rate has the digits of the number it is given otherwise."""
-    found, stream = Graphs(), SimpleNamespace(wait_stream=lambda other: None)
-    for name, answer in {"Stream": stream, "current_stream": stream, "stream": nullcontext(), "graph_pool_handle": None,
-                         "is_current_stream_capturing": False}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    found = Graphs()
+    for name, answer in {"Stream": lambda: Stream(found), "current_stream": lambda: found.stream, "stream": found.on,
+                         "Event": found.event, "graph_pool_handle": lambda: None,
+                         "is_current_stream_capturing": lambda: False}.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(ahead, "TIMES", 1)
 
     class Step(capture.Step):
         def __init__(self, *args):
@@ -156,13 +216,31 @@ def left(folder):
     return tables, checkpoint.read(folder / "last.pt")["update"]
 
 
+def one(capsys, place, script, flags, how="--cuda-graph"):
+    code, _, err = run(capsys, script, f"{FLAGS.format(place=place)} {flags} {how} --overwrite --output {place / 'run'}")
+    assert code == 0, err
+    return left(place / "run")
+
+
 def both(capsys, place, script, flags):
-    found = []
-    for name, how in (("eager", "--no-cuda-graph"), ("graph", "--cuda-graph")):
-        code, _, err = run(capsys, script, f"{FLAGS.format(place=place)} {flags} {how} --overwrite --output {place / name}")
-        assert code == 0, err
-        found.append(left(place / name))
-    return found
+    return [one(capsys, place, script, flags, how) for how in ("--no-cuda-graph", "--cuda-graph")]
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """Flags -> what a run leaves that records nothing."""
+    return {}
+
+
+@pytest.fixture
+def distilled(capsys, place, teacher, graphs, eager):
+    """Compares a run that records its steps with one that does not, which nothing that is planted may change."""
+    def compare(flags="--method kd"):
+        command = f"--student v2_pico {flags} --debug --teacher-checkpoint {teacher}"
+        if flags not in eager:
+            eager[flags] = one(capsys, place, "distill.py", command, "--no-cuda-graph")
+        same(eager[flags], one(capsys, place, "distill.py", command))
+    return compare
 
 
 def same(eager, graph):
@@ -180,6 +258,66 @@ def test_a_recorded_run_leaves_what_an_eager_one_leaves(capsys, place, teacher, 
         flags += f" --teacher-checkpoint {teacher}"
     same(*both(capsys, place, script, flags))
     assert graphs.made == 2 and graphs.replays == replays
+
+
+@pytest.mark.parametrize("ms, winner, made", [(2, "side by side", 4), (0.5, "one after the other", 3)])
+def test_the_next_batch_is_taught_on_a_second_stream_where_that_is_faster(distilled, graphs, monkeypatch, ms, winner, made):
+    said = []
+    monkeypatch.setattr(graphs, "ms", ms)
+    monkeypatch.setattr(ahead, "print", said.append, raising=False)
+    distilled("--method dkd --epochs 5")
+    assert said == [f"teacher and student {winner}; one after the other {ms:.2f} ms a step, side by side 1.00 ms a step"]
+    assert graphs.made == made, "a step that is looked at, and both kinds that race; then the former side by side"
+    assert graphs.replays == 12
+
+
+def return_the_wrong_batch(self, position, rows, call=ahead.Ahead.__call__):
+    call(self, position, rows)
+    return self.next
+
+
+def wait_for_nobody(self):
+    self.keep(self.next)
+
+
+def keep_other_tensors(self, made):
+    self.kept = made
+
+
+def overwrite_too_early(self, position, rows, call=ahead.Ahead.__call__):
+    kept = call(self, position, rows)
+    with torch.cuda.stream(self.there):
+        self.keep(self.next)
+    return kept
+
+
+def begin_no_epoch(self, begin=ahead.Ahead.begin_epoch):
+    if self.kept is None:
+        begin(self)
+
+
+@pytest.mark.parametrize("name, plant, noticed", [
+    ("__call__", return_the_wrong_batch, "a race"), ("end_step", wait_for_nobody, "a race"),
+    ("__call__", overwrite_too_early, "a race"), ("keep", keep_other_tensors, None), ("begin_epoch", begin_no_epoch, None)])
+def test_a_planted_fault_of_the_second_stream_is_noticed(distilled, monkeypatch, name, plant, noticed):
+    monkeypatch.setattr(ahead.Ahead, name, plant)
+    with pytest.raises(AssertionError, match=noticed):
+        distilled()
+
+
+def test_a_second_stream_that_cannot_be_recorded_leaves_the_first(distilled, graphs, monkeypatch):
+    def fail(function, pool, stream, record=graphs.record):
+        replay = record(function, pool, stream)
+        if graphs.made == 3:
+            raise RuntimeError("CUDA out of memory\nand more")
+        return replay
+
+    monkeypatch.setattr(capture, "record", fail)
+    said = []
+    monkeypatch.setattr(capture, "print", said.append, raising=False)
+    distilled()
+    assert said == ["teacher and student one after the other: CUDA out of memory"]
+    assert graphs.made == 3 and graphs.replays == 5, "the step whose recording failed was taken launch by launch"
 
 
 def test_a_recorded_teacher_says_the_same(graphs):
@@ -201,7 +339,7 @@ def test_a_teacher_that_cannot_be_recorded_is_called(graphs, monkeypatch, capsys
     assert capsys.readouterr().out == "no CUDA graph of the teacher: operation not permitted\n"
 
 
-def test_a_recording_that_fails_leaves_an_eager_run(capsys, place, teacher, graphs, monkeypatch):
+def test_a_recording_that_fails_leaves_an_eager_run(distilled, graphs, monkeypatch):
     def fail(function, pool, stream):
         Graphs.record(graphs, function, pool, stream)
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
@@ -209,7 +347,7 @@ def test_a_recording_that_fails_leaves_an_eager_run(capsys, place, teacher, grap
     monkeypatch.setattr(capture, "record", fail)
     said = []
     monkeypatch.setattr(capture, "print", said.append, raising=False)
-    same(*both(capsys, place, "distill.py", f"--student v2_pico --method kd --teacher-checkpoint {teacher}"))
+    distilled()
     assert graphs.made == 1 and not graphs.replays
     assert said == ["no CUDA graph of the step: operation not permitted when stream is capturing"]
 

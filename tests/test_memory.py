@@ -51,7 +51,7 @@ def step(update, machine, rows, size, parts=1, teacher=None, look=True) -> None:
     """As the scripts take one."""
     for _ in range(parts):
         images = torch.empty(rows, 3, size, size, dtype=machine.dtype).contiguous(memory_format=torch.channels_last)
-        label = torch.empty(rows, dtype=torch.int64)
+        label = torch.zeros(rows, dtype=torch.int64)
         with machine.autocast():
             with torch.no_grad():
                 teacher_logits = teacher(images) if teacher else torch.empty(rows, 100)
@@ -174,6 +174,26 @@ def test_each_flag_that_saves_memory_saves_it():
     assert step_of(checkpoint=True) < 0.4 * plain and step_of(rows=16, parts=4) < 0.5 * plain
 
 
+def test_a_graph_has_memory_of_its_own():
+    """The teacher works beside the student, on the next batch, and evaluation comes on top."""
+    update, teacher, machine = update_of("resnet8"), teacher_of("resnet20", 32, torch.float32), Machine(CPU, "off")
+    images = torch.zeros(16, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+
+    def peak(net) -> int:
+        with torch.no_grad(), Live([*net.parameters(), *net.buffers(), images]) as live:
+            net.eval()(images)
+        return live.peak
+
+    def total(**more) -> int:
+        return Estimate.of(update, machine, rows=16, image_size=32, **more).total
+
+    taught, alone, parts = {"teacher": teacher, "graph": True}, total(), total(parts=2)
+    weights = memory.nbytes([*teacher.parameters(), *teacher.buffers()])
+    assert total(**taught) - alone == pytest.approx(weights + peak(teacher) + images.nbytes + peak(update.net), rel=1e-3)
+    assert total(graph=True) - alone == pytest.approx(peak(update.net), rel=1e-3)
+    assert total(**taught, parts=2) - parts == pytest.approx(weights + peak(update.net), rel=1e-3), "parts are not made ahead"
+
+
 def test_a_copy_of_all_gradients_is_for_other_processes():
     update, machine = update_of("resnet8"), Machine(CPU, "off")
     both = machine._replace(ranks=SimpleNamespace(size=2, first=True))
@@ -184,9 +204,9 @@ def test_a_copy_of_all_gradients_is_for_other_processes():
 def test_where_it_may_not_fit_a_warning_names_what_helps(monkeypatch, capsys):
     args, update, machine = parse_teacher("", "", ["--batch-size", "8"]), update_of("resnet8"), Machine(CPU, "off")
 
-    def said(limit, update=update, machine=machine):
+    def said(limit, update=update, machine=machine, **rest):
         monkeypatch.setattr(memory, "available", lambda device: limit)
-        memory.report(args, update, machine, rows=8, image_size=32)
+        memory.report(args, update, machine, rows=8, image_size=32, **rest)
         return capsys.readouterr()
 
     total = Estimate.of(update, machine, rows=8, image_size=32).total
@@ -195,6 +215,8 @@ def test_where_it_may_not_fit_a_warning_names_what_helps(monkeypatch, capsys):
     assert err == ""
     _, err = said(total)
     assert err.startswith("warning: ") and err.endswith(" use --grad-checkpoint or --grad-accum 2 or --batch-size 4\n")
+    _, err = said(total, graph=True)
+    assert err.endswith(" use --grad-checkpoint or --grad-accum 2 or --batch-size 4 or --no-cuda-graph\n")
     args.grad_checkpoint, args.grad_accum = True, 2
     assert said(total).err.endswith(" use --grad-accum 4 or --batch-size 4\n")
     assert said(total, machine=machine._replace(ranks=SimpleNamespace(size=2, first=False))) == ("", "")

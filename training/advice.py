@@ -5,6 +5,7 @@ The suggestions are rules of thumb, each printed with its reason: no distillatio
 that leaves the teacher something to say, a clip value that stops outliers rather than every step.
 """
 import math
+from pathlib import Path
 
 import torch
 
@@ -24,10 +25,13 @@ FLAT = 0.9  # of the largest possible entropy: from here on a softened predictio
 
 
 def advise(args, machine: Machine) -> list[str]:
-    """Lines of advice for the flags of distill.py; loads the teacher and the data, trains nothing and writes nothing.
+    """Lines of advice for the flags of distill.py; loads the teacher, if there is one, and the data, trains nothing and writes
+    nothing.
 
     Failure: as a run with these flags would, where the data or the teacher are missing, damaged, or do not fit together.
     """
+    if not Path(args.teacher_checkpoint).exists():
+        return [f"no teacher yet ({args.teacher_checkpoint}): with one, here is advice"]
     teacher = models.load(args.teacher_checkpoint, machine.device, machine.dtype)
     data = datasets.load(**options.data(args), device=machine.device)
     check_classes(teacher.info, data)

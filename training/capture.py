@@ -11,6 +11,7 @@ from collections import Counter
 
 import torch
 
+from training.ahead import Race
 from training.errors import USAGE, Failure, first_line
 from training.machine import Machine, cannot_compile
 from training.step import EVERY
@@ -76,12 +77,14 @@ class Step:
     """`step(position, lr)` takes the step at `position` of an epoch; every 40th is looked at.
 
     function: (position, lr, look); with `captured`, position and lr are 0-dim tensors on the device.  numbers: what it reads
-    besides, by name; may change between steps.  abandon: called after a recording that failed, to forget what it began.
+    besides, by name; may change between steps.  abandon: called after a recording that failed, to forget what it began.  ahead:
+    a training.ahead.Ahead that it reads, if it reads one.
     """
 
-    def __init__(self, function, numbers: dict, machine: Machine, captured: bool, abandon):
+    def __init__(self, function, numbers: dict, machine: Machine, captured: bool, abandon, ahead=None):
         self.function, self.numbers, self.machine, self.captured, self.abandon = function, numbers, machine, captured, abandon
         self.begun, self.warm, self.recorded = False, Counter(), {}
+        self.ahead, self.race = ahead, Race() if ahead else Race([False])
         if captured:
             self.position = torch.zeros((), dtype=torch.int64, device=machine.device)
             self.lr = torch.zeros((), device=machine.device)
@@ -90,19 +93,22 @@ class Step:
     def __call__(self, position: int, lr: float) -> None:
         look = position % EVERY == 0
         self.machine.begin_step()
-        take = self.replay if self.captured else self.function
-        if self.machine.compiled and not self.begun:
-            self.compile(take, position, lr, look)
-        else:
-            take(position, lr, look)
+        take = self.compile if self.machine.compiled and not self.begun else self.take
+        take(position, lr, look)
         self.begun = True
 
-    def compile(self, take, position, lr, look) -> None:
+    def take(self, position: int, lr: float, look: bool) -> None:
+        if position == 0 and self.ahead:
+            self.ahead.begin_epoch()
+        take = self.replay if self.captured else self.function
+        take(position, lr, look)
+
+    def compile(self, position: int, lr: float, look: bool) -> None:
         """The first step, in which torch.compile works."""
         print("compiling the networks, which takes a minute or more", flush=True)
         started = time.perf_counter()
         try:
-            take(position, lr, look)
+            self.take(position, lr, look)
         except Exception as failure:
             reason = cannot_compile(failure)
             if reason is None:
@@ -114,25 +120,42 @@ class Step:
         """On a stream of its own: a warm-up, or the recording of such a step, which is made where there is none."""
         self.position.fill_(position)
         self.lr.fill_(lr)
-        key = (look, *self.numbers.values())
-        if key not in self.recorded and self.warm[key] and self.warm.total() >= WARM_UP:
-            self.record(key)
+        kind = look, *self.numbers.values()
+        replay = self.recording(look, kind) if self.warm[kind] and self.warm.total() >= WARM_UP else None
         main = torch.cuda.current_stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
-            if key in self.recorded:
-                self.recorded[key]()
-            else:
+            if replay is None:
                 self.function(self.position, self.lr, look)
-                self.warm[key] += 1
+                self.warm[kind] += 1
+            elif look:
+                replay()
+            else:
+                self.race.run(replay)
         main.wait_stream(self.stream)
 
-    def record(self, key: tuple) -> None:
-        """Record the step with this key; those with numbers that are no more are forgotten.  Where that fails, none is."""
-        self.recorded = {old: replay for old, replay in self.recorded.items() if old[1:] == key[1:]}
+    def recording(self, look: bool, kind: tuple):
+        """The replay of a step of this kind; None where it cannot be recorded."""
+        overlapped = self.race.kind(timed=not look)
+        if (overlapped, *kind) not in self.recorded:
+            self.record(overlapped, look, kind)
+        return self.recorded.get((overlapped, *kind))
+
+    def record(self, overlapped: bool, look: bool, kind: tuple) -> None:
+        """Record such a step; those that are no longer wanted are forgotten.  Where that fails, none is."""
+        self.recorded = {key: replay for key, replay in self.recorded.items()
+                         if key[0] in self.race.kinds and key[2:] == kind[1:]}
+        if self.ahead:
+            self.ahead.overlapped = overlapped
         try:
-            self.recorded[key] = record(lambda: self.function(self.position, self.lr, key[0]), self.pool, self.stream)
+            self.recorded[overlapped, *kind] = record(lambda: self.function(self.position, self.lr, look), self.pool, self.stream)
         except RuntimeError as failure:
-            print(f"no CUDA graph of the step: {first_line(failure)}")
             self.abandon()
-            self.recorded, self.captured = {}, False
+            if overlapped:  # which takes more memory
+                print(f"teacher and student one after the other: {first_line(failure)}")
+                self.race = Race([False])
+            else:
+                print(f"no CUDA graph of the step: {first_line(failure)}")
+                self.recorded, self.captured = {}, False
+        if self.ahead:
+            self.ahead.overlapped = False

@@ -143,10 +143,12 @@ class Estimate(NamedTuple):
     step: int  # activations and gradients
 
     @classmethod
-    def of(cls, update, machine: Machine, *, rows: int, image_size: int, images: int = 0, parts: int = 1, teacher=None):
+    def of(cls, update, machine: Machine, *, rows: int, image_size: int, images: int = 0, parts: int = 1, teacher=None,
+           graph: bool = False):
         """Of a training.step.Update on `rows` images at once; draws no random number and changes nothing.
 
-        image_size: pixels of the augmented images.  images: bytes of the data set.  parts: of a batch, --grad-accum.
+        image_size: pixels of the augmented images.  images: bytes of the data set.  parts: of a batch, --grad-accum.  graph:
+        whether steps become a CUDA graph, whose memory is its own, also between steps.
         """
         inputs = torch.empty(rows, 3, image_size, image_size, dtype=machine.dtype, device="meta")
         gradient, weights = nbytes(update.parameters), update.checkpoint_bytes + 2 * update.buffers.words.nbytes
@@ -154,11 +156,16 @@ class Estimate(NamedTuple):
             weights += update.average_buffers.words.nbytes
         if machine.ranks.size > 1:
             weights += gradient
-        step, taught = training_bytes(update.net, inputs, accumulate=parts > 1), 0
+        step, taught, batches = training_bytes(update.net, inputs, accumulate=parts > 1), 0, 1
         if teacher is not None:
-            taught = nbytes((*teacher.parameters(), *teacher.buffers()))
-            step = max(step, inference_bytes(teacher, inputs) + gradient * (parts > 1))
-        return cls(weights, taught, images + inputs.nbytes, step)
+            taught, teaching = nbytes((*teacher.parameters(), *teacher.buffers())), inference_bytes(teacher, inputs)
+            if graph and parts == 1:  # the next batch may be taught at the same time
+                step, batches = step + teaching, 2
+            else:
+                step = max(step, teaching + gradient * (parts > 1))
+        if graph:
+            step += inference_bytes(update.net, inputs)  # in evaluation
+        return cls(weights, taught, images + batches * inputs.nbytes, step)
 
     @property
     def total(self) -> int:
@@ -178,12 +185,12 @@ def available(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def report(args, update, machine: Machine, **rest) -> None:
+def report(args, update, machine: Machine, graph: bool = False, **rest) -> None:
     """Print what a run takes; where it may not fit, warn, and name the flags that would help.  rest: as for Estimate.of."""
     if not machine.ranks.first:
         return
     try:
-        estimate = Estimate.of(update, machine, **rest)
+        estimate = Estimate.of(update, machine, graph=graph, **rest)
     except Exception as failure:  # of a layer that needs numbers; no run depends on an estimate
         print(f"memory: not estimated ({first_line(failure)})")
         return
@@ -191,6 +198,8 @@ def report(args, update, machine: Machine, **rest) -> None:
     print(f"memory: {estimate}, of {there / GIB:.1f} GiB")
     if estimate.total > USABLE * there:
         flags = [f"--grad-accum {2 * (args.grad_accum or 1)}", f"--batch-size {max(2, args.batch_size // 2)}"]
+        if graph:
+            flags.append("--no-cuda-graph")
         if not args.grad_checkpoint and blocks(update.net):
             flags.insert(0, "--grad-checkpoint")
         print(f"warning: this may not fit into the memory of the device. if it does not, use {' or '.join(flags)}",

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from augment import is_fused
 from training import data as datasets
 from training import memory, models, options, resume, trial
+from training.ahead import Ahead
 from training.capture import Replayed, Step, captures
 from training.checkpoint import Writer
 from training.diagnostics import Diagnostics
@@ -35,7 +36,7 @@ class Run:
     def __init__(self, args, config: dict, machine: Machine):
         self.args, self.config, self.machine, self.ranks = args, config, machine, machine.ranks
         self.directory = RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=self.ranks.first)
-        self.stop = EarlyStop(args.monitor, args.patience)
+        self.stop, self.taught = EarlyStop(args.monitor, args.patience), None
 
     def __enter__(self):
         with ExitStack() as stack:
@@ -98,9 +99,18 @@ class Run:
             return Replayed(net)
         return self.machine.compile(net, self.captured)
 
+    def ahead(self, augmenter):
+        """Decorates the function (position, rows) -> (batch, the teacher's logits) that a step calls: where steps become a CUDA
+        graph, and the batch is not taken in parts, it is called one step ahead."""
+        def decorate(function):
+            if self.captured and len(self.parts) == 1:
+                self.taught = Ahead(function, augmenter.steps, self.parts[0])
+            return self.taught or function
+        return decorate
+
     def step(self, numbers: dict | None = None):
         """Decorates the function (position, lr, look) that takes a step.  numbers: what it reads besides, by name."""
-        return lambda function: Step(function, numbers or {}, self.machine, self.captured, self.abandon)
+        return lambda function: Step(function, numbers or {}, self.machine, self.captured, self.abandon, self.taught)
 
     def abandon(self) -> None:
         self.update.abandon()
@@ -109,7 +119,8 @@ class Run:
     def start(self, update, augmenter, teacher=None, **facts) -> None:
         """Say what it takes, and write the first files, or restore what was saved.  facts: what config.json holds besides."""
         self.update, sizes = update, {"image_size": self.data.image_size, "images": self.data.nbytes}
-        memory.report(self.args, update, self.machine, rows=len(self.parts[0]), parts=len(self.parts), teacher=teacher, **sizes)
+        memory.report(self.args, update, self.machine, rows=len(self.parts[0]), parts=len(self.parts), teacher=teacher,
+                      graph=self.captured, **sizes)
         facts |= {"teacher": teacher.info["model"]} if teacher else {}
         self.directory.open(self.config | facts | {"image_size": update.net.info["image_size"]}, update.checkpoint_bytes)
         self.state = resume.State(self.directory, self.writer, self.config, update=update, stop=self.stop, ranks=self.ranks)
@@ -140,6 +151,8 @@ class Run:
     def end_step(self, position, taken: Taken) -> None:
         """In a step: add how it was taken."""
         self.means.end_step(position, taken.skipped, taken.norm)
+        if self.taught:
+            self.taught.end_step()
         if taken.move is not None:
             self.diagnostics.end_step(taken)
 
