@@ -107,7 +107,7 @@ class Launch:
             with _disable_current_modes():
                 self.kernel[grid](*args, **options)
             if self.graphs.recording:
-                self.graphs.recording.note(lambda: self.kernel[grid](*args, **options), 
+                self.graphs.recording.note(lambda: self.kernel[grid](*args, **options),
                                            written=set(map(memory, tensors(args))))
         return launch
 
