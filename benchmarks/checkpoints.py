@@ -77,7 +77,7 @@ def benchmark(network: str, machine, repeats: int, hardware: str) -> Row:
         state = State(run, writer, {}, update=update, stop=EarlyStop("val_loss", 0), ranks=machine.ranks)
 
         def save() -> None:
-            state.save(row, {"model": network})
+            state.save(row, {}, {"model": network})
 
         train(3)  # allocates
         save()

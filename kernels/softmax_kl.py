@@ -172,9 +172,20 @@ class Numbers(NamedTuple):
 
     @classmethod
     def of(cls, hyper, n, classes):
-        w_ce, *weights, T, eps = hyper.unbind() if hyper.is_cuda else hyper.tolist()  # reading a GPU would wait for it
-        numbers = 1.0, 1 / T, 1 / n, T * T / n, eps / classes, eps - 1, w_ce / n, *(weight * T / n for weight in weights)
-        return cls(*(numbers if hyper.is_cuda else torch.tensor(numbers, dtype=torch.float32).unbind()))
+        if hyper.is_cuda:  # reading it would wait
+            return cls(*_derived(hyper.unbind(), n, classes))
+        return cls.known(tuple(hyper.tolist()), n, classes)
+
+    @classmethod
+    @functools.cache
+    def known(cls, hyper, n, classes):
+        return cls(*torch.tensor(_derived(hyper, n, classes), dtype=torch.float32).unbind())
+
+
+def _derived(hyper, n, classes) -> tuple:
+    """What Numbers holds, from `hyperparameters`."""
+    w_ce, *weights, T, eps = hyper
+    return 1.0, 1 / T, 1 / n, T * T / n, eps / classes, eps - 1, w_ce / n, *(weight * T / n for weight in weights)
 
 
 def softmax_kl_reference(z, v, label, other, lam, hyper, *, terms: str, split: str, reverse: bool):
