@@ -5,6 +5,7 @@ and what they make is written over what they made then.  So a step that keeps an
 comes to other numbers.  What is done on a second stream is replayed as late as it may be, and nothing that it touches may be
 written on the first meanwhile.  tests/test_cuda_path.py has the other half, on fake CUDA tensors.
 """
+import csv
 import itertools
 import random
 from contextlib import contextmanager
@@ -167,14 +168,23 @@ class Graphs:
 
 
 @pytest.fixture
-def graphs(monkeypatch):
+def often(monkeypatch):
+    """Steps are looked at, and decide between one stream and two, sooner than in a run of hours."""
+    monkeypatch.setattr(ahead, "TIMES", 1)
+    for module in (capture, diagnostics, stepping):
+        monkeypatch.setattr(module, "EVERY", EVERY)
+
+
+@pytest.fixture
+def graphs(monkeypatch, often):
     """Steps are recorded on the CPU; its learning rate has the digits of the number it is given otherwise."""
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU, Triton compiles and takes no CPU tensors")
     found = Graphs()
     for name, answer in {"Stream": lambda: Stream(found), "current_stream": lambda: found.stream, "stream": found.on,
                          "Event": found.event, "graph_pool_handle": lambda: None,
                          "is_current_stream_capturing": lambda: False}.items():
         monkeypatch.setattr(torch.cuda, name, answer)
-    monkeypatch.setattr(ahead, "TIMES", 1)
 
     class Step(capture.Step):
         def __init__(self, *args):
@@ -186,8 +196,6 @@ def graphs(monkeypatch):
     monkeypatch.setattr(running, "captures", lambda args, machine, fused: args.cuda_graph and fused)
     monkeypatch.setattr(capture, "record", found.record)
     monkeypatch.setattr(kernels.augment, "_augment_kernel", Launch(kernels.augment._augment_kernel, found))
-    for module in (capture, diagnostics, stepping):
-        monkeypatch.setattr(module, "EVERY", EVERY)
     return found
 
 
@@ -200,7 +208,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def teacher(place, capsys):
+def teacher(graphs, place, capsys):
     """The checkpoint of one, after an epoch."""
     if not (place / "teacher" / "best.pt").exists():
         flags = FLAGS.format(place=place).replace("--epochs 3 --warmup-epochs 1", "--epochs 1 --warmup-epochs 0")
@@ -318,6 +326,30 @@ def test_a_second_stream_that_cannot_be_recorded_leaves_the_first(distilled, gra
     distilled()
     assert said == ["teacher and student one after the other: CUDA out of memory"]
     assert graphs.made == 3 and graphs.replays == 5, "the step whose recording failed was taken launch by launch"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["off", "fp16"])
+def test_a_gpu_records_steps(capsys, place, often, monkeypatch, precision):
+    """Both scripts, recorded and launch by launch: the same losses, but for the order in which a GPU adds numbers."""
+    monkeypatch.setattr(Machine, "scaler", lambda machine: torch.amp.GradScaler(  # which needs no search in so few steps
+        "cuda", init_scale=256.0, enabled=machine.precision == "fp16"))
+    flags = FLAGS.format(place=place).replace("--device cpu", "--device cuda --epochs 5 --opt sgd --lr 0.01 --amp " + precision)
+    student = f"--student v2_pico --method dkd --teacher-checkpoint {place}/gpu-teacher-cuda-graph/best.pt"
+    for script, network, more in (("train_teacher.py", "teacher", "--model resnet8"), ("distill.py", "student", student)):
+        tables = []
+        for how in ("cuda-graph", "no-cuda-graph"):
+            output = place / f"gpu-{network}-{how}"
+            code, out, err = run(capsys, script, f"{flags} {more} --{how} --overwrite --output {output}")
+            assert code == 0, err
+            assert "no CUDA graph" not in out
+            raced = "teacher and student " in out  # one after the other, or side by side
+            assert raced == (network == "student" and how == "cuda-graph")
+            with open(output / "log.csv") as file:
+                tables.append(list(csv.DictReader(file)))
+        for recorded, launched in zip(*tables, strict=True):
+            for column in ("train_loss", "val_loss", "grad_norm_mean"):
+                assert float(recorded[column]) == pytest.approx(float(launched[column]), rel=0.02), (network, column)
 
 
 def test_a_recorded_teacher_says_the_same(graphs):
