@@ -275,7 +275,7 @@ def test_the_next_batch_is_taught_on_a_second_stream_where_that_is_faster(distil
     monkeypatch.setattr(ahead, "print", said.append, raising=False)
     distilled("--method dkd --epochs 5")
     assert said == [f"teacher and student {winner}; one after the other {ms:.2f} ms a step, side by side 1.00 ms a step"]
-    assert graphs.made == made, "a step that is looked at, and both kinds that race; then the former side by side"
+    assert graphs.made == made, "a step that is looked at, and both kinds that are tried; then the former side by side"
     assert graphs.replays == 12
 
 
@@ -343,8 +343,8 @@ def test_a_gpu_records_steps(capsys, place, often, monkeypatch, precision):
             code, out, err = run(capsys, script, f"{flags} {more} --{how} --overwrite --output {output}")
             assert code == 0, err
             assert "no CUDA graph" not in out
-            raced = "teacher and student " in out  # one after the other, or side by side
-            assert raced == (network == "student" and how == "cuda-graph")
+            tried = "teacher and student " in out  # one after the other, or side by side
+            assert tried == (network == "student" and how == "cuda-graph")
             with open(output / "log.csv") as file:
                 tables.append(list(csv.DictReader(file)))
         for recorded, launched in zip(*tables, strict=True):

@@ -1,7 +1,7 @@
 """The next batch and the teacher's logits, made while the student learns from this batch.
 
 On a second stream the device can do both at once.  Whether that is faster depends on how much of the device each of them fills,
-so a `Race` finds out: steps with and without a second stream come to the same numbers, and take turns until each was timed.
+so a `Trial` finds out: steps with and without a second stream come to the same numbers, and take turns until each was timed.
 """
 from statistics import median
 
@@ -49,7 +49,7 @@ class Ahead:
         torch._foreach_copy_(*([batch.images, *batch.targets, logits] for batch, logits in (self.kept, made)))
 
 
-class Race:
+class Trial:
     """Whether teacher and student are faster side by side: steps of both kinds take turns, and the median of TIMES each decides.
 
     kinds: those to choose from, each whether Ahead is to be `overlapped`.  Nothing here waits for the device.

@@ -11,7 +11,7 @@ from collections import Counter
 
 import torch
 
-from training.ahead import Race
+from training.ahead import Trial
 from training.errors import USAGE, Failure, first_line
 from training.machine import Machine, cannot_compile
 from training.step import EVERY
@@ -84,7 +84,7 @@ class Step:
     def __init__(self, function, numbers: dict, machine: Machine, captured: bool, abandon, ahead=None):
         self.function, self.numbers, self.machine, self.captured, self.abandon = function, numbers, machine, captured, abandon
         self.begun, self.warm, self.recorded = False, Counter(), {}
-        self.ahead, self.race = ahead, Race() if ahead else Race([False])
+        self.ahead, self.trial = ahead, Trial() if ahead else Trial([False])
         if captured:
             self.position = torch.zeros((), dtype=torch.int64, device=machine.device)
             self.lr = torch.zeros((), device=machine.device)
@@ -120,40 +120,44 @@ class Step:
         """On a stream of its own: a warm-up, or the recording of such a step, which is made where there is none."""
         self.position.fill_(position)
         self.lr.fill_(lr)
-        kind = look, *self.numbers.values()
-        replay = self.recording(look, kind) if self.warm[kind] and self.warm.total() >= WARM_UP else None
+        key = look, *self.numbers.values()
+        replay = self.recording(key) if self.warm[key] and self.warm.total() >= WARM_UP else None
         main = torch.cuda.current_stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
             if replay is None:
                 self.function(self.position, self.lr, look)
-                self.warm[kind] += 1
+                self.warm[key] += 1
             elif look:
                 replay()
             else:
-                self.race.run(replay)
+                self.trial.run(replay)
         main.wait_stream(self.stream)
 
-    def recording(self, look: bool, kind: tuple):
-        """The replay of a step of this kind; None where it cannot be recorded."""
-        overlapped = self.race.kind(timed=not look)
-        if (overlapped, *kind) not in self.recorded:
-            self.record(overlapped, look, kind)
-        return self.recorded.get((overlapped, *kind))
+    def recording(self, key: tuple):
+        """The replay of a step with this key; None where it cannot be recorded."""
+        overlapped = self.trial.kind(timed=not key[0])
+        if (overlapped, *key) not in self.recorded:
+            self.record(overlapped, key)
+        return self.recorded.get((overlapped, *key))
 
-    def record(self, overlapped: bool, look: bool, kind: tuple) -> None:
-        """Record such a step; those that are no longer wanted are forgotten.  Where that fails, none is."""
-        self.recorded = {key: replay for key, replay in self.recorded.items()
-                         if key[0] in self.race.kinds and key[2:] == kind[1:]}
+    def record(self, overlapped: bool, key: tuple) -> None:
+        """Record such a step; those that are no longer wanted are forgotten.
+
+        Where that fails, steps are taken launch by launch, or, if it was to be on two streams, on one.
+        """
+        self.recorded = {old: replay for old, replay in self.recorded.items()
+                         if old[0] in self.trial.kinds and old[2:] == key[1:]}
         if self.ahead:
             self.ahead.overlapped = overlapped
         try:
-            self.recorded[overlapped, *kind] = record(lambda: self.function(self.position, self.lr, look), self.pool, self.stream)
+            self.recorded[overlapped, *key] = record(
+                lambda: self.function(self.position, self.lr, key[0]), self.pool, self.stream)
         except RuntimeError as failure:
             self.abandon()
             if overlapped:  # which takes more memory
                 print(f"teacher and student one after the other: {first_line(failure)}")
-                self.race = Race([False])
+                self.trial = Trial([False])
             else:
                 print(f"no CUDA graph of the step: {first_line(failure)}")
                 self.recorded, self.captured = {}, False
