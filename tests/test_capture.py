@@ -349,7 +349,7 @@ def test_a_gpu_records_steps(capsys, place, often, monkeypatch, precision):
                 tables.append(list(csv.DictReader(file)))
         for recorded, launched in zip(*tables, strict=True):
             for column in ("train_loss", "val_loss", "grad_norm_mean"):
-                assert float(recorded[column]) == pytest.approx(float(launched[column]), rel=0.02), (network, column)
+                assert float(recorded[column]) == pytest.approx(float(launched[column]), rel=0.05), (network, column)
 
 
 def test_a_recorded_teacher_says_the_same(graphs):
