@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import kernels.augment
 import losses
-from training import ahead, capture, checkpoint, diagnostics, models, options
+from training import ahead, capture, checkpoint, diagnostics, evaluation, models, options
 from training import run as running
 from training import step as stepping
 from training.distributed import Ranks
@@ -314,24 +314,29 @@ def test_a_planted_fault_of_the_second_stream_is_noticed(distilled, monkeypatch,
 
 
 def test_a_second_stream_that_cannot_be_recorded_leaves_the_first(distilled, graphs, monkeypatch):
-    def fail(function, pool, stream, record=graphs.record):
-        replay = record(function, pool, stream)
-        if graphs.made == 3:
+    """As where memory runs out between the fork and the join."""
+    def fail(self, position, rows, call=ahead.Ahead.__call__):
+        kept = call(self, position, rows)
+        if self.overlapped:
             raise RuntimeError("CUDA out of memory\nand more")
-        return replay
+        return kept
 
-    monkeypatch.setattr(capture, "record", fail)
+    joined, join = [], ahead.Ahead.join
+    monkeypatch.setattr(ahead.Ahead, "__call__", fail)
+    monkeypatch.setattr(ahead.Ahead, "join", lambda self: joined.append(self.overlapped) or join(self))
     said = []
     monkeypatch.setattr(capture, "print", said.append, raising=False)
     distilled()
     assert said == ["teacher and student one after the other: CUDA out of memory"]
-    assert graphs.made == 3 and graphs.replays == 5, "the step whose recording failed was taken launch by launch"
+    assert joined.count(True) == 1, "or the recording could not even end"
+    assert graphs.made == 5 and graphs.replays == 6, "all that was recorded is forgotten, and recorded again on one stream"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["off", "fp16"])
 def test_a_gpu_records_steps(capsys, place, often, monkeypatch, precision):
     """Both scripts, recorded and launch by launch: the same losses, but for the order in which a GPU adds numbers."""
+    monkeypatch.setattr(evaluation, "TEACHER_TOLERANCE", 100.0)  # of 15 images one more or less is 7 %
     monkeypatch.setattr(Machine, "scaler", lambda machine: torch.amp.GradScaler(  # which needs no search in so few steps
         "cuda", init_scale=256.0, enabled=machine.precision == "fp16"))
     flags = FLAGS.format(place=place).replace("--device cpu", "--device cuda --epochs 5 --opt sgd --lr 0.01 --amp " + precision)

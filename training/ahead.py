@@ -21,7 +21,7 @@ class Ahead:
 
     def __init__(self, make, steps: int, rows: range):
         self.make, self.steps, self.rows, self.kept = make, steps, rows, None
-        self.overlapped, self.stream = False, torch.cuda.Stream()
+        self.overlapped, self.stream, self.there = False, torch.cuda.Stream(), None
 
     def begin_epoch(self) -> None:
         """Before its first step: make what that will ask for."""
@@ -41,9 +41,15 @@ class Ahead:
 
     def end_step(self) -> None:
         """When the student has read the batch for the last time."""
-        torch.cuda.current_stream().wait_stream(self.there)
+        self.join()
         self.keep(self.next)
         self.next = None
+
+    def join(self) -> None:
+        """Wait, on the device, for what is being made, if anything is."""
+        if self.there is not None:
+            torch.cuda.current_stream().wait_stream(self.there)
+            self.there = None
 
     def keep(self, made: tuple) -> None:
         torch._foreach_copy_(*([batch.images, *batch.targets, logits] for batch, logits in (self.kept, made)))

@@ -7,7 +7,6 @@ it reads from Python, the method's numbers and whether it is looked at, is part 
 """
 import math
 import time
-from collections import Counter
 
 import torch
 
@@ -39,10 +38,13 @@ def captures(args, machine: Machine, fused: bool) -> bool:
 
 def record(function, pool, stream):
     """What `function` launches on `stream` -> a function that launches it all at once; its memory is of `pool`."""
-    graph = torch.cuda.CUDAGraph()
-    # What other threads ask of CUDA meanwhile, such as NCCL's, is none of its business.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        function()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # What other threads ask of CUDA meanwhile, such as NCCL's, is none of its business.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            function()
+    finally:
+        torch.cuda.set_stream(before)  # which a recording that fails leaves as it is
     return graph.replay
 
 
@@ -83,12 +85,12 @@ class Step:
 
     def __init__(self, function, numbers: dict, machine: Machine, captured: bool, abandon, ahead=None):
         self.function, self.numbers, self.machine, self.captured, self.abandon = function, numbers, machine, captured, abandon
-        self.begun, self.warm, self.recorded = False, Counter(), {}
+        self.begun, self.launched, self.warm, self.read = False, 0, set(), None
         self.ahead, self.trial = ahead, Trial() if ahead else Trial([False])
         if captured:
             self.position = torch.zeros((), dtype=torch.int64, device=machine.device)
             self.lr = torch.zeros((), device=machine.device)
-            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream()
 
     def __call__(self, position: int, lr: float) -> None:
         look = position % EVERY == 0
@@ -117,49 +119,65 @@ class Step:
         print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
 
     def replay(self, position: int, lr: float, look: bool) -> None:
-        """On a stream of its own: a warm-up, or the recording of such a step, which is made where there is none."""
+        """On a stream of its own: a warm-up, or the recording of such a step, which is made where there is none.
+
+        launched: steps that were taken launch by launch.  warm: by their `look`, those with the numbers that were `read` last.
+        """
         self.position.fill_(position)
         self.lr.fill_(lr)
-        key = look, *self.numbers.values()
-        replay = self.recording(key) if self.warm[key] and self.warm.total() >= WARM_UP else None
+        if self.read != (numbers := tuple(self.numbers.values())):
+            self.forget()
+            self.warm, self.read = set(), numbers
+        replay = self.recording(look) if look in self.warm and self.launched >= WARM_UP else None
         main = torch.cuda.current_stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
             if replay is None:
                 self.function(self.position, self.lr, look)
-                self.warm[key] += 1
+                self.launched += 1
+                self.warm.add(look)
             elif look:
                 replay()
             else:
                 self.trial.run(replay)
         main.wait_stream(self.stream)
 
-    def recording(self, key: tuple):
-        """The replay of a step with this key; None where it cannot be recorded."""
-        overlapped = self.trial.kind(timed=not key[0])
-        if (overlapped, *key) not in self.recorded:
-            self.record(overlapped, key)
-        return self.recorded.get((overlapped, *key))
+    def forget(self) -> None:
+        """All recordings at once, (overlapped, look) -> replay: they share cuBLAS's workspace, which ends with any of them."""
+        self.recorded = {}
+        self.pool = torch.cuda.graph_pool_handle()  # the old one cannot be used again once its graphs are gone
 
-    def record(self, overlapped: bool, key: tuple) -> None:
-        """Record such a step; those that are no longer wanted are forgotten.
+    def recording(self, look: bool):
+        """The replay of such a step; None where none can be recorded."""
+        while self.captured:
+            key = self.trial.kind(timed=not look), look
+            if key in self.recorded:
+                return self.recorded[key]
+            self.record(*key)
+        return None
 
-        Where that fails, steps are taken launch by launch, or, if it was to be on two streams, on one.
-        """
-        self.recorded = {old: replay for old, replay in self.recorded.items()
-                         if old[0] in self.trial.kinds and old[2:] == key[1:]}
+    def record(self, overlapped: bool, look: bool) -> None:
+        """Record such a step.  Where that fails, steps are recorded on one stream, if it was to be on two, or not at all."""
+        def take():
+            try:
+                self.function(self.position, self.lr, look)
+            except Exception:
+                if self.ahead:
+                    self.ahead.join()  # or the end of the recording would fail, too, and hide why
+                raise
+
         if self.ahead:
             self.ahead.overlapped = overlapped
         try:
-            self.recorded[overlapped, *key] = record(
-                lambda: self.function(self.position, self.lr, key[0]), self.pool, self.stream)
+            self.recorded[overlapped, look] = record(take, self.pool, self.stream)
         except RuntimeError as failure:
             self.abandon()
+            self.forget()
             if overlapped:  # which takes more memory
                 print(f"teacher and student one after the other: {first_line(failure)}")
                 self.trial = Trial([False])
             else:
                 print(f"no CUDA graph of the step: {first_line(failure)}")
-                self.recorded, self.captured = {}, False
+                self.captured = False
         if self.ahead:
             self.ahead.overlapped = False

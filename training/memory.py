@@ -159,12 +159,12 @@ class Estimate(NamedTuple):
         step, taught, batches = training_bytes(update.net, inputs, accumulate=parts > 1), 0, 1
         if teacher is not None:
             taught, teaching = nbytes((*teacher.parameters(), *teacher.buffers())), inference_bytes(teacher, inputs)
-            if graph and parts == 1:  # the next batch may be taught at the same time
-                step, batches = step + teaching, 2
-            else:
-                step = max(step, teaching + gradient * (parts > 1))
+            step = max(step, teaching + gradient * (parts > 1))
         if graph:
-            step += inference_bytes(update.net, inputs)  # in evaluation
+            between = inference_bytes(update.net, inputs)  # in evaluation
+            if teacher is not None and parts == 1:  # the next batch may be taught beside the student, and is between epochs
+                step, between, batches = step + teaching, max(between, teaching), 3  # one is read, each stream makes one
+            step += between + inputs.nbytes
         return cls(weights, taught, images + batches * inputs.nbytes, step)
 
     @property
