@@ -3,6 +3,7 @@
 On a second stream the device can do both at once.  Whether that is faster depends on how much of the device each of them fills,
 so a `Trial` finds out: steps with and without a second stream come to the same numbers, and take turns until each was timed.
 """
+from contextlib import contextmanager
 from statistics import median
 
 import torch
@@ -15,13 +16,22 @@ class Ahead:
     """`ahead(position, rows)`, in a step, gives what `make(position, rows)` gave during the step before, in tensors that stay
     where they are; from there to `end_step` what the next step will ask for is made.
 
-    make: returns (augment's Batch, logits).  steps: of an epoch.  rows: of a batch; there are no others.  overlapped: whether on
-    a second stream; may be changed between steps.
+    make: returns (augment's Batch, logits).  steps: of an epoch.  rows: of a batch; there are no others.
     """
 
     def __init__(self, make, steps: int, rows: range):
         self.make, self.steps, self.rows, self.kept = make, steps, rows, None
         self.overlapped, self.stream, self.there = False, torch.cuda.Stream(), None
+
+    @contextmanager
+    def overlapping(self, overlapped: bool):
+        """Around a step: whether the next batch is made on a second stream, elsewhere never."""
+        self.overlapped = overlapped
+        try:
+            yield
+        finally:
+            self.join()  # also where a step fails, or the end of its recording would fail, too, and hide why
+            self.overlapped = False
 
     def begin_epoch(self) -> None:
         """Before its first step: make what that will ask for."""

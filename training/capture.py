@@ -3,10 +3,12 @@ be recorded, the teacher's forward pass is.
 
 A replay runs no Python.  So a step that is recorded is a function of tensors that stay where they are: the position in the epoch
 and the learning rate are written into two of them before each step, and all that a step leaves behind is on the device.  What
-it reads from Python, the method's numbers and whether it is looked at, is part of the key by which a recording is kept.
+it reads from Python is whether it is looked at, of which there is a recording each, and the method's numbers, with which all are
+made anew.
 """
 import math
 import time
+from contextlib import nullcontext
 
 import torch
 
@@ -159,15 +161,9 @@ class Step:
     def record(self, overlapped: bool, look: bool) -> None:
         """Record such a step.  Where that fails, steps are recorded on one stream, if it was to be on two, or not at all."""
         def take():
-            try:
+            with self.ahead.overlapping(overlapped) if self.ahead else nullcontext():
                 self.function(self.position, self.lr, look)
-            except Exception:
-                if self.ahead:
-                    self.ahead.join()  # or the end of the recording would fail, too, and hide why
-                raise
 
-        if self.ahead:
-            self.ahead.overlapped = overlapped
         try:
             self.recorded[overlapped, look] = record(take, self.pool, self.stream)
         except RuntimeError as failure:
@@ -179,5 +175,3 @@ class Step:
             else:
                 print(f"no CUDA graph of the step: {first_line(failure)}")
                 self.captured = False
-        if self.ahead:
-            self.ahead.overlapped = False
