@@ -479,6 +479,29 @@ def drift():
     step.Update.agree = call
 
 
+def connect_slowly():
+    import torch.distributed as dist
+    connect = dist.new_group
+
+    def call(**flags):
+        group = connect(**flags)
+        time.sleep(0.5)
+        Path("connected").touch()
+        return group
+
+    dist.new_group = call
+
+
+def test_no_process_of_a_pair_ends_before_all_are_connected(place):
+    """Else the C++ of PyTorch writes to stderr, beside the line that says why."""
+    place.undisturbed("teacher")
+    run = torture.new_run(place)
+    (run / "notes.txt").touch()
+    result = place.run(f"{torture.command('pair')} --output {run}", partial(torture.on_rank, 1, connect_slowly))
+    one_line(result, 2, "not empty")
+    assert (place.folder / "connected").exists()
+
+
 @pytest.mark.parametrize("flags, fault, code, words", [
     ("", partial(torture.on_rank, 1, run_out_of_memory), 7, ["out of GPU memory", "--batch-size 4"]),
     ("", partial(torture.on_rank, 1, drift), 1, ["ranks diverged", "2 processes", "--resume auto"]),

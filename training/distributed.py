@@ -42,6 +42,7 @@ class Ranks:
             gpu = torch.cuda.is_initialized()
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
             self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self.wait()  # if one ended while another connects to it, PyTorch's C++ would write of it to stderr
         return self
 
     def __exit__(self, kind, failure, trace):
