@@ -272,7 +272,7 @@ def test_a_recorded_run_leaves_what_an_eager_one_leaves(capsys, place, teacher, 
 def test_the_next_batch_is_taught_on_a_second_stream_where_that_is_faster(distilled, graphs, monkeypatch, ms, winner, made):
     said = []
     monkeypatch.setattr(graphs, "ms", ms)
-    monkeypatch.setattr(ahead, "print", said.append, raising=False)
+    monkeypatch.setattr(ahead, "say", said.append)
     distilled("--method dkd --epochs 5")
     assert said == [f"teacher and student {winner}; one after the other {ms:.2f} ms a step, side by side 1.00 ms a step"]
     assert graphs.made == made, "a step that is looked at, and both kinds that are tried; then the former side by side"
@@ -325,7 +325,7 @@ def test_a_second_stream_that_cannot_be_recorded_leaves_the_first(distilled, gra
     monkeypatch.setattr(ahead.Ahead, "__call__", fail)
     monkeypatch.setattr(ahead.Ahead, "join", lambda self: joined.append(self.overlapped) or join(self))
     said = []
-    monkeypatch.setattr(capture, "print", said.append, raising=False)
+    monkeypatch.setattr(capture, "say", said.append)
     distilled()
     assert said == ["teacher and student one after the other: CUDA out of memory"]
     assert joined.count(True) == 1, "or the recording could not even end"
@@ -383,7 +383,7 @@ def test_a_recording_that_fails_leaves_an_eager_run(distilled, graphs, monkeypat
 
     monkeypatch.setattr(capture, "record", fail)
     said = []
-    monkeypatch.setattr(capture, "print", said.append, raising=False)
+    monkeypatch.setattr(capture, "say", said.append)
     distilled()
     assert graphs.made == 1 and not graphs.replays
     assert said == ["no CUDA graph of the step: operation not permitted when stream is capturing"]

@@ -1,4 +1,5 @@
 """Schedule, step, evaluation, early stopping: against numbers worked out by hand or by plain PyTorch."""
+import argparse
 import copy
 import io
 import math
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from training import errors, terminal
 from training.data import Split
 from training.errors import Failure
 from training.evaluation import EarlyStop, Evaluation, check_teacher, evaluate
@@ -353,11 +355,12 @@ def test_a_teacher_that_is_not_what_its_checkpoint_says_is_refused():
         assert failure.value.code == 2
 
 
-def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
     means = Means(CPU, 1)
     means.add(torch.tensor(0.5), train_loss=torch.tensor(1.5))
     means.end_step(means.taken, torch.tensor(0.0), torch.tensor(1.0))
@@ -367,6 +370,25 @@ def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
         progress.step(1, 4, 0.1, means)
         assert ("[5/10]" in stream.getvalue() and " loss 1.500" in stream.getvalue()) == stream.isatty()
     assert clock(3725.4) == "1:02:05"
+
+
+def test_a_line_takes_the_place_of_the_live_one(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "12")
+    screen, log = Terminal(), io.StringIO()
+    terminal.live("epoch 1/20 [1/100]", screen)
+    terminal.say("a line", screen)
+    terminal.say("a line", log)
+    assert screen.getvalue() == "\r\033[Kepoch 1/20 \r\033[Ka line\n" and log.getvalue() == "a line\n"
+
+
+def test_an_error_takes_the_place_of_the_live_line(monkeypatch):
+    def stop(args):
+        raise Failure(6, "the loss is not finite", "lower --lr")
+
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    with pytest.raises(SystemExit):
+        errors.run(stop, argparse.Namespace(debug=False))
+    assert screen.getvalue() == "\r\033[Kerror: the loss is not finite. lower --lr\n"
 
 
 def test_devices_that_are_not_there_are_refused():

@@ -8,6 +8,8 @@ from statistics import median
 
 import torch
 
+from training.terminal import say
+
 TIMES = 10  # steps of each kind
 KINDS = {False: "one after the other", True: "side by side"}
 
@@ -96,5 +98,5 @@ class Trial:
         ms = {kind: median(begin.elapsed_time(end) for begin, end in laps[place::len(self.kinds)])
               for place, kind in enumerate(self.kinds)}
         self.kinds = [min(ms, key=ms.get)]
-        print(f"teacher and student {KINDS[self.kinds[0]]}; "
-              + ", ".join(f"{KINDS[kind]} {each:.2f} ms a step" for kind, each in ms.items()))
+        say(f"teacher and student {KINDS[self.kinds[0]]}; "
+            + ", ".join(f"{KINDS[kind]} {each:.2f} ms a step" for kind, each in ms.items()))

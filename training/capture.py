@@ -16,6 +16,7 @@ from training.ahead import Trial
 from training.errors import USAGE, Failure, first_line
 from training.machine import Machine, cannot_compile
 from training.step import EVERY
+from training.terminal import say
 
 WARM_UP = 3  # steps before any is recorded, in which libraries choose their kernels and make their workspaces
 
@@ -69,7 +70,7 @@ class Replayed:
             try:
                 self.replay = record(forward, torch.cuda.graph_pool_handle(), self.stream)
             except RuntimeError as failure:
-                print(f"no CUDA graph of the teacher: {first_line(failure)}")
+                say(f"no CUDA graph of the teacher: {first_line(failure)}")
                 self.calls = -math.inf  # a warm-up without end
                 return self.net(images)
         self.images.copy_(images)
@@ -170,8 +171,8 @@ class Step:
             self.abandon()
             self.forget()
             if overlapped:  # which takes more memory
-                print(f"teacher and student one after the other: {first_line(failure)}")
+                say(f"teacher and student one after the other: {first_line(failure)}")
                 self.trial = Trial([False])
             else:
-                print(f"no CUDA graph of the step: {first_line(failure)}")
+                say(f"no CUDA graph of the step: {first_line(failure)}")
                 self.captured = False

@@ -1,7 +1,7 @@
 """How a script ends: exit codes, errors in one line, signals.
 
 Every expected error is one line on stderr, `error: what (path or value). what to do`, and one of the exit codes below;
-anything else is a bug and keeps its traceback.  Imports nothing of ours and no torch.
+anything else is a bug and keeps its traceback.  Imports no torch.
 """
 import errno
 import os
@@ -9,6 +9,8 @@ import signal
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
+
+from training.terminal import say
 
 DONE, BUG, USAGE, IN_USE, DATA, CHECKPOINT, DIVERGED, OUT_OF_MEMORY, DISK = range(9)
 CALMER = "lower --lr or the weights of the loss, or use --amp bf16"  # the remedy where numbers are no longer finite
@@ -102,7 +104,7 @@ def ended_by_the_rules(main, args) -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code, line = outcome or (BUG, "")
             if first:
-                print(f"error: {' '.join(line.split())}", file=sys.stderr)
+                say(f"error: {' '.join(line.split())}", sys.stderr)
             raise SystemExit(code) from None
 
 

@@ -4,8 +4,7 @@ import time
 
 from losses.methods import TERMS
 from training.means import Means
-
-CLEAR = "\r\033[K"  # back to the start of the terminal's line, and empty it
+from training.terminal import live, say
 
 
 class Progress:
@@ -25,19 +24,16 @@ class Progress:
         eta = (now - self.started) / done * ((self.epochs - self.first + 1) * self.steps - done)
         losses = " ".join(f"{name.removeprefix('train_')} {value:.3f}" for name, value in means.read().items())
         rate = self.batch_size * done / (now - self.started)
-        self.stream.write(f"{CLEAR}epoch {epoch}/{self.epochs} [{step + 1}/{self.steps}] eta {clock(eta)} "
-                          f"lr {lr:.2g} {losses} {rate:.0f} images/s")
-        self.stream.flush()
+        live(f"epoch {epoch}/{self.epochs} [{step + 1}/{self.steps}] eta {clock(eta)} {rate:.0f} images/s lr {lr:.2g} {losses}",
+             self.stream)
 
     def epoch(self, row, best: bool) -> None:
         terms = {name: getattr(row, f"train_loss_{name}") for name in TERMS}
         terms = " ".join(f"{name} {value:.3f}" for name, value in terms.items() if value is not None)
         left = (time.perf_counter() - self.started) / (row.epoch - self.first + 1) * (self.epochs - row.epoch)
-        self.stream.write(
-            f"{CLEAR * self.live}epoch {row.epoch}/{self.epochs}  lr {row.lr:.2g}  loss {row.train_loss:.3f} ({terms})  "
+        say(f"epoch {row.epoch}/{self.epochs}  lr {row.lr:.2g}  loss {row.train_loss:.3f} ({terms})  "
             f"train {row.train_acc1:.2f} %  val {row.val_acc1:.2f} % loss {row.val_loss:.3f}{' *' if best else '  '}  "
-            f"{row.images_per_s:.0f} images/s  eta {clock(left)}\n")
-        self.stream.flush()
+            f"{row.images_per_s:.0f} images/s  eta {clock(left)}", self.stream)
 
 
 def clock(seconds: float) -> str:
