@@ -267,9 +267,9 @@ def looked(epoch, **values):
             "share_nckd": 0.5} | values
 
 
-def judged(accuracies, flags="--method dkd", early=False, log=None, **values):
+def judged(accuracies, flags="--method dkd", early=False, log=None, classes=100, **values):
     rows = [row(epoch, accuracy, **log or {}) for epoch, accuracy in enumerate(accuracies, 1)]
-    return verdict.judge(student(flags), rows, [looked(each.epoch, **values) for each in rows], 100, early)
+    return verdict.judge(student(flags), rows, [looked(each.epoch, **values) for each in rows], classes, early)
 
 
 def names(result):
@@ -278,9 +278,18 @@ def names(result):
 
 @pytest.mark.parametrize("accuracies, early, expected", [
     ([10, 30, 50], False, "completed"), ([10, 50, 46], True, "early stop"), ([1, 1.2, 1.5], False, "collapsed"),
-    ([10, 60, 54.9], True, "collapsed"), ([10, 60, 55.1], False, "completed")])
+    ([10, 60, 54.9], True, "collapsed"), ([10, 60, 55.1], False, "completed"), ([3.2, 1, 1.9], False, "collapsed")])
 def test_verdict(accuracies, early, expected):
-    assert judged(accuracies, early=early)["verdict"] == expected
+    result = judged(accuracies, early=early)
+    assert result["verdict"] == expected and names(result).count("collapse") == (expected == "collapsed")
+
+
+@pytest.mark.parametrize("classes, accuracy, expected", [
+    (2, 90.0, "completed"), (2, 54.0, "collapsed"), (10, 16.0, "completed"), (10, 15.0, "collapsed"), (1000, 0.2, "collapsed")])
+def test_chance_depends_on_the_number_of_classes(classes, accuracy, expected):
+    result = judged([accuracy], classes=classes)
+    assert result["verdict"] == expected
+    assert all(f"{100 / classes:g} %" in alarm["text"] for alarm in result["alarms"])
 
 
 def test_a_healthy_run_raises_no_alarm():
@@ -311,6 +320,8 @@ def test_the_cause_of_a_collapse_is_the_most_telling_alarm():
     result = judged([10, 60, 20], update_ratio=0.09, teacher_acc1=30.0)
     assert names(result) == ["collapse", "move", "teacher"] and result["cause"].startswith("steps are large")
     assert "--lr or --beta" in result["advice"] and "--clip-grad 1" in result["advice"]
+    assert judged([10, 60, 20], share_nckd=0.9)["advice"] == "lower --beta, or raise --ce-weight"
+    assert judged([10, 60, 20], log={"clip_frac": 0.95})["advice"] == "raise --clip-grad or lower --beta"
     assert "--alpha" in judged([10, 60, 20], "--method kd", update_ratio=0.09, share_kl=0.5)["advice"]
     assert judged([10, 60, 20])["cause"] is None, "no alarm, no cause"
     assert judged([10, 60, 20], pull_minor_whole=0.6)["advice"].startswith("use --mixed-target pair")

@@ -54,12 +54,13 @@ def alarms(args, rows, looked, classes: int, stopped_early: bool) -> list[Alarm]
         return max(((row[column], row["epoch"]) for row in looked if row.get(column) is not None), default=(None, None))
 
     accuracy, last = [row.val_acc1 for row in rows], rows[-1].val_acc1
-    best = max(accuracy)
-    if best <= 200 / classes:
-        found.append(Alarm("collapse", best, 200 / classes, None,
-                           f"validation accuracy never left twice chance: at best {best:.1f} % of {classes} classes"))
+    best, chance = max(accuracy), 100 / classes
+    near = min(2 * chance, chance + FALL)  # twice chance would be any accuracy at all of two classes
     check("collapse", best - last, FALL, f"validation accuracy fell from {best:.1f} % in epoch {accuracy.index(best) + 1} to "
           f"{last:.1f} % at the end (alarm above {FALL:g} points)", rows[-1].epoch)
+    if last <= near and not found:
+        found.append(Alarm("collapse", last, near, rows[-1].epoch, f"validation accuracy is {last:.1f} % at the end, near the "
+                           f"chance of {chance:.3g} % with {classes} classes (alarm up to {near:.3g} %)"))
     dead = looked[-1]["dead_classes"] if looked else None
     if dead:
         check("dead", dead / classes, DEAD, f"the student never predicts {dead} of {classes} classes at the end "
@@ -110,12 +111,13 @@ def shares(args, looked: list[dict]) -> dict:
 def advice(args, suspect: Alarm, looked: list[dict]) -> str:
     """What to change, for the most likely cause."""
     weights = METHODS[args.method].weighed_by if "method" in args else {}
-    quieter = "".join(f" or --{weights[term].replace('_', '-')}" for term in list(shares(args, looked))[:1] if term in weights)
+    loudest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(args, looked))[:1] if term in weights]
+    quieter = "".join(f" or {flag}" for flag in loudest)
     return {
         "skipped": f"lower --lr{quieter}, or use --amp bf16",
         "move": f"halve --lr{quieter}, or clip the gradient (--clip-grad 1); change one at a time",
         "inverted": "use --mixed-target pair, or less mixing (--mix-prob)",
-        "clipped": f"raise --clip-grad{quieter.replace('or', 'or lower')}",
-        "share": f"lower{quieter.removeprefix(' or')}, or raise --ce-weight",
+        "clipped": " or ".join(["raise --clip-grad", *(f"lower {flag}" for flag in loudest)]),
+        "share": ", or ".join([*(f"lower {flag}" for flag in loudest), "raise --ce-weight"]),
         "teacher": "train the teacher under the same augmentation, or weaken it (--policy none, a lower --mix-prob)",
     }[suspect.name]
