@@ -1,5 +1,5 @@
 # make demo: the whole study in miniature on embedded data.   make test: all checks.   make torture: thousands of killed,
-# stopped and corrupted runs and sweeps, and each barrier of the kernels taken out, 12 minutes.   All set up .venv themselves, once.
+# stopped and corrupted runs and sweeps, and each barrier of the kernels taken out, 8 to 13 minutes.   All set up .venv themselves, once.
 # make test-export: exported files in the runtimes that `make test` does without, from requirements-export.txt.
 SHELL := /bin/bash
 VENV := .venv

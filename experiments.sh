@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every run behind every table and figure, as plain commands that can be copied one by one.
+# The runs of the study and of its ablations, each a command.  Those of the demo are in the Makefile.
 #   ./experiments.sh                    the study and its controls: one GPU; data and ImageNet weights are downloaded if missing
 #   ./experiments.sh ablation           what makes DKD collapse, on CIFAR-100: one GPU
 #   ./experiments.sh ablation-small     the same on the embedded data: two CPU cores, 45 minutes

@@ -2,7 +2,7 @@
 
 The file holds all that lies between an image and its classes: scaling, normalisation, resizing, the network, softmax.  int8
 is post-training quantisation by the tool that is maintained for each format.  To add a format: one function that makes the
-file, a line in `EXPORTERS`, and one in `RUNTIMES` of deploy/runtime.py.
+file, a line in `EXPORTERS`, `SUFFIXES` and `needs`, one in `RUNTIMES` of deploy/runtime.py, and its name in deploy/options.py.
 """
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One file per op: formula, public op, reference, Triton, launcher.  Here: which of the last two runs."""
+"""The Triton kernels, a file each.  Here: whether they run, or their references in plain PyTorch."""
 import os
 
 import torch

@@ -1,8 +1,8 @@
 """What a distillation method is called and what it is set by: one record each, without torch.
 
 The flags and their help, --dry-run, the name of a run, its warm-up, the columns of log.csv, the lines on the terminal, and the
-labels of figures and tables are all made from these records; no other place names a method.  To add one: its function in a file
-of this folder, a record below, and a line in METHODS.
+labels of figures and tables are all made from these records.  To add one: its function in a file of this folder, a record below,
+and a line in METHODS.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,8 +24,8 @@ class Number(NamedTuple):
 
 
 class Method(NamedTuple):
-    """function: where it is, "module:name".  It is called with both logits (N, C), a Targets, `numbers` and label_smoothing, and
-        returns the loss and a dict of its terms, 0-dim tensors, the latter detached and unweighted.
+    """function: where it is, "module:name".  It is called with both logits (N, C), a Targets, and by name its numbers and
+        label_smoothing, and returns the loss and a dict of its terms, 0-dim tensors, the latter detached and unweighted.
     terms: the names of its terms, columns train_loss_<term> of log.csv; "ce" is the cross-entropy with the labels.
     weighed_by: the number that a term is multiplied by in the loss, for diagnostics.csv, which has each term's gradient.  One
         term may lack such a number; where more do, only the gradient of the whole is there.
