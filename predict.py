@@ -7,13 +7,12 @@
 Images are cropped and shrunk as for training.  One that cannot be read is named on stderr and left out; the exit code is then 4.
 """
 import csv
-import io
 import sys
 
 from deploy.options import parse_predict
 from training import errors
 
-BATCH, SHEET, COLUMNS, INCHES = 64, 96, 8, 1.7
+BATCH, SHEET = 64, 96
 
 
 def batches(paths, image_size: int, unreadable: list):
@@ -36,23 +35,6 @@ def batches(paths, image_size: int, unreadable: list):
         yield [path for path, _ in batch], np.stack([image for _, image in batch])
 
 
-def contact_sheet(shown: list) -> bytes:
-    """A PNG of (path, image, likeliest class with its probability) triples."""
-    from matplotlib.figure import Figure
-    rows = -(-len(shown) // COLUMNS)
-    columns = min(COLUMNS, len(shown))
-    figure = Figure(figsize=(columns * INCHES, rows * INCHES * 1.25), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (path, image, title) in zip(axes.flat, shown):
-        axis.imshow(image, interpolation="nearest")
-        axis.set_title(f"{title}\n{path[-24:]}", fontsize=7)
-    sheet = io.BytesIO()
-    figure.savefig(sheet, dpi=150, format="png")
-    return sheet.getvalue()
-
-
 def main(args):
     from deploy import runtime
     from training import pictures
@@ -72,10 +54,10 @@ def main(args):
             else:
                 print(path, *(f"{name} {100 * share:.2f} %" for name, share in best), sep="  ")
             if len(shown) < SHEET:
-                shown.append((path, image, f"{best[0][0]} {100 * best[0][1]:.0f} %"))
+                shown.append((image, f"{best[0][0]} {100 * best[0][1]:.0f} %\n{path[-24:]}", ""))
         count += len(paths)
     if args.output and shown:
-        write_atomic(args.output, contact_sheet(shown))
+        write_atomic(args.output, pictures.contact_sheet(shown, height=1.25))
         print(f"{args.output}: {len(shown)} of {count} images", file=sys.stderr)
     if unreadable or not count:
         counts = f"{len(unreadable)} of {len(unreadable) + count} images could not be read"

@@ -6,21 +6,15 @@
 
 The same flags and seed as a training run give the very batch that the run saw.
 """
-import io
-
 from training import errors, options
-
-COLUMNS, INCHES = 8, 1.7
 
 
 def main(args):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import torch
 
     from augment import BatchAugmenter
     from training import data as datasets
+    from training import pictures
     from training.files import write_atomic
     from training.machine import global_batch_size, prepare_machine
 
@@ -35,21 +29,11 @@ def main(args):
     mean, std = (torch.tensor(values, device=machine.device).view(3, 1, 1) for values in (data.mean, data.std))
     images = (batch.images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
-    rows = -(-args.batch_size // COLUMNS)
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(COLUMNS * INCHES, rows * INCHES * 1.42), squeeze=False,
-                                layout="constrained")
-    for axis in axes.flat:
-        axis.axis("off")
-    targets = (part.tolist() for part in batch.targets)
-    for axis, image, drawn, label, other, lam in zip(axes.flat, images, augmenter.describe(args.step), *targets):
-        axis.imshow(image, interpolation="nearest")
+    shown, targets = [], (part.tolist() for part in batch.targets)
+    for image, drawn, label, other, lam in zip(images, augmenter.describe(args.step), *targets):
         names = data.classes[label] if lam == 1 else f"{lam:.2f} {data.classes[label]}\n{1 - lam:.2f} {data.classes[other]}"
-        axis.set_title(names, fontsize=7)
-        axis.text(0.5, -0.04, drawn.replace(", ", ",\n").replace(" | ", "\n"), transform=axis.transAxes,
-                  ha="center", va="top", fontsize=6, color="0.3")
-    sheet = io.BytesIO()
-    figure.savefig(sheet, dpi=150)
-    write_atomic(args.output, sheet.getvalue())
+        shown.append((image, names, drawn.replace(", ", ",\n").replace(" | ", "\n")))
+    write_atomic(args.output, pictures.contact_sheet(shown, height=1.42))
     print(f"{args.output}: batch {args.step} of epoch {args.epoch}, {args.batch_size} images of {args.dataset}")
 
 

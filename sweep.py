@@ -12,11 +12,11 @@ Leaves the runs, logs/, table.md and table.csv in --output.
 """
 import signal
 import time
-from datetime import timedelta
 from pathlib import Path
 
 from training import errors, grid, job
 from training.files import as_csv, write_atomic, write_json
+from training.terminal import clock
 
 ROOT = Path(__file__).resolve().parent
 LOOK = 0.1  # seconds between two looks at the processes
@@ -78,10 +78,6 @@ def run(jobs, at_once: int, metric: str) -> None:
                   f"({clock(each.seconds) if each.seconds else 'it was there'}{left})", flush=True)
         if not over:
             time.sleep(LOOK)
-
-
-def clock(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))
 
 
 if __name__ == "__main__":

@@ -125,17 +125,12 @@ def contenders(images, labels, batch_size: int) -> dict:
     return {stage: calls for stage, calls in stages.items() if any("ours" not in name for name in calls)}
 
 
-def synchronize(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def timed(call, device) -> float:
     """Seconds per image."""
-    synchronize(device)
+    table.synchronize(device)
     started = time.perf_counter()
     images = call()
-    synchronize(device)
+    table.synchronize(device)
     return (time.perf_counter() - started) / images
 
 
@@ -166,7 +161,7 @@ def count_launches(call, batch_size: int, device) -> int | None:
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         images = call()
-        synchronize(device)
+        table.synchronize(device)
     on_gpu = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]  # not the CPU's part
     return round(len(on_gpu) * batch_size / images)
 

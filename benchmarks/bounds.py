@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.augmentation import synchronize
+from benchmarks.table import synchronize
 
 SIDE = 2048  # of the square matrices whose product measures the rate of arithmetic
 COPIED = 2**26  # bytes

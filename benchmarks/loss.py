@@ -25,6 +25,7 @@ import kernels
 from benchmarks import table
 from kernels.softmax_kl import Weights, hyperparameters
 from losses import Targets, dkd_loss, kd_loss
+from training.errors import first_line
 
 SIZES = ((128, 100), (512, 100), (1024, 1000), (4096, 8192), (4096, 32000), (8192, 128256))
 CPU_SIZES = ((128, 100), (128, 1000), (4096, 8000))
@@ -152,7 +153,7 @@ def captured(call, pool):
             call()
         return graph.replay
     except RuntimeError as failure:
-        print(f"  not captured: {str(failure).splitlines()[0]}")
+        print(f"  not captured: {first_line(failure)}")
         torch.cuda.synchronize()
         return None
 
@@ -172,12 +173,11 @@ def peak_bytes(call, device) -> int:
 
 
 def wall_us(call, calls: int, device) -> float:
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
+    table.synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):
         call()
-    synchronize()
+    table.synchronize(device)
     return (time.perf_counter() - started) / calls * 1e6
 
 
@@ -230,7 +230,7 @@ def works(name: str, call) -> bool:
     try:
         call()
     except (RuntimeError, ImportError) as failure:  # out of memory is a RuntimeError
-        print(f"  {name} failed and is left out: {str(failure).splitlines()[0]}")
+        print(f"  {name} failed and is left out: {first_line(failure)}")
         return False
     return True
 

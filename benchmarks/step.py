@@ -19,7 +19,7 @@ block of ours is an epoch, with its draws and with what is read at its end, whic
 loader's epoch never ends.  The shares are those of one more block, with a clock read after each phase; inside of a graph there
 is none to read.
 
-What a step could take at most: `work` counts the arithmetic, the traffic and the launches of our step in eager mode, and
+The least that a step could take: `work` counts the arithmetic, the traffic and the launches of our step in eager mode, and
 benchmarks/bounds.py measures what the device does of each in a second.  The largest of the three times is a bound for eager mode
 only as far as operations are not joined: compiled networks have less traffic and fewer launches.
 """
@@ -36,7 +36,6 @@ import torch
 import triton
 
 from benchmarks import bounds, table
-from benchmarks.augmentation import synchronize
 from benchmarks.our_loop import Ours, networks, recipe
 from benchmarks.plain_loop import PREFETCH, PlainLoop
 from training.machine import prepare_machine
@@ -105,7 +104,7 @@ class Laps:
         self.last = self.now()
 
     def now(self) -> float:
-        synchronize(self.device)
+        table.synchronize(self.device)
         return time.perf_counter()
 
     def __call__(self, phase: str) -> None:

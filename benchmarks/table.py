@@ -1,12 +1,13 @@
-"""What all benchmarks share: their flags, the name of the hardware, and the CSV."""
+"""What all benchmarks share: their flags, the name of the hardware, the wait for it, and the CSV."""
 import argparse
-import csv
 import platform
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+
+from training.files import as_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,14 +26,16 @@ def hardware(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def write(rows: list, what: str, where: str) -> Path:
     """Rows, one kind of dataclass, to benchmarks/results/<what>-<where>.csv; `where` in lower case and hyphens."""
     path = ROOT / "benchmarks" / "results" / f"{what}-{re.sub('[^a-z0-9]+', '-', where.lower()).strip('-')}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
-        table.writeheader()
-        table.writerows(asdict(row) for row in rows)
+    path.write_bytes(as_csv([field.name for field in fields(rows[0])], list(map(asdict, rows))))
     print(path)
     return path
 

@@ -193,7 +193,7 @@ def test_calibration_leaves_the_test_set_alone():
     labels = torch.zeros(2000, dtype=torch.int64)
     split = {name: exported.datasets.Split(torch.full((2000, 2, 2, 3), value, dtype=torch.uint8), labels)
              for value, name in enumerate(("train", "val", "test"))}
-    rest = dict(name="", classes=[""], superclasses=None, superclass_names=None, mean=(), std=(), selected_on="")
+    rest = dict(name="", classes=[""], mean=(), std=(), selected_on="")
     data = exported.datasets.Dataset(**split, **rest)
     assert len(exported.calibration(data)) == exported.CALIBRATION_IMAGES and (exported.calibration(data) == 1).all()
     assert (exported.calibration(exported.datasets.Dataset(**split | {"val": split["test"]}, **rest)) == 0).all()

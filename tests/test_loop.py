@@ -6,6 +6,7 @@ import math
 import platform
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from training.errors import Failure
 from training.evaluation import EarlyStop, Evaluation, check_teacher, evaluate
 from training.machine import Machine, parts_of, prepare_machine
 from training.means import SKIPS, Means
-from training.progress import Progress, clock
+from training.progress import Progress
 from training.step import Update, accuracy, build_optimizer, learning_rate
 
 CPU = Machine(torch.device("cpu"), "off")
@@ -366,17 +367,18 @@ def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
     means.end_step(means.taken, torch.tensor(0.0), torch.tensor(1.0))
     means.look()
     for stream in (io.StringIO(), Terminal()):
-        progress = Progress(3, 10, 8, stream=stream)
-        progress.step(1, 4, 0.1, means)
+        with redirect_stdout(stream):
+            Progress(3, 10, 8).step(1, 4, 0.1, means)
         assert ("[5/10]" in stream.getvalue() and " loss 1.500" in stream.getvalue()) == stream.isatty()
-    assert clock(3725.4) == "1:02:05"
+    assert terminal.clock(3725.4) == "1:02:05"
 
 
 def test_a_line_takes_the_place_of_the_live_one(monkeypatch):
     monkeypatch.setenv("COLUMNS", "12")
     screen, log = Terminal(), io.StringIO()
-    terminal.live("epoch 1/20 [1/100]", screen)
-    terminal.say("a line", screen)
+    with redirect_stdout(screen):
+        terminal.live("epoch 1/20 [1/100]")
+        terminal.say("a line")
     terminal.say("a line", log)
     assert screen.getvalue() == "\r\033[Kepoch 1/20 \r\033[Ka line\n" and log.getvalue() == "a line\n"
 

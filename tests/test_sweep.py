@@ -24,7 +24,7 @@ import pytest
 from scipy import stats
 from test_scripts import make_images
 
-from training import comparison, files, grid, job, options, resume
+from training import comparison, files, grid, job, options
 from training.errors import Failure
 from training.flag_types import Parser
 
@@ -367,7 +367,6 @@ def test_a_run_with_other_flags_is_refused_before_anything_starts(place):
     code, _, err = sweep("--output s distill.py --seed 1 --lr 0.1")
     assert code == 4
     one_line(err, "s/distill-s1/config.json")
-    assert job.NOT_COMPARED <= resume.FREE
 
 
 def test_another_teacher_is_refused(place):

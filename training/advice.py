@@ -55,15 +55,10 @@ def advise(args, machine: Machine) -> list[str]:
         student.zero_grad()
         looking.look(step, batch.targets, z, v, numbers)
         looking.end_step(Taken(*torch.zeros(3, device=z.device)))
-        entropies += torch.stack([entropy(v.float() / T) for T in TEMPERATURES]) / len(steps)
+        softened = torch.stack([(v.float() / T).softmax(1) for T in TEMPERATURES])
+        entropies += torch.special.entr(softened).sum(2).mean(1) / len(steps)
     seen, classes, norm = looking.columns(), len(data.classes), torch.stack(norms).median().item()
     return [*said(args, seen, classes), *suggested(args, seen, norm, entropies.tolist(), classes)]
-
-
-def entropy(logits):
-    """Mean entropy of the softmax of (N, C) logits, in nats."""
-    log_p = logits.log_softmax(1)
-    return -(log_p.exp() * log_p).sum(1).mean()
 
 
 def said(args, seen: dict, classes: int) -> list[str]:

@@ -18,17 +18,15 @@ from training.errors import DATA, DISK, Failure
 from training.source import Source, Split
 
 
-def cifar10(data_dir: Path, image_size, stream) -> Source:
+def cifar10(data_dir: Path, image_size) -> Source:
     train, test, meta = read_cifar(CIFAR10, data_dir)
     return Source(cifar_split(train, "labels"), cifar_split(test, "labels"), meta["label_names"],
                   mean_and_std=((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), val_size=5000)
 
 
-def cifar100(data_dir: Path, image_size, stream) -> Source:
+def cifar100(data_dir: Path, image_size) -> Source:
     train, test, meta = read_cifar(CIFAR100, data_dir)
-    coarse_of = dict(zip(train[0]["fine_labels"], train[0]["coarse_labels"]))
     return Source(cifar_split(train, "fine_labels"), cifar_split(test, "fine_labels"), meta["fine_label_names"],
-                  [coarse_of[fine] for fine in range(len(meta["fine_label_names"]))], meta["coarse_label_names"],
                   mean_and_std=((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), val_size=5000)
 
 

@@ -1,9 +1,8 @@
 """Data sets as uint8 tensors on the device: training, validation and test images, their labels, the names of the classes.
 
 Images are decoded once and stay as they are, (N, H, W, 3); augmentation and normalisation happen on the device, batch by batch.
-To add a data set: one function that returns a `Source`, one line in `DATASETS`.
+To add a data set: one function that returns a `Source`, a line in `DATASETS`, its name in training/options.py.
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from training.cifar import cifar10, cifar100
 from training.errors import DATA, OUT_OF_MEMORY, USAGE, Failure
 from training.imagefolder import imagefolder
 from training.source import Source, Split
-from training.synthetic import CLASSES, SIBLINGS, SUPERCLASSES, generate
+from training.synthetic import CLASSES, generate
 
 TEST_SEED = 0  # draws the test set of a folder that has none: the same for every --seed
 SYNTHETIC_SEEDS = (1, 2)  # of the training and the test images, the same for every --seed
@@ -23,7 +22,6 @@ SYNTHETIC_SEEDS = (1, 2)  # of the training and the test images, the same for ev
 class Dataset:
     """What a training script needs to know of its data.
 
-    superclasses: the index into superclass_names of every class, where the data set has superclasses.
     mean, std: per channel, of images scaled to [0, 1]. selected_on: which images `val` holds, in words for summary.json.
     """
     name: str
@@ -31,8 +29,6 @@ class Dataset:
     val: Split
     test: Split
     classes: list[str]
-    superclasses: list[int] | None
-    superclass_names: list[str] | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     selected_on: str
@@ -53,7 +49,7 @@ class Dataset:
                 f"{self.image_size}x{self.image_size}, {len(self.classes)} classes; best epoch by the {self.selected_on}")
 
 
-def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu", stream=None) -> Dataset:
+def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu") -> Dataset:
     """Read the data set `name`, split it, and move it to `device`.
 
     data_dir: where the files are, and where CIFAR is downloaded to if they are not.
@@ -62,11 +58,10 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu
     images as one, the same for every seed and `val_size`.
     image_size: the square to which images are resized and cropped, unless all share one square size that is no larger: networks
     enlarge such images themselves.
-    stream: where progress goes; None is stdout: stderr is for errors.
     Raises Failure: DATA for anything wrong with the files, USAGE for a wrong size, DISK or OUT_OF_MEMORY where room is short.
     """
     try:
-        source = DATASETS[name](Path(data_dir), image_size, stream or sys.stdout)
+        source = DATASETS[name](Path(data_dir), image_size)
     except OSError as failure:
         raise Failure(DATA, f"cannot read ({failure.filename}: {failure.strerror})", "check its permissions") from failure
     train, test = source.train, source.test
@@ -82,7 +77,7 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu
     else:
         train, test = upload([train, test], torch.device(device))
         val, selected_on = test, "test set"
-    return Dataset(name, train, val, test, source.classes, source.superclasses, source.superclass_names, mean, std, selected_on)
+    return Dataset(name, train, val, test, source.classes, mean, std, selected_on)
 
 
 def a_tenth(split: Split) -> int:
@@ -141,10 +136,10 @@ def upload(splits: list[Split], device: torch.device) -> list[Split]:
     return [Split(split.images.to(device), split.labels.to(device)) for split in splits]
 
 
-def synthetic(data_dir: Path, image_size, stream) -> Source:
+def synthetic(data_dir: Path, image_size) -> Source:
     """10,000 training and 5,000 test images of 32x32, drawn here and now; `data_dir` is not read."""
     train, test = (Split(*generate(count, seed)) for count, seed in zip((10_000, 5_000), SYNTHETIC_SEEDS))
-    return Source(train, test, CLASSES, [index // SIBLINGS for index in range(len(CLASSES))], SUPERCLASSES)
+    return Source(train, test, CLASSES)
 
 
 DATASETS = {"cifar100": cifar100, "cifar10": cifar10, "imagefolder": imagefolder, "synthetic": synthetic}

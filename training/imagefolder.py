@@ -2,6 +2,7 @@
 import hashlib
 import io
 import os
+import sys
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from training.errors import DATA, OUT_OF_MEMORY, USAGE, Failure
 from training.files import write_atomic
 from training.pictures import decode_into, image_files, size_of
 from training.source import Source, Split
+from training.terminal import live, say
 
 THUMBNAIL = 128  # pixels; larger images gain from threads, smaller ones lose
 DECODER = b"1"  # another number makes every cache outdated: for a `decode` that gives other pixels
@@ -28,7 +30,7 @@ class Tree(NamedTuple):
     labels: list[int]
 
 
-def imagefolder(data_dir: Path, image_size, stream) -> Source:
+def imagefolder(data_dir: Path, image_size) -> Source:
     """`data_dir`/train and /test with one folder per class, or the class folders in `data_dir` itself."""
     if not data_dir.is_dir():
         raise Failure(DATA, f"no such folder ({data_dir})",
@@ -41,7 +43,7 @@ def imagefolder(data_dir: Path, image_size, stream) -> Source:
         there, missing = roots if name in trees[0].classes else roots[::-1]
         raise Failure(DATA, f"class folder without a counterpart ({there / name}, no {missing / name})",
                       "add the one or remove the other")
-    images = read_images(data_dir, trees, image_size, stream)
+    images = read_images(data_dir, trees, image_size)
     train, *test = (Split(images_of_tree, torch.tensor(tree.labels)) for images_of_tree, tree in zip(images, trees))
     return Source(train, test[0] if test else None, trees[0].classes)
 
@@ -62,7 +64,7 @@ def find_images(root: Path) -> Tree:
     return Tree(root, classes, paths, labels)
 
 
-def read_images(data_dir: Path, trees: list[Tree], image_size, stream) -> list[torch.Tensor]:
+def read_images(data_dir: Path, trees: list[Tree], image_size) -> list[torch.Tensor]:
     """The images of each tree, from the cache in `data_dir` if the files are still what was decoded into it."""
     listing = hashlib.sha256(DECODER)
     for tree in trees:
@@ -75,17 +77,17 @@ def read_images(data_dir: Path, trees: list[Tree], image_size, stream) -> list[t
         if cache.is_file():
             images = read_cache(cache, trees)
             if images is None:
-                print(f"the cache is damaged, so the images are decoded again ({cache})", file=stream)
+                print(f"the cache is damaged, so the images are decoded again ({cache})")
             elif cache == resized or image_size is None or images[0].shape[1] <= image_size:
                 return images
-    images, is_native = decode(trees, image_size, stream)
+    images, is_native = decode(trees, image_size)
     try:
         write_cache(native if is_native else resized, images)
         for outdated in data_dir.glob(".fusekd-cache-*"):
             if not outdated.name.startswith(key):
                 outdated.unlink(missing_ok=True)
     except OSError as failure:
-        print(f"no cache of the images is kept, they will be decoded again ({data_dir}: {failure.strerror})", file=stream)
+        print(f"no cache of the images is kept, they will be decoded again ({data_dir}: {failure.strerror})")
     return images
 
 
@@ -109,10 +111,10 @@ def write_cache(path: Path, images: list[torch.Tensor]) -> None:
     os.replace(own, path)
 
 
-def decode(trees: list[Tree], image_size, stream) -> tuple[list[torch.Tensor], bool]:
+def decode(trees: list[Tree], image_size) -> tuple[list[torch.Tensor], bool]:
     """RGB images uint8 (N, side, side, 3) of each tree, and whether `side` is their own size rather than `image_size`."""
     paths = [path for tree in trees for path in tree.paths]
-    first_with = distinct_sizes(paths, stream)
+    first_with = distinct_sizes(paths)
     width, height = next(iter(first_with))
     is_native = len(first_with) == 1 and width == height and (image_size is None or width <= image_size)
     if not is_native and image_size is None:
@@ -130,7 +132,7 @@ def decode(trees: list[Tree], image_size, stream) -> tuple[list[torch.Tensor], b
         # Pillow decodes without the interpreter's lock, but takes it often: on two cores threads read photographs 1.7 times
         # as fast as a plain loop, and images of 32x32 at 0.6 of its speed.
         apply = pool.map if max(max(first_with)) > THUMBNAIL else map
-        decoded = progress(apply(decode_into, slots, paths), len(paths), "decoding", stream)
+        decoded = progress(apply(decode_into, slots, paths), len(paths), "decoding")
         try:
             failed = [path for is_read, path in zip(decoded, paths) if not is_read]
         except BaseException:  # a signal does not wait for all the others
@@ -141,10 +143,10 @@ def decode(trees: list[Tree], image_size, stream) -> tuple[list[torch.Tensor], b
     return images, is_native
 
 
-def distinct_sizes(paths: list[str], stream) -> dict[tuple[int, int], str]:
+def distinct_sizes(paths: list[str]) -> dict[tuple[int, int], str]:
     """Every (width, height) that occurs, with the first image that has it; from the headers, not yet the pixels."""
     first_with = {}
-    for size, path in zip(progress(map(size_of, paths), len(paths), "measuring", stream), paths):
+    for size, path in zip(progress(map(size_of, paths), len(paths), "measuring"), paths):
         if size:
             first_with.setdefault(size, path)
     if not first_with:
@@ -157,14 +159,13 @@ def unreadable(paths: list[str], total: int) -> Failure:
     return Failure(DATA, f"{len(paths)} of {total} images cannot be read ({names})", "replace them by 8-bit ones or delete them")
 
 
-def progress(items: Iterable, total: int, verb: str, stream) -> Iterator:
-    """Pass `items` on and say how far they are: in one line on a terminal, else in a line per quarter."""
-    terminal = stream.isatty()
-    step, said = (1, 0) if terminal else (25, 0)
+def progress(items: Iterable, total: int, verb: str) -> Iterator:
+    """Pass `items` on and say how far they are: in one live line on a terminal, else in a line per quarter."""
+    step, show = (1, live) if sys.stdout.isatty() else (25, say)
+    said = 0
     for count, item in enumerate(items, 1):
         percent = 100 * count // total
         if percent >= said + step:
             said = percent - percent % step
-            start, end = ("\r", "\n" if percent == 100 else "") if terminal else ("", "\n")
-            print(f"{start}{verb} {total} images: {said}%", end=end, file=stream, flush=True)
+            (say if percent == 100 else show)(f"{verb} {total} images: {said}%")
         yield item

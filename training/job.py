@@ -10,12 +10,10 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from training import grid
+from training import grid, options
 from training.errors import BUG, DATA, DIVERGED, IN_USE, STOPPED, USAGE, Failure
 from training.files import digest, make_directory
 
-# What runs of one table may differ in.
-NOT_COMPARED = {"output", "device", "cuda_graph", "grad_checkpoint", "resume", "overwrite", "debug", "dry_run"}
 RESOLVED = (None, "auto")  # flags that a run decides itself; config.json then says what it decided
 PAUSE = 1.0  # seconds until a run that another process is at is looked at again
 NUMBERS = ("test_acc1_best", "test_acc1_last", "wall_s")
@@ -33,7 +31,7 @@ class Job:
         self.cell, self.seed, self.directory, self.log = cell, seed, output / name, output / "logs" / f"{name}.txt"
         self.command = [str(root / cell.script), *grid.command(cell), "--seed", str(seed), "--resume", "auto",
                         "--output", str(self.directory)]
-        self.flags = {name: value for name, value in vars(grid.parse(cell, seed)).items() if name not in NOT_COMPARED}
+        self.flags = {name: value for name, value in vars(grid.parse(cell, seed)).items() if name not in options.INCIDENTAL}
         self.process, self.code, self.seconds, self.pause_ends = None, 0, 0.0, 0.0
 
     def __str__(self) -> str:

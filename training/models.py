@@ -16,7 +16,6 @@ device, so that a 224-pixel teacher and a 32-pixel student can be given the same
 one line in `NETWORKS` of training/networks.py.
 """
 import difflib
-import hashlib
 import re
 import ssl
 import sys
@@ -35,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from training import checkpoint
 from training.errors import CHECKPOINT, DATA, USAGE, Failure, first_line
+from training.files import digest
 from training.networks import NETWORKS
 
 PREFIX = "torchvision/"
@@ -182,10 +182,9 @@ def _imagenet_weights(name: str):
     path = folder / url.rpartition("/")[2]
     prefix = path.stem.rpartition("-")[2]
     if path.exists():  # torch.hub itself never looks at a cached file again
-        with open(path, "rb") as file:
-            if not hashlib.file_digest(file, "sha256").hexdigest().startswith(prefix):
-                raise Failure(DATA, f"damaged ImageNet weights of {name} ({path}: wrong SHA-256)",
-                              "delete the file to download it again")
+        if not digest(path).startswith(prefix):
+            raise Failure(DATA, f"damaged ImageNet weights of {name} ({path}: wrong SHA-256)",
+                          "delete the file to download it again")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -211,8 +210,8 @@ def flops(net, image_size: int) -> int:
     return counter.get_total_flops()
 
 
-def normalise(images, mean, std, dtype=torch.float32):
-    """uint8 (N, H, W, 3) -> `dtype` (N, 3, H, W) channels_last: (x / 255 - mean) / std in float32, as ToTensor and Normalize do.
+def normalise(images, mean, std):
+    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) channels_last: (x / 255 - mean) / std, as ToTensor and Normalize do.
 
     `mean` and `std` are three numbers each, or tensors of them on the images' device, which saves copying them.
     """
@@ -220,7 +219,7 @@ def normalise(images, mean, std, dtype=torch.float32):
         raise ValueError(f"images must be uint8 (N, H, W, 3), not {images.dtype} {tuple(images.shape)}")
     mean, std = (torch.as_tensor(numbers, dtype=torch.float32, device=images.device).view(3, 1, 1) for numbers in (mean, std))
     scaled = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
-    return scaled.div_(255).sub_(mean).div_(std).to(dtype)
+    return scaled.div_(255).sub_(mean).div_(std)
 
 
 def save(path, net, **info) -> None:

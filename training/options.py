@@ -12,6 +12,8 @@ from training.flag_types import Parser, count, device, nonempty, nonnegative, nu
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
 POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "randaugment", "trivialaugment")
 DEFAULT = "default: %(default)s"
+# Flags that say where and how a run is done, not what it computes: a resumed run may change them, runs of one table may differ.
+INCIDENTAL = {"output", "device", "cuda_graph", "grad_checkpoint", "resume", "overwrite", "debug", "dry_run"}
 EXPERIMENTS = {
     "v1": {"method": "kd", "policy": "none", "random_erasing": 0.0},
     "v2": {"method": "kd"},

@@ -1,4 +1,5 @@
-"""Image files as pixels: which files of a folder are images, and how one of them is decoded.  Imports no torch."""
+"""Image files as pixels: which files of a folder are images, how one is decoded, and sheets of them.  Imports no torch."""
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder has the same
+COLUMNS, INCHES = 8, 1.7  # of a contact sheet: images in a row, and the width of one
 
 
 def image_files(folder) -> Iterator[str]:
@@ -50,6 +52,23 @@ def read(path: str, image_size: int) -> np.ndarray | None:
     side = size[0] if size[0] == size[1] <= image_size else image_size
     pixels = np.empty((side, side, 3), np.uint8)
     return pixels if decode_into(pixels, path) else None
+
+
+def contact_sheet(shown: list, height: float) -> bytes:
+    """A PNG of (image, title, caption) triples.  height: of a row, over the width of an image."""
+    from matplotlib.figure import Figure
+    rows, columns = -(-len(shown) // COLUMNS), min(COLUMNS, len(shown))
+    figure = Figure(figsize=(columns * INCHES, rows * INCHES * height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (image, title, caption) in zip(axes.flat, shown):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(title, fontsize=7)
+        axis.text(0.5, -0.04, caption, transform=axis.transAxes, ha="center", va="top", fontsize=6, color="0.3")
+    sheet = io.BytesIO()
+    figure.savefig(sheet, dpi=150, format="png")
+    return sheet.getvalue()
 
 
 def named_by(source: str) -> Iterator[str]:

@@ -4,16 +4,15 @@ import time
 
 from losses.methods import TERMS
 from training.means import Means
-from training.terminal import live, say
+from training.terminal import clock, live, say
 
 
 class Progress:
     """One line per epoch; on a terminal also a live line inside the epoch, twice a second."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int, batch_size: int, first: int = 1, stream=None):
+    def __init__(self, epochs: int, steps_per_epoch: int, batch_size: int, first: int = 1):
         self.epochs, self.steps, self.batch_size, self.first = epochs, steps_per_epoch, batch_size, first
-        self.stream = stream or sys.stdout
-        self.live, self.started, self.shown = self.stream.isatty(), time.perf_counter(), 0.0
+        self.live, self.started, self.shown = sys.stdout.isatty(), time.perf_counter(), 0.0
 
     def step(self, epoch: int, step: int, lr: float, means: Means) -> None:
         now = time.perf_counter()
@@ -24,8 +23,7 @@ class Progress:
         eta = (now - self.started) / done * ((self.epochs - self.first + 1) * self.steps - done)
         losses = " ".join(f"{name.removeprefix('train_')} {value:.3f}" for name, value in means.read().items())
         rate = self.batch_size * done / (now - self.started)
-        live(f"epoch {epoch}/{self.epochs} [{step + 1}/{self.steps}] eta {clock(eta)} {rate:.0f} images/s lr {lr:.2g} {losses}",
-             self.stream)
+        live(f"epoch {epoch}/{self.epochs} [{step + 1}/{self.steps}] eta {clock(eta)} {rate:.0f} images/s lr {lr:.2g} {losses}")
 
     def epoch(self, row, best: bool) -> None:
         terms = {name: getattr(row, f"train_loss_{name}") for name in TERMS}
@@ -33,9 +31,4 @@ class Progress:
         left = (time.perf_counter() - self.started) / (row.epoch - self.first + 1) * (self.epochs - row.epoch)
         say(f"epoch {row.epoch}/{self.epochs}  lr {row.lr:.2g}  loss {row.train_loss:.3f} ({terms})  "
             f"train {row.train_acc1:.2f} %  val {row.val_acc1:.2f} % loss {row.val_loss:.3f}{' *' if best else '  '}  "
-            f"{row.images_per_s:.0f} images/s  eta {clock(left)}", self.stream)
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+            f"{row.images_per_s:.0f} images/s  eta {clock(left)}")

@@ -8,14 +8,13 @@ from dataclasses import asdict
 
 import torch
 
-from training import checkpoint
+from training import checkpoint, options
 from training.checkpoint import on_cpu
 from training.errors import CHECKPOINT, USAGE, Failure
 from training.files import write_atomic
 from training.rundir import EpochRow
 
-# What a resumed run may change.
-FREE = {"output", "epochs", "patience", "device", "cuda_graph", "grad_checkpoint", "resume", "overwrite", "debug", "dry_run"}
+FREE = options.INCIDENTAL | {"epochs", "patience"}  # what a resumed run may change
 TRIED = {"amp", "compile"}  # what "auto" leaves to a trial: a resumed run keeps what was found
 NO_FLAGS = {"script", "teacher_sha256", "processes"}
 

@@ -17,11 +17,9 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it is found: no validation split yet. Fields that are None are derived by `load`."""
+    """A data set as it is found: no validation split yet. What is None, training.data's `load` makes."""
     train: Split
     test: Split | None
     classes: list[str]
-    superclasses: list[int] | None = None
-    superclass_names: list[str] | None = None
     mean_and_std: tuple[tuple, tuple] | None = None
     val_size: int | None = None
