@@ -124,6 +124,8 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient would count as a constant
+            raise RuntimeError("softmax_kl has no second derivative: call backward without create_graph")
         (grad,) = ctx.saved_tensors
         return (grad * upstream).to(ctx.dtype), None, None
 
@@ -298,6 +300,7 @@ def _divergences(z, v, targets, numbers, reverse, with_kl):
         above = torch.cat([(q * (one - level)).nansum(1, keepdim=True) for one in level.split(1, 1)], 1)
         on_targets = _finite(q * above)[:, :-1] * numbers.kl
         on_rest = distance.addcmul_(q_inside, above[:, -1:] - mean_distance).mul_(q[:, -1:] / q_total * numbers.kl)
+        on_rest.add_(v.amax(1, keepdim=True), alpha=0)  # NaN for a sick teacher, which the sums above leave out
     sums = {"tckd": tckd, "nckd": nckd.nansum()}
     if with_kl:
         sums["kl"] = tckd + ((q if reverse else p)[:, -1:] * nckd).nansum()
@@ -325,13 +328,13 @@ def _log1p(x):
 
 @triton.jit
 def _inverse(x):
-    return tl.where(x > 0, 1.0 / tl.where(x > 0, x, 1.0), 0.0)
+    return tl.where(x != 0, 1.0 / tl.where(x != 0, x, 1.0), 0.0)
 
 
 @triton.jit
 def _times(p, value):
-    """p * value, 0 where p is 0: an impossible class contributes nothing."""
-    return tl.where(p > 0, p * value, 0.0)
+    """p * value, 0 where p is 0: an impossible class contributes nothing.  NaN is not 0: a sick row must show."""
+    return tl.where(p != 0, p * value, 0.0)
 
 
 @triton.jit
@@ -542,8 +545,8 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
         total_1 = tl.sum(total_1 * tl.exp2(fall_z * LOG2E), 1)
 
     # Nothing to subtract where there is no class besides the labels.
-    top_z = tl.where(total_z > 0, top_z, 0.0)
-    top_v, base_v = tl.where(total_v > 0, top_v, 0.0), tl.where(total_v > 0, base_v, 0.0)
+    top_z = tl.where(total_z != 0, top_z, 0.0)
+    top_v, base_v = tl.where(total_v != 0, top_v, 0.0), tl.where(total_v != 0, base_v, 0.0)
     z_a, z_b = z_a - top_z, tl.where(one, NONE, z_b - top_z)
     grad_a = tl.zeros([ROWS], tl.float32)
     grad_b = tl.zeros([ROWS], tl.float32)
@@ -568,14 +571,14 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
         v_b = tl.where(one, NONE, v_b)
         in_b_z, in_b_v, in_R_z, in_R_v = grad_a, grad_a, 1.0, 1.0
         if SPLIT != "pair":  # b joins R
-            up_z = tl.where(total_z > 0, tl.maximum(z_b, 0.0), tl.where(one, 0.0, z_b))
-            up_v = tl.where(total_v > 0, tl.maximum(v_b, 0.0), tl.where(one, 0.0, v_b))
+            up_z = tl.where(total_z != 0, tl.maximum(z_b, 0.0), tl.where(one, 0.0, z_b))
+            up_v = tl.where(total_v != 0, tl.maximum(v_b, 0.0), tl.where(one, 0.0, v_b))
             in_R_z, in_R_v = tl.exp(-up_z * inverse_T), tl.exp(-up_v * inverse_T)
             in_b_z, in_b_v = tl.exp((z_b - up_z) * inverse_T), tl.exp((v_b - up_v) * inverse_T)
-            gap = tl.where(total_v > 0, _moved_gap(gap, total_v, in_R_v, up_v - up_z), 0.0)
+            gap = tl.where(total_v != 0, _moved_gap(gap, total_v, in_R_v, up_v - up_z), 0.0)
             gap += _times(in_b_v, (z_b - up_z) - (v_b - up_v))
-            total_z = tl.where(total_z > 0, total_z * in_R_z, 0.0) + in_b_z
-            total_v = tl.where(total_v > 0, total_v * in_R_v, 0.0) + in_b_v
+            total_z = tl.where(total_z != 0, total_z * in_R_z, 0.0) + in_b_z
+            total_v = tl.where(total_v != 0, total_v * in_R_v, 0.0) + in_b_v
             z_a, v_a = z_a - up_z, v_a - up_v
             z_b = tl.full([ROWS], NONE, tl.float32)
             v_b = z_b
@@ -587,7 +590,7 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
         if REVERSE:
             mean_gap = gap * inverse_z * inverse_T
             at_top = log_total_v - log_total_z - (base_v - top_v) * inverse_T
-            nckd = tl.where(total_z > 0, mean_gap + at_top, 0.0)
+            nckd = tl.where(total_z != 0, mean_gap + at_top, 0.0)
             over_mean = over_R + nckd
             tckd = _times(q_a, over_a) + _times(q_b, over_b) + _times(q_R, over_R)
             kl = tckd + _times(q_R, nckd)
@@ -597,7 +600,7 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
             of_q = of_gap * T * (_times(q_a, over_mean - over_a) + _times(q_b, over_mean - over_b) - mean_gap)
         else:
             tckd = -_times(p_a, over_a) - _times(p_b, over_b) - _times(p_R, over_R)
-            nckd = tl.where(total_v > 0, log_total_z - log_total_v - gap * inverse_v * inverse_T, 0.0)
+            nckd = tl.where(total_v != 0, log_total_z - log_total_v - gap * inverse_v * inverse_T, 0.0)
             kl = tckd + _times(p_R, nckd)
             grad_a += T * (w_tckd + w_kl) * _difference(q_a, q_b + q_R, p_a, p_b + p_R)
             of_q = T * scale * (w_tckd * _difference(q_R, q_a + q_b, p_R, p_a + p_b) + w_nckd + w_kl * q_R) * inverse_z

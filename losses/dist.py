@@ -13,7 +13,7 @@ def dist_loss(student_logits, teacher_logits, targets: Targets, *, beta=1.0, gam
       inter = 1 - mean over the rows of rho(q_i, p_i)       how the classes of one image are related
       intra = 1 - mean over the columns of rho(q_c, p_c)    how the images of the batch are related in one class
     Neither reads labels, so Mixup and CutMix need no rule: both networks saw the mixed image, and CE has its mixed label.  Of
-    several processes each correlates the images of its own slice of the batch.
+    several processes each correlates the images of its own slice of the batch; under --grad-accum, those of one part.
 
     Logits (N, C) in fp32, fp16 or bf16; computed in fp32.  With one row, or one class, every correlation counts as 0.
     Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "inter", "intra"}, detached, unweighted, T^2 included.
@@ -22,7 +22,7 @@ def dist_loss(student_logits, teacher_logits, targets: Targets, *, beta=1.0, gam
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(f"logits must be alike: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
     loss, terms = softmax_kl(student_logits, None, *targets, Weights(ce=ce_weight), temperature=1.0,
-                                label_smoothing=label_smoothing)
+                             label_smoothing=label_smoothing)
     q, p = ((logits.float() / temperature).softmax(1) for logits in (student_logits, teacher_logits.detach()))
     inter, intra = (temperature ** 2 * (1 - correlation(q, p, dim).mean()) for dim in (1, 0))
     return loss + beta * inter + gamma * intra, {"ce": terms.ce, "inter": inter.detach(), "intra": intra.detach()}

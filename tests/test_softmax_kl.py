@@ -249,6 +249,29 @@ def test_bits_do_not_depend_on_the_run_or_the_number_of_programs(split):
         assert DEVICE == "cuda" or all(torch.equal(one, two) for one, two in zip(first, smallest))
 
 
+@pytest.mark.parametrize("sick", [float("nan"), INF])
+@pytest.mark.parametrize("of_teacher", [False, True])
+@pytest.mark.parametrize("split, reverse", [("pair", False), ("dominant", False), ("pair", True)])
+def test_a_loss_is_not_finite_where_its_gradient_is_not(kernel, sick, of_teacher, split, reverse):
+    weights = Weights(kl=1.0) if reverse else Weights(kl=0.5, tckd=1.0, nckd=8.0)
+    for column in (2, 5):  # a target, and not
+        z, v = (torch.randn(3, 10, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+        (v if of_teacher else z)[1, column] = sick
+        leaf = z.to(DEVICE).requires_grad_()
+        targets = (part.to(DEVICE) for part in (torch.tensor([1, 2, 3]), torch.tensor([1, 4, 3]), torch.tensor([1.0, 0.6, 1.0])))
+        loss, _ = softmax_kl(leaf, v.to(DEVICE), *targets, weights, temperature=4.0, split=split, reverse=reverse)
+        loss.backward()
+        assert not leaf.grad.isfinite().all() and not loss.isfinite()
+
+
+def test_a_second_derivative_is_refused(kernel):
+    z, v = torch.randn(2, 5, device=DEVICE, requires_grad=True), torch.randn(2, 5, device=DEVICE)
+    label = torch.tensor([1, 2], device=DEVICE)
+    loss, _ = softmax_kl(z, v, label, label, torch.ones(2, device=DEVICE), MIX, temperature=4.0)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, z, create_graph=True)
+
+
 def test_the_operator_is_sound(kernel):
     z, v, targets = (part.to(DEVICE) if torch.is_tensor(part) else Targets(*(x.to(DEVICE) for x in part)) for part in rows(6, 20))
     for dtype, reverse in ((torch.float32, False), (torch.float32, True)):
