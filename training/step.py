@@ -130,6 +130,7 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         state, self.scaler = self.scaler.state_dict(), self.machine.scaler()
         self.scaler.load_state_dict(state)
+        self.scaler.scale(self.zero)  # makes its tensors here: made in a recording, each replay would make them anew
 
     def remember_buffers(self) -> None:
         self.before = self.buffers.words.clone()
