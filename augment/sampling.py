@@ -40,7 +40,7 @@ def beta_quantiles(alpha: float) -> torch.Tensor:
     power = min(alpha, 1.0)
     u = torch.linspace(0, 1, 2 ** 16 + 1, dtype=torch.float64)
     x = u ** (1 / power) / 2
-    density = (2 - 2 * x) ** (alpha - 1) * (2 * x) ** (alpha - power)
+    density = (2 - 2 * x if alpha < 1 else 4 * x * (1 - x)) ** (alpha - 1)
     mass = torch.cat([torch.zeros(1, dtype=torch.float64), (density[1:] + density[:-1]).cumsum(0)])
     mass /= 2 * mass[-1]
     wanted = (torch.arange(QUANTILES // 2, dtype=torch.float64) + 0.5) / QUANTILES

@@ -430,20 +430,24 @@ def test_erased_boxes_are_distributed_as_those_of_torchvision():
         near((corner == free).float().mean(), (1 / (free + 1)).mean())
 
 
-@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 4.0])
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 4.0, 2000.0])
 def test_beta_quantiles(alpha):
     quantiles = beta_quantiles(alpha)
     assert len(quantiles) == 4096 and (quantiles.diff() >= 0).all()
     torch.testing.assert_close(quantiles, 1 - quantiles.flip(0), rtol=0, atol=1e-6)
     if alpha == 1.0:
         torch.testing.assert_close(quantiles, (torch.arange(4096) + 0.5) / 4096, rtol=0, atol=1e-6)
-    mean_square = (alpha + 1) / (2 * alpha + 1) / 2
+    mean_square = (1 + 1 / alpha) / (2 + 1 / alpha) / 2
     assert abs(quantiles.double().square().mean() - mean_square) < 1e-4
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sample = torch.distributions.Beta(alpha, alpha).sample((50_000,)).sort()[0]
     gap = (sample[25::50] - quantiles[((torch.arange(1000) + 0.5) / 1000 * 4096).long()]).abs().max()
     assert gap < 0.03, f"off by {gap:.3f} from a sample"
+
+
+def test_beta_of_a_huge_alpha_is_a_half():
+    assert (beta_quantiles(1e300) - 0.5).abs().max() < 1e-4
 
 
 def test_mix_draws_have_the_stated_frequencies():
