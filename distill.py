@@ -9,7 +9,6 @@
 Teacher and student see the same augmented images; the criterion reads both logits and both labels of each mixed image.
 A new method is a file in losses/ and a record in losses/methods.py.  Leaves log.csv, summary.json, best.pt and last.pt.
 """
-from pathlib import Path
 
 from training import errors, method, options
 
@@ -32,10 +31,8 @@ def main(args):
         print(*advise(args, machine), sep="\n")
         return
 
-    if not Path(args.teacher_checkpoint).exists():
-        raise errors.Failure(errors.CHECKPOINT, f"no teacher ({args.teacher_checkpoint})",
-                             "train one first: python train_teacher.py, or name one with --teacher-checkpoint")
-    config["teacher_sha256"] = digest(args.teacher_checkpoint)
+    config["teacher_sha256"] = digest(
+        args.teacher_checkpoint, "train a teacher first: python train_teacher.py, or name one with --teacher-checkpoint")
     with Run(args, config, machine) as run:
         if run.finished:
             return

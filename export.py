@@ -32,7 +32,7 @@ def main(args):
         found, expected = (model(images)[1] for model in (runtime.start(path, card), original))
         row = exported.compare(path, checkpoint, card, found, expected, labels)
         print(row)
-        exported.judge(row, args.max_drop)
+        exported.judge(row, args.max_drop, module.info["test_acc1"])
         card |= {"test_acc1": row.accuracy, "checkpoint_test_acc1": row.checkpoint_accuracy, "sha256": digest(path)}
         print(f"{exported.publish(path, card, row, place.parent)}: {card['images']} -> {' and '.join(card['outputs'])}")
 

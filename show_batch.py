@@ -30,11 +30,11 @@ def main(args):
     images = (batch.images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
     shown, targets = [], (part.tolist() for part in batch.targets)
-    for image, drawn, label, other, lam in zip(images, augmenter.describe(args.step), *targets):
+    for image, drawn, label, other, lam in zip(images[:args.images], augmenter.describe(args.step), *targets):
         names = data.classes[label] if lam == 1 else f"{lam:.2f} {data.classes[label]}\n{1 - lam:.2f} {data.classes[other]}"
         shown.append((image, names, drawn.replace(", ", ",\n").replace(" | ", "\n")))
     write_atomic(args.output, pictures.contact_sheet(shown, height=1.42))
-    print(f"{args.output}: batch {args.step} of epoch {args.epoch}, {args.batch_size} images of {args.dataset}")
+    print(f"{args.output}: batch {args.step} of epoch {args.epoch}, {len(shown)} of {args.batch_size} images of {args.dataset}")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,11 @@ def main(args):
 def record(jobs, path: Path) -> None:
     """Check what earlier runs left, before any is started; and note with which flags each was begun."""
     recorded = job.read_json(path) or {}
+    if not all(isinstance(flags, dict) for flags in recorded.values()):
+        raise job.damaged(path, "not the flags of runs")
+    others = recorded.keys() - {each.directory.name for each in jobs}
+    if others:
+        print(f"the tables there will be of this sweep; {len(others)} runs of another are left out: {min(others)}, ...")
     for each in jobs:
         recorded[each.directory.name] = each.compare(recorded.get(each.directory.name))
         each.result()

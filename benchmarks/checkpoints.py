@@ -74,7 +74,7 @@ def benchmark(network: str, machine, repeats: int, hardware: str) -> Row:
     with tempfile.TemporaryDirectory(dir=table.ROOT, prefix=".benchmark-") as folder, \
             RunDirectory(folder, overwrite=True) as run, Writer() as writer:
         run.open({})
-        state = State(run, writer, {}, update=update, stop=EarlyStop("val_loss", 0), ranks=machine.ranks)
+        state = State(run, writer, {}, "", update=update, stop=EarlyStop("val_loss", 0), ranks=machine.ranks)
 
         def save() -> None:
             state.save(row, {}, {"model": network})

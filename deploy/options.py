@@ -1,5 +1,5 @@
 """The flags of export.py and predict.py.  Imports no torch."""
-from training.flag_types import count, nonempty, nonnegative
+from training.flag_types import count, nonempty, nonnegative, png
 from training.options import DEFAULT, debug_flag, new_parser
 
 FORMATS, PRECISIONS = ("onnx", "pt2", "executorch"), ("fp32", "fp16", "int8")
@@ -33,6 +33,6 @@ def parse_predict(description, usage_lines, argv=None):
     add("images", type=nonempty, metavar="IMAGE|DIR|-", help="an image, a folder of images, or - for paths on stdin, one a line")
     add("--top", type=count, default=5, metavar="K", help="how many classes of each image; " + DEFAULT)
     add("--csv", action="store_true", help="a table with the columns path, rank, class, probability")
-    add("--output", type=nonempty, metavar="FILE.png", help="draw a contact sheet, too")
+    add("--output", type=png, metavar="FILE.png", help="draw a contact sheet, too")
     debug_flag(add)
     return parser.parse_args(argv)

@@ -344,7 +344,7 @@ class CudaPath(ExitStack):
             with self.mode:
                 split = data.Split(torch.empty(IMAGES, 32, 32, 3, dtype=torch.uint8, device=CUDA),
                                    torch.empty(IMAGES, dtype=torch.int64, device=CUDA))
-            return data.Dataset("cifar100", split, split, split, self.classes, (0.5,) * 3, (0.25,) * 3, "validation")
+            return data.Dataset("cifar100", split, split, split, self.classes, (0.5,) * 3, (0.25,) * 3, "validation", "")
 
         self.classes = [f"class {number}" for number in range(100)]
         checkpoint.write(

@@ -122,7 +122,7 @@ def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
     part, go = Part(), threading.Event()
     with rundir.RunDirectory(tmp_path, overwrite=False) as run, checkpoint.Writer() as writer:
         run.open({})
-        state = resume.State(run, writer, {"epochs": 9, "sched": "cosine"}, update=part, stop=Part(), ranks=Ranks())
+        state = resume.State(run, writer, {"epochs": 9, "sched": "cosine"}, "", update=part, stop=Part(), ranks=Ranks())
         writer(go.wait)
         threading.Timer(0.2, go.set).start()
         state.save(row, {"epoch": 1}, {"classes": []})

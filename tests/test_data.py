@@ -347,7 +347,7 @@ def test_images_of_several_sizes_need_an_image_size(two_trees):
     draw(odd, (9, 8))
     first = two_trees / "train" / "cat" / "000.png"
     fails(2, f"{odd}: 9x8", f"{first}: 8x8", "--image-size", name="imagefolder", data_dir=two_trees)
-    assert load_folder(two_trees, image_size=6)[0].image_size == 6
+    assert load_folder(two_trees, image_size=8)[0].image_size == 8
 
 
 def test_images_of_one_size_that_are_not_square_need_one_too(two_trees):
@@ -357,10 +357,12 @@ def test_images_of_one_size_that_are_not_square_need_one_too(two_trees):
 
 
 def test_images_larger_than_asked_for_are_made_smaller(two_trees):
+    for path in two_trees.glob("*/*/*"):
+        draw(path, (12, 12))
     plain, _ = load_folder(two_trees)
-    for size, stored in ((5, 5), (8, 8), (20, 8), (5, 5)):  # from the folder, from the cache of the native size, from its own
+    for size, stored in ((9, 9), (12, 12), (20, 12), (9, 9)):  # from the folder, from the cache of the native size, from its own
         assert load_folder(two_trees, image_size=size)[0].image_size == stored
-    assert plain.image_size == 8
+    assert plain.image_size == 12
 
 
 def test_images_of_one_square_size_keep_it(two_trees):
@@ -529,10 +531,38 @@ def test_several_processes_may_write_one_cache(two_trees):
     assert len(list(two_trees.glob(".fusekd*"))) == 1 and load_folder(two_trees)[1] == ""
 
 
+def test_images_too_small_to_be_augmented(two_trees):
+    for path in two_trees.glob("*/*/*"):
+        draw(path, (7, 7))
+    fails(2, "7x7", "8x8", name="imagefolder", data_dir=two_trees)
+
+
+def test_a_folder_too_small_for_a_test_split_says_so(tmp_path):
+    fails(2, "a test split leaves a class without", "train and test", name="imagefolder", data_dir=folder(tmp_path, cat=1, dog=1),
+          val_size=0)
+
+
+def test_a_link_to_the_folder_that_it_is_in_is_left_out(two_trees):
+    (two_trees / "train" / "cat" / "loop").symlink_to("..")
+    assert len(load_folder(two_trees, val_size=0)[0].train.labels) == 30
+
+
+def test_the_fingerprint_is_that_of_what_was_read(two_trees):
+    first = load_folder(two_trees, val_size=0)[0].fingerprint
+    assert load_folder(two_trees, val_size=5, seed=3)[0].fingerprint == first
+    draw(two_trees / "train" / "cat" / "000.png", seed=99)
+    second = load_folder(two_trees)[0].fingerprint
+    (two_trees / "train" / "cat" / "000.png").rename(two_trees / "train" / "dog" / "000.png")
+    third = load_folder(two_trees)[0].fingerprint
+    for tree in ("train", "test"):
+        (two_trees / tree / "cat").rename(two_trees / tree / "cow")
+    assert len({first, second, third, load_folder(two_trees)[0].fingerprint}) == 4
+
+
 def test_a_cache_for_each_image_size(two_trees):
     draw(two_trees / "test" / "dog" / "odd.png", (9, 8))
-    sizes = [load_folder(two_trees, image_size=size)[0].image_size for size in (6, 7, 6, 7)]
-    assert sizes == [6, 7, 6, 7] and len(list(two_trees.glob(".fusekd*"))) == 2
+    sizes = [load_folder(two_trees, image_size=size)[0].image_size for size in (8, 9, 8, 9)]
+    assert sizes == [8, 9, 8, 9] and len(list(two_trees.glob(".fusekd*"))) == 2
 
 
 def test_progress_is_one_line_on_a_terminal():
@@ -560,7 +590,7 @@ def uneven():
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16, 17, 50, 100, 150])
 def test_the_split_is_stratified_and_complete(uneven, count):
-    rest, drawn = data.divide(uneven, count, 3, list("abcdef"))
+    rest, drawn = data.divide(uneven, count, 3, list("abcdef"), "it", "mend it")
     assert len(drawn.labels) == count
     assert sorted(rest.images.tolist() + drawn.images.tolist()) == uneven.images.tolist()
     assert rest.images.diff().min() > 0 and drawn.images[1:].gt(drawn.images[:-1]).all(), "the order of the data set is lost"
@@ -576,24 +606,24 @@ def test_the_split_is_stratified_and_complete(uneven, count):
 
 def test_the_split_follows_its_seed_and_nothing_else(uneven):
     torch.manual_seed(0)
-    first = data.divide(uneven, 30, 3, list("abcdef"))[1].images
+    first = data.divide(uneven, 30, 3, list("abcdef"), "it", "mend it")[1].images
     torch.manual_seed(1)
-    assert torch.equal(first, data.divide(uneven, 30, 3, list("abcdef"))[1].images)
-    assert not torch.equal(first, data.divide(uneven, 30, 4, list("abcdef"))[1].images)
+    assert torch.equal(first, data.divide(uneven, 30, 3, list("abcdef"), "it", "mend it")[1].images)
+    assert not torch.equal(first, data.divide(uneven, 30, 4, list("abcdef"), "it", "mend it")[1].images)
 
 
 def test_every_image_has_the_same_chance(uneven):
     times = torch.zeros(len(uneven.labels))
     for seed in range(400):
-        times[data.divide(uneven, 42, seed, list("abcdef"))[1].images] += 1
+        times[data.divide(uneven, 42, seed, list("abcdef"), "it", "mend it")[1].images] += 1
     of_largest = times[uneven.labels == 4] / 400
     assert 0.1 < of_largest.min() and of_largest.max() < 0.4, f"{of_largest.min():.2f} to {of_largest.max():.2f}, not 0.25"
 
 
 @pytest.mark.parametrize("count", [164, 168, 169, 5000])
 def test_a_split_that_is_too_large_is_refused(uneven, count):
-    with pytest.raises(Failure, match="--val-size") as caught:
-        data.divide(uneven, count, 3, list("abcdef"))
+    with pytest.raises(Failure, match="^--val-size leaves a class without.* mend it$") as caught:
+        data.divide(uneven, count, 3, list("abcdef"), "--val-size", "mend it")
     assert caught.value.code == 2 and str(count) in str(caught.value)
 
 

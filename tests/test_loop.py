@@ -354,6 +354,11 @@ def test_a_teacher_that_is_not_what_its_checkpoint_says_is_refused():
         with pytest.raises(Failure) as failure:
             check_teacher(teacher, data, CPU, 50)
         assert failure.value.code == 2
+    teacher.info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": None}
+    never_right = SimpleNamespace(**vars(data) | {"test": Split(
+        split.images, (evaluate(teacher, split, data.mean, data.std, CPU, 50).predictions + 1) % 6)})
+    with pytest.raises(Failure, match="none of the"):
+        check_teacher(teacher, never_right, CPU, 50)
 
 
 class Terminal(io.StringIO):

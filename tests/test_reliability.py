@@ -194,6 +194,22 @@ def test_more_epochs_continue_a_finished_run_and_fewer_do_not(place):
     assert total == sorted(total), "the clock of a resumed run goes on"
 
 
+@pytest.mark.parametrize("change", ["another class", "an image less"])
+def test_other_images_are_refused(place, change):
+    run, images = torture.new_run(place), torture.new_run(place)
+    shutil.copytree(place.folder / "images", images, dirs_exist_ok=True)
+    line = f"{torture.command('teacher')} --data-dir {images} --resume auto --output {run}"
+    assert place.run(line).code == 0
+    before, first = contents(run), images / "train" / "class0"
+    if change == "another class":
+        for tree in ("train", "test"):
+            shutil.copytree(images / tree / "class0", images / tree / "class9")
+    else:
+        min(first.iterdir()).unlink()
+    one_line(place.run(f"{line} --epochs 4"), 4, "not those that the run began with")
+    assert contents(run) == before
+
+
 def test_an_early_stop_stays_stopped_until_patience_grows(place):
     run, line = torture.new_run(place), torture.command("teacher") + " --lr 50 --epochs 6 --clip-grad 0"
     assert place.run(f"{line} --output {run} --patience 1").code == 0

@@ -112,6 +112,12 @@ def test_expected_errors_are_one_line_and_a_code(failure, code, words, capsys, m
 def test_the_memory_at_its_peak_is_told(monkeypatch):
     for name, answer in (("is_available", True), ("max_memory_allocated", 7.6 * 2**30), ("mem_get_info", (0, 7.9 * 2**30))):
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    for failure in (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+                    MemoryError()):
+        assert errors.expected(failure, 512) == (
+            7, "out of memory (--batch-size 512). try a smaller --image-size or --batch-size")
+    assert errors.expected(PermissionError(13, "Permission denied", "x.pt")) == (
+        8, "no access to x.pt (Permission denied). check its permissions")
     _, line = errors.expected(torch.OutOfMemoryError("CUDA out of memory."), 512)
     assert line == ("out of GPU memory (--batch-size 512, 7.6 of 7.9 GiB at the peak). "
                     "try --grad-checkpoint, --grad-accum 2, --batch-size 256, or a smaller --image-size")

@@ -116,7 +116,8 @@ def test_the_whole_way_from_images_to_figures(here, capsys):
     assert code == 0, err
 
     code, out, err = run(capsys, "show_batch.py",
-                         f"--dataset imagefolder --data-dir images --val-size 20 --batch-size 16 --output {here}/sheet.png")
+                         f"--dataset imagefolder --data-dir images --val-size 20 -b 16 --images 9 --output {here}/sheet.png")
+    assert "9 of 16 images" in out
     assert code == 0, err
     assert Image.open(here / "sheet.png").size[0] > 300
     code, out, err = run(capsys, "plots/make_figures.py", f"--runs {here}/runs --output {here}/figures")
@@ -178,6 +179,14 @@ BAD = [  # what is wrong, script, flags, exit code, words of the line
     ("output where nothing can be made", "train", "--output /proc/nothing/run", 8, ["/proc/nothing"]),
     ("batch larger than the data", "train", "--batch-size 5000", 2, ["5000"]),
     ("validation larger than the data", "train", "--val-size 5000", 2, ["5000"]),
+    ("nothing to minimise", "distill", "--alpha 0 --ce-weight 0", 2, ["every weight", "--alpha"]),
+    ("nothing to minimise in DKD", "distill", "--method dkd --alpha 0 --beta 0 --ce-weight 0", 2, ["every weight", "--beta"]),
+    ("its teacher overwritten", "distill", "--teacher-checkpoint runs/teacher/best.pt --output runs/teacher --overwrite", 2,
+     ["--overwrite would delete", "runs/teacher/best.pt"]),
+    ("its start overwritten", "train", "--init runs/teacher/best.pt --output runs/teacher --overwrite", 2, ["--overwrite would"]),
+    ("images too small", "train", "--image-size 7", 2, [">= 8"]),
+    ("a seed too large", "train", f"--seed {2**64}", 2, ["--seed"]),
+    ("a sheet that is no PNG", "show", "--output sheet.jpg", 2, [".png"]),
     ("no such GPU", "train", "--device cuda:77", 2, ["cuda:77"]),
     ("usage", "train", "--lr -1", 2, ["--lr"]),
 ]
@@ -203,9 +212,12 @@ def test_one_line_and_an_exit_code_for_what_is_wrong(script, flags, code, words,
     if script.startswith("distill"):
         teacher = "" if "--teacher-checkpoint" in flags else "--teacher-checkpoint runs/teacher/best.pt"
         found, out, err = distill(capsys, f"{output} {teacher} {flags}", data="other" if "other" in script else "images")
+    elif script == "show":
+        found, out, err = run(capsys, "show_batch.py", flags)
     else:
         found, out, err = train(capsys, flags, output="runs/bad")
     assert found == code, err
+    assert Path("runs/teacher/best.pt").exists()
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert all(word in err for word in words), err
     assert not Path("runs/bad").exists(), "a run that could not start left a directory"

@@ -367,6 +367,23 @@ def test_a_run_with_other_flags_is_refused_before_anything_starts(place):
     code, _, err = sweep("--output s distill.py --seed 1 --lr 0.1")
     assert code == 4
     one_line(err, "s/distill-s1/config.json")
+    Path("s/distill-s1/config.json").write_text(json.dumps(config))
+    Path("s/sweep.json").write_text('{"distill-s1": 3}')
+    code, _, err = sweep("--output s distill.py --seed 1 --lr 0.1")
+    assert code == 4
+    one_line(err, "s/sweep.json", "not the flags")
+
+
+def test_a_control_whose_quotes_do_not_close_is_refused(place):
+    code, _, err = sweep("""--dry-run --control "--lr '1" distill.py --lr 1 2""")
+    assert code == 2
+    one_line(err, "--control cannot be read", "quotes")
+
+
+def test_runs_of_another_sweep_in_its_directory_are_told(place):
+    assert "left out" not in sweep("--output s distill.py --seed 0 --lr 1 2")[1]
+    code, out, _ = sweep("--output s distill.py --seed 0 --lr 3")
+    assert code == 0 and "2 runs of another are left out: lr-1-s0, ..." in out
 
 
 def test_another_teacher_is_refused(place):

@@ -75,9 +75,9 @@ class Sealed:
 def read_tensors(path, code: int = CHECKPOINT):
     """Whatever plain data a `torch.save` file holds, every byte checked; exit `code` where it is missing or damaged."""
     path = Path(path)
-    if not path.is_file():
-        raise Failure(code, f"no such file ({path})", "check the path")
     try:
+        if not path.is_file():
+            raise Failure(code, f"no such file ({path})", "check the path")
         data = io.BytesIO(path.read_bytes())
         with data.getbuffer() as content:
             seal = bytes(content[-SEALED:])

@@ -3,6 +3,7 @@
 Images are decoded once and stay as they are, (N, H, W, 3); augmentation and normalisation happen on the device, batch by batch.
 To add a data set: one function that returns a `Source`, a line in `DATASETS`, its name in training/options.py.
 """
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from training.imagefolder import imagefolder
 from training.source import Source, Split
 from training.synthetic import CLASSES, generate
 
+SMALLEST = 8  # pixels: of the images that BatchAugmenter takes
 TEST_SEED = 0  # draws the test set of a folder that has none: the same for every --seed
 SYNTHETIC_SEEDS = (1, 2)  # of the training and the test images, the same for every --seed
 
@@ -23,6 +25,7 @@ class Dataset:
     """What a training script needs to know of its data.
 
     mean, std: per channel, of images scaled to [0, 1]. selected_on: which images `val` holds, in words for summary.json.
+    fingerprint: of all images and labels before they were split, for a run that is resumed.
     """
     name: str
     train: Split
@@ -32,6 +35,7 @@ class Dataset:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     selected_on: str
+    fingerprint: str
 
     @property
     def image_size(self) -> int:
@@ -64,28 +68,45 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu
         source = DATASETS[name](Path(data_dir), image_size)
     except OSError as failure:
         raise Failure(DATA, f"cannot read ({failure.filename}: {failure.strerror})", "check its permissions") from failure
-    train, test = source.train, source.test
+    if (side := source.train.images.shape[1]) < SMALLEST:
+        raise Failure(USAGE, f"images of {side}x{side} are too small to be augmented ({data_dir})",
+                      f"give it some of at least {SMALLEST}x{SMALLEST}")
+    train, test, mark = source.train, source.test, fingerprint(source)
     if test is None:
-        train, test = divide(train, a_tenth(train), TEST_SEED, source.classes)
+        train, test = divide(train, a_tenth(train), TEST_SEED, source.classes, "a test split",
+                             "add images, or give the folder train and test")
     mean, std = source.mean_and_std or mean_and_std(train.images)
     if val_size is None:
         val_size = source.val_size or a_tenth(train)
     if val_size:
-        train, val = divide(train, val_size, seed, source.classes)
+        train, val = divide(train, val_size, seed, source.classes, "--val-size",
+                            "choose a smaller --val-size, 0 to validate on the test set, or add images")
         train, val, test = upload([train, val, test], torch.device(device))
         selected_on = f"validation split of {val_size} training images"
     else:
         train, test = upload([train, test], torch.device(device))
         val, selected_on = test, "test set"
-    return Dataset(name, train, val, test, source.classes, mean, std, selected_on)
+    return Dataset(name, train, val, test, source.classes, mean, std, selected_on, mark)
+
+
+def fingerprint(source: Source) -> str:
+    """Of the names of the classes, the labels in their order, and the sums of all pixels."""
+    content = hashlib.sha256(repr(source.classes).encode())
+    for split in filter(None, (source.train, source.test)):
+        content.update(split.labels.numpy())
+        content.update(repr(int(split.images.sum(dtype=torch.int64))).encode())
+    return content.hexdigest()
 
 
 def a_tenth(split: Split) -> int:
     return max(1, round(len(split.labels) / 10))
 
 
-def divide(split: Split, count: int, seed: int, classes: list[str]) -> tuple[Split, Split]:
-    """The rest, and `count` rows drawn by `seed`: of each class its share, to within one image; both in the data set's order."""
+def divide(split: Split, count: int, seed: int, classes: list[str], what: str, remedy: str) -> tuple[Split, Split]:
+    """The rest, and `count` rows drawn by `seed`: of each class its share, to within one image; both in the data set's order.
+
+    what, remedy: of the Failure, where a class would be left without images.
+    """
     sizes = torch.bincount(split.labels, minlength=len(classes))
     shares = count * sizes // len(split.labels)
     # Largest remainders get the images that rounding down left over, but never a class's last image.
@@ -94,9 +115,8 @@ def divide(split: Split, count: int, seed: int, classes: list[str]) -> tuple[Spl
     missing = int(count - shares.sum())
     if (room < 0).any() or missing > int((room > 0).sum()):
         smallest = int(sizes.argmin())
-        raise Failure(USAGE, f"--val-size leaves a class without training images ({count} of {len(split.labels)} images; "
-                             f"class {classes[smallest]} has {sizes[smallest]})",
-                      "choose a smaller --val-size, 0 to validate on the test set, or add images")
+        raise Failure(USAGE, f"{what} leaves a class without training images ({count} of {len(split.labels)} images; "
+                             f"class {classes[smallest]} has {sizes[smallest]})", remedy)
     shares[remainders.argsort(descending=True, stable=True)[:missing]] += 1
 
     order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed))

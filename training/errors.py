@@ -55,6 +55,8 @@ def expected(failure: BaseException, batch_size: int | None = None) -> tuple[int
         return failure.code, str(failure)
     if isinstance(failure, BrokenPipeError):
         return STOPPED + signal.SIGPIPE, "nobody reads what is printed (broken pipe). send it to a file"
+    if isinstance(failure, PermissionError) and not isinstance(failure, Unwritable):
+        return DISK, f"no access to {failure.filename or 'a file'} ({failure.strerror}). check its permissions"
     if isinstance(failure, Unwritable) or isinstance(failure, OSError) and failure.errno in DISK_ERRORS:
         room, remedy = "", "free space, or choose another --output"
         if getattr(failure, "needed", 0):
@@ -62,6 +64,8 @@ def expected(failure: BaseException, batch_size: int | None = None) -> tuple[int
         if getattr(failure, "saved", 0):
             remedy = f"free space and continue with --resume auto: the last good checkpoint is of epoch {failure.saved}"
         return DISK, f"cannot write {failure.filename or 'a file'} ({failure.strerror}{room}). {remedy}"
+    if isinstance(failure, MemoryError) or isinstance(failure, RuntimeError) and "can't allocate memory" in str(failure):
+        return OUT_OF_MEMORY, f"out of memory (--batch-size {batch_size}). try a smaller --image-size or --batch-size"
     if type(failure).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
         from torch import cuda
         used = f"--batch-size {batch_size}"

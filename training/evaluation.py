@@ -10,7 +10,7 @@ from training.errors import CALMER, DIVERGED, USAGE, Failure
 from training.machine import Machine
 
 ECE_BINS = 15
-TEACHER_TOLERANCE = 0.1  # percentage points: more than rounding in another precision, less than another normalisation
+ACCURACY_TOLERANCE = 0.1  # percentage points: more than rounding in another precision, less than another normalisation
 
 
 class Evaluation(NamedTuple):
@@ -114,14 +114,18 @@ def check_classes(info: dict, data) -> None:
 
 
 def check_teacher(teacher, data, machine: Machine, batch_size: int) -> Evaluation:
-    """The teacher on the test set; refuses one that knows other classes, or is not as accurate as its checkpoint says."""
+    """The teacher on the test set; refuses one that knows other classes, is not as accurate as its checkpoint says, or
+    is never right."""
     info = teacher.info
     check_classes(info, data)
     evaluation = evaluate(teacher, data.test, data.mean, data.std, machine, batch_size)
     if info["test_acc1"] is None:
         print("the teacher's run never finished, so its checkpoint states no accuracy to check against")
-    elif abs(evaluation.acc1 - info["test_acc1"]) > TEACHER_TOLERANCE:
+    elif abs(evaluation.acc1 - info["test_acc1"]) > ACCURACY_TOLERANCE:
         both = f"{evaluation.acc1:.2f} %, its checkpoint says {info['test_acc1']:.2f} % of {info['dataset']}"
         raise Failure(USAGE, f"the teacher's test accuracy is not what it was ({both})",
                       "check that --dataset and --data-dir are those that it was trained on")
+    if evaluation.acc1 == 0:
+        raise Failure(USAGE, f"the teacher is right about none of the {len(data.test.labels)} test images",
+                      "train it longer, or name another --teacher-checkpoint")
     return evaluation

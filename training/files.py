@@ -68,10 +68,10 @@ def as_csv(names: list[str], rows: list[dict]) -> bytes:
     return text.getvalue().encode()
 
 
-def digest(path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+def digest(path, remedy: str = "check the path and its permissions") -> str:
+    """SHA-256 of a file, in hexadecimal.  remedy: where it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as failure:
-        raise Failure(CHECKPOINT, f"cannot read ({path}: {failure.strerror})", "check the path and its permissions") from failure
+        raise Failure(CHECKPOINT, f"cannot read ({path}: {failure.strerror})", remedy) from failure

@@ -46,5 +46,11 @@ def device(text):
     return text
 
 
-count, whole = number(int, above=0), number(int, at_least=0)
+def png(text):
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"must end in .png ({text})")
+    return text
+
+
+count, whole, seed = number(int, above=0), number(int, at_least=0), number(int, at_least=0, below=2**63)
 positive, nonnegative, probability = number(float, above=0), number(float, at_least=0), number(float, at_least=0, at_most=1)

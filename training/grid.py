@@ -193,7 +193,10 @@ def find_control(cells: list[Cell], text: str | None) -> Cell:
     """The cell with these flags: the one that differs in exactly them, else the only one that has them."""
     if text is None:
         return cells[0]
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as failure:
+        raise Failure(USAGE, f"--control cannot be read ({text}: {failure})", "close its quotes") from None
     script = words.pop(0) if words and words[0] in PARSERS else None
     flags = read_flags(words)
     having = [cell for cell in cells if script in (None, cell.script) and flags.items() <= cell.flags.items()]

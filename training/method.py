@@ -1,7 +1,7 @@
 """The chosen method by its record in losses/methods.py: flags, numbers, names and formula.  Imports no torch."""
 from pkgutil import resolve_name
 
-from losses.methods import METHODS
+from losses.methods import METHODS, resolved
 from training.flag_types import number, whole
 
 
@@ -54,7 +54,11 @@ def fill_in(parser, args, of_preset: set) -> None:
     for key, method in METHODS.items():
         if method.ramped and key != args.method and getattr(args, f"{key}_warmup"):
             parser.error(f"{flag(key)}-warmup does not belong to --method {args.method} ({getattr(args, f'{key}_warmup')})")
-    reason = METHODS[args.method].refused(own_numbers(args))
+    method = METHODS[args.method]
+    weights = [resolved(method, own_numbers(args))[name] for name in method.weighed_by.values()]
+    if len(weights) == len(method.terms) and not any(weights):
+        parser.error(f"every weight of the loss is 0 ({', '.join(map(flag, method.weighed_by.values()))})")
+    reason = method.refused(own_numbers(args))
     if reason:
         parser.error(reason)
 

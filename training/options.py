@@ -7,7 +7,7 @@ import argparse
 
 from losses.methods import METHODS
 from training import method
-from training.flag_types import Parser, count, device, nonempty, nonnegative, number, positive, probability, whole
+from training.flag_types import Parser, count, device, nonempty, nonnegative, number, png, positive, probability, seed, whole
 
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
 POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "randaugment", "trivialaugment")
@@ -30,7 +30,8 @@ def data_flags(parser) -> None:
         help="where the files are, or are downloaded to; " + DEFAULT)
     add("--val-size", type=whole, metavar="N", help="training images held out for validation, stratified; default: 5000 for "
         "CIFAR, 10%% elsewhere; 0 validates on the test set, as the literature does")
-    add("--image-size", type=count, metavar="PIXELS", help="upsample on the device to this size; default: the images' own")
+    add("--image-size", type=number(int, at_least=8), metavar="PIXELS",
+        help="upsample on the device to this size; default: the images' own")
 
 
 def augmentation_flags(parser) -> None:
@@ -55,7 +56,7 @@ def optimisation_flags(parser) -> None:
     add("--epochs", type=count, default=200, metavar="N", help=DEFAULT)
     batch_size_flag(add, default=128)
     add("--grad-accum", type=count, metavar="PARTS", help="take a batch in so many parts, one after another, which needs less "
-        "memory; its step is that of the whole batch, but for BatchNorm; default: 1")
+        "memory; its step is that of the whole batch, but for BatchNorm and DIST's correlations within a class; default: 1")
     add("--grad-checkpoint", action="store_true", help="keep nothing from inside a block of the network for the backward pass "
         "but compute it again there: needs much less memory and more time, for the same numbers")
     add("--opt", choices=("adamw", "sgd"), default="adamw", help=DEFAULT)
@@ -94,7 +95,7 @@ def machine_flags(parser, output) -> None:
         "which takes a minute or more; auto: in a run that is long enough, if it is faster in ten steps; default: off")
     add("--cuda-graph", action=argparse.BooleanOptionalAction, help="record a whole step and replay it as one launch; "
         "default: on CUDA, where it can be done")
-    add("--seed", type=whole, default=42, metavar="N", help="of the weights, split, order and augmentation; " + DEFAULT)
+    add("--seed", type=seed, default=42, metavar="N", help="of the weights, split, order and augmentation; " + DEFAULT)
     add("--deterministic", action="store_true", help="the same bits every time on one GPU model and one set of versions; slower")
     add("--output", type=nonempty, metavar="DIR", help=f"run directory; default: {output}")
     add("--resume", nargs="?", const="auto", type=nonempty, metavar="auto|PATH",
@@ -162,13 +163,14 @@ def parse_show(description, usage_lines, argv=None):
     data_flags(parser)
     augmentation_flags(parser)
     add = parser.add_argument_group("which batch, and where to").add_argument
-    batch_size_flag(add, default=32)
+    batch_size_flag(add, default=128)
+    add("--images", type=count, default=32, metavar="N", help="how many of its images are drawn; " + DEFAULT)
     add("--epoch", type=count, default=1, metavar="N", help=DEFAULT)
     add("--step", type=whole, default=0, metavar="N", help="of the epoch, from 0; " + DEFAULT)
-    add("--seed", type=whole, default=42, metavar="N", help=DEFAULT)
+    add("--seed", type=seed, default=42, metavar="N", help=DEFAULT)
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
     kernels_flag(add)
-    add("--output", type=nonempty, default="batch.png", metavar="FILE", help=DEFAULT)
+    add("--output", type=png, default="batch.png", metavar="FILE", help=DEFAULT)
     debug_flag(add)
     return parser.parse_args(argv)
 

@@ -7,17 +7,25 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageOps
 
+from training.errors import DATA, Failure
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder has the same
 COLUMNS, INCHES = 8, 1.7  # of a contact sheet: images in a row, and the width of one
 
 
-def image_files(folder) -> Iterator[str]:
-    """Paths of the images in `folder` and below; hidden files and folders are left out."""
+def image_files(folder, above: tuple = ()) -> Iterator[str]:
+    """Paths of the images in `folder` and below; hidden files and folders are left out, and links that would lead in a circle.
+
+    above: the folders on the way here.
+    """
+    above = (*above, os.path.realpath(folder))
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from image_files(entry.path)
+            target = os.path.realpath(entry.path)
+            if not any(path == target or path.startswith(target + os.sep) for path in above):
+                yield from image_files(entry.path, above)
         elif entry.name.lower().endswith(SUFFIXES):
             yield entry.path
 
@@ -76,6 +84,9 @@ def named_by(source: str) -> Iterator[str]:
     if source == "-":
         yield from filter(None, (line.rstrip("\n") for line in sys.stdin))
     elif os.path.isdir(source):
-        yield from sorted(image_files(source))
+        try:
+            yield from sorted(image_files(source))
+        except OSError as failure:
+            raise Failure(DATA, f"cannot read ({failure.filename}: {failure.strerror})", "check its permissions") from failure
     else:
         yield source

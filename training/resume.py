@@ -10,7 +10,7 @@ import torch
 
 from training import checkpoint, options
 from training.checkpoint import on_cpu
-from training.errors import CHECKPOINT, USAGE, Failure
+from training.errors import CHECKPOINT, DATA, USAGE, Failure
 from training.files import write_atomic
 from training.rundir import EpochRow
 
@@ -85,15 +85,24 @@ def compare(run, old: dict, new: dict) -> None:
                   "give it the flags that it had, or start another run in another --output")
 
 
+def check_data(saved: dict | None, data) -> None:
+    """Refuse to go on with other images than the run began with: another split would be drawn from them."""
+    if saved and saved.get("data", data.fingerprint) != data.fingerprint:
+        raise Failure(DATA, f"the images, labels or classes are not those that the run began with ({data.name})",
+                      "bring them back, or start another run in another --output")
+
+
 class State:
     """All that decides how a run goes on: saved after every epoch, restored from what `find` found.
 
-    update, stop: have state_dict() and load_state_dict() of plain types.  config: what must be the same when it is resumed.
+    config: what must be the same when it is resumed.  data: the fingerprint of its images, which must be, too.
+    update, stop: have state_dict() and load_state_dict() of plain types.
     ranks: training.distributed's; all processes restore and save together, the first one writes.
     """
 
-    def __init__(self, run, writer: checkpoint.Writer, config: dict, *, update, stop, ranks):
-        self.run, self.writer, self.config, self.update, self.stop, self.ranks = run, writer, config, update, stop, ranks
+    def __init__(self, run, writer: checkpoint.Writer, config: dict, data: str, *, update, stop, ranks):
+        self.run, self.writer, self.config, self.data = run, writer, config, data
+        self.update, self.stop, self.ranks = update, stop, ranks
         self.previous = run / "prev.pt"
 
     def restore(self, saved: dict | None) -> int:
@@ -135,7 +144,7 @@ class State:
             return
         best = card and {"kind": "weights", **card, "epoch": row.epoch, "val_acc1": row.val_acc1, "test_acc1": None}
         content = on_cpu({
-            "kind": "run", "epoch": row.epoch, "config": self.config, "best": best, "rng": generators,
+            "kind": "run", "epoch": row.epoch, "config": self.config, "data": self.data, "best": best, "rng": generators,
             "rows": list(map(asdict, self.run.rows)), "looked": list(self.run.looked),
             "update": self.update.state_dict(), "stop": self.stop.state_dict()})
         weights = on_cpu(self.update.evaluated.state_dict()) if best else None

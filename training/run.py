@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 from augment import is_fused
 from training import data as datasets
-from training import memory, models, options, resume, trial
+from training import memory, models, options, resume, rundir, trial
 from training.ahead import Ahead
 from training.capture import Replayed, Step, captures
 from training.checkpoint import Writer
@@ -35,6 +35,8 @@ class Run:
 
     def __init__(self, args, config: dict, machine: Machine):
         self.args, self.config, self.machine, self.ranks = args, config, machine, machine.ranks
+        if args.overwrite:
+            rundir.refuse_to_overwrite(args)
         self.directory = RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=self.ranks.first)
         self.stop, self.taught = EarlyStop(args.monitor, args.patience), None
 
@@ -54,6 +56,7 @@ class Run:
     def load_data(self) -> datasets.Dataset:
         with self.ranks.in_turn():
             self.data = datasets.load(**options.data(self.args), device=self.machine.device)
+        resume.check_data(self.saved, self.data)
         self.batch_size = global_batch_size(self.args.batch_size, self.data, self.machine)
         self.parts = parts_of(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
         stride = max(1, len(self.data.train.labels) // CLEAN)
@@ -123,7 +126,8 @@ class Run:
                       graph=self.captured, **sizes)
         facts |= {"teacher": teacher.info["model"]} if teacher else {}
         self.directory.open(self.config | facts | {"image_size": update.net.info["image_size"]}, update.checkpoint_bytes)
-        self.state = resume.State(self.directory, self.writer, self.config, update=update, stop=self.stop, ranks=self.ranks)
+        self.state = resume.State(self.directory, self.writer, self.config, self.data.fingerprint, update=update, stop=self.stop,
+                                  ranks=self.ranks)
         self.first = self.state.restore(self.saved)
         self.means = Means(self.machine, augmenter.steps, self.args.clip_grad)
         self.progress = Progress(self.args.epochs, augmenter.steps, self.batch_size, self.first)

@@ -141,6 +141,13 @@ class RunDirectory:
         print(*(f"alarm: {alarm['text']}" for alarm in summary["alarms"]), sep="\n", end="\n" * bool(summary["alarms"]))
 
 
+def refuse_to_overwrite(args) -> None:
+    """Failure USAGE where --overwrite would delete the very weights that the run begins with.  args: of training.options."""
+    for path in (vars(args).get(name) for name in ("teacher_checkpoint", "init", "student_init")):
+        if path and Path(path).resolve().parent == Path(args.output).resolve():
+            raise Failure(USAGE, f"--overwrite would delete what the run begins with ({path})", "choose another --output")
+
+
 def announce(config: dict, objective: str) -> None:
     """Print what is about to run: every flag as it was resolved, and what is minimised."""
     settings = "  ".join(f"{name}={shown(value)}" for name, value in config.items() if value is not None)
