@@ -14,7 +14,6 @@ with the weights of the best epoch.  Runs that have not ended are left out; one 
 ours but make_figures.py, so that it also works on copied runs.
 """
 import csv
-import io
 import json
 import math
 from pathlib import Path
@@ -30,9 +29,9 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit  # the inverse of Student's t
 
-try:
+if __package__:  # imported from the root, as plots.ablation_figures
     from plots import make_figures
-except ImportError:  # run as a script: Python then looks in this folder, not in the one above
+else:  # run as a script: Python looks beside it
     import make_figures
 Failure = make_figures.Failure
 
@@ -507,14 +506,9 @@ def draw_causes(sweeps: dict[str, list[Cell]], panels: dict[str, list[dict]]) ->
 # Writing
 
 def as_csv(rows: list[dict]) -> bytes:
-    """Plain numbers, rounded to four decimals as in the tables; what is only drawn stays out."""
-    content = io.StringIO()
-    writer = csv.DictWriter(content, [name for name in rows[0] if name not in ("kd", "level")], extrasaction="ignore",
-                            lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
-                     for row in rows)
-    return content.getvalue().encode()
+    """What is only drawn stays out."""
+    return make_figures.csv_text([{name: value for name, value in row.items() if name not in ("kd", "level")}
+                                  for row in rows]).encode()
 
 
 def read_sweeps(top: Path) -> dict[str, list[Cell]]:

@@ -614,15 +614,17 @@ TABLES = {"table1": table1, "table2": table2}
 
 
 def as_csv(rows, note) -> str:
-    """Plain numbers, one column each, rounded to four decimals; the note is for people and stays out."""
-    def plain(value):
-        return round(float(value), 4) if isinstance(value, float) else value
+    """Plain numbers, one column each; the note is for people and stays out."""
+    return csv_text([{column: value for cell in row for column, value in cell.numbers.items()} for row in rows])
 
-    records = [{column: plain(value) for cell in row for column, value in cell.numbers.items()} for row in rows]
+
+def csv_text(records: list[dict]) -> str:
+    """A table with the columns of the first record; fractions are rounded to four decimals."""
     content = io.StringIO()
     table = csv.DictWriter(content, records[0], lineterminator="\n")
     table.writeheader()
-    table.writerows(records)
+    table.writerows({name: round(float(value), 4) if isinstance(value, float) else value for name, value in record.items()}
+                    for record in records)
     return content.getvalue()
 
 

@@ -62,10 +62,17 @@ def test_short_forms_and_names():
     assert method.ramped(distill("--method", "dkd"), 1) == {}
 
 
-def test_policies_are_those_of_the_augmenter():
+def test_choices_are_those_of_the_code():
+    import kernels
     from augment import POLICIES
+    from kernels import softmax_kl
+    from losses import kd
+    from losses.methods import METHODS
 
     assert options.POLICIES == tuple(POLICIES)
+    assert METHODS["dkd"].numbers["mixed_target"].choices == softmax_kl.SPLITS
+    assert METHODS["kd"].numbers["kl"].choices == kd.DIRECTIONS
+    assert [options.parse_teacher("", "", ["--kernels", name]).kernels for name in kernels.CHOICES] == list(kernels.CHOICES)
 
 
 def test_objective_is_printed_with_its_numbers():

@@ -50,7 +50,7 @@ def parse_sweep(description, usage_lines, argv=None) -> Namespace:
         "\"--method kd\"; default: the first one")
     add("--metric", choices=METRICS, default=METRICS[0], help="the best epoch's or the last one's; " + options.DEFAULT)
     add("--dry-run", action="store_true", help="list the runs, then stop")
-    add("--debug", action="store_true", help="show the traceback of expected errors too")
+    options.debug_flag(add)
     add = parser.add_argument_group("what to run").add_argument
     add("script", choices=PARSERS, help="distill.py or train_teacher.py")
     add("flags", nargs="*", help="the script's; several values make an axis of the grid, those of --seed are repeats; "

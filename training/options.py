@@ -76,7 +76,8 @@ def optimisation_flags(parser) -> None:
     add("--monitor", choices=("val_loss", "val_acc1"), default="val_loss", help="selects best.pt and stops early; " + DEFAULT)
 
 
-def kernels_flag(add) -> None:
+def where_flags(add) -> None:
+    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
     add("--kernels", choices=("auto", "triton", "reference"), default="auto",
         help="augmentation and loss in Triton's fused kernels or in plain PyTorch; auto is Triton on CUDA; " + DEFAULT)
 
@@ -87,8 +88,7 @@ def debug_flag(add) -> None:
 
 def machine_flags(parser, output) -> None:
     add = parser.add_argument_group("machine and output").add_argument
-    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
-    kernels_flag(add)
+    where_flags(add)
     add("--amp", choices=("fp16", "bf16", "off", "auto"), help="off: fp32, without TF32; auto: on a CPU bf16 or off, whichever "
         "is faster in ten steps; default: fp16 on CUDA, off on a CPU")
     add("--compile", nargs="?", const=True, default=False, choices=("auto",), metavar="auto", help="make code of the networks, "
@@ -168,8 +168,7 @@ def parse_show(description, usage_lines, argv=None):
     add("--epoch", type=count, default=1, metavar="N", help=DEFAULT)
     add("--step", type=whole, default=0, metavar="N", help="of the epoch, from 0; " + DEFAULT)
     add("--seed", type=seed, default=42, metavar="N", help=DEFAULT)
-    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
-    kernels_flag(add)
+    where_flags(add)
     add("--output", type=png, default="batch.png", metavar="FILE", help=DEFAULT)
     debug_flag(add)
     return parser.parse_args(argv)
