@@ -90,11 +90,11 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu
 
 
 def fingerprint(source: Source) -> str:
-    """Of the names of the classes, the labels in their order, and the sums of all pixels."""
+    """SHA-256 of the names of the classes, the labels and the images, in their order."""
     content = hashlib.sha256(repr(source.classes).encode())
     for split in filter(None, (source.train, source.test)):
         content.update(split.labels.numpy())
-        content.update(repr(int(split.images.sum(dtype=torch.int64))).encode())
+        content.update(split.images.numpy())
     return content.hexdigest()
 
 
