@@ -342,7 +342,7 @@ def test_the_loss_scale_goes_on_after_a_recording_that_failed(capsys, place, tea
 
     monkeypatch.setattr(ahead.Ahead, "__call__", fail)
     monkeypatch.setattr(Machine, "scaler", lambda self: torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2))
-    eager, graph = both(capsys, place, "distill.py", f"--student v2_pico --method kd --epochs 6 --teacher-checkpoint {teacher}")
+    eager, graph = both(capsys, place, "distill.py", f"--student v2_pico --method kd --epochs 4 --teacher-checkpoint {teacher}")
     assert graphs.replays > 6 and eager[1]["scaler"]["scale"] > 64
     same(eager, graph)
 
