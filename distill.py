@@ -9,7 +9,6 @@
 Teacher and student see the same augmented images; the criterion reads both logits and both labels of each mixed image.
 A new method is a file in losses/ and a record in losses/methods.py.  Leaves log.csv, summary.json, best.pt and last.pt.
 """
-
 from training import errors, method, options
 
 

@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch, in one launch, on the device of its images."""
+"""Augmentation of a whole batch on the device of its images."""
 from augment.augmenter import Batch, BatchAugmenter, is_fused
 from augment.policy import POLICIES
 

@@ -1,8 +1,10 @@
 """Flags: defaults, presets, ranges, and one line with exit code 2 for each that does not fit."""
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from training import grid, method, options
 
@@ -64,12 +66,20 @@ def test_short_forms_and_names():
 
 def test_choices_are_those_of_the_code():
     import kernels
-    from augment import POLICIES
+    from augment import POLICIES, BatchAugmenter
     from kernels import softmax_kl
     from losses import kd
     from losses.methods import METHODS
+    from training import data
 
     assert options.POLICIES == tuple(POLICIES)
+    assert options.parse_teacher("", "", ["--image-size", str(data.SMALLEST)]).image_size == data.SMALLEST
+    for side in (data.SMALLEST, data.SMALLEST - 1):
+        images, labels = torch.zeros(4, side, side, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+        with nullcontext() if side == data.SMALLEST else pytest.raises(ValueError, match="size >= 8"):
+            BatchAugmenter(images, labels, batch_size=2, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3)
+    with pytest.raises(SystemExit):
+        options.parse_teacher("", "", ["--image-size", str(data.SMALLEST - 1)])
     assert METHODS["dkd"].numbers["mixed_target"].choices == softmax_kl.SPLITS
     assert METHODS["kd"].numbers["kl"].choices == kd.DIRECTIONS
     assert [options.parse_teacher("", "", ["--kernels", name]).kernels for name in kernels.CHOICES] == list(kernels.CHOICES)

@@ -15,7 +15,7 @@ from training.terminal import say
 DONE, BUG, USAGE, IN_USE, DATA, CHECKPOINT, DIVERGED, OUT_OF_MEMORY, DISK = range(9)
 CALMER = "lower --lr or the weights of the loss, or use --amp bf16"  # the remedy where numbers are no longer finite
 STOPPED = 128  # plus the signal's number: 130 is SIGINT, 143 SIGTERM
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR)
 
 
 class Failure(Exception):
