@@ -44,22 +44,17 @@ def main(args):
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=run.batch_size)
         update = Update(student, build_optimizer(student, args), machine, args.clip_grad, args.model_ema, len(run.parts))
-        model, teach, numbers = run.called(student), run.called(teacher), method.numbers(args)
+        model, teach, numbers = run.called(student), run.called(teacher), method.numbers(args, machine.device)
         print(f"{data}\nteacher {teacher.info['model']}: {teacher.size / 1e6:.2f} M parameters, "
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
 
-        @run.ahead(augmenter)  # on a GPU while the student learns from the batch before
-        def taught(position, rows):
-            batch = augmenter(position, rows)
-            with machine.autocast():
-                return batch, teach(batch.images)  # which is frozen: nothing is kept for a backward pass
-
-        @run.step(numbers)
+        @run.step
         def step(position, lr, look):
             for rows in run.parts:
-                batch, teacher_logits = taught(position, rows)
+                batch = augmenter(position, rows)
                 with machine.autocast():
+                    teacher_logits = teach(batch.images)  # it is frozen: nothing is kept for a backward pass
                     logits = model(batch.images)
                 loss, terms = criterion(logits, teacher_logits, batch.targets, **numbers)
                 update.backward(loss)
@@ -70,7 +65,7 @@ def main(args):
         for epoch in run.epochs():
             student.train()
             augmenter.set_epoch(epoch)
-            numbers |= method.ramped(args, epoch)
+            method.ramp(numbers, args, epoch)
             for position in range(augmenter.steps):
                 step(position, lr := learning_rate((epoch - 1) * augmenter.steps + position, args, augmenter.steps))
                 run.log_step(position, lr)

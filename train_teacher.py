@@ -40,7 +40,7 @@ def main(args):
         model = run.called(net)
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")
 
-        @run.step()
+        @run.step
         def step(position, lr, look):
             for rows in run.parts:
                 batch = augmenter(position, rows)

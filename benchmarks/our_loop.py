@@ -9,7 +9,6 @@ from augment import BatchAugmenter
 from benchmarks.augmentation_rivals import MEAN, STD
 from benchmarks.loss import ALPHA, BETA, EPS, T
 from training import method, models, options
-from training.ahead import Ahead
 from training.capture import Step
 from training.diagnostics import Diagnostics
 from training.means import Means
@@ -54,24 +53,18 @@ class Ours:
         self.rows = machine.ranks.rows(args.batch_size)
         self.means = Means(machine, self.augmenter.steps, args.clip_grad)
         self.diagnostics = Diagnostics(args, self.augmenter, self.rows, machine.ranks)
-        self.criterion, self.numbers = method.function(args), method.numbers(args)
+        self.criterion, self.numbers = method.function(args), method.numbers(args, machine.device)
         self.teach, self.model = machine.compile(teacher, captured), machine.compile(student, captured)
-        self.ahead = Ahead(self.taught, self.augmenter.steps, self.rows) if captured else None
-        self.take = Step(self.step, self.numbers, machine, captured, self.update.abandon, self.ahead)
+        self.take = Step(self.step, machine, captured)
         first = next(student.parameters())  # its gradient comes last
         first.register_post_accumulate_grad_hook(lambda parameter: self.lap("backward"))
 
-    def taught(self, position, rows):
-        batch = self.augmenter(position, rows)
+    def step(self, position, lr, look):
+        batch = self.augmenter(position, self.rows)
         self.lap("augment")
         with self.machine.autocast():
             teacher_logits = self.teach(batch.images)
-        self.lap("teacher")
-        return batch, teacher_logits
-
-    def step(self, position, lr, look):
-        batch, teacher_logits = (self.ahead or self.taught)(position, self.rows)
-        with self.machine.autocast():
+            self.lap("teacher")
             logits = self.model(batch.images)
         self.lap("student")
         loss, terms = self.criterion(logits, teacher_logits, batch.targets, **self.numbers)
@@ -85,8 +78,6 @@ class Ours:
         taken = self.update(lr, look)
         self.lap("update")
         self.means.end_step(position, taken.skipped, taken.norm)
-        if self.ahead:
-            self.ahead.end_step()
         if taken.move is not None:
             self.diagnostics.end_step(taken)
         self.lap("bookkeeping")

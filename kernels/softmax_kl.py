@@ -49,11 +49,14 @@ class Terms(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What each term counts in the loss.  None: not wanted, so neither computed nor reported; 0.0: reported, without a say."""
-    ce: float | None = None
-    kl: float | None = None
-    tckd: float | None = None
-    nckd: float | None = None
+    """What each term counts in the loss: a number, or a 0-dim fp32 tensor on the logits' device, which a schedule may fill.
+
+    None: not wanted, so neither computed nor reported; 0.0: reported, without a say.
+    """
+    ce: float | torch.Tensor | None = None
+    kl: float | torch.Tensor | None = None
+    tckd: float | torch.Tensor | None = None
+    nckd: float | torch.Tensor | None = None
 
     @property
     def terms(self) -> str:
@@ -67,14 +70,19 @@ _hyperparameters: dict = {}
 def hyperparameters(weights: Weights, temperature: float, label_smoothing: float, device: torch.device) -> torch.Tensor:
     """The numbers of the loss as fp32 (6,) on the device: the four weights, temperature, smoothing; one tensor for each set.
 
-    The kernel reads them there, so a schedule recompiles nothing, and a captured CUDA graph follows what is later written into
-    the tensor that it was captured with.
+    The kernel reads them there, so a schedule recompiles nothing, and a captured CUDA graph follows the weights that are tensors.
     """
-    key = (*(float(weight or 0.0) for weight in weights), float(temperature), float(label_smoothing), device)
+    scheduled = {place: weight for place, weight in enumerate(weights) if isinstance(weight, torch.Tensor)}
+    fixed = (0.0 if place in scheduled else float(weight or 0.0) for place, weight in enumerate(weights))
+    key = (*fixed, float(temperature), float(label_smoothing), device)
     if key not in _hyperparameters:
-        numbers = torch.empty(6, pin_memory=device.type == "cuda").copy_(torch.tensor(key[:6]))
-        _hyperparameters[key] = numbers.to(device, non_blocking=True)  # a ramp makes new ones inside a step, which must not wait
-    return _hyperparameters[key]
+        _hyperparameters[key] = torch.tensor(key[:6]).to(device)
+    numbers = _hyperparameters[key]
+    if scheduled:
+        numbers = numbers.clone()
+        for place, weight in scheduled.items():
+            numbers[place].copy_(weight)
+    return numbers
 
 
 def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weights, *, temperature: float,

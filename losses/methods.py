@@ -29,7 +29,7 @@ class Method(NamedTuple):
     terms: the names of its terms, columns train_loss_<term> of log.csv; "ce" is the cross-entropy with the labels.
     weighed_by: the number that a term is multiplied by in the loss, for diagnostics.csv, which has each term's gradient.  One
         term may lack such a number; where more do, only the gradient of the whole is there.
-    ramped: the numbers that --<method>-warmup raises from 0.
+    ramped: the numbers that --<method>-warmup raises from 0; with a warm-up they come as 0-dim fp32 tensors on the device.
     run, table, figure: the name of a run's directory, of its row in a table, of its curve; {number} stands for its value.
     formula: the objective as text, from the numbers, the text of the cross-entropy and, behind what is ramped, its factor.
     refused: says what is wrong with the numbers together, None where they fit.

@@ -59,9 +59,17 @@ def test_a_preset_of_one_method_can_be_run_with_the_other():
 def test_short_forms_and_names():
     assert distill("--no-autoaugment").policy == "none" and distill("--policy", "none", "--autoaugment").policy == "autoaugment"
     assert distill("--method", "dkd", "--beta", "2", "--temperature", "1.5").output == "runs/dkd-beta2-T1.5-s42"
-    assert method.ramped(distill("--method", "dkd", "--dkd-warmup", "20"), 5) == {"alpha": 0.25, "beta": 2.0}
-    assert method.ramped(distill("--method", "dkd", "--dkd-warmup", "20"), 40) == {"alpha": 1.0, "beta": 8.0}
-    assert method.ramped(distill("--method", "dkd"), 1) == {}
+
+
+def test_a_warmup_raises_the_numbers_of_its_method():
+    args = distill("--method", "dkd", "--dkd-warmup", "20")
+    numbers = method.numbers(args)
+    assert (numbers["alpha"], numbers["beta"], numbers["temperature"]) == (1.0, 8.0, 4.0)
+    for epoch, share in ((5, 0.25), (20, 1.0), (40, 1.0)):
+        method.ramp(numbers, args, epoch)
+        assert (numbers["alpha"], numbers["beta"]) == (share, 8 * share)
+    method.ramp(numbers := method.numbers(distill("--method", "dkd")), args=distill("--method", "dkd"), epoch=1)
+    assert (numbers["alpha"], numbers["beta"]) == (1.0, 8.0), "no warm-up"
 
 
 def test_choices_are_those_of_the_code():

@@ -213,6 +213,15 @@ def test_identities(kernel):
         assert kl.item() == pytest.approx((tckd + (1 - sum(p[c] for c in gone)) * nckd).item(), rel=1e-5)
 
 
+def test_a_weight_may_be_a_tensor_that_a_schedule_fills(kernel):
+    z, v, targets = rows(50, 20)
+    beta = torch.zeros((), device=DEVICE)
+    for number in (8.0, 0.1, 0.0):
+        beta.fill_(number)
+        for one, other in zip(run(z, v, targets, MIX._replace(nckd=beta)), run(z, v, targets, MIX._replace(nckd=number))):
+            assert torch.equal(one, other)
+
+
 def test_strided_rows_single_rows_and_far_rows(kernel):
     z, v, targets = rows(9, 11)
     wide, transposed = torch.randn(9, 40), v.T.contiguous().T
@@ -330,9 +339,10 @@ def test_who_decides(monkeypatch):
 def test_a_captured_graph_follows_its_inputs_and_numbers():
     z, v, targets = (part.to(DEVICE) if torch.is_tensor(part) else Targets(*(x.to(DEVICE) for x in part))
                      for part in rows(64, 100))
-    hyper = hyperparameters(MIX, 4.0, 0.1, z.device).clone()
+    beta = torch.tensor(8.0, device=DEVICE)
 
     def call():
+        hyper = hyperparameters(MIX._replace(nckd=beta), 4.0, 0.1, z.device)
         return torch.ops.fusekd.softmax_kl(z, v, *targets, hyper, MIX.terms, "pair", False)
 
     stream = torch.cuda.Stream()
@@ -345,7 +355,7 @@ def test_a_captured_graph_follows_its_inputs_and_numbers():
         losses, grad = call()
     for scale in (1.0, 0.5):
         z.mul_(scale)
-        hyper[3] *= scale
+        beta.mul_(scale)
         graph.replay()
         torch.cuda.synchronize()
         for one, two in zip((losses, grad), call()):

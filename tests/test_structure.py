@@ -13,7 +13,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 EVERYTHING = {"augment", "deploy", "kernels", "losses", "training"}
 NOTHING = set()
 ALLOWED = {  # module or folder: what of ours it may import; from top to bottom, so no arrow points upward
-    "training.run": {"training.ahead", "training.capture", "training.checkpoint", "training.data", "training.diagnostics",
+    "training.run": {"training.capture", "training.checkpoint", "training.data", "training.diagnostics",
                      "training.evaluation", "training.machine", "training.means", "training.memory", "training.models",
                      "training.options", "training.progress", "training.recompute", "training.resume", "training.rundir",
                      "training.source", "training.step", "training.trial", "training.verdict", "augment"},
@@ -21,8 +21,8 @@ ALLOWED = {  # module or folder: what of ours it may import; from top to bottom,
                         "training.machine", "training.method", "training.models", "training.options",
                         "training.step", "augment", "losses.methods"},
     "training.diagnostics": {"training.method", "training.step", "losses"}, "training.verdict": {"losses.methods"},
-    "training.capture": {"training.ahead", "training.errors", "training.machine", "training.step", "training.terminal"},
-    "training.trial": {"training.machine"}, "training.ahead": {"training.terminal"}, "training.errors": {"training.terminal"},
+    "training.capture": {"training.errors", "training.machine", "training.step"},
+    "training.trial": {"training.machine"}, "training.errors": {"training.terminal"},
     "training.pictures": {"training.errors"},
     "training.evaluation": {"training.errors", "training.machine", "training.models"},
     "training.memory": {"training.errors", "training.machine", "training.recompute"},

@@ -39,7 +39,8 @@ def advise(args, machine: Machine) -> list[str]:
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                batch_size=batch_size)
     student = models.build(args.student, len(data.classes), args.image_size or data.image_size).to(machine.device).train()
-    criterion, numbers, steps = method.function(args), method.numbers(args), range(min(BATCHES, augmenter.steps))
+    criterion, steps = method.function(args), range(min(BATCHES, augmenter.steps))
+    numbers = method.numbers(args, machine.device)
     looking = Diagnostics(args, augmenter, range(batch_size), Ranks(), steps)  # whole batches, whoever else reads them
     augmenter.set_epoch(1)
     looking.begin(1)

@@ -1,22 +1,21 @@
-"""A script's step as its loop calls it: taken launch by launch, or recorded once as a CUDA graph and replayed; where it cannot
-be recorded, the teacher's forward pass is.
+"""A script's step as its loop calls it: taken launch by launch, or recorded once as a CUDA graph and replayed; where it is not
+recorded, the teacher's forward pass is.
 
 A replay runs no Python.  So a step that is recorded is a function of tensors that stay where they are: the position in the epoch
-and the learning rate are written into two of them before each step, and all that a step leaves behind is on the device.  What
-it reads from Python is whether it is looked at, of which there is a recording each, and the method's numbers, with which all are
-made anew.
+and the learning rate are written into two of them before each step, what a method's warm-up raises is written into others before
+each epoch, and all that a step leaves behind is on the device.  What it reads from Python is whether it is looked at, of which
+there is a recording each.
+
+A recording that fails ends the run.  PyTorch may leave its random generator in the recording, and then no network with dropout
+could go on launch by launch.
 """
-import math
 import time
-from contextlib import nullcontext
 
 import torch
 
-from training.ahead import Trial
-from training.errors import USAGE, Failure, first_line
+from training.errors import OUT_OF_MEMORY, USAGE, Failure, first_line
 from training.machine import Machine, cannot_compile
 from training.step import EVERY
-from training.terminal import say
 
 WARM_UP = 3  # steps before any is recorded, in which libraries choose their kernels and make their workspaces
 
@@ -40,14 +39,19 @@ def captures(args, machine: Machine, fused: bool) -> bool:
 
 
 def record(function, pool, stream):
-    """What `function` launches on `stream` -> a function that launches it all at once; its memory is of `pool`."""
-    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    """What `function` launches on `stream` -> a function that launches it all at once; its memory is of `pool`.
+
+    Failure OUT_OF_MEMORY or USAGE: it cannot be recorded.
+    """
+    graph = torch.cuda.CUDAGraph()
     try:
         # What other threads ask of CUDA meanwhile, such as NCCL's, is none of its business.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             function()
-    finally:
-        torch.cuda.set_stream(before)  # which a recording that fails leaves as it is
+    except RuntimeError as failure:
+        first = failure.__context__ or failure  # a failure inside of a recording makes its end fail, too
+        code = OUT_OF_MEMORY if isinstance(first, torch.OutOfMemoryError) else USAGE
+        raise Failure(code, f"a CUDA graph cannot be recorded ({first_line(first)})", "use --no-cuda-graph") from failure
     return graph.replay
 
 
@@ -67,12 +71,7 @@ class Replayed:
             def forward():
                 self.logits = self.net(self.images)
 
-            try:
-                self.replay = record(forward, torch.cuda.graph_pool_handle(), self.stream)
-            except RuntimeError as failure:
-                say(f"no CUDA graph of the teacher: {first_line(failure)}")
-                self.calls = -math.inf  # a warm-up without end
-                return self.net(images)
+            self.replay = record(forward, torch.cuda.graph_pool_handle(), self.stream)
         self.images.copy_(images)
         self.replay()
         return self.logits
@@ -81,32 +80,23 @@ class Replayed:
 class Step:
     """`step(position, lr)` takes the step at `position` of an epoch; every 40th is looked at.
 
-    function: (position, lr, look); with `captured`, position and lr are 0-dim tensors on the device.  numbers: what it reads
-    besides, by name; may change between steps.  abandon: called after a recording that failed, to forget what it began.  ahead:
-    a training.ahead.Ahead that it reads, if it reads one.
+    function: (position, lr, look); with `captured`, position and lr are 0-dim tensors on the device.
     """
 
-    def __init__(self, function, numbers: dict, machine: Machine, captured: bool, abandon, ahead=None):
-        self.function, self.numbers, self.machine, self.captured, self.abandon = function, numbers, machine, captured, abandon
-        self.begun, self.launched, self.warm, self.read = False, 0, set(), None
-        self.ahead, self.trial = ahead, Trial() if ahead else Trial([False])
+    def __init__(self, function, machine: Machine, captured: bool):
+        self.function, self.machine, self.begun = function, machine, False
+        self.take = self.replay if captured else function
         if captured:
             self.position = torch.zeros((), dtype=torch.int64, device=machine.device)
             self.lr = torch.zeros((), device=machine.device)
-            self.stream = torch.cuda.Stream()
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            self.launched, self.recorded = 0, {}
 
     def __call__(self, position: int, lr: float) -> None:
-        look = position % EVERY == 0
         self.machine.begin_step()
         take = self.compile if self.machine.compiled and not self.begun else self.take
-        take(position, lr, look)
+        take(position, lr, position % EVERY == 0)
         self.begun = True
-
-    def take(self, position: int, lr: float, look: bool) -> None:
-        if position == 0 and self.ahead:
-            self.ahead.begin_epoch()
-        take = self.replay if self.captured else self.function
-        take(position, lr, look)
 
     def compile(self, position: int, lr: float, look: bool) -> None:
         """The first step, in which torch.compile works."""
@@ -124,55 +114,18 @@ class Step:
     def replay(self, position: int, lr: float, look: bool) -> None:
         """On a stream of its own: a warm-up, or the recording of such a step, which is made where there is none.
 
-        launched: steps that were taken launch by launch.  warm: by their `look`, those with the numbers that were `read` last.
+        launched: steps that were taken launch by launch.  recorded: by `look`, None for one that was so taken.
         """
         self.position.fill_(position)
         self.lr.fill_(lr)
-        if self.read != (numbers := tuple(self.numbers.values())):
-            self.forget()
-            self.warm, self.read = set(), numbers
-        replay = self.recording(look) if look in self.warm and self.launched >= WARM_UP else None
-        main = torch.cuda.current_stream()
+        if self.launched >= WARM_UP and look in self.recorded and not self.recorded[look]:
+            self.recorded[look] = record(lambda: self.function(self.position, self.lr, look), self.pool, self.stream)
+        replay, main = self.recorded.get(look), torch.cuda.current_stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
-            if replay is None:
-                self.function(self.position, self.lr, look)
-                self.launched += 1
-                self.warm.add(look)
-            elif look:
+            if replay:
                 replay()
             else:
-                self.trial.run(replay)
-        main.wait_stream(self.stream)
-
-    def forget(self) -> None:
-        """All recordings at once, (overlapped, look) -> replay: they share cuBLAS's workspace, which ends with any of them."""
-        self.recorded = {}
-        self.pool = torch.cuda.graph_pool_handle()  # the old one cannot be used again once its graphs are gone
-
-    def recording(self, look: bool):
-        """The replay of such a step; None where none can be recorded."""
-        while self.captured:
-            key = self.trial.kind(timed=not look), look
-            if key in self.recorded:
-                return self.recorded[key]
-            self.record(*key)
-        return None
-
-    def record(self, overlapped: bool, look: bool) -> None:
-        """Record such a step.  Where that fails, steps are recorded on one stream, if it was to be on two, or not at all."""
-        def take():
-            with self.ahead.overlapping(overlapped) if self.ahead else nullcontext():
                 self.function(self.position, self.lr, look)
-
-        try:
-            self.recorded[overlapped, look] = record(take, self.pool, self.stream)
-        except RuntimeError as failure:
-            self.abandon()
-            self.forget()
-            if overlapped:  # which takes more memory
-                say(f"teacher and student one after the other: {first_line(failure)}")
-                self.trial = Trial([False])
-            else:
-                say(f"no CUDA graph of the step: {first_line(failure)}")
-                self.captured = False
+                self.launched, self.recorded[look] = self.launched + 1, None
+        main.wait_stream(self.stream)

@@ -156,16 +156,13 @@ class Estimate(NamedTuple):
             weights += update.average_buffers.words.nbytes
         if machine.ranks.size > 1:
             weights += gradient
-        step, taught, batches = training_bytes(update.net, inputs, accumulate=parts > 1), 0, 1
+        step, taught = training_bytes(update.net, inputs, accumulate=parts > 1), 0
         if teacher is not None:
             taught, teaching = nbytes((*teacher.parameters(), *teacher.buffers())), inference_bytes(teacher, inputs)
             step = max(step, teaching + gradient * (parts > 1))
         if graph:
-            between = inference_bytes(update.net, inputs)  # in evaluation
-            if teacher is not None and parts == 1:  # the next batch may be taught beside the student, and is between epochs
-                step, between, batches = step + teaching, max(between, teaching), 3  # one is read, each stream makes one
-            step += between + inputs.nbytes
-        return cls(weights, taught, images + batches * inputs.nbytes, step)
+            step += inference_bytes(update.net, inputs) + inputs.nbytes  # in evaluation
+        return cls(weights, taught, images + inputs.nbytes, step)
 
     @property
     def total(self) -> int:

@@ -89,21 +89,26 @@ def function(args):
     return resolve_name(METHODS[args.method].function)
 
 
-def numbers(args) -> dict:
-    """Its keyword arguments."""
-    return own_numbers(args) | {"label_smoothing": args.label_smoothing}
-
-
 def warmup(args) -> int:
     return getattr(args, f"{args.method}_warmup", 0)
 
 
-def ramped(args, epoch: int) -> dict:
-    """The numbers of the method that change with the epoch (from 1): those that its warm-up raises."""
-    if not warmup(args):
-        return {}
-    factor = min(epoch / warmup(args), 1)
-    return {name: factor * getattr(args, name) for name in METHODS[args.method].ramped}
+def numbers(args, device="cpu") -> dict:
+    """Its keyword arguments.  Those that its warm-up raises are 0-dim fp32 tensors on `device`, which `ramp` fills: a recorded
+    step reads them there."""
+    found = own_numbers(args) | {"label_smoothing": args.label_smoothing}
+    if warmup(args):
+        import torch
+        found |= {name: torch.tensor(float(found[name]), device=device) for name in METHODS[args.method].ramped}
+    return found
+
+
+def ramp(numbers: dict, args, epoch: int) -> None:
+    """Before an epoch (from 1): fill the `numbers` that the method's warm-up raises."""
+    if warmup(args):
+        factor = min(epoch / warmup(args), 1)
+        for name in METHODS[args.method].ramped:
+            numbers[name].fill_(factor * getattr(args, name))
 
 
 def objective(args) -> str:

@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from augment import is_fused
 from training import data as datasets
 from training import memory, models, options, resume, rundir, trial
-from training.ahead import Ahead
 from training.capture import Replayed, Step, captures
 from training.checkpoint import Writer
 from training.diagnostics import Diagnostics
@@ -38,7 +37,7 @@ class Run:
         if args.overwrite:
             rundir.refuse_to_overwrite(args)
         self.directory = RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=self.ranks.first)
-        self.stop, self.taught = EarlyStop(args.monitor, args.patience), None
+        self.stop = EarlyStop(args.monitor, args.patience)
 
     def __enter__(self):
         with ExitStack() as stack:
@@ -102,22 +101,9 @@ class Run:
             return Replayed(net)
         return self.machine.compile(net, self.captured)
 
-    def ahead(self, augmenter):
-        """Decorates the function (position, rows) -> (batch, the teacher's logits) that a step calls: where steps become a CUDA
-        graph, and the batch is not taken in parts, it is called one step ahead."""
-        def decorate(function):
-            if self.captured and len(self.parts) == 1:
-                self.taught = Ahead(function, augmenter.steps, self.parts[0])
-            return self.taught or function
-        return decorate
-
-    def step(self, numbers: dict | None = None):
-        """Decorates the function (position, lr, look) that takes a step.  numbers: what it reads besides, by name."""
-        return lambda function: Step(function, numbers or {}, self.machine, self.captured, self.abandon, self.taught)
-
-    def abandon(self) -> None:
-        self.update.abandon()
-        self.means.parts.clear()
+    def step(self, function) -> Step:
+        """Decorates the function (position, lr, look) that takes a step."""
+        return Step(function, self.machine, self.captured)
 
     def start(self, update, augmenter, teacher=None, **facts) -> None:
         """Say what it takes, and write the first files, or restore what was saved.  facts: what config.json holds besides."""
@@ -155,8 +141,6 @@ class Run:
     def end_step(self, position, taken: Taken) -> None:
         """In a step: add how it was taken."""
         self.means.end_step(position, taken.skipped, taken.norm)
-        if self.taught:
-            self.taught.end_step()
         if taken.move is not None:
             self.diagnostics.end_step(taken)
 

@@ -125,13 +125,6 @@ class Update:
             count.copy_(now)
         self.started = True
 
-    def abandon(self) -> None:
-        """Forget a step that was begun, on the host: its launches never ran."""
-        self.optimizer.zero_grad(set_to_none=True)
-        state, self.scaler = self.scaler.state_dict(), self.machine.scaler()
-        self.scaler.load_state_dict(state)
-        self.scaler.scale(self.zero)  # makes its tensors here: made in a recording, each replay would make them anew
-
     def remember_buffers(self) -> None:
         self.before = self.buffers.words.clone()
 
