@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from training import errors, terminal
 from training.data import Split
 from training.errors import Failure
-from training.evaluation import EarlyStop, Evaluation, check_teacher, evaluate
+from training.evaluation import EarlyStop, Evaluation, check_teacher, evaluate, tolerance
 from training.machine import Machine, parts_of, prepare_machine
 from training.means import SKIPS, Means
 from training.progress import Progress
@@ -347,18 +347,40 @@ def test_a_teacher_that_is_not_what_its_checkpoint_says_is_refused():
     data = SimpleNamespace(classes=list("abcdef"), name="imagefolder", test=split, mean=(0.5,) * 3, std=(0.25,) * 3)
     teacher = net().eval()
     accuracy = evaluate(teacher, split, data.mean, data.std, CPU, 50).acc1
-    teacher.info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": accuracy}
-    assert check_teacher(teacher, data, CPU, 50).acc1 == accuracy
-    for change in ({"test_acc1": accuracy + 0.2}, {"classes": list("abcdeg")}, {"classes": list("abc")}):
-        teacher.info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": accuracy} | change
-        with pytest.raises(Failure) as failure:
+    info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": accuracy, "amp": "off"}
+    for change in ({}, {"test_acc1": accuracy + 0.5}, {"test_acc1": accuracy - 3, "amp": "bf16"}):  # one image, and six
+        teacher.info = info | change
+        assert check_teacher(teacher, data, CPU, 50).acc1 == accuracy
+    for change, named in (({"test_acc1": accuracy + 1}, "0.78 points"), ({"test_acc1": accuracy - 4, "amp": "bf16"}, "3.33 points"),
+                          ({"classes": list("abcdeg")}, "number 5 is 'g' and 'f'"), ({"classes": list("abc")}, "number 3 is none and 'd'")):
+        teacher.info = info | change
+        with pytest.raises(Failure, match=named) as failure:
             check_teacher(teacher, data, CPU, 50)
         assert failure.value.code == 2
-    teacher.info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": None}
+    teacher.info = info | {"test_acc1": None}
     never_right = SimpleNamespace(**vars(data) | {"test": Split(
         split.images, (evaluate(teacher, split, data.mean, data.std, CPU, 50).predictions + 1) % 6)})
     with pytest.raises(Failure, match="none of the"):
         check_teacher(teacher, never_right, CPU, 50)
+
+
+@pytest.mark.parametrize("images, precisions, points", [
+    (5000, ("off", "off"), 0.077), (5000, ("fp16", "off"), 0.273), (5000, ("off", "bf16"), 0.586), (1000, ("bf16", "bf16"), 1.365),
+    (60, ("off",), 2.183)])
+def test_a_tolerance_follows_from_the_images_and_the_precision(images, precisions, points):
+    assert tolerance(images, *precisions) == pytest.approx(points, abs=0.001)
+
+
+def test_every_batch_of_an_evaluation_has_one_size():
+    """cuDNN searches for its fastest convolutions at each new size."""
+    shapes, network = [], net()
+    network.register_forward_pre_hook(lambda net, inputs: shapes.append(len(inputs[0])))
+    split = Split(torch.randint(256, (23, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+                  torch.arange(23) % 6)
+    found = evaluate(network, split, (0.5,) * 3, (0.25,) * 3, CPU, 5)
+    assert shapes == [5] * 5
+    whole = evaluate(network, split, (0.5,) * 3, (0.25,) * 3, CPU, 50)
+    assert torch.equal(found.predictions, whole.predictions) and found[:4] == pytest.approx(whole[:4])
 
 
 class Terminal(io.StringIO):

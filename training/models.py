@@ -256,7 +256,7 @@ def load(path, device="cpu", dtype=torch.float32, *, folded: bool = False) -> nn
     `net.size` is the number of its parameters, unfolded.
     Failure CHECKPOINT: unreadable or damaged, not a network's weights, or weights that are not those of the network it names.
     """
-    info = checkpoint.read(path)
+    info = {"amp": "bf16"} | checkpoint.read(path)  # which older files do not state: the accuracy may have been read in any
     missing = [key for key in CARD if key not in info]
     if info.get("kind") != "weights" or missing:
         reason = f"{missing[0]} is missing" if missing else f"its kind is {info.get('kind')}"

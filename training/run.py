@@ -90,7 +90,7 @@ class Run:
         if self.args.grad_checkpoint:
             recompute(net, name)
         net.info = {"model": name, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
-                    "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed}
+                    "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed, "amp": self.machine.precision}
         return net.to(self.machine.device)
 
     def called(self, net):
