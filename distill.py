@@ -17,7 +17,6 @@ def main(args):
     from training import models
     from training.advice import advise
     from training.evaluation import check_teacher
-    from training.files import digest
     from training.machine import prepare_machine
     from training.run import Run
     from training.rundir import announce
@@ -30,14 +29,15 @@ def main(args):
         print(*advise(args, machine), sep="\n")
         return
 
-    config["teacher_sha256"] = digest(
-        args.teacher_checkpoint, "train a teacher first: python train_teacher.py, or name one with --teacher-checkpoint")
+    card = models.read(args.teacher_checkpoint, missing="train a teacher first: python train_teacher.py, or name one with "
+                                                        "--teacher-checkpoint")
+    config["teacher_sha256"] = card["sha256"]
     with Run(args, config, machine) as run:
         if run.finished:
             return
         data, criterion = run.load_data(), method.function(args)
-        machine = run.settle(args.student, args.teacher_checkpoint)
-        teacher = models.load(args.teacher_checkpoint, machine.device, machine.dtype, folded=True)
+        machine = run.settle(args.student, card)
+        teacher = models.load(card, machine.device, machine.dtype, folded=True)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
         teacher_test, teacher_val = check_teacher(teacher, data, machine, len(run.parts[0])), run.evaluate(teacher, data.val)

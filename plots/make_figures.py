@@ -249,7 +249,7 @@ def joins(run, known) -> bool:
 MAY_DIFFER = {
     "seed", "output", "device", "kernels", "amp", "processes", "deterministic", "experiment", "teacher_checkpoint",
     "teacher_sha256", "init", "student_init", "data_dir", "resume", "overwrite", "debug", "dry_run", "patience",
-    "compile", "cuda_graph", "grad_checkpoint",
+    "compile", "cuda_graph", "grad_checkpoint", "data_sha256", "init_sha256", "threads",
 }
 
 

@@ -351,8 +351,9 @@ def test_a_teacher_that_is_not_what_its_checkpoint_says_is_refused():
     for change in ({}, {"test_acc1": accuracy + 0.5}, {"test_acc1": accuracy - 3, "amp": "bf16"}):  # one image, and six
         teacher.info = info | change
         assert check_teacher(teacher, data, CPU, 50).acc1 == accuracy
-    for change, named in (({"test_acc1": accuracy + 1}, "0.78 points"), ({"test_acc1": accuracy - 4, "amp": "bf16"}, "3.33 points"),
-                          ({"classes": list("abcdeg")}, "number 5 is 'g' and 'f'"), ({"classes": list("abc")}, "number 3 is none and 'd'")):
+    for named, change in {"0.78 points": {"test_acc1": accuracy + 1}, "3.33 points": {"test_acc1": accuracy - 4, "amp": "bf16"},
+                          "number 5 is 'g' and 'f'": {"classes": list("abcdeg")},
+                          "number 3 is none and 'd'": {"classes": list("abc")}}.items():
         teacher.info = info | change
         with pytest.raises(Failure, match=named) as failure:
             check_teacher(teacher, data, CPU, 50)
@@ -365,8 +366,8 @@ def test_a_teacher_that_is_not_what_its_checkpoint_says_is_refused():
 
 
 @pytest.mark.parametrize("images, precisions, points", [
-    (5000, ("off", "off"), 0.077), (5000, ("fp16", "off"), 0.273), (5000, ("off", "bf16"), 0.586), (1000, ("bf16", "bf16"), 1.365),
-    (60, ("off",), 2.183)])
+    (5000, ("off", "off"), 0.077), (5000, ("fp16", "off"), 0.273), (5000, ("off", "bf16"), 0.586),
+    (1000, ("bf16", "bf16"), 1.365), (60, ("off",), 2.183)])
 def test_a_tolerance_follows_from_the_images_and_the_precision(images, precisions, points):
     assert tolerance(images, *precisions) == pytest.approx(points, abs=0.001)
 

@@ -210,6 +210,53 @@ def test_other_images_are_refused(place, change):
     assert contents(run) == before
 
 
+def test_the_content_of_files_decides_and_not_their_path(place):
+    """As after a move to another disk: images, teacher and start are the same, and so is all that the run leaves."""
+    moved, teacher = place.folder / "moved", place.undisturbed("teacher") / "best.pt"
+    shutil.copytree(place.folder / "images", moved / "images")
+    shutil.copy(teacher, moved / "teacher.pt")
+    for kind, flag, path in (("student", "--teacher-checkpoint", teacher), ("teacher", "--init", teacher)):
+        line = f"{torture.command(kind)} {flag} {path}"
+        other = f"{line.replace(str(path), str(moved / 'teacher.pt'))} --data-dir {moved}/images/ --resume auto"
+        run, whole = torture.new_run(place), torture.new_run(place)
+        assert place.run(f"{line} --output {whole}").code == 0
+        assert place.run(f"{line} --output {run}", partial(torture.die_at, 20)).code == -signal.SIGKILL
+        result = place.run(f"{other} --output {run}")
+        assert result.code == 0 and "continuing after epoch" in result.out, result.err
+        assert torture.difference(run, whole) == ""
+        assert "already finished" in place.run(f"{other} --output {run}").out
+        one_line(place.run(f"{other} --output {run} --data-dir {moved}"), 4, str(moved))
+    one_line(place.run(f"{other} --output {run} --init {place.undisturbed('student') / 'best.pt'}"), 2, "--init")
+
+
+def with_threads(count, fault=lambda: None):
+    torch.set_num_threads(count)
+    fault()
+
+
+def test_a_run_keeps_its_number_of_threads(place):
+    """Two threads add in another order than one, which comes to other bits."""
+    run, whole, line = torture.new_run(place), torture.new_run(place), torture.command("student")
+    assert place.run(f"{line} --output {whole}", partial(with_threads, 2)).code == 0
+    killed = partial(with_threads, 2, partial(torture.die_at, 20))
+    assert place.run(f"{line} --output {run}", killed).code == -signal.SIGKILL
+    result = place.run(f"{line} --output {run} --resume auto")
+    assert result.code == 0 and result.out.count("2 threads, as the run began with, and not 1") == 1
+    here = json.loads((run / "env.json").read_text())
+    assert (here["threads"], here["after_epoch"], here["earlier"]) == (2, 0, [])
+    assert torture.difference(run, whole) == ""
+
+
+def test_where_a_run_was_is_kept(place):
+    run = a_copy(place, "teacher", epochs=1)
+    first = json.loads((run / "env.json").read_text())
+    (run / "env.json").write_text(json.dumps(first | {"torch": "2.0.0"}))
+    assert place.run(f"{torture.command('teacher')} --output {run} --resume auto").code == 0
+    here = json.loads((run / "env.json").read_text())
+    assert [each["torch"] for each in here["earlier"]] == ["2.0.0"] and here["torch"] == first["torch"]
+    assert (here["after_epoch"], here["earlier"][0]["after_epoch"]) == (1, 0)
+
+
 def test_an_early_stop_stays_stopped_until_patience_grows(place):
     run, line = torture.new_run(place), torture.command("teacher") + " --lr 50 --epochs 6 --clip-grad 0"
     assert place.run(f"{line} --output {run} --patience 1").code == 0
@@ -236,7 +283,7 @@ def test_a_path_continues_in_another_directory(place):
 OTHER = {  # every flag that makes another experiment, with another value for it
     "student": ("--alpha 0.5", "--beta 3", "--temperature 2", "--ce-weight 0.5", "--mixed-target first", "--dkd-warmup 2",
                 "--student resnet8", "--student-init x.pt", "--experiment v3", "--teacher-checkpoint other.pt"),
-    "teacher": ("--dataset synthetic", "--data-dir elsewhere", "--val-size 10", "--image-size 12", "--policy none",
+    "teacher": ("--dataset synthetic", "--val-size 10", "--image-size 12", "--policy none",
                 "--random-erasing 0",
                 "--mixup 0", "--cutmix 0", "--mix-prob 0.5", "--mix-mode elem", "--batch-size 8", "--opt adamw", "--lr 0.1",
                 "--momentum 0",
@@ -267,7 +314,8 @@ def both_kinds_of_flags(line, others, same):
 @pytest.mark.parametrize("kind", KINDS)
 def test_flags_that_make_another_experiment_are_refused_and_others_are_not(place, kind):
     run = a_copy(place, kind)
-    shutil.copy(place.undisturbed("teacher") / "prev.pt", place.folder / "other.pt")
+    content = torch.load(place.undisturbed("teacher") / "best.pt", weights_only=True)
+    torch.save(content | {"seed": 43}, place.folder / "other.pt")
     before, line = contents(run), f"{torture.command(kind)} --output {run} --resume auto"
     result = place.run(line, partial(both_kinds_of_flags, line, OTHER[kind], SAME))
     said = result.err.splitlines()

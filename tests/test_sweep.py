@@ -393,9 +393,33 @@ def test_another_teacher_is_refused(place):
     path = Path("s/distill-s42/config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher_sha256": job.digest_once(Path("teacher.pt"))}))
     assert sweep(line)[0] == 0
+    Path("moved.pt").write_bytes(b"one")
+    assert sweep(line.replace("teacher.pt", "moved.pt"))[0] == 0, "the same teacher"
     Path("teacher.pt").write_bytes(b"two")
     code, _, err = sweep(line)
     assert code == 2 and "teacher_sha256" in err
+
+
+def test_the_content_of_files_decides_and_not_their_path(place):
+    for folder in ("one", "two"):
+        make_images(place / folder, ["a", "b"], 4, seed=0)
+    Path("start.pt").write_bytes(b"weights")
+    Path("moved.pt").write_bytes(b"weights")
+    line = "--output s train_teacher.py --dataset imagefolder --data-dir {} --init {}"
+    assert sweep(line.format("one", "start.pt"))[0] == 0
+    path = Path("s/train_teacher-s42/config.json")
+    known = {"data_sha256": job.fingerprint("imagefolder", "one", None), "init_sha256": job.digest_once(Path("start.pt"))}
+    path.write_text(json.dumps(json.loads(path.read_text()) | known))
+    assert sweep(line.format("./two/", "moved.pt"))[0] == 0 and len(times()) == 1
+    for other, said in ((line.format("one", "lost.pt"), "init start.pt -> lost.pt"), (line.format("lost", "start.pt"), "lost")):
+        code, _, err = sweep(other)
+        assert code in (2, 4)
+        one_line(err, said)
+    shutil.rmtree("two")
+    make_images(place / "two", ["a", "b"], 4, seed=1)
+    code, _, err = sweep(line.format("two", "start.pt"))
+    assert code == 2
+    one_line(err, "data_dir one -> two")
 
 
 def test_a_diverged_run_is_a_result_and_a_failed_one_is_told(place):

@@ -291,8 +291,8 @@ def difference(run: Path, undisturbed: Path) -> str:
     if (run / "diagnostics.csv").read_bytes() != (undisturbed / "diagnostics.csv").read_bytes():
         return "diagnostics.csv"
     for name in ("last.pt", "best.pt"):
-        both = [tensors_of({key: value for key, value in checkpoint.read(folder / name).items() if key not in ("config", "rows")})
-                for folder in (run, undisturbed)]
+        both = [tensors_of({key: value for key, value in checkpoint.read(folder / name).items()
+                            if key not in ("config", "rows", "sha256")}) for folder in (run, undisturbed)]
         if both[0].keys() != both[1].keys():
             return f"keys of {name}"
         for key, value in both[0].items():

@@ -72,22 +72,26 @@ class Sealed:
             self.failure = failure
 
 
-def read_tensors(path, code: int = CHECKPOINT):
-    """Whatever plain data a `torch.save` file holds, every byte checked; exit `code` where it is missing or damaged."""
+def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") -> tuple:
+    """Whatever plain data a `torch.save` file holds, every byte checked, and the SHA-256 of these bytes.
+
+    Failure `code`: damaged, or no such file, for which `missing` is the remedy.
+    """
     path = Path(path)
     try:
         if not path.is_file():
-            raise Failure(code, f"no such file ({path})", "check the path")
+            raise Failure(code, f"no such file ({path})", missing)
         data = io.BytesIO(path.read_bytes())
         with data.getbuffer() as content:
-            seal = bytes(content[-SEALED:])
-            if seal.startswith(SEAL) and seal != SEAL + hashlib.sha256(content[:-SEALED]).hexdigest().encode():
+            seal, sha256 = bytes(content[-SEALED:]), hashlib.sha256(content[:-SEALED])
+            if seal.startswith(SEAL) and seal != SEAL + sha256.hexdigest().encode():
                 raise Failure(code, f"damaged file ({path}: wrong checksum)", REMEDY)
+            sha256.update(seal)
         damaged = None if seal.startswith(SEAL) else zipfile.ZipFile(data).testzip()
         if damaged:
             raise Failure(code, f"damaged file ({path}: wrong checksum in {damaged})", REMEDY)
         data.seek(0)
-        return torch.load(data, map_location="cpu", weights_only=True)
+        return torch.load(data, map_location="cpu", weights_only=True), sha256.hexdigest()
     except PermissionError:
         raise Failure(code, f"cannot read ({path}): permission denied", "change its permissions") from None
     except Failure:
@@ -99,12 +103,12 @@ def read_tensors(path, code: int = CHECKPOINT):
         raise Failure(code, f"unreadable file ({path}: {reason})", REMEDY) from failure
 
 
-def read(path) -> dict:
-    """The content of a checkpoint that `write` made, with the keys it was given."""
-    content = read_tensors(path)
+def read(path, missing: str = "check the path") -> dict:
+    """The content of a checkpoint that `write` made, with the keys it was given, and the "sha256" of the file."""
+    content, sha256 = read_tensors(path, missing=missing)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise Failure(CHECKPOINT, f"not a checkpoint of this project ({path})", "use a run's best.pt, or --init for bare weights")
-    return content
+    return content | {"sha256": sha256}
 
 
 def on_cpu(tree):

@@ -68,10 +68,15 @@ def as_csv(names: list[str], rows: list[dict]) -> bytes:
     return text.getvalue().encode()
 
 
-def digest(path, remedy: str = "check the path and its permissions") -> str:
-    """SHA-256 of a file, in hexadecimal.  remedy: where it cannot be read."""
+def holds(path, sha256: str | None) -> bool:
+    """Whether there is a file `path`, and this is its SHA-256."""
+    return bool(path and sha256) and os.path.isfile(path) and digest(path) == sha256
+
+
+def digest(path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as failure:
-        raise Failure(CHECKPOINT, f"cannot read ({path}: {failure.strerror})", remedy) from failure
+        raise Failure(CHECKPOINT, f"cannot read ({path}: {failure.strerror})", "check the path and its permissions") from failure

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from training import grid, options
 from training.errors import BUG, DATA, DIVERGED, IN_USE, STOPPED, USAGE, Failure
-from training.files import digest, make_directory
+from training.files import digest, holds, make_directory
 
 RESOLVED = (None, "auto")  # flags that a run decides itself; config.json then says what it decided
 PAUSE = 1.0  # seconds until a run that another process is at is looked at again
@@ -67,11 +67,21 @@ class Job:
         new = {"script": self.cell.script.removesuffix(".py")} | self.flags | teacher(self.flags)
         changed = [f"{name} {old.get(name)} -> {value}" for name, value in new.items()
                    if old.get(name) != value and (name in old or value)
-                   and not (value in RESOLVED and (recorded or new).get(name) == value)]
+                   and not (value in RESOLVED and (recorded or new).get(name) == value)
+                   and not self.same_content(name, old)]
         if changed:
             raise Failure(USAGE, f"another experiment is in the directory of a run ({self.directory}: {', '.join(changed)})",
                           "give it the flags that it had, or choose another --output")
         return recorded or self.flags
+
+    def same_content(self, name: str, old: dict) -> bool:
+        """Whether flag `name` spells another path than in `old`, a config.json, to the same content."""
+        path = self.flags.get(name)
+        if name == "teacher_checkpoint":
+            return os.path.isfile(path) and digest_once(Path(path)) == old.get("teacher_sha256")
+        if name == "data_dir":
+            return fingerprint(self.flags["dataset"], path, self.flags["image_size"]) == old.get("data_sha256")
+        return name in ("init", "student_init") and holds(path, old.get("init_sha256"))
 
     def ended(self, at_once: int) -> bool:
         """Whether the run has ended, however; starts it where nobody is at it.  at_once: runs that share the processor."""
@@ -160,6 +170,13 @@ def teacher(flags: dict) -> dict:
 
 
 digest_once = cache(digest)  # most runs of a sweep have one teacher
+
+
+@cache
+def fingerprint(dataset: str, data_dir: str, image_size: int | None) -> str:
+    """Of the images that these flags name; reads them, and imports torch for it."""
+    from training import data
+    return data.load(dataset, data_dir, val_size=0, image_size=image_size).fingerprint
 
 
 def read_json(path: Path) -> dict | None:

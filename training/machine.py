@@ -116,6 +116,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def use_threads(count: int) -> None:
+    """Compute on the CPU with so many threads: in another number of parts, sums come to other bits."""
+    if count != (now := torch.get_num_threads()):
+        print(f"{count} threads, as the run began with, and not {now}, which would come to other bits")
+        torch.set_num_threads(count)
+
+
 def global_batch_size(each: int, data, machine: Machine) -> int:
     """Images per step, where every process takes `each` of them; says so where there are several."""
     processes, images = machine.ranks.size, len(data.train.labels)

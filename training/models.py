@@ -123,28 +123,28 @@ def build(name: str, num_classes: int, image_size: int = 32) -> nn.Module:
     return net.to(memory_format=torch.channels_last)
 
 
-def initialise(net, name: str, *, pretrained: bool = False, init=None) -> None:
+def initialise(net, name: str, *, pretrained: bool = False, init=None) -> str | None:
     """Give `net`, just built as `name`, the weights in the file `init` or else, if `pretrained`, ImageNet's, all but the head.
 
-    `init` is a best.pt of ours or a bare state_dict.  The head stays random; everything else must fit exactly.  Failure DATA:
-    weights missing, damaged, not to be downloaded, or another network's; USAGE: no ImageNet weights for this network or size.
+    `init` is a best.pt of ours or a bare state_dict; returns its SHA-256.  The head stays random; all else must fit exactly.
+    Failure DATA: weights missing, damaged, not to be downloaded, or another network's; USAGE: no ImageNet weights for this
+    network or size.
     """
-    head = _head(net)
+    head, sha256 = _head(net), None
     if init is not None:
-        content = checkpoint.read_tensors(init, DATA)
+        content, sha256 = checkpoint.read_tensors(init, DATA)
         if isinstance(content, dict) and "state_dict" in content:
             content = content["state_dict"]
-        misfit = _fill(net, content, head)
-        if misfit:
+        if misfit := _fill(net, content, head):
             raise Failure(DATA, f"these weights are not a {name} ({init}: {misfit})", "name the weights of the same network")
     elif pretrained:
         theirs = _torchvision_name(name)
         if theirs is None:
             raise Failure(USAGE, f"there are no ImageNet weights of {name}", "use --no-pretrained, or --init PATH")
-        misfit = _fill(net, _imagenet_weights(theirs), head)
-        if misfit:
+        if misfit := _fill(net, _imagenet_weights(theirs), head):
             raise Failure(USAGE, f"the ImageNet weights of {name} do not fit this image size ({misfit})",
                           f"use --image-size {_natural_size(name)}, or --no-pretrained")
+    return sha256
 
 
 def _head(net) -> frozenset[str]:
@@ -248,28 +248,37 @@ def fold(net, image_size: int):
     return folded.eval()
 
 
-def load(path, device="cpu", dtype=torch.float32, *, folded: bool = False) -> nn.Module:
+def read(path, missing: str = "check the path") -> dict:
+    """A best.pt, every byte checked: what CARD names and more, its weights in "state_dict", its "path" and "sha256".
+
+    Failure CHECKPOINT: damaged, not the weights of a network, or no such file, for which `missing` is the remedy.
+    """
+    content = {"amp": "bf16"} | checkpoint.read(path, missing) | {"path": path}  # older files state no precision: the coarsest
+    lacking = [key for key in CARD if key not in content]
+    if content.get("kind") != "weights" or lacking:
+        reason = f"{lacking[0]} is missing" if lacking else f"its kind is {content.get('kind')}"
+        raise Failure(CHECKPOINT, f"not the weights of a network ({path}: {reason})", "name a run's best.pt")
+    return content
+
+
+def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False) -> nn.Module:
     """The trained network in a best.pt, in eval mode and frozen; `net.info` is what the file says of it, all but the weights.
 
+    source: its path, or what `read` returned.
     dtype: in which convolutions and linear layers are held.  Under autocast it saves casting their weights at every call.
     folded: without the BatchNorms that can be folded into convolutions, which saves time and, on a GPU, launches.
     `net.size` is the number of its parameters, unfolded.
-    Failure CHECKPOINT: unreadable or damaged, not a network's weights, or weights that are not those of the network it names.
+    Failure CHECKPOINT: as for `read`, and weights that are not those of the network that they name.
     """
-    info = {"amp": "bf16"} | checkpoint.read(path)  # which older files do not state: the accuracy may have been read in any
-    missing = [key for key in CARD if key not in info]
-    if info.get("kind") != "weights" or missing:
-        reason = f"{missing[0]} is missing" if missing else f"its kind is {info.get('kind')}"
-        raise Failure(CHECKPOINT, f"not the weights of a network ({path}: {reason})", "name a run's best.pt")
-    weights = info.pop("state_dict")
+    info = dict(source) if isinstance(source, dict) else read(source)
+    weights, path, _ = map(info.pop, ("state_dict", "path", "sha256"))
     try:
         with torch.random.fork_rng(devices=()):  # a student's random weights must not depend on the teacher loaded before it
             net = build(info["model"], len(info["classes"]), info["image_size"])
     except Failure as failure:
         raise Failure(CHECKPOINT, f"cannot build the network of a checkpoint ({path}: {info['model']})",
                       "use the version of this project that wrote it") from failure
-    misfit = _fill(net, weights)
-    if misfit:
+    if misfit := _fill(net, weights):
         raise Failure(CHECKPOINT, f"these weights are not a {info['model']} ({path}: {misfit})",
                       "restore the file from a copy or make it again")
     size = parameters(net)
@@ -286,8 +295,5 @@ def load(path, device="cpu", dtype=torch.float32, *, folded: bool = False) -> nn
 def predict(net, images, batch_size: int = 256):
     """Class probabilities, float32 (N, C) on the CPU, of uint8 images (N, H, W, 3), for a network that `load` returned."""
     device = next(net.parameters()).device
-    probabilities = [
-        net(normalise(batch.to(device), net.info["mean"], net.info["std"])).float().softmax(1).cpu()
-        for batch in torch.as_tensor(images).split(batch_size)
-    ]
-    return torch.cat(probabilities)
+    return torch.cat([net(normalise(batch.to(device), net.info["mean"], net.info["std"])).float().softmax(1).cpu()
+                      for batch in torch.as_tensor(images).split(batch_size)])

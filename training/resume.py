@@ -11,7 +11,7 @@ import torch
 from training import checkpoint, options
 from training.checkpoint import on_cpu
 from training.errors import CHECKPOINT, DATA, USAGE, Failure
-from training.files import write_atomic
+from training.files import holds, write_atomic
 from training.rundir import EpochRow
 
 FREE = options.INCIDENTAL | {"epochs", "patience"}  # what a resumed run may change
@@ -52,7 +52,9 @@ def find(run, config: dict) -> dict | None:
             raise damage from None
         print(f"warning: {damage}; continuing with {previous}", file=sys.stderr)
         last = previous
-    compare(run, saved["config"], config)
+    # A run from before this was kept knew its images alone, if at all.
+    began = saved.setdefault("began", {"data_sha256": saved["data"]} if "data" in saved else {})
+    compare(run, saved["config"], config, began)
     return saved | {"path": last, "has_summary": (run / "summary.json").exists()}
 
 
@@ -67,11 +69,18 @@ def is_finished(run, saved: dict | None, epochs: int, stop) -> bool:
     return True
 
 
-def compare(run, old: dict, new: dict) -> None:
-    """Refuse flags that differ from those of the run; shows both in a table."""
+def compare(run, old: dict, new: dict, began: dict) -> None:
+    """Refuse flags that differ from those of the run; shows both in a table.  began: what the run began with, see State.
+
+    Of a file, and of a folder of images, the content counts and not the path.
+    """
     old = {key: value for key, value in new.items() if not value} | old  # a flag that is newer than the run was off
+    same = {"data_dir": "data_sha256" in began,  # which is compared when the images are there
+            "teacher_checkpoint": old.get("teacher_sha256") == new.get("teacher_sha256"),
+            **{key: holds(new.get(key), began.get("init_sha256")) for key in ("init", "student_init")}}
     changed = sorted(key for key in old.keys() | new.keys()
-                     if key not in FREE and old.get(key) != new.get(key) and not (key in TRIED and new[key] == "auto"))
+                     if key not in FREE and old.get(key) != new.get(key)
+                     and not same.get(key) and not (key in TRIED and new[key] == "auto"))
     if new["epochs"] < old["epochs"]:
         changed.append("epochs")
     if not changed:
@@ -85,9 +94,9 @@ def compare(run, old: dict, new: dict) -> None:
                   "give it the flags that it had, or start another run in another --output")
 
 
-def check_data(saved: dict | None, data) -> None:
+def check_data(began: dict, data) -> None:
     """Refuse to go on with other images than the run began with: another split would be drawn from them."""
-    if saved and saved.get("data", data.fingerprint) != data.fingerprint:
+    if began.setdefault("data_sha256", data.fingerprint) != data.fingerprint:
         raise Failure(DATA, f"the images, labels or classes are not those that the run began with ({data.name})",
                       "bring them back, or start another run in another --output")
 
@@ -95,13 +104,14 @@ def check_data(saved: dict | None, data) -> None:
 class State:
     """All that decides how a run goes on: saved after every epoch, restored from what `find` found.
 
-    config: what must be the same when it is resumed.  data: the fingerprint of its images, which must be, too.
+    config: what must be the same when it is resumed.  began: what it began with, the SHA-256 of its images and of the weights
+    that --init or --student-init named, and the number of threads.
     update, stop: have state_dict() and load_state_dict() of plain types.
     ranks: training.distributed's; all processes restore and save together, the first one writes.
     """
 
-    def __init__(self, run, writer: checkpoint.Writer, config: dict, data: str, *, update, stop, ranks):
-        self.run, self.writer, self.config, self.data = run, writer, config, data
+    def __init__(self, run, writer: checkpoint.Writer, config: dict, began: dict, *, update, stop, ranks):
+        self.run, self.writer, self.config, self.began = run, writer, config, began
         self.update, self.stop, self.ranks = update, stop, ranks
         self.previous = run / "prev.pt"
 
@@ -127,7 +137,9 @@ class State:
         if saved["best"]:  # last.pt is written before best.pt, and holds the same weights
             checkpoint.write(self.run / "best.pt", **saved["best"], state_dict=on_cpu(self.update.evaluated.state_dict()))
         elif not self.run.continues:
-            checkpoint.write(self.run / "best.pt", **checkpoint.read(saved["path"].with_name("best.pt")))
+            best = checkpoint.read(saved["path"].with_name("best.pt"))
+            del best["sha256"]
+            checkpoint.write(self.run / "best.pt", **best)
         return saved["epoch"] + 1
 
     def save(self, row: EpochRow, looked: dict, card: dict | None) -> None:
@@ -144,7 +156,8 @@ class State:
             return
         best = card and {"kind": "weights", **card, "epoch": row.epoch, "val_acc1": row.val_acc1, "test_acc1": None}
         content = on_cpu({
-            "kind": "run", "epoch": row.epoch, "config": self.config, "data": self.data, "best": best, "rng": generators,
+            "kind": "run", "epoch": row.epoch, "config": self.config, "began": self.began, "best": best,
+            "rng": generators,
             "rows": list(map(asdict, self.run.rows)), "looked": list(self.run.looked),
             "update": self.update.state_dict(), "stop": self.stop.state_dict()})
         weights = on_cpu(self.update.evaluated.state_dict()) if best else None

@@ -2,6 +2,8 @@
 import time
 from contextlib import ExitStack
 
+import torch
+
 from augment import is_fused
 from training import data as datasets
 from training import memory, models, options, resume, rundir, trial
@@ -9,7 +11,7 @@ from training.capture import Replayed, Step, captures
 from training.checkpoint import Writer
 from training.diagnostics import Diagnostics
 from training.evaluation import EarlyStop, Evaluation, evaluate
-from training.machine import Machine, global_batch_size, parts_of
+from training.machine import Machine, global_batch_size, parts_of, use_threads
 from training.means import Means
 from training.progress import Progress
 from training.recompute import recompute
@@ -45,7 +47,11 @@ class Run:
             stack.enter_context(self.directory)
             self.writer = stack.enter_context(Writer())
             self.saved = self.ranks.decide(lambda: resume.find(self.directory, self.config))
+            self.began = self.saved["began"] if self.saved else {}
+            use_threads(self.began.setdefault("threads", torch.get_num_threads()))
             self.finished = resume.is_finished(self.directory, self.saved, self.args.epochs, self.stop)
+            if self.finished and self.saved["config"]["data_dir"] != self.args.data_dir:
+                self.load_data()  # which may be others
             self.stack = stack.pop_all()
         return self
 
@@ -55,20 +61,20 @@ class Run:
     def load_data(self) -> datasets.Dataset:
         with self.ranks.in_turn():
             self.data = datasets.load(**options.data(self.args), device=self.machine.device)
-        resume.check_data(self.saved, self.data)
+        resume.check_data(self.began, self.data)
         self.batch_size = global_batch_size(self.args.batch_size, self.data, self.machine)
         self.parts = parts_of(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
         stride = max(1, len(self.data.train.labels) // CLEAN)
         self.clean = Split(*(part[::stride] for part in self.data.train))
         return self.data
 
-    def settle(self, name: str, teacher_checkpoint=None) -> Machine:
+    def settle(self, name: str, card: dict | None = None) -> Machine:
         """The machine, with what is "auto" in it as in the run that is resumed, or else as a trial of the networks finds it.
 
-        name: of the network to train.  Decides, too, whether steps become a CUDA graph.
+        name: of the network to train.  card: of models.read, the teacher.  Decides, too, whether steps become a CUDA graph.
         """
         def networks(machine):
-            teacher = teacher_checkpoint and models.load(teacher_checkpoint, machine.device, machine.dtype, folded=True)
+            teacher = card and models.load(card, machine.device, machine.dtype, folded=True)
             return teacher, models.build(name, len(self.data.classes), size).to(machine.device)
 
         size = self.args.image_size or self.data.image_size
@@ -86,7 +92,7 @@ class Run:
         with self.ranks.in_turn():
             net = models.build(name, len(data.classes), image_size)
             if not self.saved:
-                models.initialise(net, name, pretrained=pretrained, init=init)
+                self.began["init_sha256"] = models.initialise(net, name, pretrained=pretrained, init=init)
         if self.args.grad_checkpoint:
             recompute(net, name)
         net.info = {"model": name, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
@@ -111,8 +117,9 @@ class Run:
         memory.report(self.args, update, self.machine, rows=len(self.parts[0]), parts=len(self.parts), teacher=teacher,
                       graph=self.captured, **sizes)
         facts |= {"teacher": teacher.info["model"]} if teacher else {}
-        self.directory.open(self.config | facts | {"image_size": update.net.info["image_size"]}, update.checkpoint_bytes)
-        self.state = resume.State(self.directory, self.writer, self.config, self.data.fingerprint, update=update, stop=self.stop,
+        self.directory.open(self.config | self.began | facts | {"image_size": update.net.info["image_size"]},
+                            update.checkpoint_bytes, self.saved["epoch"] if self.saved else 0)
+        self.state = resume.State(self.directory, self.writer, self.config, self.began, update=update, stop=self.stop,
                                   ranks=self.ranks)
         self.first = self.state.restore(self.saved)
         self.means = Means(self.machine, augmenter.steps, self.args.clip_grad)

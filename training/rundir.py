@@ -1,6 +1,7 @@
 """The run directory: its lock, the columns of log.csv, its JSON files."""
 import errno
 import fcntl
+import json
 import os
 import platform
 import shutil
@@ -90,8 +91,8 @@ class RunDirectory:
                 self.path.rmdir()
         self.lock.close()
 
-    def open(self, config: dict, checkpoint_bytes: int = 0) -> None:
-        """Write what the run is, before its first step.
+    def open(self, config: dict, checkpoint_bytes: int = 0, epochs: int = 0) -> None:
+        """Write what the run is, before its first step or the next one after so many `epochs`.
 
         Unwritable: no room for three checkpoints, which is what there is while one is written and two are kept.
         """
@@ -107,8 +108,19 @@ class RunDirectory:
         for name in stale:
             (self / name).unlink(missing_ok=True)
         write_json(self / "config.json", config)
-        write_json(self / "env.json", environment())
+        write_json(self / "env.json", self.environments(epochs))
         self.status("running")
+
+    def environments(self, epochs: int) -> dict:
+        """What env.json holds: where the run is, since how many `epochs`, and in "earlier" where else it was, oldest first."""
+        now = environment()
+        try:
+            last = json.loads((self / "env.json").read_text())
+            earlier = last.pop("earlier", [])
+            same = last | now == last
+        except (OSError, ValueError, AttributeError, TypeError):  # a run that starts, or a file that somebody broke
+            return now | {"after_epoch": epochs, "earlier": []}
+        return (last if same else now | {"after_epoch": epochs}) | {"earlier": earlier if same else [*earlier, last]}
 
     def elapsed(self) -> float:
         """Seconds that the run has taken, those before an interruption included as far as they were logged."""
