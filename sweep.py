@@ -78,7 +78,7 @@ def run(jobs, at_once: int, metric: str) -> None:
         for each in over:
             active.remove(each)
             ended, took = ended + 1, took + [each.seconds] * (each.seconds > 0)
-            left = f", eta {clock(sum(took) / len(took) * (len(jobs) - ended) / at_once)}" if took else ""
+            left = f", eta {clock(sorted(took)[(len(took) - 1) // 2] * (len(jobs) - ended) / at_once)}" if took else ""
             print(f"[{ended}/{len(jobs)}] {each}: {each.outcome(metric)}  "
                   f"({clock(each.seconds) if each.seconds else 'it was there'}{left})", flush=True)
         if not over:

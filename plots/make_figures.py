@@ -222,10 +222,15 @@ def run_directories(top: Path) -> list[Path]:
     return []
 
 
-def read_study(directories) -> tuple[dict[str, list[Run]], list[Run]]:
-    """The runs at or below `directories`: by group, in the order of SERIES, then of names, and of seeds; and those left out."""
-    found = {path.resolve(): path for top in directories for path in run_directories(top)}
-    runs = [read_run(path) for path in sorted(found.values())]
+def read_study(directories) -> tuple[dict[str, list[Run]], list[Run], list[Failure]]:
+    """The runs at or below `directories`: by group, in the order of SERIES, then of names, and of seeds; those that are of no
+    group; and why others cannot be read."""
+    found, runs, unreadable = {path.resolve(): path for top in directories for path in run_directories(top)}, [], []
+    for path in sorted(found.values()):
+        try:
+            runs.append(read_run(path))
+        except Failure as failure:
+            unreadable.append(failure)
     known = [run for run in runs if run.in_study]
     joining = [run for run in runs if not run.in_study and joins(run, known)]
     groups = {name: [] for name in (*SERIES, *sorted({run.group for run in joining}))}
@@ -233,7 +238,7 @@ def read_study(directories) -> tuple[dict[str, list[Run]], list[Run]]:
         groups[run.group].append(run)
     study = {name: members for name, members in groups.items() if members}
     refuse_mixtures(study)
-    return study, [run for run in runs if run not in known and run not in joining]
+    return study, [run for run in runs if run not in known and run not in joining], unreadable
 
 
 def joins(run, known) -> bool:
@@ -691,13 +696,20 @@ def selected(study, wanted) -> dict[str, list[Run]]:
 
 
 def write_outputs(directories, output: Path) -> None:
-    """Draw and write all that the runs allow; say on stdout what is missing, what is unfinished, and at the end Table 1."""
-    study, others = read_study(directories)
+    """Draw and write all that the runs allow; say on stdout what is missing, what is unfinished, and at the end Table 1.
+
+    Failure DATA, then, where runs could not be read.
+    """
+    study, others, unreadable = read_study(directories)
     started = selected(study, lambda run: len(run.epochs))
     finished = selected(study, lambda run: run.summary)
     if not finished and not any(run.distilled for runs in started.values() for run in runs):
+        if unreadable:
+            raise unreadable[0]
         where = ", ".join(map(str, directories))
         raise Failure(DATA, f"no runs of the study to draw ({where})", "train first, or name other directories with --runs")
+    for failure in unreadable:
+        print(f"left out: {failure}")
     if others:
         print(f"left out, not of the study: {', '.join(str(run.path) for run in others)}")
     if missing := [name for name in SERIES if name not in study]:
@@ -715,15 +727,18 @@ def write_outputs(directories, output: Path) -> None:
             continue
         write_figure(draw(pool, names), output / name)
         print(f"{output / name}.png, .pdf" + (f": drawn without {', '.join(missing)}" if missing else ""))
-    if not finished:
+    if finished:
+        for name, table in TABLES.items():
+            rows, note = table(finished)
+            for suffix, render in FORMATS.items():
+                write(output / f"{name}.{suffix}", render(rows, note).encode())
+            print(f"{output / name}.md, .csv, .tex")
+        print("", as_markdown(*table1(finished)), sep="\n", end="")
+    else:
         print("table1, table2: not written, no run has finished")
-        return
-    for name, table in TABLES.items():
-        rows, note = table(finished)
-        for suffix, render in FORMATS.items():
-            write(output / f"{name}.{suffix}", render(rows, note).encode())
-        print(f"{output / name}.md, .csv, .tex")
-    print("", as_markdown(*table1(finished)), sep="\n", end="")
+    if unreadable:
+        raise Failure(DATA, f"{len(unreadable)} runs cannot be read and were left out (named above)",
+                      "repair them, or take them away")
 
 
 class Parser(argparse.ArgumentParser):

@@ -92,7 +92,7 @@ run_main, refused = (partial(call, make_figures.main) for call in (command.run_m
 def draw(top, name):
     """The Figure called `name`, of the runs below `top`."""
     function, wanted, needs_summary = make_figures.FIGURES[name]
-    study, _ = make_figures.read_study([top])
+    study, *_ = make_figures.read_study([top])
     if needs_summary:
         study = make_figures.selected(study, lambda run: run.summary)
     with matplotlib.style.context(["default", make_figures.STYLE]):
@@ -388,7 +388,7 @@ def test_a_run_of_another_method_joins_where_data_networks_and_teacher_are_the_s
     rows = table(tmp_path / "out" / "table1.csv")
     assert list(rows) == ["teacher", "v3", "new-strength2"] and rows["new-strength2"]["method"] == "NEW strength 2"
     assert rows["new-strength2"]["n"] == "2"
-    study, _ = make_figures.read_study([tmp_path / "runs"])
+    study, *_ = make_figures.read_study([tmp_path / "runs"])
     figure = make_figures.all_curves(study, ["v3", "new-strength2"])
     curve = line(figure, "new-strength2: NEW")
     assert curve.get_color() == make_figures.OTHERS[0].colour and len(curve.get_xdata()) == 8
@@ -428,6 +428,19 @@ def test_damaged_files_are_named(tmp_path, name, content, reason):
     assert f"({run / name})" in message and reason in message, message
 
 
+def test_a_run_that_cannot_be_read_leaves_the_others(tmp_path):
+    for name in ("v2", "v3"):
+        write_run(tmp_path / "runs" / name, name, epochs=8)
+    broken = write_run(tmp_path / "runs" / "v1", "v1", epochs=8)
+    (broken / "summary.json").write_text('{"test_acc1_la')
+    code, out, err = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")
+    assert code == 4 and "left out: cannot read summary.json" in out and str(broken) in out
+    assert err == "error: 1 runs cannot be read and were left out (named above). repair them, or take them away\n"
+    with open(tmp_path / "out" / "table1.csv", newline="") as file:
+        assert [row["experiment"] for row in csv.DictReader(file)] == ["v2", "v3"]
+    assert (tmp_path / "out" / "figure1.png").stat().st_size > 10_000
+
+
 def test_a_log_that_lost_its_best_epoch_is_damaged(tmp_path):
     run = write_run(tmp_path / "v2", "v2", epochs=8, summary={"best_epoch": 9})
     assert f"({run / 'log.csv'})" in refused(4, "--runs", tmp_path, "--output", tmp_path / "out")
@@ -454,7 +467,7 @@ def test_mixtures_are_refused(tmp_path, first, second, what):
 
 def test_runs_names_several_directories_and_each_run_counts_once(tmp_path):
     one, two = (write_run(tmp_path / f"v2-s{seed}", "v2", seed=seed, epochs=8) for seed in (1, 2))
-    study, _ = make_figures.read_study([one, two, tmp_path])
+    study, *_ = make_figures.read_study([one, two, tmp_path])
     assert [run.path for run in study["v2"]] == [one, two]
     assert [run.path for run in make_figures.read_study([two])[0]["v2"]] == [two]
 

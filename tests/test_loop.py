@@ -4,9 +4,11 @@ import copy
 import io
 import math
 import platform
+import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ from training.evaluation import EarlyStop, Evaluation, check_teacher, evaluate, 
 from training.machine import Machine, parts_of, prepare_machine
 from training.means import SKIPS, Means
 from training.progress import Progress
+from training.rundir import EpochRow
 from training.step import Update, accuracy, build_optimizer, learning_rate
 
 CPU = Machine(torch.device("cpu"), "off")
@@ -399,6 +402,23 @@ def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
             Progress(3, 10, 8).step(1, 4, 0.1, means)
         assert ("[5/10]" in stream.getvalue() and " loss 1.500" in stream.getvalue()) == stream.isatty()
     assert terminal.clock(3725.4) == "1:02:05"
+
+
+def test_the_estimate_recovers_from_a_pause(monkeypatch):
+    """Epochs of 10 s, and an hour's pause in the second of nine."""
+    now, means, screen, row = [0.0], Means(CPU, 1), Terminal(), dict.fromkeys(field.name for field in fields(EpochRow))
+    monkeypatch.setattr("training.progress.time.perf_counter", lambda: now[0])
+    means.names = ("train_loss",)
+    row |= {"lr": 1.0, "train_loss": 1.0, "train_acc1": 1.0, "val_acc1": 1.0, "val_loss": 1.0, "images_per_s": 1.0}
+    with redirect_stdout(screen):
+        progress = Progress(9, 2, 8)
+        for epoch in range(1, 5):
+            now[0] += 5 + 3600 * (epoch == 2)
+            progress.step(epoch, 0, 0.1, means)
+            now[0] += 5
+            progress.epoch(EpochRow(**row | {"epoch": epoch}), best=False)
+    assert re.findall(r"eta (\S+)", screen.getvalue()) == [
+        "0:01:25", "0:01:20", "0:01:15", "0:01:10", "0:01:05", "0:01:00", "0:00:55", "0:00:50"]
 
 
 def test_a_line_takes_the_place_of_the_live_one(monkeypatch):

@@ -123,7 +123,7 @@ class Run:
                                   ranks=self.ranks)
         self.first = self.state.restore(self.saved)
         self.means = Means(self.machine, augmenter.steps, self.args.clip_grad)
-        self.progress = Progress(self.args.epochs, augmenter.steps, self.batch_size, self.first)
+        self.progress = Progress(self.args.epochs, augmenter.steps, self.batch_size)
         self.diagnostics = Diagnostics(self.args, augmenter, self.parts[0], self.ranks)
 
     def epochs(self):
