@@ -495,7 +495,7 @@ def test_a_pair_is_repeatable_prints_once_and_is_one_identity(place):
     before = contents(run)
     assert "already finished" in place.run(f"{line} --output {run} --resume auto").out and contents(run) == before
     alone = line.replace("torchrun --nproc-per-node 2 ", "")
-    one_line(place.run(f"{alone} --output {run} --resume auto --batch-size 16"), 2, "processes 2 -> 1", "--batch-size 8 -> 16")
+    one_line(place.run(f"{alone} --output {run} --resume auto --batch-size 8"), 2, "processes 2 -> 1")
     one_line(place.run(f"{line} --output {run}"), 2, "not empty")
     assert contents(run) == before
 
@@ -503,6 +503,18 @@ def test_a_pair_is_repeatable_prints_once_and_is_one_identity(place):
 def test_a_stopped_pair_loses_nothing(place):
     place.undisturbed("pair")
     assert torture.interruption(place, "pair", signal.SIGTERM, DRAW.random()) == ""
+
+
+def test_a_pair_that_lost_one_is_continued_by_the_other(place):
+    run, pair = torture.new_run(place), torture.command("pair")
+    assert place.run(f"{pair} --output {run}", partial(torture.on_rank, 0, partial(torture.die_at, 30))).code != 0
+    left, single = torture.log_of(run), pair.replace("torchrun --nproc-per-node 2 ", "") + f" --output {run} --resume auto"
+    one_line(place.run(single), 2, "processes 2 -> 1")
+    alone = place.run(f"{single} --batch-size 16")
+    assert alone.code == 0 and alone.err.count("warning: each process takes 16 images of a step and not 8") == 1, alone.err
+    rows = torture.log_of(run)
+    assert len(rows) == 3 and rows[:len(left)] == left and len(left) > 0
+    assert len({row["steps"] for row in rows}) == 1
 
 
 def test_three_processes_add_up_to_the_same_bits_when_resumed(place, monkeypatch):

@@ -77,7 +77,8 @@ def compare(run, old: dict, new: dict, began: dict) -> None:
     old = {key: value for key, value in new.items() if not value} | old  # a flag that is newer than the run was off
     same = {"data_dir": "data_sha256" in began,  # which is compared when the images are there
             "teacher_checkpoint": old.get("teacher_sha256") == new.get("teacher_sha256"),
-            **{key: holds(new.get(key), began.get("init_sha256")) for key in ("init", "student_init")}}
+            **{key: holds(new.get(key), began.get("init_sha256")) for key in ("init", "student_init")},
+            **dict.fromkeys(("batch_size", "processes"), images_a_step(old) == images_a_step(new))}
     changed = sorted(key for key in old.keys() | new.keys()
                      if key not in FREE and old.get(key) != new.get(key)
                      and not same.get(key) and not (key in TRIED and new[key] == "auto"))
@@ -92,6 +93,10 @@ def compare(run, old: dict, new: dict, began: dict) -> None:
     both = ", ".join(f"{name} {before} -> {now}" for name, before, now in rows[1:])
     raise Failure(USAGE, f"these flags make another experiment than the run to continue ({run.last.parent}: {both})",
                   "give it the flags that it had, or start another run in another --output")
+
+
+def images_a_step(config: dict) -> int:
+    return config["batch_size"] * config.get("processes", 1)
 
 
 def check_data(began: dict, data) -> None:
@@ -124,11 +129,16 @@ class State:
         if now > before and self.config["sched"] == "cosine":
             print(f"warning: --epochs grows from {before} to {now}: the epochs so far followed the shorter cosine, so the "
                   "result is not that of a run planned so long", file=sys.stderr)
+        before, now = saved["config"]["batch_size"], self.config["batch_size"]
+        if now != before:  # and so is the number of processes
+            print(f"warning: each process takes {now} images of a step and not {before}: BatchNorm normalises over other images, "
+                  "so the result is not that of a run that kept its processes", file=sys.stderr)
         self.update.load_state_dict(saved["update"])
         self.stop.load_state_dict(saved["stop"])
-        torch.set_rng_state(saved["rng"]["cpu"][self.ranks.rank])
-        if "cuda" in saved["rng"] and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(saved["rng"]["cuda"][self.ranks.rank])
+        for device, set_state in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+            states = saved["rng"].get(device, ())
+            if self.ranks.rank < len(states) and (device == "cpu" or torch.cuda.is_initialized()):
+                set_state(states[self.ranks.rank])
         self.run.restore([EpochRow(**row) for row in saved["rows"]], saved.get("looked", []))
         if not self.ranks.first:
             return saved["epoch"] + 1
