@@ -737,7 +737,7 @@ def write_outputs(directories, output: Path) -> None:
     else:
         print("table1, table2: not written, no run has finished")
     if unreadable:
-        raise Failure(DATA, f"{len(unreadable)} runs cannot be read and were left out (named above)",
+        raise Failure(DATA, f"runs that cannot be read were left out ({len(unreadable)}, named above)",
                       "repair them, or take them away")
 
 

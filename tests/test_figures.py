@@ -435,7 +435,7 @@ def test_a_run_that_cannot_be_read_leaves_the_others(tmp_path):
     (broken / "summary.json").write_text('{"test_acc1_la')
     code, out, err = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")
     assert code == 4 and "left out: cannot read summary.json" in out and str(broken) in out
-    assert err == "error: 1 runs cannot be read and were left out (named above). repair them, or take them away\n"
+    assert err == "error: runs that cannot be read were left out (1, named above). repair them, or take them away\n"
     with open(tmp_path / "out" / "table1.csv", newline="") as file:
         assert [row["experiment"] for row in csv.DictReader(file)] == ["v2", "v3"]
     assert (tmp_path / "out" / "figure1.png").stat().st_size > 10_000
