@@ -15,11 +15,13 @@ def main(args):
     from pathlib import Path
 
     from deploy import exported, exporters, runtime
+    from training import models
     from training.files import digest
 
     runtime.require(*exporters.needs(args.format, args.precision))
     checkpoint = Path(args.checkpoint)
-    original, module = runtime.load(checkpoint), exporters.deployed(checkpoint, args.input, args.precision)
+    trained = models.read(checkpoint)
+    original, module = runtime.of_checkpoint(trained), exporters.deployed(trained, args.input, args.precision)
     with exported.workplace(args.output or checkpoint.parent / "export") as place:
         data = exported.data_of_run(checkpoint, module.info["classes"], args.data_dir)
         print(data)
@@ -27,12 +29,12 @@ def main(args):
         path = place / f"{checkpoint.stem}-{args.precision}{takes_float}{exporters.SUFFIXES[args.format]}"
         exporters.export(module, args.format, args.precision, exported.calibration(data), path)
 
-        card = exporters.card(module, args.format, args.precision, digest(checkpoint))
+        card = exporters.card(module, args.format, args.precision, trained["sha256"])
         images, labels = (part.numpy() for part in data.test)
         found, expected = (model(images)[1] for model in (runtime.start(path, card), original))
         row = exported.compare(path, checkpoint, card, found, expected, labels)
         print(row)
-        exported.judge(row, args.max_drop, module.info["test_acc1"])
+        exported.judge(row, args.max_drop, module.info["test_acc1"], module.info["amp"])
         card |= {"test_acc1": row.accuracy, "checkpoint_test_acc1": row.checkpoint_accuracy, "sha256": digest(path)}
         print(f"{exported.publish(path, card, row, place.parent)}: {card['images']} -> {' and '.join(card['outputs'])}")
 

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import torchvision
+import triton
 from matplotlib.ticker import LogLocator, NullLocator
 from torchvision import transforms as v1
 from torchvision.transforms import v2
@@ -29,9 +30,10 @@ import kernels
 from augment import BatchAugmenter
 from benchmarks import table
 from benchmarks.augmentation_rivals import IMAGE_BY_IMAGE, MEAN, STD, image_by_image, loading, optional, torchvision_pipeline
+from training import errors
 from training.synthetic import CLASSES, generate
 
-SIZES = (128, 512, 2048)
+SIZES = ("128", "512", "2048")
 ALONE = {"crop_pad": 0, "flip": False, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
 
 
@@ -41,6 +43,7 @@ class Row:
     hardware: str
     torch: str
     torchvision: str
+    triton: str
     stage: str
     batch_size: int
     contender: str
@@ -179,7 +182,7 @@ def benchmark(images, labels, batch_size: int, repeats: int, hardware: str):
         for name, seconds in times.items():
             ratios = [value / first for value, first in zip(seconds, next(iter(times.values())))]
             speeds = [1 / value for value in seconds]
-            yield Row(hardware, torch.__version__, torchvision.__version__, stage, batch_size, name, repeats,
+            yield Row(hardware, torch.__version__, torchvision.__version__, triton.__version__, stage, batch_size, name, repeats,
                       *(round(pick(speeds)) for pick in (median, min, max)),
                       *(round(pick(ratios), 3) for pick in (median, min, max)),
                       round(median(seconds) * batch_size / step, 5), count_launches(calls[name], batch_size, device))
@@ -214,25 +217,23 @@ def draw(rows_of: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    args = table.flags(__doc__, "one batch size, few repeats")
+def main(args) -> None:
     device = torch.device(args.device)
     if device.type == "cpu":
         print("no GPU: the plain-PyTorch reference is measured, the fused kernel is not")
     images, labels = (part.to(device) for part in generate(10_000, 0))
     if device.type == "cuda":  # as many as CIFAR has
         images, labels = images.repeat(5, 1, 1, 1), labels.repeat(5)
-    found = []
-    for batch_size in SIZES[:1] if args.quick else SIZES:
-        for row in benchmark(images, labels, batch_size, 3 if args.quick else 10, table.hardware(device)):
-            found.append(row)
+    found = table.Rows(args, "augmentation", table.short(device))
+    for batch_size in table.chosen(args, SIZES[:1] if args.quick else SIZES):
+        for row in benchmark(images, labels, int(batch_size), 3 if args.quick else 10, table.hardware(device)):
+            found.add(row)
             launches = "" if row.launches is None else f"  {row.launches} launches"
             print(f"{row.batch_size:5} {row.stage:13} {row.contender:30} {row.images_per_s:9} images/s "
                   f"{row.times_first:8.2f} ({row.times_first_min:.2f} to {row.times_first_max:.2f})  "
                   f"{row.step_share:.4f} of a step{launches}", flush=True)
-    if not args.quick:
-        draw(found, table.write(found, "augmentation", table.short(device)).with_suffix(".png"))
+    found.close(draw)
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main, table.parser(__doc__, "one batch size, few repeats", SIZES).parse_args())

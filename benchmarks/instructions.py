@@ -26,6 +26,7 @@ import torch
 from benchmarks import table
 from kernels import augment, softmax_kl
 from losses import Targets, dkd_loss, kd_loss
+from training import errors
 from training.step import EVERY
 
 # Multiprocessors, schedulers of each, clock in GHz under load, and bytes per nanosecond that a copy reaches.
@@ -110,21 +111,19 @@ def launches_per_step(teacher: str, student: str) -> None:
           + f"; diagnostics {look:.0f} every {EVERY} steps")
 
 
-def main() -> None:
-    args = table.flags(__doc__, "the two smallest sizes of the loss and one policy")
+def main(args) -> None:
     torch.set_num_threads(1)
     for sm in (80, 90):
-        found = []
+        found = table.Rows(args, "kernels-ptx", f"sm{sm}")
         sizes, policies = (QUICK_CLASSES, QUICK_POLICIES) if args.quick else (CLASSES, POLICIES)
         for each in (*losses(sm, sizes), *batches(sm, policies)):
-            found.append(each)
+            found.add(each)
             print(f"sm_{sm} {each.kernel:10} {each.case:22} {each.dtype:8} {each.warp_instructions:9.0f} warp instructions per "
                   f"{each.unit}, {each.sectors_over_ideal:5.2f} of the ideal sectors", flush=True)
-        if not args.quick:
-            table.write(found, "kernels-ptx", f"sm{sm}")
+        found.close()
     for pair in (("resnet32x4", "resnet8x4"), ("efficientnet_v2_l", "efficientnet_v2_s")):
         launches_per_step(*pair)
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main, table.parser(__doc__, "the two smallest sizes of the loss and one policy").parse_args())

@@ -14,7 +14,6 @@ of them timed, and one block for each batch size.  Median and 95th percentile ar
 over repeats of the best batch size.  flops is 2 per multiply-add.  process_mb is the memory of a process that opens the network
 and predicts one image, and peak_mb what it took since it had imported its runtime; of a compiled network it is not measured.
 """
-import argparse
 import csv
 import importlib.metadata
 import platform
@@ -33,7 +32,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks import table
 from deploy import exported, exporters, runtime
-from training import errors, models, options
+from training import errors, models
 from training.files import digest, write_json
 
 BATCHES = (8, 32, 128)
@@ -148,7 +147,7 @@ def onnx_files(checkpoint: Path, module, folder: Path):
 def memory(path: Path) -> dict:
     """process_mb and peak_mb of a process of its own that opens `path`."""
     result = subprocess.run([sys.executable, "-m", "benchmarks.peak_memory", path], capture_output=True, text=True, check=True,
-                            cwd=table.ROOT)
+                            cwd=table.RESULTS.parent.parent)
     return dict(zip(("process_mb", "peak_mb"), map(float, result.stdout.split())))
 
 
@@ -225,22 +224,20 @@ def measure(args) -> None:
         for _ in range(repeats):
             for contender in entered:
                 contender.take_turn()
-    rows = [contender.row() for contender in entered]
+    found = table.Rows(args, "latency", table.short(device))
+    for contender in entered:
+        found.add(contender.row())
     print(f"{'run':16} {'engine':17} threads      MB  accuracy  ms, 1 image     p95   images/s  (batch)")
-    for row in rows:
+    for row in found.all:
         print(f"{row.run:16} {row.engine:17} {row.threads:7d} {row.file_mb:7.2f} {row.accuracy or float('nan'):9.2f} "
               f"{row.ms_median:12.3f} {row.ms_p95:7.3f} {row.images_per_s:10.0f}  ({row.best_batch})")
-    if not args.quick:
-        draw(table.write(rows, "latency", table.short(device)))
+    found.close(lambda rows, picture: draw(picture.with_suffix(".csv")))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, of a teacher or a student")
-    parser.add_argument("--quick", action="store_true", help="no torch.compile, no memory, few repeats; nothing is written")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    options.debug_flag(parser.add_argument)
-    errors.run(measure, parser.parse_args())
+    flags = table.parser(__doc__, "no torch.compile, no memory, few repeats")
+    flags.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, of a teacher or a student")
+    errors.run(measure, flags.parse_args())
 
 
 if __name__ == "__main__":

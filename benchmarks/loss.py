@@ -3,6 +3,7 @@
     python -m benchmarks.loss                  the whole table -> benchmarks/results/loss-<gpu or cpu>.csv and .png
     python -m benchmarks.loss --quick          two sizes, few repeats
     python -m benchmarks.loss --device cpu     the references alone: without a GPU there is no kernel to measure
+    python -m benchmarks.loss --case 128x100 512x100 --seconds 60 --output DIR
 
 Every number is one loss with its gradient with respect to the student's logits.  Contenders take turns, repeat by repeat, and
 the ratio to the published code is taken within each repeat, so it holds where the machine's speed drifts.  Memory is the most
@@ -25,17 +26,18 @@ import kernels
 from benchmarks import table
 from kernels.softmax_kl import Weights, hyperparameters
 from losses import Targets, dkd_loss, kd_loss
+from training import errors
 from training.errors import first_line
 
-SIZES = ((128, 100), (512, 100), (1024, 1000), (4096, 8192), (4096, 32000), (8192, 128256))
-CPU_SIZES = ((128, 100), (128, 1000), (4096, 8000))
+SIZES = ("128x100", "512x100", "1024x1000", "4096x8192", "4096x32000", "8192x128256")
+CPU_SIZES = ("128x100", "128x1000", "4096x8000")
 BASE = "published"
 T, ALPHA, BETA, EPS = 4.0, 1.0, 8.0, 0.1
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one size: microseconds per call and megabytes, and both as a multiple of those of `base`."""
+    """One contender at one size: microseconds per call and megabytes, both also as multiples of those of `base`, if it ran."""
     hardware: str
     torch: str
     triton: str
@@ -50,11 +52,11 @@ class Row:
     us_min: float
     us_max: float
     base: str
-    times_base: float
-    times_base_min: float
-    times_base_max: float
+    times_base: float | None
+    times_base_min: float | None
+    times_base_max: float | None
     peak_mb: float
-    memory_times_base: float
+    memory_times_base: float | None
 
 
 def published_kd(student, teacher, label):
@@ -208,21 +210,23 @@ def benchmark(rows: int, classes: int, dtype, loss: str, device, repeats: int, h
     label = torch.randint(classes, (rows,), generator=generator).to(device)
     calls = contenders(loss, student.requires_grad_(), teacher, label)
     calls = {name: call for name, call in calls.items() if works(name, call)}
-    once = max(wall_us(calls["published"], 1, device), 1.0)
+    if not calls:
+        return
+    once = max(wall_us(calls.get(BASE) or next(iter(calls.values())), 1, device), 1.0)
+    memory = {name: peak_bytes(call, device) for name, call in calls.items()}  # before graphs hold some
     modes = {"eager": measure(calls, lambda call: wall_us(call, max(1, int(2e4 / once)), device), repeats)}
     if device.type == "cuda":
         flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
         pool = torch.cuda.graph_pool_handle()
         replays = {name: replay for name, call in calls.items() if (replay := captured(call, pool))}
         modes["graph"] = measure(replays, lambda replay: graph_us(replay, flush), repeats)
-    memory = {name: peak_bytes(call, device) for name, call in calls.items()}
     for mode, times in modes.items():
         for name, values in times.items():
-            ratios = [value / base for value, base in zip(values, times[BASE])]
-            spread = [[round(pick(column), 3) for pick in (median, min, max)] for column in (values, ratios)]
+            ratios = [value / base for value, base in zip(values, times.get(BASE, ()))]
+            spread = [[round(pick(column), 3) if column else None for pick in (median, min, max)] for column in (values, ratios)]
             yield Row(hardware, torch.__version__, triton.__version__, rows, classes, str(dtype).removeprefix("torch."),
                       loss, name, mode, repeats, *spread[0], BASE, *spread[1], round(memory[name] / 1e6, 3),
-                      round(memory[name] / memory[BASE], 3))
+                      round(memory[name] / memory[BASE], 3) if BASE in memory else None)
 
 
 def works(name: str, call) -> bool:
@@ -236,7 +240,10 @@ def works(name: str, call) -> bool:
 
 
 def draw(rows_of: list[Row], path: Path) -> None:
-    """How many times the time of the published code each takes, by size; one panel per loss, mode and dtype."""
+    """How many times the time of the published code each takes, by size, where that ran; one panel per loss, mode and dtype."""
+    rows_of = [row for row in rows_of if row.times_base]
+    if not rows_of:
+        return
     panels = sorted({(row.loss, row.mode, row.dtype) for row in rows_of})
     figure, axes = plt.subplots(len(panels), 1, figsize=(7, 2.1 * len(panels)), squeeze=False, layout="constrained")
     names = list(dict.fromkeys(row.contender for row in rows_of))
@@ -266,27 +273,28 @@ def draw(rows_of: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    args = table.flags(__doc__, "two sizes, few repeats")
+def main(args) -> None:
     device = torch.device(args.device)
     if device.type == "cpu":
         print("no GPU: the reference is measured, the fused kernel is not")
-    found, sizes = [], SIZES if device.type == "cuda" else CPU_SIZES
-    for rows, classes in sizes[:2] if args.quick else sizes:
+    sizes = SIZES if device.type == "cuda" else CPU_SIZES
+    found = table.Rows(args, "loss", table.short(device))
+    for size in table.chosen(args, sizes[:2] if args.quick else sizes):
+        rows, classes = map(int, size.split("x"))
         for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
             for loss in ("kd", "dkd"):
                 try:
                     for row in benchmark(rows, classes, dtype, loss, device, 10 if args.quick else 30, table.hardware(device)):
-                        found.append(row)
+                        found.add(row)
+                        times = "" if row.times_base is None else (
+                            f"{row.times_base:7.2f} ({row.times_base_min:.2f} to {row.times_base_max:.2f})")
                         print(f"{rows:5} x {classes:6} {row.dtype:8} {loss:3} {row.mode:5} {row.contender:20} {row.us:10.1f} us "
-                              f"{row.times_base:7.2f} ({row.times_base_min:.2f} to {row.times_base_max:.2f})  "
-                              f"{row.peak_mb:9.2f} MB {row.memory_times_base:5.2f}", flush=True)
+                              f"{times:22}  {row.peak_mb:9.2f} MB", flush=True)
                 except torch.OutOfMemoryError:
                     print(f"{rows:5} x {classes:6} {dtype} {loss}: out of memory, left out")
                 torch.cuda.empty_cache()
-    if not args.quick:
-        draw(found, table.write(found, "loss", table.short(device)).with_suffix(".png"))
+    found.close(draw)
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main, table.parser(__doc__, "two sizes, few repeats", dict.fromkeys(SIZES + CPU_SIZES)).parse_args())

@@ -1,7 +1,8 @@
 """How long a whole distillation step takes beside the loop that people write, and where its time goes.
 
     python -m benchmarks.step                 the table -> benchmarks/results/step-<gpu or cpu>.csv and .png
-    python -m benchmarks.step --quick         the smallest pair, few repeats, nothing compiled; nothing is written
+    python -m benchmarks.step --quick         the smallest pair, few repeats, nothing compiled
+    python -m benchmarks.step --case resnet20-resnet8-128 --seconds 60 --output DIR
 
 All contenders train the same pair on 32x32 images with DKD at beta 8 under AutoAugment, Random Erasing, Mixup and CutMix, with
 SGD and clipping at norm 1; in fp16 on a GPU, on a CPU in fp32 and, where it has the instructions, ours in bf16, too.  Ours is the
@@ -17,15 +18,10 @@ machine's speed drifts.  Before each block come steps that are not timed, as man
 loader: it fills its queue while others run.  Where a block has fewer steps, a step is so long that the queue is always full.  A
 block of ours is an epoch, with its draws and with what is read at its end, which a run pays once in hundreds of steps; the
 loader's epoch never ends.  The shares are those of one more block, with a clock read after each phase; inside of a graph there
-is none to read.
-
-The least that a step could take: `work` counts the arithmetic, the traffic and the launches of our step in eager mode, and
-benchmarks/bounds.py measures what the device does of each in a second.  The largest of the three times is a bound for eager mode
-only as far as operations are not joined: compiled networks have less traffic and fewer launches.
+is none to read.  On a GPU a profile of a few more steps counts the kernels and adds up how long they keep the GPU busy.
 """
 import os
 import time
-from collections import Counter
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -35,15 +31,17 @@ import matplotlib.pyplot as plt
 import torch
 import triton
 
-from benchmarks import bounds, table
+from benchmarks import table
 from benchmarks.our_loop import Ours, networks, recipe
 from benchmarks.plain_loop import PREFETCH, PlainLoop
+from training import errors
+from training.capture import WARM_UP
 from training.machine import prepare_machine
 from training.synthetic import generate
 
-CASES = (("v2_tiny", "v2_pico"), ("resnet20", "resnet8"), ("resnet32x4", "resnet8x4"))
-GPU_CASES = (*CASES, ("efficientnet_v2_l", "efficientnet_v2_s"))
-BATCH = 128
+CASES = ("v2_tiny-v2_pico-128", "resnet20-resnet8-128", "resnet32x4-resnet8x4-128")  # teacher, student, images of a batch
+GPU_CASES = (*CASES, "resnet32x4-resnet8x4-64", "resnet32x4-resnet8x4-512", "efficientnet_v2_l-efficientnet_v2_s-128")
+PROFILED = 10  # steps
 BLOCK_S, BLOCK_STEPS = 2.0, 64  # a block of the plain loop takes about so long, and has at most so many steps
 BASE = "plain loop"
 
@@ -52,9 +50,10 @@ BASE = "plain loop"
 class Row:
     """One contender on one pair, median and extremes over the repeats; `times_base` is how many times as fast as `base` it is.
 
-    steps: of a block.  begin_s: seconds of its first step, in which networks are compiled.  share_*: parts of a step's time;
-    waiting is for the loader and the copy to the device.  gflop, mb, launches: of a step of ours in eager mode, the rest of the
-    line what they take at the measured rates, in milliseconds.
+    steps: of a block.  peak_mb, reserved_mb: of the GPU's memory, what its tensors took at the most, and what its first steps
+    made PyTorch reserve, CUDA graphs included.  begin_s: seconds of its first step, in which networks are compiled.  kernels,
+    busy: on a GPU how many a step has, and the share of its time in which one runs.  share_*: parts of a step's time; waiting
+    is for the loader and the copy to the device.
     """
     hardware: str
     torch: str
@@ -72,17 +71,14 @@ class Row:
     ms_max: float
     images_per_s: float
     base: str
-    times_base: float
-    times_base_min: float
-    times_base_max: float
+    times_base: float | None
+    times_base_min: float | None
+    times_base_max: float | None
     peak_mb: float | None
+    reserved_mb: float | None
     begin_s: float
-    gflop: float
-    mb: float
-    launches: int
-    arithmetic_ms: float
-    traffic_ms: float
-    launches_ms: float
+    kernels: float | None
+    busy: float | None
     share_waiting: float | None
     share_augment: float | None
     share_teacher: float | None
@@ -149,13 +145,24 @@ def contenders(machine, compiled: bool, plain, ours):
             yield "ours, compiled, bf16", ours, channels_last, made._replace(precision="bf16")
 
 
-def benchmark(case, machine, images, labels, batch_size: int, repeats: int, compiled: bool, steps: int | None = None):
-    """A row for each contender.  steps: of a block; by default as many as the plain loop takes BLOCK_S for."""
-    device, args = machine.device, recipe(batch_size)
-    on_gpu, running, held, began = device.type == "cuda", {}, Counter(), {}
+def profile(contender, ms: float) -> tuple[float, float]:
+    """Kernels of a step, and the share of its time, `ms`, in which one of them runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        contender.run(PROFILED)
+        torch.cuda.synchronize()
+    kernels = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy_us = sum(event.time_range.elapsed_us() for event in kernels)
+    return round(len(kernels) / PROFILED, 1), round(busy_us / PROFILED / 1000 / ms, 3)
 
-    def allocated() -> int:
-        return torch.cuda.memory_allocated(device) if on_gpu else 0
+
+def benchmark(case, machine, images, labels, batch_size: int, repeats: int, compiled: bool, steps: int | None = None):
+    """A row for each contender.  case: teacher and student.  steps: of a block; by default as many as the plain loop takes
+    BLOCK_S for."""
+    device, args = machine.device, recipe(batch_size)
+    on_gpu, running, held, began = device.type == "cuda", {}, {}, {}
+
+    def memory() -> tuple[int, int]:
+        return (torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)) if on_gpu else (0, 0)
 
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # contenders share the classes of their layers
@@ -166,18 +173,18 @@ def benchmark(case, machine, images, labels, batch_size: int, repeats: int, comp
         steps = min(BLOCK_STEPS, max(1, round(1000 * BLOCK_S / step_ms(base, 2))))
         del base
     ours = partial(Ours, images=images[:steps * batch_size], labels=labels[:steps * batch_size])
-    work, rates = bounds.work(partial(ours(*networks(case, device), args, machine).run, 1)), {}
     for name, make, layout, its_machine in contenders(machine, compiled, plain, ours):
-        before = allocated()
-        contender = make(*networks(case, device, layout), args, its_machine)
+        before = memory()
         try:
+            contender = make(*networks(case, device, layout), args, its_machine)
             began[name] = step_ms(contender, 1) / 1000
-        except RuntimeError as failure:  # out of memory, and what torch.compile raises
+            if on_gpu:  # a graph is recorded of both kinds of steps
+                for count in (WARM_UP + 1, 1):
+                    contender.run(count)
+        except (RuntimeError, errors.Failure) as failure:  # out of memory, no graph, and what torch.compile raises
             print(f"  {name} failed and is left out: {' '.join(str(failure).splitlines()[:2])}")
             continue
-        running[name], held[name] = contender, allocated() - before
-        if its_machine.precision not in rates:
-            rates[its_machine.precision] = bounds.rates(device, its_machine.dtype)
+        running[name], held[name] = contender, [after - earlier for after, earlier in zip(memory(), before)]
 
     def fill_queue(contender) -> None:
         contender.run(min(steps, PREFETCH * contender.workers) or 1)
@@ -189,72 +196,81 @@ def benchmark(case, machine, images, labels, batch_size: int, repeats: int, comp
             times[name].append(step_ms(contender, steps))
     for name, contender in running.items():
         fill_queue(contender)
-        before, unwatched = allocated(), contender.lap
+        (before, _), unwatched = memory(), contender.lap
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         contender.lap = laps = Laps(device)
         contender.run(steps)
         contender.lap = unwatched
-        peak = round((torch.cuda.max_memory_allocated(device) - before + held[name]) / 1e6, 1) if on_gpu else None
-        ratios = [base / ms for base, ms in zip(times[BASE], times[name])]
-        ms, times_base = ([round(pick(column), 3) for pick in (median, min, max)] for column in (times[name], ratios))
-        least = [round(value, 3) for value in rates[contender.machine.precision].bounds_ms(work)]
+        taken = [None, None]
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated(device) - before + held[name][0]
+            taken = [round(size / 1e6, 1) for size in (peak, held[name][1])]
+        ratios = [base / ms for base, ms in zip(times.get(BASE, ()), times[name])]
+        ms, times_base = ([round(pick(column), 3) if column else None for pick in (median, min, max)]
+                          for column in (times[name], ratios))
         shares = [None] * len(PHASES) if name.endswith("graph") else laps.shares()
         yield Row(table.hardware(device), torch.__version__, triton.__version__, " to ".join(case), batch_size, name,
                   contender.machine.precision, torch.get_num_threads(), contender.workers, repeats, steps, *ms,
-                  round(1000 * batch_size / ms[0], 1), BASE, *times_base, peak, round(began[name], 2), round(work.flops / 1e9, 2),
-                  round(work.nbytes / 1e6, 1), work.launches, *least, *shares)
+                  round(1000 * batch_size / ms[0], 1), BASE, *times_base, *taken, round(began[name], 2),
+                  *(profile(contender, ms[0]) if on_gpu else (None, None)), *shares)
 
 
 def draw(rows_of: list[Row], path: Path) -> None:
     """How many times as fast as the plain loop each contender is, and below what its step is made of."""
-    cases, names = (list(dict.fromkeys(column)) for column in zip(*((row.case, row.contender) for row in rows_of)))
+    def case(row):
+        return f"{row.case}, {row.batch_size}"
+
+    rows_of = [row for row in rows_of if row.times_base]
+    if {row.contender for row in rows_of} <= {BASE}:
+        return
+    cases, names = (list(dict.fromkeys(column)) for column in zip(*((case(row), row.contender) for row in rows_of)))
     watched = [row for row in rows_of if row.share_teacher is not None]
     heights = (2.8, 0.5 + 0.3 * len(watched))
     figure, (bars, shares) = plt.subplots(2, 1, figsize=(8, sum(heights) + 1.5), layout="constrained", height_ratios=heights)
     width = 0.8 / (len(names) - 1)
     for index, name in enumerate(names[1:]):
         rows = [row for row in rows_of if row.contender == name]
-        left = [cases.index(row.case) + (index - (len(names) - 1) / 2) * width for row in rows]
-        errors = [[row.times_base - row.times_base_min for row in rows], [row.times_base_max - row.times_base for row in rows]]
-        drawn = bars.bar(left, [row.times_base for row in rows], width, align="edge", yerr=errors, error_kw={"elinewidth": 0.8},
+        left = [cases.index(case(row)) + (index - (len(names) - 1) / 2) * width for row in rows]
+        spread = [[row.times_base - row.times_base_min for row in rows], [row.times_base_max - row.times_base for row in rows]]
+        drawn = bars.bar(left, [row.times_base for row in rows], width, align="edge", yerr=spread, error_kw={"elinewidth": 0.8},
                          label=name, color=f"{0.9 - 0.12 * index:.2f}")
         bars.bar_label(drawn, [f"{row.times_base:.2f}" for row in rows], label_type="center", fontsize=8, rotation=90,
                        color="white" if index > 2 else "black")
     bars.axhline(1, color="black", linewidth=0.8)
     bars.set(xticks=range(len(cases)), xticklabels=cases, ylabel=f"speed / that of the {BASE}")
-    bars.set_title(f"a whole step, batch of {rows_of[0].batch_size}; {rows_of[0].hardware}", fontsize=9, loc="left")
+    bars.set_title(f"a whole step, teacher to student, images of a batch; {rows_of[0].hardware}", fontsize=9, loc="left")
     bars.legend(fontsize=8, ncols=3, loc="upper left")
     bars.margins(y=0.3)  # room for the legend above the bars
 
-    places = [index + 0.6 * cases.index(row.case) for index, row in enumerate(watched)]
+    places = [index + 0.6 * cases.index(case(row)) for index, row in enumerate(watched)]
     left = [0.0] * len(watched)
     for index, phase in enumerate(PHASES):
         parts = [100 * getattr(row, f"share_{phase}") for row in watched]
         shares.barh(places, parts, 0.8, left=left, label=phase, color=f"C{index}")
         left = [start + part for start, part in zip(left, parts)]
-    shares.set_yticks(places, [f"{row.case}\n{row.contender}, {row.ms:.0f} ms" for row in watched], fontsize=7)
+    shares.set_yticks(places, [f"{case(row)}\n{row.contender}, {row.ms:.0f} ms" for row in watched], fontsize=7)
     shares.invert_yaxis()
     shares.set(xlim=(0, 100), xlabel="% of a step")
     figure.legend(*shares.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    args = table.flags(__doc__, quick="the smallest pair, few repeats, nothing compiled")
-    machine, found = prepare_machine(args.device, None, seed=0), []
-    on_gpu = machine.device.type == "cuda"
-    images, labels = generate(BLOCK_STEPS * BATCH, 0)
-    for case in CASES[:1] if args.quick else GPU_CASES if on_gpu else CASES:
-        for row in benchmark(case, machine, images, labels, BATCH, 3 if args.quick else 9, compiled=not args.quick):
-            found.append(row)
+def main(args) -> None:
+    machine = prepare_machine(args.device, None, seed=0)
+    usual = CASES[:1] if args.quick else GPU_CASES if machine.device.type == "cuda" else CASES
+    found = table.Rows(args, "step", table.short(machine.device))
+    for name in table.chosen(args, usual):
+        *case, batch = name.split("-")
+        images, labels = generate(BLOCK_STEPS * int(batch), 0)
+        for row in benchmark(case, machine, images, labels, int(batch), 3 if args.quick else 9, compiled=not args.quick):
+            found.add(row)
             shares = {phase: getattr(row, f"share_{phase}") for phase in PHASES}
             made_of = ", ".join(f"{phase} {100 * share:.1f}" for phase, share in shares.items() if share is not None)
-            print(f"{row.case:24} {row.contender:25} {row.ms:8.2f} ms {row.times_base:6.2f} ({row.times_base_min:.2f} to "
-                  f"{row.times_base_max:.2f})  %: {made_of}", flush=True)
-    if not args.quick:
-        draw(found, table.write(found, "step", table.short(machine.device)).with_suffix(".png"))
+            times = f"{row.times_base:6.2f} ({row.times_base_min:.2f} to {row.times_base_max:.2f})" if row.times_base else ""
+            print(f"{row.case:24} {batch:>4} {row.contender:25} {row.ms:8.2f} ms {times}  %: {made_of}", flush=True)
+    found.close(draw)
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main, table.parser(__doc__, "the smallest pair, few repeats, nothing compiled", GPU_CASES).parse_args())

@@ -1,23 +1,44 @@
 """What all benchmarks share: their flags, the name of the hardware, the wait for it, and the CSV."""
-import argparse
+import csv
 import platform
 import re
-from dataclasses import asdict, fields
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from training.files import as_csv
+from training.files import make_directory
+from training.flag_types import Parser, positive
+from training.options import debug_flag
 
-ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def flags(description: str, quick: str):
-    """--quick, which does what `quick` says and writes nothing, and --device."""
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help=f"{quick}; nothing is written")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    return parser.parse_args()
+def parser(description: str, quick: str, cases=()) -> Parser:
+    """The flags of a benchmark.  quick: what --quick does.  cases: the names that --case takes."""
+    made = Parser(description=description.partition("\n")[0], allow_abbrev=False)
+    add = made.add_argument
+    add("--quick", action="store_true", help=f"{quick}; nothing is written without --output")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--output", type=Path, metavar="DIR", help="where the CSV goes; default: benchmarks/results")
+    made.set_defaults(case=None, seconds=None)
+    if cases:
+        add("--case", nargs="+", choices=cases, metavar="NAME", help=f"of {', '.join(cases)}; default: what suits the device")
+        add("--seconds", type=positive, metavar="N", help="begin no further case after so long")
+    debug_flag(add)
+    return made
+
+
+def chosen(args, usual) -> Iterator[str]:
+    """The names that --case gives, or those of `usual`, as long as --seconds last."""
+    end = time.monotonic() + (args.seconds or float("inf"))
+    names = list(args.case or usual)
+    while names and time.monotonic() < end:
+        yield names.pop(0)
+    if names:
+        print(f"not begun, for want of time: {', '.join(names)}")
 
 
 def hardware(device: torch.device) -> str:
@@ -26,20 +47,41 @@ def hardware(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def short(device: torch.device) -> str:
+    """The hardware as a part of a file's name."""
+    return hardware(device) if device.type == "cuda" else "cpu"
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def write(rows: list, what: str, where: str) -> Path:
-    """Rows, one kind of dataclass, to benchmarks/results/<what>-<where>.csv; `where` in lower case and hyphens."""
-    path = ROOT / "benchmarks" / "results" / f"{what}-{re.sub('[^a-z0-9]+', '-', where.lower()).strip('-')}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(as_csv([field.name for field in fields(rows[0])], list(map(asdict, rows))))
-    print(path)
-    return path
+class Rows:
+    """Rows of one kind of dataclass.  Each is appended to <what>-<where>.csv as it comes, so a benchmark that is cut off leaves
+    what it had; the first one replaces the file of an earlier run.
 
+    where: in words, of which the file's name has the letters and digits.  args: of `parser`.
+    """
 
-def short(device: torch.device) -> str:
-    """The hardware in a file's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    def __init__(self, args, what: str, where: str):
+        folder = args.output or (None if args.quick else RESULTS)
+        self.path = folder and folder / f"{what}-{re.sub('[^a-z0-9]+', '-', where.lower()).strip('-')}.csv"
+        self.all = []
+
+    def add(self, row) -> None:
+        if self.path:
+            make_directory(self.path.parent)
+            with open(self.path, "a" if self.all else "w", newline="", encoding="utf-8") as file:
+                table = csv.DictWriter(file, asdict(row), lineterminator="\n")
+                if not self.all:
+                    table.writeheader()
+                table.writerow(asdict(row))
+        self.all.append(row)
+
+    def close(self, draw=None) -> None:
+        """Draw all rows into a PNG beside the CSV, by `draw(rows, path)`; say where both are."""
+        if self.path and self.all:
+            if draw:
+                draw(self.all, self.path.with_suffix(".png"))
+            print(self.path)

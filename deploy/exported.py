@@ -15,7 +15,7 @@ from deploy.runtime import card_path
 from training import data as datasets
 from training import options
 from training.errors import CHECKPOINT, DIVERGED, USAGE, Failure
-from training.evaluation import ACCURACY_TOLERANCE
+from training.evaluation import tolerance
 from training.files import as_csv, make_directory, write_atomic, write_json
 
 CALIBRATION_IMAGES = 512
@@ -82,12 +82,12 @@ def compare(path: Path, checkpoint: Path, card: dict, found, expected, labels) -
                round(reference - accuracy, 4), float(np.abs(found - expected).max()), float(np.abs(expected).max()))
 
 
-def judge(row: Row, max_drop: float, stated: float | None) -> None:
+def judge(row: Row, max_drop: float, stated: float | None, amp: str) -> None:
     """Failure DIVERGED for a file that does not do what its checkpoint does.
 
-    stated: accuracy as the checkpoint says; Failure USAGE where it has another one on this test set.
+    stated: accuracy as the checkpoint says, read in the precision `amp`; Failure USAGE where it has another one on this test set.
     """
-    if stated is not None and abs(row.checkpoint_accuracy - stated) > ACCURACY_TOLERANCE:
+    if stated is not None and abs(row.checkpoint_accuracy - stated) > tolerance(row.images, "off", amp):
         raise Failure(USAGE, f"the checkpoint's test accuracy is not what it was ({row.checkpoint_accuracy:.2f} %, it says "
                       f"{stated:.2f} %)", "nothing was written; name the folder that it was trained on by --data-dir")
     if row.precision == "fp32" and not row.largest_difference <= TOLERANCE * max(1, row.largest_logit):  # NaN is refused, too

@@ -43,9 +43,10 @@ class Deployed(nn.Module):
         return logits.softmax(1), logits
 
 
-def deployed(path, takes: str = "uint8", precision: str = "fp32") -> Deployed:
-    """The network in a best.pt with its BatchNorms folded, in the memory format that exporters expect."""
-    net = models.load(path, folded=True).to(memory_format=torch.contiguous_format)
+def deployed(source, takes: str = "uint8", precision: str = "fp32") -> Deployed:
+    """The network in a best.pt, its path or what models.read returned, with its BatchNorms folded, in the memory format that
+    exporters expect."""
+    net = models.load(source, folded=True).to(memory_format=torch.contiguous_format)
     return Deployed(net, takes, torch.float16 if precision == "fp16" else torch.float32).eval()
 
 

@@ -148,11 +148,12 @@ RUNTIMES = {  # by the suffix of a file: the packages it needs, and (path, card,
 }
 
 
-def of_checkpoint(path: Path) -> Model:
+def of_checkpoint(source) -> Model:
+    """The network in a best.pt: its path, or what models.read returned."""
     import torch
 
     from training import models
-    net = models.load(path)
+    net = models.load(source)
 
     @torch.no_grad()
     def run(images):

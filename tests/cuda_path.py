@@ -289,7 +289,7 @@ class CudaPath(ExitStack):
         stream = SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None)
         answers = {"is_available": True, "device_count": 1, "current_device": 0, "is_initialized": True,
                    "is_bf16_supported": True,
-                   "max_memory_allocated": 0, "mem_get_info": (80 << 30, 80 << 30),
+                   "max_memory_allocated": 0, "max_memory_reserved": 0, "mem_get_info": (80 << 30, 80 << 30),
                    "get_device_name": "fake", "Event": event, "current_stream": stream,
                    "Stream": stream, "stream": nullcontext(), "graph_pool_handle": (0, 1)}
         self.replace(torch.cuda, **{name: lambda *_, answer=answer, **__: answer for name, answer in answers.items()},

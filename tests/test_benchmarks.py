@@ -1,4 +1,5 @@
 """The benchmarks without a test file of their own do what their commands say; what they measure is not judged."""
+import csv
 import dataclasses
 import os
 import re
@@ -9,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoints
-from training.machine import Machine
+from benchmarks import loss, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,18 +31,57 @@ def python(*arguments) -> str:
 
 @pytest.mark.parametrize("name, line", [
     ("loss", r"128 x +100 float32 +dkd +eager reference +[\d.]+ us"),
-    ("augmentation", r"128 pipeline +ours, reference +\d+ images/s +1.00"),
-    ("startup", r"[\d.]+ s to the end of the first step \(interpreter")])
+    ("augmentation", r"128 pipeline +ours, reference +\d+ images/s +1.00")])
 def test_a_quick_run_prints_a_table_and_writes_nothing(name, line):
     before = {path: path.stat().st_mtime for path in RESULTS.iterdir()}
     assert re.search(line, python("-m", f"benchmarks.{name}", "--quick", "--device", "cpu"))
     assert {path: path.stat().st_mtime for path in RESULTS.iterdir()} == before
 
 
-def test_a_checkpoint_costs_something():
-    row = checkpoints.benchmark("v2_pico", Machine(torch.device("cpu"), "off"), 1, "this machine")
-    assert all(value > 0 for name, value in dataclasses.asdict(row).items()
-               if name in ("megabytes", "step_ms", "epoch_s", "held_up_s", "written_s"))
+def published_needs_too_much(student, teacher, label):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB")
+
+
+def test_published_code_without_enough_memory_leaves_the_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(loss, "published_dkd", published_needs_too_much)
+    flags = f"--quick --device cpu --case 128x100 --output {tmp_path}"
+    loss.main(table.parser("", "", loss.CPU_SIZES).parse_args(flags.split()))
+    rows = list(csv.DictReader((tmp_path / "loss-cpu.csv").read_text().splitlines()))
+    assert [(row["loss"], row["contender"]) for row in rows] == [("kd", "reference"), ("kd", "published"), ("dkd", "reference")]
+    assert float(rows[0]["times_base"]) > 0 and float(rows[2]["us"]) > 0
+    assert rows[2]["times_base"] == rows[2]["memory_times_base"] == ""
+    assert (tmp_path / "loss-cpu.png").stat().st_size > 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    name: str
+    number: float | None
+
+
+def test_each_row_is_written_as_it_comes(tmp_path):
+    args = table.parser("", "", ("a", "b", "c")).parse_args(["--output", str(tmp_path / "new")])
+    path = tmp_path / "new" / "what-gpu-of-1.csv"
+    for content in ("first", "second"):
+        rows = table.Rows(args, "what", "GPU (of 1)")
+        rows.add(Row(content, 1.5))
+        assert path.read_text() == f"name,number\n{content},1.5\n", "the first row begins anew"
+        rows.add(Row(content, None))
+        assert path.read_text() == f"name,number\n{content},1.5\n{content},\n"
+
+
+def test_cases_are_chosen_and_end_with_the_time(capsys, monkeypatch):
+    args = table.parser("", "", ("a", "b", "c")).parse_args(["--case", "c", "a", "--seconds", "10"])
+    now = [0.0]
+    monkeypatch.setattr(table.time, "monotonic", lambda: now[0])
+    for name in table.chosen(args, ("a", "b")):
+        assert name == "c"
+        now[0] += 11
+    assert capsys.readouterr().out == "not begun, for want of time: a\n"
+    assert list(table.chosen(table.parser("", "").parse_args([]) , ("a", "b"))) == ["a", "b"]
+    with pytest.raises(SystemExit) as end:
+        table.parser("", "", ("a", "b")).parse_args(["--case", "d"])
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_instructions_and_launches_are_counted():

@@ -171,14 +171,14 @@ def test_a_drop_is_judged_by_its_limit():
     def row(precision, drop, difference=0.0):
         return exported.Row("f", "onnx", precision, "uint8", 1, 1, 100, 90, 50 - drop, 50, drop, difference, 5.0)
 
-    exported.judge(row("int8", 0.5, difference=2.0), max_drop=0.5, stated=None)
-    exported.judge(row("int8", -3), max_drop=0, stated=50.05)
-    exported.judge(row("fp32", 0, difference=4e-4), max_drop=0, stated=50.0)
+    exported.judge(row("int8", 0.5, difference=2.0), max_drop=0.5, stated=None, amp="off")
+    exported.judge(row("int8", -3), max_drop=0, stated=50.05, amp="off")
+    exported.judge(row("fp32", 0, difference=4e-4), max_drop=0, stated=50.0, amp="off")
     with pytest.raises(Failure, match="it says 60.00 %"):
-        exported.judge(row("fp32", 0), max_drop=0, stated=60.0)
+        exported.judge(row("fp32", 0), max_drop=0, stated=60.0, amp="off")
     for refused in (row("int8", 0.51), row("int8", float("nan")), row("fp32", 0, 6e-4), row("fp32", 0, float("nan"))):
         with pytest.raises(Failure):
-            exported.judge(refused, max_drop=0.5, stated=50.0)
+            exported.judge(refused, max_drop=0.5, stated=50.0, amp="off")
 
 
 def test_a_network_that_cannot_be_exported_is_one_line(trained, tmp_path, capsys, monkeypatch):

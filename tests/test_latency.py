@@ -38,7 +38,7 @@ def engines(out):
 
 @needs_onnx
 def test_quick_prints_every_engine_and_writes_nothing(trained, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
     code, out, err = benchmark(capsys, monkeypatch, "--quick", "--device", "cpu", trained)
     assert code == 0, err
     assert engines(out) == {"eager", "onnxruntime fp32", "onnxruntime int8"} and not list(tmp_path.iterdir()), out
@@ -61,9 +61,8 @@ def test_what_lies_on_the_front():
 
 
 def test_rows_become_a_table_and_a_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "ROOT", tmp_path)
     monkeypatch.setattr(latency, "BLOCK_S", 0.001)
-    rows = []
+    rows = table.Rows(table.parser("", "").parse_args(["--output", str(tmp_path)]), "latency", "cpu")
     entered = (("teacher", "eager", 60.0), ("student", "compiled", 55.0), ("student", "onnxruntime int8", None))
     for run, engine, accuracy in entered:
         for threads in (1, 2):
@@ -78,13 +77,12 @@ def test_rows_become_a_table_and_a_figure(tmp_path, monkeypatch):
             contender.take_turn()
             latency.torch.set_num_threads(before)
             assert len(contender.single_s) == 2 * latency.CALLS and set(sizes) == {1, *latency.BATCHES}
-            rows.append(contender.row())
-    path = table.write(rows, "latency", "cpu")
-    latency.draw(path)
-    found = list(csv.DictReader(path.read_text().splitlines()))
+            rows.add(contender.row())
+    latency.draw(rows.path)
+    found = list(csv.DictReader(rows.path.read_text().splitlines()))
     assert len(found) == 6 and all(float(row["ms_median"]) <= float(row["ms_p95"]) for row in found)
     assert all(int(row["best_batch"]) in (1, *latency.BATCHES) for row in found)
-    assert Image.open(path.with_suffix(".png")).width > 600
+    assert Image.open(rows.path.with_suffix(".png")).width > 600
 
 
 def test_the_memory_is_that_of_another_process(trained):

@@ -2,7 +2,6 @@
 import ast
 import copy
 import math
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from augment import BatchAugmenter
-from benchmarks import bounds, our_loop, startup
+from benchmarks import our_loop
 from benchmarks import step as benchmark
 from benchmarks.augmentation_rivals import MEAN, STD
 from benchmarks.loss import published_dkd
@@ -21,7 +20,7 @@ from training.machine import prepare_machine
 from training.synthetic import CLASSES
 
 BATCH, STEPS, SIZE = 8, 2, 32
-CASE = benchmark.CASES[0]
+CASE = ("v2_tiny", "v2_pico")
 ROOT = Path(__file__).parent.parent
 
 
@@ -49,11 +48,21 @@ def test_every_contender_has_a_row_that_adds_up(machine, data, tmp_path):
         assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
         nothing = {"waiting"} if row.contender.startswith("ours") else {"augment"}
         assert {phase for phase, share in shares.items() if share == 0} <= nothing | {"bookkeeping"} and not shares[nothing.pop()]
-        assert row.arithmetic_ms > 0 and row.traffic_ms > 0 and row.launches_ms > 0
     assert {row.times_base for row in rows if row.contender == row.base} == {1.0}
     benchmark.draw(rows, tmp_path / "step.png")
     plt.close("all")
     assert (tmp_path / "step.png").stat().st_size > 10_000
+
+
+def test_a_contender_that_fails_does_not_keep_the_others_from_a_row(machine, data, monkeypatch, tmp_path):
+    def fail(*args, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(benchmark, "PlainLoop", fail)
+    rows = list(benchmark.benchmark(CASE, machine, *data, BATCH, repeats=1, compiled=False, steps=STEPS))
+    assert rows and all(row.ms > 0 and row.times_base is None for row in rows)
+    benchmark.draw(rows, tmp_path / "step.png")
+    assert not (tmp_path / "step.png").exists(), "there is nothing to compare with"
 
 
 def test_our_first_step_has_the_loss_of_a_direct_computation(machine, data):
@@ -91,8 +100,8 @@ def test_our_loop_calls_what_the_script_calls():
     def within(path, name):
         return calls(tree(path, ast.FunctionDef, lambda node: node.name == name))
 
-    decorator, *script = within("distill.py", "step")
-    assert decorator == "step" and script[-3:] == ["add", "end_step", "update"]
+    script = within("distill.py", "step")
+    assert script[-3:] == ["add", "end_step", "update"]
     assert within("training/run.py", "log_step") == ["look", "step"]
     wanted = script[:-3] + within("training/run.py", "add") + ["update"] + within("training/run.py", "end_step")
     assert [name for name in within("benchmarks/our_loop.py", "step") if name != "lap"] == wanted
@@ -140,30 +149,3 @@ def test_soft_labels_of_one_class_give_the_published_loss():
     label = torch.arange(BATCH)
     soft = torch.nn.functional.one_hot(label, len(CLASSES)).float()
     torch.testing.assert_close(published_mixed_dkd(student, teacher, soft), published_dkd(student, teacher, label))
-
-
-def test_work_is_counted():
-    left, right = torch.ones(3, 5), torch.ones(5, 7)
-
-    def step():
-        product = left @ right
-        product.view(7, 3).add_(1.0)
-        torch.empty(100)
-
-    flops, nbytes, launches = bounds.work(step)
-    assert (flops, nbytes, launches) == (2 * 3 * 5 * 7, 4 * (15 + 35 + 21 + 21), 2), "a view and an empty tensor cost nothing"
-
-
-def test_rates_are_of_this_machine(monkeypatch):
-    monkeypatch.setattr(bounds, "SIDE", 64)
-    monkeypatch.setattr(bounds, "COPIED", 2**16)
-    rates = bounds.rates(torch.device("cpu"), torch.float32)
-    assert rates.flops > 1e7 and rates.nbytes > 1e7 and 1e-8 < rates.launch < 1e-2
-    assert rates.bounds_ms(bounds.Work(int(rates.flops), 0, 0))[0] == pytest.approx(1000, rel=1e-3)
-
-
-def test_the_parts_of_a_start_are_in_order():
-    started = time.perf_counter()
-    interpreter, imports, drawn, setup, first_step = startup.parts("cpu")
-    assert min(interpreter, imports, drawn, setup, first_step) > 0 and imports > interpreter
-    assert interpreter + imports + drawn + setup + first_step < time.perf_counter() - started

@@ -53,6 +53,11 @@ class Machine(NamedTuple):
         on_gpu = self.device.type == "cuda"
         return torch.compile(net, mode="reduce-overhead" if on_gpu and not captured else None)
 
+    def memory(self) -> str:
+        """What this process has taken of the GPU's memory at the most, CUDA graphs included, and how much the GPU has."""
+        taken, total = torch.cuda.max_memory_reserved(self.device), torch.cuda.mem_get_info(self.device)[1]
+        return f"{taken / 2**30:.1f} of {total / 2**30:.1f} GiB"
+
     def peak_memory_mb(self):
         return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if self.device.type == "cuda" else None
 

@@ -6,7 +6,7 @@ import torch
 
 from augment import is_fused
 from training import data as datasets
-from training import memory, models, options, resume, rundir, trial
+from training import models, options, resume, rundir, trial
 from training.capture import Replayed, Step, captures
 from training.checkpoint import Writer
 from training.diagnostics import Diagnostics
@@ -18,6 +18,7 @@ from training.recompute import recompute
 from training.rundir import EpochRow, RunDirectory
 from training.source import Split
 from training.step import Taken, accuracy
+from training.terminal import say
 from training.verdict import judge
 
 CLEAN = 512  # training images, or fewer than twice as many, on which a network is also evaluated without augmentation
@@ -112,10 +113,8 @@ class Run:
         return Step(function, self.machine, self.captured)
 
     def start(self, update, augmenter, teacher=None, **facts) -> None:
-        """Say what it takes, and write the first files, or restore what was saved.  facts: what config.json holds besides."""
-        self.update, sizes = update, {"image_size": self.data.image_size, "images": self.data.nbytes}
-        memory.report(self.args, update, self.machine, rows=len(self.parts[0]), parts=len(self.parts), teacher=teacher,
-                      graph=self.captured, **sizes)
+        """Write the first files, or restore what was saved.  facts: what config.json holds besides."""
+        self.update = update
         facts |= {"teacher": teacher.info["model"]} if teacher else {}
         self.directory.open(self.config | self.began | facts | {"image_size": update.net.info["image_size"]},
                             update.checkpoint_bytes, self.saved["epoch"] if self.saved else 0)
@@ -177,6 +176,8 @@ class Run:
             images_per_s=self.samples / took, epoch_s=took, val_s=evaluated - self.trained,
             total_s=self.directory.elapsed(), peak_mem_mb=self.machine.peak_memory_mb())
         clean = self.evaluate(self.update.evaluated, self.clean).acc1
+        if self.epoch == self.first and self.machine.device.type == "cuda":
+            say(f"memory at its peak in the first epoch: {self.machine.memory()}")
         looked = {"epoch": self.epoch, **{name: self.columns[name] for name in FROM_LOG}, **self.looked,
                   "dead_classes": val.dead_classes(len(self.data.classes)), "train_acc1_clean": clean}
         self.state.save(row, looked, self.update.net.info if best else None)
