@@ -4,6 +4,7 @@
     python predict.py runs/v2-s42/export/best-int8.onnx photos --csv      every image below a folder; needs no torch
     find photos -newer last | python predict.py MODEL - --top 1 --output sheet.png
 
+A best.pt and an .onnx file are data; a .pt2 or .pte file is a program: open only your own, or of someone you trust.
 Images are cropped and shrunk as for training.  One that cannot be read is named on stderr and left out; the exit code is then 4.
 """
 import csv

@@ -11,22 +11,16 @@ import importlib
 import json
 import logging
 import os
-import re
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from deploy import pt2
 from training.errors import CHECKPOINT, USAGE, Failure, first_line
 from training.files import digest
 
 BATCH = 256
-# What our exporter writes into a .pt2: names of files, and sizes of tensors as sympy prints them.
-PT2_FILES = re.compile(r"data/(weights/weight_\d+|constants/tensor_\d+|(weights|constants)/model_(weights|constants)_config\.json"
-                       r"|sample_inputs/model\.pt)|models/model\.json|archive_(format|version)|byteorder|\.data/\w+")
-PT2_SIZE = re.compile(r"((Add|Mul|Pow|Min|Max|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|Integer|Symbol|positive|integer"
-                      r"|nonnegative|True|False)\b|'s\d+'|-?\d+|[(), =])*")
 INSTALL = "python -m pip install -r requirements-export.txt"
 
 
@@ -79,7 +73,8 @@ def load(path, threads: int | None = None) -> Model:
     """The network in a file, ready to run on the CPU; by the name, .onnx, .pt2 and .pte are exported files.
 
     threads: of ONNX Runtime; the other runtimes have one setting for the whole process.
-    Failure CHECKPOINT: missing, damaged, not ours; USAGE: its runtime is not installed.
+    A .pt2 or .pte file is a program: open none of a stranger, whose SHA-256 says nothing.
+    Failure CHECKPOINT: missing, damaged, not ours, a .pt2 that export.py does not write; USAGE: its runtime is not installed.
     """
     path = Path(path)
     if path.suffix not in RUNTIMES:
@@ -126,7 +121,8 @@ def onnx_session(path: Path, card: dict, threads: int | None):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # an error is raised, too
     options.intra_op_num_threads = threads or 0
-    # From bytes, which refuses a model whose weights lie in other files: ours do not, and no SHA-256 would cover them.
+    # Weights may lie in other files, which no SHA-256 would cover.  Ours do not: none is found where there is no folder.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(["probabilities", "logits"], {"images": images})
 
@@ -135,50 +131,14 @@ def exported_program(path: Path, card: dict, threads: int | None):
     import torch
     if card["precision"] == "int8":
         require("torchao.quantization.pt2e")  # registers the operators of the file
-    refuse_foreign(path)
-    with weights_only():
-        program = torch.export.load(path)
-    module = program.module(check_guards=False)  # which are code, and our exporter writes none
+    with pt2.weights_only():
+        module = torch.export.load(pt2.checked(path)).module()
 
     def run(images):
         with torch.no_grad():
             return [output.numpy() for output in module(torch.from_numpy(images))]
 
     return run
-
-
-def refuse_foreign(path: Path) -> None:
-    """Failure CHECKPOINT for a .pt2 with anything that our exporter does not write: pickled objects, compiled libraries, code."""
-    with zipfile.ZipFile(path) as archive:
-        files = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-        foreign = next((name for name in files if not PT2_FILES.fullmatch(name)), None)
-        text = {name: archive.read(entry).decode() for name, entry in files.items() if name.endswith(".json")}
-    if files["data/sample_inputs/model.pt"].file_size:
-        foreign = "sample inputs"
-    tensors = [tensor for name, config in text.items() if name.endswith("_config.json")
-               for tensor in json.loads(config)["config"].values()]
-    if any(tensor["use_pickle"] for tensor in tensors):
-        foreign = "a pickled tensor"
-    if not all(map(PT2_SIZE.fullmatch, re.findall(r'"expr_str":\s*"([^"]*)"', text["models/model.json"]))):
-        foreign = "a size that is no arithmetic"
-    if foreign:
-        raise Failure(CHECKPOINT, f"not a file of this project's exporter ({path}: it holds {foreign})", "export it again here")
-
-
-@contextlib.contextmanager
-def weights_only():
-    """Nothing that torch.load is asked for meanwhile unpickles code, whoever asks and whatever the environment says."""
-    forced = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
-    before = {name: os.environ.get(name) for name in forced}
-    os.environ.update(forced)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def executorch_program(path: Path, card: dict, threads: int | None):

@@ -3,9 +3,13 @@ import csv
 import io
 import json
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,7 +18,8 @@ from exporting import CLASSES, needs_onnx, one_line, trained_run
 from PIL import Image, ImageOps
 from test_scripts import ROOT, run
 
-from training import models, pictures
+from deploy import pt2, runtime
+from training import files, models, pictures
 
 TEST_IMAGES = 60
 
@@ -166,10 +171,91 @@ def test_one_line_and_an_exit_code_for_what_is_wrong(trained, arguments, code, w
     assert all(word in one_line(found, code, err) for word in words), err
 
 
-@pytest.mark.parametrize("suffix, package", [("onnx", "onnxruntime"), ("pte", "executorch.runtime")])
-def test_a_missing_runtime_is_named_with_the_command_that_installs_it(trained, suffix, package, tmp_path, capsys, monkeypatch):
-    for end in ("", ".json"):
-        shutil.copy(trained / "export" / f"best-fp32.pt2{end}", tmp_path / f"best.{suffix}{end}")
+@pytest.mark.parametrize("suffix, precision, package", [
+    ("onnx", "fp32", "onnxruntime"), ("pte", "fp32", "executorch.runtime"), ("pt2", "int8", "torchao.quantization.pt2e"),
+])
+def test_a_missing_runtime_is_named_with_the_command_that_installs_it(trained, suffix, precision, package, tmp_path, capsys,
+                                                                      monkeypatch):
+    content, card = ((trained / "export" / f"best-fp32.pt2{end}").read_bytes() for end in ("", ".json"))
+    (tmp_path / f"best.{suffix}").write_bytes(content)
+    (tmp_path / f"best.{suffix}.json").write_text(json.dumps(json.loads(card) | {"precision": precision}))
     monkeypatch.setitem(sys.modules, package, None)
     code, _, err = run(capsys, "predict.py", f"{tmp_path}/best.{suffix} {tmp_path}")
     assert package in one_line(code, 2, err) and "pip install -r requirements-export.txt" in err
+
+
+def saved(value) -> bytes:
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
+
+
+def edited(trained, path, edit) -> str:
+    """Write best-fp32.pt2 of the run to `path` with its members, by their names, as `edit` leaves them; and the card of that."""
+    with zipfile.ZipFile(trained / "export" / "best-fp32.pt2") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    edit(members)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    card = json.loads((trained / "export" / "best-fp32.pt2.json").read_text()) | {"sha256": files.digest(path)}
+    path.with_name(f"{path.name}.json").write_text(json.dumps(card))
+    return str(path)
+
+
+def replaced(name, old, new):
+    """An edit that puts `new` for the first place in the member `name` where the pattern `old` is."""
+    def edit(members):
+        members[name], count = re.subn(old, new, members[name], count=1)
+        assert count == 1
+    return edit
+
+
+GRAPH, WEIGHTS = "archive/models/model.json", "archive/data/weights/model_weights_config.json"
+FOREIGN = {  # each harmless, and each of a kind that torch.export.load would unpickle, evaluate, or call
+    "a member of another kind": lambda members: members.update({"archive/data/other/note": b"hello"}),
+    "inputs, pickled": lambda members: members.update({pt2.SAMPLES: saved(((torch.zeros(1),), {}))}),
+    "a weight, pickled": replaced(WEIGHTS, b'"use_pickle": false', b'"use_pickle": true'),
+    "a size that is no arithmetic": replaced(GRAPH, rb'"expr_str": "[^"]*"', b'"expr_str": "hello"'),
+    "a guard": replaced(GRAPH, rb'"guards_code": \[\]', b'"guards_code": ["True"]'),
+    "a function that is no operator": replaced(GRAPH, rb"torch\.ops\.aten\.relu_\.default", b"torch.relu_"),
+    "an operator that is given a text": replaced(GRAPH, rb'"as_int": 1\b', b'"as_string": "text"'),
+    "other containers": replaced(GRAPH, rb"builtins\.tuple", b"collections.deque"),
+    "a name that is none": replaced(GRAPH, rb'"cpu"', b'"c p u"'),
+}
+
+
+@pytest.mark.parametrize("edit", [pytest.param(edit, id=name) for name, edit in FOREIGN.items()])
+def test_a_pt2_file_that_export_does_not_write_is_not_opened(trained, edit, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.export, "load", lambda *arguments: pytest.fail("it was opened"))
+    code, _, err = run(capsys, "predict.py", f"{edited(trained, tmp_path / 'foreign.pt2', edit)} {tmp_path}")
+    assert "foreign.pt2" in one_line(code, 5, err) and "best.pt" in err
+
+
+def test_a_pt2_file_is_opened_as_it_was_checked(trained, tmp_path):
+    model = runtime.load(edited(trained, tmp_path / "same.pt2", lambda members: None))
+    assert model(np.zeros((2, 16, 16, 3), np.uint8))[0].shape == (2, len(CLASSES))
+
+
+@pytest.mark.parametrize("before", [{}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "0"}])
+def test_only_plain_data_is_unpickled_whatever_the_environment_says(before, monkeypatch):
+    for name in pt2.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(pickle.UnpicklingError), pt2.weights_only():
+        torch.load(io.BytesIO(saved(Fraction(1, 2))), weights_only=False)
+    assert {name: os.environ[name] for name in pt2.SETTINGS if name in os.environ} == before
+    assert torch.load(io.BytesIO(saved(Fraction(1, 2))), weights_only=False) == Fraction(1, 2)
+
+
+def test_a_pt2_file_is_opened_where_only_plain_data_is_unpickled(trained, monkeypatch):
+    def opened(*arguments, load=torch.export.load):
+        assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
+        return load(*arguments)
+
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.setattr(torch.export, "load", opened)
+    assert runtime.load(trained / "export" / "best-fp32.pt2").card["classes"] == CLASSES
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
