@@ -1,8 +1,17 @@
 """One thread per test process: same bits on every machine, and quicker than two on small tensors."""
 import os
+from importlib.metadata import version
 
+import pytest
 import torch
+from packaging.version import Version
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # then Triton's kernels run in its interpreter; it reads this when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure():
+    triton, numpy = version("triton"), version("numpy")
+    if "TRITON_INTERPRET" in os.environ and Version(triton) < Version("3.7") and Version(numpy) >= Version("2.5"):
+        raise pytest.UsageError(f"the interpreter of Triton {triton} does not run with numpy {numpy}. install 'numpy<2.5'")
