@@ -675,17 +675,17 @@ def vector_for(*logits) -> int:
     return math.gcd(*steps)
 
 
-def tile_for(classes: int, vector: int) -> Tile:
+def tile_for(classes: int, vector: int, reverse: bool) -> Tile:
     if interpreted():  # which pays per program and per operation, hardly per lane
         rows, lanes, block, warps, registers = 64 if classes <= 4096 else 4, 1, min(classes, 4096), 1, 0
     elif classes <= 128:
-        rows, lanes, block, warps, registers = 4, 8, classes, 1, 144
+        rows, lanes, block, warps, registers = 4, 8, classes, 1, 152 if reverse else 144
     elif classes <= 256:
-        rows, lanes, block, warps, registers = 2, 16, classes, 1, 144
+        rows, lanes, block, warps, registers = 2, 16, classes, 1, 168
     elif classes <= 1024:
         rows, lanes, block, warps, registers = 1, 32, classes, 1, 224
     else:  # 2048 at a time: wider tiles would spill, or leave one program per multiprocessor
-        rows, lanes, block, warps, registers = (1, 64, classes, 2, 224) if classes <= 2048 else (1, 128, 2048, 4, 128)
+        rows, lanes, block, warps, registers = (1, 64, classes, 2, 255) if classes <= 2048 else (1, 128, 2048, 4, 128)
     return Tile(rows, lanes, triton.next_power_of_2(triton.cdiv(block, lanes * vector)), warps, registers)
 
 
@@ -710,7 +710,7 @@ def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, terms: str,
     student, teacher = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (student, teacher))
     rows, classes = student.shape
     vector = vector_for(student, teacher)
-    tile = tile or tile_for(classes, vector)
+    tile = tile or tile_for(classes, vector, reverse)
     wanted = {name.upper(): name in terms.split() for name in Weights._fields}
     if not wanted["TCKD"] and not wanted["NCKD"]:
         split = "pair"  # on which KL and CE do not depend

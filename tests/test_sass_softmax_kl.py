@@ -5,7 +5,7 @@ import torch
 
 from kernels import softmax_kl as op
 
-CLASSES = (100, 128, 1000, 2048, 32000)  # 100 and 1000 are no multiple of a 16-byte load, the others are
+CLASSES = (100, 128, 200, 1000, 2048, 32000)  # 100, 200 and 1000 are no multiple of a 16-byte load, the others are
 VARIANTS = ((torch.float32, "pair", False), (torch.bfloat16, "pair", False), (torch.bfloat16, "dominant", False),
             (torch.float32, "pair", True))
 
@@ -17,7 +17,7 @@ def launches():
             logits, label, lam = torch.empty(128, classes, dtype=dtype), torch.zeros(128, dtype=torch.int64), torch.ones(128)
             hyper = op.hyperparameters(op.Weights(1.0, 1.0), 4.0, 0.1, torch.device("cpu"))
             about = {"classes": classes, "bytes": dtype.itemsize, "split": split, "reverse": reverse,
-                     "limit": op.tile_for(classes, op.vector_for(logits)).registers}
+                     "limit": op.tile_for(classes, op.vector_for(logits), reverse).registers}
             yield about, op._softmax_kl_kernel, lambda: op.softmax_kl_triton(
                 logits, logits, label, label, lam, hyper, terms="ce kl" if reverse else "ce tckd nckd", split=split,
                 reverse=reverse)

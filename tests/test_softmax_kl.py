@@ -24,7 +24,7 @@ BLOCKED = Tile(rows=64, lanes=8, chunks=2, warps=4, registers=255)  # the path o
 def kernel(request, monkeypatch):
     """Every test that uses this runs with each implementation behind the op."""
     if request.param == "triton in blocks":
-        monkeypatch.setattr(op, "tile_for", lambda classes, vector: BLOCKED._replace(chunks=64 // BLOCKED.lanes // vector))
+        monkeypatch.setattr(op, "tile_for", lambda classes, vector, _: BLOCKED._replace(chunks=64 // BLOCKED.lanes // vector))
     kernels.choose(request.param.split()[0])
     yield request.param
     kernels.choose("auto")
