@@ -12,7 +12,8 @@ MODES = {"batch": lambda batch_size: batch_size, "pair": lambda batch_size: 2, "
 POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "randaugment", "trivialaugment")
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COUNTED = ("autoaugment", 32, "elem", "fp16", 64, None)  # whose counts are limited below
-LIMITS = {"warp instructions": 5_200, "load sectors": 410, "store sectors": 390}  # an image
+LIMITS = {"warp instructions": 6_850 if sass.OLD else 5_200, "load sectors": 410, "store sectors": 390}  # an image
+WAVEFRONTS = 1.94 if sass.OLD else 1.66  # per access to shared memory
 
 
 def cases():
@@ -109,7 +110,7 @@ def test_ptx_of_augment_costs_no_more_than_counted(executed):
     assert len(counts) == 2
     for count in counts:
         assert all(count[name] <= limit for name, limit in LIMITS.items()), count
-        assert count["shared wavefronts"] <= 1.66 * count["shared accesses"], count
+        assert count["shared wavefronts"] <= WAVEFRONTS * count["shared accesses"], count
 
 
 def test_a_barrier_that_is_taken_out_of_augment_is_noticed(executed):

@@ -3,8 +3,6 @@ GPU."""
 import pytest
 import sass
 import torch
-import triton
-from packaging.version import Version
 
 from augment.fused import Fused
 from augment.policy import build_tables
@@ -27,8 +25,8 @@ def launches():
 
 @pytest.fixture(scope="module")
 def compiled():
-    if Version(triton.__version__) < Version("3.8"):
-        pytest.skip(f"the assembler of Triton {triton.__version__} spills at 64 pixels and fuses for sm_120")
+    if sass.OLD:
+        pytest.skip("Triton 3.6 takes 168 registers at 32 pixels; for sm_120 it spills 2 at 64 and fuses 64 products")
     codes = sass.inspect(__file__)
     assert len(codes) == 3 * len(VARIANTS)
     return codes
