@@ -2,12 +2,14 @@
 
     PYTHONPATH=tests python -m benchmarks.instructions            -> benchmarks/results/kernels-ptx-sm80.csv and -sm90.csv
     PYTHONPATH=tests python -m benchmarks.instructions --quick    the two smallest sizes of the loss and one policy
+    PYTHONPATH=tests python -m benchmarks.instructions --case assembled    -> kernels-sass-triton-<version>.csv beside them
 
 The compiled kernels are executed in numpy (tests/ptx.py), and the scripts run on fake CUDA tensors (tests/cuda_path.py), which
-counts the launches of a step: counts are exact.  The bounds in nanoseconds are a model and no measurement: the counts over the
-rates in GPUS, which are those of the vendor's data sheets for clock and schedulers and our estimates of what can be reached for
-bandwidth; overlap, latency and caches are left out.
+counts the launches of a step: counts are exact.  What is assembled depends on Triton's version: install another one to compare.
+The bounds in nanoseconds are a model and no measurement: the counts over the rates in GPUS, which are those of the vendor's data
+sheets for clock and schedulers and our estimates of what can be reached for bandwidth; overlap, latency and caches are left out.
 """
+import itertools
 import os
 import sys
 import tempfile
@@ -19,9 +21,13 @@ os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: it is to 
 
 import cuda_path
 import ptx
+import sass
 import test_ptx_augment
 import test_ptx_softmax_kl
+import test_sass_augment
+import test_sass_softmax_kl
 import torch
+import triton
 
 from benchmarks import table
 from kernels import augment, softmax_kl
@@ -35,6 +41,7 @@ LAUNCH_NS = 2500.0  # of an empty kernel in a CUDA graph
 CLASSES, QUICK_CLASSES = {10: 64, 100: 64, 1000: 16, 2048: 4, 32000: 2}, {10: 64, 100: 64}  # and how many rows are executed
 POLICIES, QUICK_POLICIES = ("none", "autoaugment", "randaugment", "trivialaugment"), ("autoaugment",)
 SECTOR = 32  # bytes
+CASES = ("executed", "assembled", "launches")
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,18 @@ class Row:
     h200_issue_ns: float
     h200_bytes_ns: float
     launch_ns: float
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel as the assembler leaves it: registers of a thread, instructions that spill one, and how many there are in all."""
+    triton: str
+    sm: int
+    kernel: str
+    case: str
+    registers: int
+    spills: int
+    instructions: int
 
 
 def row(sm: int, kernel: str, case: str, dtype, unit: str, launch, count: int, ideal_bytes: float, classes=None) -> Row:
@@ -100,6 +119,15 @@ def batches(sm: int, policies):
                 yield row(sm, "augment", f"{policy} {size}x{size}", dtype, "image", launches[0], count, ideal)
 
 
+def assembled(quick: bool):
+    for kernel, tested in (("softmax_kl", test_sass_softmax_kl), ("augment", test_sass_augment)):
+        for about, function, call in itertools.islice(tested.launches(), 1 if quick else None):
+            case = " ".join(f"{name}={value}" for name, value in about.items() if name != "limit")
+            for sm in sass.ARCHITECTURES:
+                code = sass.describe(sass.compile_for(sm, function, call))
+                yield Code(triton.__version__, sm, kernel, case, code["registers"], code["spills"], code["instructions"])
+
+
 def launches_per_step(teacher: str, student: str) -> None:
     with tempfile.TemporaryDirectory() as folder, cuda_path.CudaPath(Path(folder), teacher, student) as path:
         with open(os.devnull, "w") as silent, mock.patch.object(sys, "stdout", silent):
@@ -111,19 +139,37 @@ def launches_per_step(teacher: str, student: str) -> None:
           + f"; diagnostics {look:.0f} every {EVERY} steps")
 
 
-def main(args) -> None:
-    torch.set_num_threads(1)
+def execute(args) -> None:
+    sizes, policies = (QUICK_CLASSES, QUICK_POLICIES) if args.quick else (CLASSES, POLICIES)
     for sm in (80, 90):
         found = table.Rows(args, "kernels-ptx", f"sm{sm}")
-        sizes, policies = (QUICK_CLASSES, QUICK_POLICIES) if args.quick else (CLASSES, POLICIES)
         for each in (*losses(sm, sizes), *batches(sm, policies)):
             found.add(each)
             print(f"sm_{sm} {each.kernel:10} {each.case:22} {each.dtype:8} {each.warp_instructions:9.0f} warp instructions per "
                   f"{each.unit}, {each.sectors_over_ideal:5.2f} of the ideal sectors", flush=True)
         found.close()
-    for pair in (("resnet32x4", "resnet8x4"), ("efficientnet_v2_l", "efficientnet_v2_s")):
-        launches_per_step(*pair)
+
+
+def assemble(args) -> None:
+    found = table.Rows(args, "kernels-sass", f"triton {triton.__version__}")
+    for each in assembled(args.quick):
+        found.add(each)
+        print(f"sm_{each.sm:<3} {each.kernel:10} {each.case:52} {each.registers:3} registers, {each.spills:2} spills, "
+              f"{each.instructions} instructions", flush=True)
+    found.close()
+
+
+def main(args) -> None:
+    torch.set_num_threads(1)
+    for case in table.chosen(args, CASES):
+        if case == "executed":
+            execute(args)
+        elif case == "assembled":
+            assemble(args)
+        else:
+            for pair in (("resnet32x4", "resnet8x4"), ("efficientnet_v2_l", "efficientnet_v2_s")):
+                launches_per_step(*pair)
 
 
 if __name__ == "__main__":
-    errors.run(main, table.parser(__doc__, "the two smallest sizes of the loss and one policy").parse_args())
+    errors.run(main, table.parser(__doc__, "the two smallest sizes of the loss and one policy", CASES).parse_args())

@@ -18,6 +18,8 @@ A_KERNEL_AND_A_STEP = """
 from benchmarks import instructions
 for row in (next(instructions.losses(80, {10: 8})), next(instructions.batches(80, ("none",)))):
     print(row.kernel, row.warp_instructions, row.sectors_over_ideal)
+code = next(instructions.assembled(quick=True))
+print(code.kernel, code.registers, code.spills, code.instructions)
 instructions.launches_per_step("resnet20", "resnet8")
 """
 
@@ -85,7 +87,9 @@ def test_cases_are_chosen_and_end_with_the_time(capsys, monkeypatch):
 
 
 def test_instructions_and_launches_are_counted():
-    softmax_kl, augment, step = python("-c", A_KERNEL_AND_A_STEP).splitlines()
+    softmax_kl, augment, assembled, step = python("-c", A_KERNEL_AND_A_STEP).splitlines()
     for name, line in (("softmax_kl", softmax_kl), ("augment", augment)):
         assert line.split()[0] == name and all(float(number) > 1 for number in line.split()[1:])
+    name, registers, spills, instructions = assembled.split()
+    assert name == "softmax_kl" and 64 < int(registers) < 256 and spills == "0" and int(instructions) > 1000
     assert re.match(r"resnet20 -> resnet8, FP16, AdamW: at least \d{3} launches a step: augmentation 1, .* every 40 steps$", step)
