@@ -1,12 +1,13 @@
 # make demo: the whole study in miniature on embedded data.   make test: all checks.   make torture: thousands of killed,
 # stopped and corrupted runs and sweeps, and each barrier of the kernels taken out, 8 to 13 minutes.   All set up .venv themselves, once.
+# make gpu: what there is to measure on a GPU, in three stages: make gpu PYTHON=python3 STAGE=2 OUTPUT=dir needs no .venv.
 # make test-export: exported files in the runtimes that `make test` does without, from requirements-export.txt.
 SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed-$(shell sha256sum requirements.txt | cut -c 1-16)
 
-.PHONY: demo demo-runs test test-export torture
+.PHONY: demo demo-runs test test-export torture gpu
 .DELETE_ON_ERROR:
 
 $(INSTALLED): requirements.txt
@@ -20,6 +21,11 @@ test: $(INSTALLED)
 test-export: $(INSTALLED)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-export.txt
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/test_export.py tests/test_predict.py tests/test_latency.py
+
+STAGE := 1
+OUTPUT := runs/gpu-day/output
+gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(INSTALLED))
+	$(PYTHON) -m benchmarks.gpu_day --stage $(STAGE) --output $(OUTPUT) $(if $(DATA),--data $(DATA)) $(FLAGS)
 
 torture: $(INSTALLED)
 	$(PYTHON) tests/torture.py

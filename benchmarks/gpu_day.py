@@ -1,0 +1,233 @@
+"""What a GPU is asked for when there is one: three stages of ten minutes each, without a network and with nothing to install.
+
+    python -m benchmarks.gpu_day --stage 1 --output DIR                      is everything right?
+    python -m benchmarks.gpu_day --stage 2 --output DIR                      how fast is it?
+    python -m benchmarks.gpu_day --stage 3 --output DIR --data FILE.tar.xz   real training, on train/CLASS/*.jpg, test/CLASS/*.jpg
+    make gpu PYTHON=python3 STAGE=2 OUTPUT=dir                               the same
+
+Needs torch, torchvision, triton, numpy, matplotlib and pytest.  The parts of a stage stand in the order of their worth.  Each is
+a process with a limit in seconds, and whatever becomes of it, the next one begins, as long as the minutes last.  What a part
+writes, row by row, comes to DIR/stage<N>-<part>.csv, what it prints to DIR/stage<N>-log.txt, and how it ended to
+DIR/stage<N>-parts.csv: at most 8 files.  runs/gpu-day holds all else and stays there: stage 3, called again, goes on.
+"""
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from training.errors import STOPPED, USAGE, Failure, Stopped, run, stopping_on_signals
+from training.files import as_csv, make_directory, write_atomic
+from training.flag_types import Parser, positive
+from training.options import debug_flag
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "runs" / "gpu-day"
+GRACE = 5  # seconds from SIGTERM to SIGKILL
+LOOK = 5  # seconds between two looks for new rows
+KEPT = 2**20  # bytes of the end of what a part prints
+ON_THE_GPU = ["tests/test_softmax_kl.py", "tests/test_augment_kernel.py", "tests/test_capture.py", "tests/test_loop.py"]
+
+
+class Part(NamedTuple):
+    """name: of its files.  command: Python's arguments, in which {folder} and {seconds} are filled in.  most: seconds; it is not
+    begun with fewer than `least` left."""
+    name: str
+    command: list[str]
+    most: float
+    least: float = 15
+
+
+def parts_of(args) -> list[Part]:
+    """The parts of a stage, the most valuable first."""
+    tiny = ["--tiny"] * args.tiny
+    where = ["--device", args.device, "--output", "{folder}"]
+
+    def check(name: str, most: float, *more: str) -> Part:
+        return Part(name, ["-m", "benchmarks.gpu_checks", name, *where, *tiny, *more], most)
+
+    def training(name: str, most: float, *more: str) -> Part:
+        return Part(name, ["-m", "benchmarks.gpu_runs", name, *where, *tiny, "--seconds", "{seconds}", *more], most)
+
+    def benchmark(name: str, what: str, most: float, quick: bool, *cases: str) -> Part:
+        chosen = [] if args.tiny else ["--case", *cases]
+        return Part(name, ["-m", f"benchmarks.{what}", *where, *["--quick"] * (quick or args.tiny), *chosen], most)
+
+    def tests(name: str, most: float, *files: str) -> Part:
+        together = ["-n", str(min(12, os.cpu_count()))] if find_spec("xdist") else []
+        return Part(name, ["-m", "pytest", "-q", "-p", "no:cacheprovider", *together, *files], most)
+
+    pairs = [f"resnet32x4-resnet8x4-{batch}" for batch in (128, 64, 512)]
+    pairs.insert(1, "efficientnet_v2_l-efficientnet_v2_s-128")
+    archive = ["--data", str(args.data and args.data.resolve())]
+    few = ["tests/test_softmax_kl.py", "-k", "test_cross_entropy_alone"] if args.tiny else []
+    stages = {
+        1: [check("machine", 60), check("kernels", 100), check("augmentation", 100), training("variants", 200),
+            tests("tests-gpu", 120, *few or ON_THE_GPU), check("sanitizer", 90), tests("tests-all", 600, *few)],
+        2: [benchmark("loss", "loss", 110, False, "128x100", "512x100", "1024x1000", "4096x8192", "4096x32000"),
+            benchmark("step", "step", 150, True, *pairs), check("bounds", 60),
+            benchmark("augmentation", "augmentation", 70, True, "128", "512"),
+            benchmark("step-compiled", "step", 600, False, *pairs)],
+        3: [training("unpack", 120, *archive), training("runs", 600, *archive)],
+    }
+    return [part for part in stages[args.stage] if not (args.tiny and part.name in ("tests-all", "step-compiled"))]
+
+
+class Outcome(NamedTuple):
+    """A row of the table."""
+    stage: int
+    part: str
+    outcome: str
+    seconds: float
+    last_line: str
+
+
+class Day:
+    """One call: its parts, one after the other, and what is kept of them in `output`."""
+
+    def __init__(self, stage: int, output: Path, seconds: float):
+        self.stage, self.output, self.rows = stage, output, []
+        self.end = time.monotonic() + seconds - GRACE - 1
+
+    def file(self, name: str) -> Path:
+        return self.output / f"stage{self.stage}-{name}"
+
+    def folder(self, part: Part) -> Path:
+        return WORK / f"stage{self.stage}" / part.name
+
+    def go(self, part: Part) -> None:
+        """Run a part; its row, whatever becomes of it."""
+        left, started = self.end - time.monotonic(), time.monotonic()
+        if left < part.least:
+            return self.add(part, "not begun", 0, f"{max(0, left):.0f} s are left, it needs {part.least:g}")
+        outcome = "stopped"
+        try:
+            outcome = self.watch(part, min(part.most, left))
+        except OSError as failure:
+            outcome = f"failed ({failure.strerror})"
+        finally:
+            self.add(part, outcome, time.monotonic() - started, self.last_line(part))
+
+    def watch(self, part: Part, seconds: float) -> str:
+        """How the process of a part ended; all that it has begun ends with it."""
+        folder = self.folder(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        make_directory(folder)
+        command = [word.replace("{folder}", str(folder)).replace("{seconds}", str(round(seconds))) for word in part.command]
+        paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with open(folder / "log.txt", "wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"})
+        end = time.monotonic() + seconds
+        try:
+            while (code := process.poll()) is None and time.monotonic() < end:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(min(LOOK, max(0.0, end - time.monotonic())))
+                self.collect(part)
+        finally:
+            end_group(process)
+        if code is None:
+            return f"out of time ({seconds:.0f} s)"
+        return "ok" if code == 0 else f"failed ({code})" if code > 0 else f"killed ({signal.Signals(-code).name})"
+
+    def collect(self, part: Part) -> str:
+        """Take the rows of a part to `output`; why that could not be done."""
+        try:
+            for path in sorted(self.folder(part).glob("*.csv")):
+                write_atomic(self.file(f"{part.name}.csv"), path.read_bytes())
+        except OSError as failure:
+            return f", not kept: {failure.strerror}"
+        return ""
+
+    def last_line(self, part: Part) -> str:
+        lines = [line for line in self.printed(part, 2000).splitlines() if line.strip()]
+        return "".join(filter(str.isprintable, lines[-1]))[:160] if lines else ""
+
+    def printed(self, part: Part, size: int) -> str:
+        """The end of what a part has printed."""
+        path = self.folder(part) / "log.txt"
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return file.read().decode(errors="replace")
+        return ""
+
+    def add(self, part: Part, outcome: str, seconds: float, line: str) -> None:
+        begun = outcome != "not begun"
+        outcome += self.collect(part) * begun
+        self.rows.append(Outcome(self.stage, part.name, outcome, round(seconds, 1), line))
+        print(f"{part.name}: {outcome}, {seconds:.0f} s. {line}".rstrip(), flush=True)
+        try:
+            write_atomic(self.file("parts.csv"), as_csv(list(Outcome._fields), [row._asdict() for row in self.rows]))
+            if begun:
+                with open(self.file("log.txt"), "a", encoding="utf-8") as log:
+                    log.write(f"=== {part.name}: {outcome}\n{self.printed(part, KEPT)}\n")
+        except OSError as failure:
+            print(f"not kept of {part.name} in {self.output}: {failure.strerror}", flush=True)
+
+    def table(self) -> Iterator[str]:
+        widths = [max(len(str(row[column])) for row in self.rows) for column in range(4)]
+        for row in self.rows:
+            yield "  ".join([*(f"{cell!s:{width}}" for cell, width in zip(row, widths)), row.last_line]).rstrip()
+
+
+def end_group(process) -> None:
+    """End a process and all of its group: SIGTERM, and SIGKILL for what is still there after a while."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def main(args) -> None:
+    if args.stage == 3 and not (args.data and args.data.is_file()):
+        raise Failure(USAGE, f"stage 3 needs an archive of images (--data {args.data})", "name a .tar.xz of train/CLASS/*.jpg")
+    parts = parts_of(args)
+    unknown = set(args.part or ()) - {part.name for part in parts}
+    if unknown:
+        raise Failure(USAGE, f"no such part of stage {args.stage} ({', '.join(sorted(unknown))})",
+                      f"choose of {', '.join(part.name for part in parts)}")
+    if args.tiny and args.device == "cpu":
+        os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    make_directory(args.output)
+    for old in args.output.glob(f"stage{args.stage}-*"):
+        old.unlink()
+    day = Day(args.stage, args.output, 60 * args.minutes)
+    try:
+        with stopping_on_signals():
+            for part in parts:
+                if not args.part or part.name in args.part:
+                    day.go(part)
+    except Stopped as stopped:
+        raise SystemExit(STOPPED + stopped.number) from None
+    finally:
+        print(*day.table(), sep="\n", flush=True)
+    if any(row.outcome.startswith(("failed", "killed")) for row in day.rows):
+        raise SystemExit(1)
+
+
+def command() -> None:
+    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="what is to be kept")
+    parser.add_argument("--minutes", type=positive, default=9, metavar="N", help="of all parts together; default: %(default)s")
+    parser.add_argument("--part", nargs="+", metavar="NAME", help="these parts alone")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="of stage 3: an archive of images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="the smallest of everything, to try the command itself")
+    debug_flag(parser.add_argument)
+    run(main, parser.parse_args())
+
+
+if __name__ == "__main__":
+    command()

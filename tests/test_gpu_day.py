@@ -1,0 +1,169 @@
+"""benchmarks.gpu_day: whatever becomes of a part, the others have their results, and a table says how each ended."""
+import csv
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import gpu_day, gpu_runs
+
+ROOT = Path(__file__).parent.parent
+WRITES = "open(r'{folder}/some.csv', 'w').write('a\\n1\\n'); print('well')"
+HANGS = ("import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid); open(r'{folder}/some.csv', 'w').write('a\\n'); "
+         "time.sleep(60)")
+PARTS = {"first": WRITES, "hangs": HANGS, "killed": "import os; print('begun'); os.kill(os.getpid(), 9)",
+         "imports": "import no_such_module", "last": WRITES}
+
+
+def planted(parts: dict, seconds: float = 3) -> list:
+    return [gpu_day.Part(name, ["-c", code], 1.5 if name == "hangs" else 60, seconds) for name, code in parts.items()]
+
+
+def rows_of(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+@pytest.fixture
+def day(tmp_path, monkeypatch):
+    """Runs a stage of planted parts; gives its exit code, and how each part ended."""
+    monkeypatch.setattr(gpu_day, "WORK", tmp_path / "work")
+    monkeypatch.setattr(gpu_day, "GRACE", 1)
+
+    def run(parts: list, minutes: float = 1):
+        monkeypatch.setattr(gpu_day, "parts_of", lambda args: parts)
+        code = 0
+        try:
+            gpu_day.main(SimpleNamespace(stage=2, output=tmp_path / "out", minutes=minutes, part=None, data=None, device="cpu",
+                                         tiny=False))
+        except SystemExit as leave:
+            code = leave.code
+        path = tmp_path / "out" / "stage2-parts.csv"
+        return code, {row["part"]: row["outcome"] for row in rows_of(path)} if path.exists() else {}
+    return run
+
+
+def alive(pid: int) -> bool:
+    path = Path(f"/proc/{pid}/stat")
+    return path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_part_that_fails_leaves_the_others_their_results(day, tmp_path, capsys):
+    code, outcomes = day(planted(PARTS))
+    assert code == 1 and list(outcomes) == list(PARTS)
+    assert outcomes["first"] == outcomes["last"] == "ok" and outcomes["killed"] == "killed (SIGKILL)"
+    assert outcomes["imports"] == "failed (1)" and outcomes["hangs"].startswith("out of time")
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [f"stage2-{name}" for name in (
+        "first.csv", "hangs.csv", "last.csv", "log.txt", "parts.csv")]
+    assert rows_of(out / "stage2-last.csv") == [{"a": "1"}] and "no_such_module" in (out / "stage2-log.txt").read_text()
+    lines = {row["part"]: row["last_line"] for row in rows_of(out / "stage2-parts.csv")}
+    assert lines["first"] == "well" and "no_such_module" in lines["imports"] and not alive(int(lines["hangs"]))
+    table = capsys.readouterr().out.splitlines()[-len(PARTS):]
+    assert [line.split()[1] for line in table] == list(PARTS)
+
+
+def test_no_part_is_begun_that_has_too_little_time(day):
+    slow = {"slow": "import time; time.sleep(3)", "quick": WRITES}
+    code, outcomes = day([gpu_day.Part(name, ["-c", code], 60, 4) for name, code in slow.items()], minutes=8 / 60)
+    assert (code, outcomes) == (0, {"slow": "ok", "quick": "not begun"})
+
+
+def test_a_full_disk_is_said_and_the_others_are_kept(day, tmp_path, monkeypatch, capsys):
+    whole = gpu_day.write_atomic
+
+    def full(path, content):
+        if "fills" in path.name or b"fills" in content:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        whole(path, content)
+
+    monkeypatch.setattr(gpu_day, "write_atomic", full)
+    day(planted({"first": WRITES, "fills": WRITES}))
+    assert rows_of(tmp_path / "out" / "stage2-first.csv") == [{"a": "1"}]
+    assert [row["part"] for row in rows_of(tmp_path / "out" / "stage2-parts.csv")] == ["first"]
+    first, fills = capsys.readouterr().out.splitlines()[-2:]
+    assert " ok  " in first and "not kept" not in first and f"ok, not kept: {os.strerror(errno.ENOSPC)}" in fills
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_part_and_leaves_the_table(tmp_path, number):
+    plant = f"""
+import sys
+from pathlib import Path
+from benchmarks import gpu_day
+gpu_day.WORK, gpu_day.GRACE = Path({str(tmp_path / "work")!r}), 1
+gpu_day.parts_of = lambda args: [gpu_day.Part("hangs", ["-c", {HANGS!r}], 60, 1), gpu_day.Part("never", ["-c", ""], 60, 1)]
+sys.argv[1:] = ["--stage", "2", "--output", {str(tmp_path / "out")!r}]
+gpu_day.command()
+"""
+    process = subprocess.Popen([sys.executable, "-c", plant], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "work" / "stage2" / "hangs" / "log.txt"
+    while not (log.exists() and log.read_text()):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, error = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and not error and not alive(int(log.read_text()))
+    assert output.splitlines()[-1].split()[:3] == ["2", "hangs", "stopped"]
+    assert [row["outcome"] for row in rows_of(tmp_path / "out" / "stage2-parts.csv")] == ["stopped"]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("archive")
+    gpu_runs.pictures(folder / "images")
+    with tarfile.open(folder / "images.tar.xz", "w:xz") as file:
+        for part in ("train", "test"):
+            file.add(folder / "images" / part, part)
+    return folder / "images.tar.xz"
+
+
+def tiny(work: Path, stage: int, *flags) -> subprocess.CompletedProcess:
+    """`python -m benchmarks.gpu_day --tiny` on a CPU, with a working folder of its own."""
+    program = f"import pathlib; from benchmarks import gpu_day; gpu_day.WORK = pathlib.Path({str(work)!r}); gpu_day.command()"
+    command = [sys.executable, "-c", program, "--stage", stage, "--output", work / "out", "--device", "cpu", "--tiny", *flags]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_kernels_are_right_in_the_interpreter(tmp_path):
+    done = tiny(tmp_path, 1, "--part", "kernels")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(tmp_path / "out" / "stage1-kernels.csv")
+    assert len(rows) == 4 and all(float(row["error"]) <= float(row["allowed"]) and row["ok"] == "True" for row in rows)
+
+
+def test_training_goes_on_from_call_to_call(archive, tmp_path):
+    written = []
+    for _ in range(2):
+        done = tiny(tmp_path, 3, "--data", archive)
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows = rows_of(tmp_path / "out" / "stage3-runs.csv")
+        assert [(row["run"], row["outcome"]) for row in rows] == [("teacher", "ok"), ("v2", "ok")]
+        assert all(float(row["test_acc1"]) >= 0 and row["verdict"] and row["first_epoch_s"] for row in rows)
+        assert all(row["retention"] for row in rows if row["run"] == "v2")
+        written.append({path: path.stat().st_mtime_ns for path in (tmp_path / "stage3").rglob("best.pt")})
+    assert written[0] == written[1] and len(written[0]) == 4, "a run that is whole stays, and so does what planned it"
+
+
+@pytest.mark.parametrize("flags", [["--stage", "3"], ["--stage", "1", "--part", "nothing"], ["--stage", "4"]])
+def test_what_cannot_be_done_is_one_line(tmp_path, flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_day", *flags, "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as leave:
+        gpu_day.command()
+    error = capsys.readouterr().err
+    assert leave.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_variants_are_compared():
+    one = [{"train_loss": "2.0", "val_acc1": "50", "epoch_s": "1"}, {"train_loss": "1.0", "val_acc1": "60", "epoch_s": "1"}]
+    other = [one[0] | {"epoch_s": "3"}, one[1] | {"train_loss": "1.03"}]
+    assert gpu_runs.difference(one, other, exact=True) == 1
+    assert gpu_runs.difference(one, other, exact=False) == pytest.approx(0.03 / 1.03)
+    assert gpu_runs.difference(one, one[:1], exact=False) == gpu_runs.difference([], [], exact=True) == float("inf")
