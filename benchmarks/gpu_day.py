@@ -34,6 +34,7 @@ WORK = ROOT / "runs" / "gpu-day"
 GRACE = 5  # seconds from SIGTERM to SIGKILL
 LOOK = 5  # seconds between two looks for new rows
 KEPT = 2**20  # bytes of the end of what a part prints
+LARGEST = 15 * 2**20  # bytes of a file of rows
 ON_THE_GPU = ["tests/test_softmax_kl.py", "tests/test_augment_kernel.py", "tests/test_capture.py", "tests/test_loop.py"]
 
 
@@ -62,7 +63,7 @@ def parts_of(args) -> list[Part]:
         return Part(name, ["-m", f"benchmarks.{what}", *where, *["--quick"] * (quick or args.tiny), *chosen], most)
 
     def tests(name: str, most: float, *files: str) -> Part:
-        together = ["-n", str(min(12, os.cpu_count()))] if find_spec("xdist") else []
+        together = ["-n", str(min(12, os.cpu_count())), "--dist", "loadfile"] if find_spec("xdist") else []
         return Part(name, ["-m", "pytest", "-q", "-p", "no:cacheprovider", *together, *files], most)
 
     pairs = [f"resnet32x4-resnet8x4-{batch}" for batch in (128, 64, 512)]
@@ -143,6 +144,8 @@ class Day:
         """Take the rows of a part to `output`; why that could not be done."""
         try:
             for path in sorted(self.folder(part).glob("*.csv")):
+                if path.stat().st_size > LARGEST:
+                    return f", not kept: larger than {LARGEST // 2**20} MiB"
                 write_atomic(self.file(f"{part.name}.csv"), path.read_bytes())
         except OSError as failure:
             return f", not kept: {failure.strerror}"
@@ -199,20 +202,20 @@ def main(args) -> None:
                       f"choose of {', '.join(part.name for part in parts)}")
     if args.tiny and args.device == "cpu":
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    parts = [part for part in parts if not args.part or part.name in args.part]
     make_directory(args.output)
-    for old in args.output.glob(f"stage{args.stage}-*"):
-        old.unlink()
     day = Day(args.stage, args.output, 60 * args.minutes)
+    for name in ("parts.csv", "log.txt", *(f"{part.name}.csv" for part in parts)):  # of an earlier call
+        day.file(name).unlink(missing_ok=True)
     try:
         with stopping_on_signals():
             for part in parts:
-                if not args.part or part.name in args.part:
-                    day.go(part)
+                day.go(part)
     except Stopped as stopped:
         raise SystemExit(STOPPED + stopped.number) from None
     finally:
         print(*day.table(), sep="\n", flush=True)
-    if any(row.outcome.startswith(("failed", "killed")) for row in day.rows):
+    if any(row.outcome.startswith(("failed", "killed")) or "not kept" in row.outcome for row in day.rows):
         raise SystemExit(1)
 
 

@@ -10,6 +10,7 @@ from short runs that measure an epoch, and kept in DIR/<digest>/plan.json: calle
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,13 +42,12 @@ VARIANTS = {  # of a student of v2_pico, after the teacher; fp16 and a CUDA grap
     "reference": "--method kd --kernels reference", "compiled": "--method dkd --compile"}
 AGREE = {"dkd-eager": ("dkd", 0.05), "fp32-eager": ("fp32", 0.05), "deterministic-2": ("deterministic", 0.0),
          "killed": ("deterministic", 0.0)}  # with which one, and how far losses may be apart, relative; 0 is the same text
-TINY_VARIANTS = ("deterministic", "killed")
 CHAINS = {"resnet": ("resnet32x4", "resnet8x4", "--opt sgd --lr 0.1 --weight-decay 5e-4"),
           "efficientnet": ("efficientnet_v2_s", "v2_tiny", "--lr 2e-3")}
-TINY_CHAINS = {"tiny": ("v2_pico", "v2_pico", "--batch-size 8")}
+TINY_VARIANTS, TINY_CHAINS = ("deterministic", "killed"), {"tiny": ("v2_pico", "v2_pico", "--batch-size 8")}
 STUDENTS = ("v2", "v3", "v3.1", "alone", "v1")
 MOST_EPOCHS, SEEDS = 30, (42, 43, 44)
-LEAST = 10  # seconds in which a run may be begun
+LEAST, GRACE = 10, 5  # seconds in which a run may be begun, and in which one that is stopped may end
 KILLED = f"failed ({-signal.SIGKILL})"
 
 
@@ -68,15 +68,15 @@ def run(command: str, output: Path, end: float, kill_after: int | None = None) -
                                    stdout=log, stderr=log)
         asked = False
         while process.poll() is None:
-            if kill_after and len(log_of(output)) >= kill_after:
+            late = time.monotonic() - end
+            if late > GRACE or kill_after and len(log_of(output)) >= kill_after:
                 process.kill()
-            elif not asked and time.monotonic() > end:
+            elif late > 0 and not asked:
                 asked = not process.terminate()
             time.sleep(0.1)
     lines = text.read_text(errors="replace").splitlines()
     line = next((line for line in lines if line.startswith("error:")), lines[-1] if lines else "")[:200]
-    code = process.returncode
-    outcome = "ok" if code == 0 else "out of time" if asked else f"failed ({code})"
+    outcome = "ok" if process.returncode == 0 else "out of time" if asked else f"failed ({process.returncode})"
     print(f"--- {output.name}: {outcome}", *lines[-60:], sep="\n", flush=True)
     return Ended(outcome, round(time.monotonic() - started, 1), line)
 
@@ -161,7 +161,7 @@ def pictures(folder: Path) -> None:
 
 
 def kept(args) -> Path:
-    """Where all is that belongs to this archive, from call to call."""
+    """All that belongs to this archive, from call to call."""
     return args.output.parent / digest(args.data)[:12]
 
 
@@ -213,6 +213,7 @@ class Chain:
     def measure(self, which: str, end: float) -> tuple[float, float]:
         """Seconds before the epochs of a run, and of an epoch."""
         probe = self.folder / "probe" / which
+        shutil.rmtree(probe, ignore_errors=True)  # one that is whole would start in no time
         ended = run(self.command(which, SEEDS[0], 2, probe.parent), probe, end)
         if ended.outcome != "ok":
             raise errors.Failure(errors.BUG, f"no epoch could be measured ({self.name} {which}: {ended.line})", "see its log")
@@ -283,7 +284,6 @@ def train(args) -> None:
 
 
 def main(args) -> None:
-    make_directory(args.output)
     args.end = time.monotonic() + args.seconds - 8  # a run that is stopped takes some to end
     {"variants": variants, "unpack": unpack, "runs": train}[args.task](args)
 
