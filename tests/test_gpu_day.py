@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import gpu_day, gpu_runs
+from benchmarks import augmentation, gpu_day, gpu_runs, loss, step
 
 ROOT = Path(__file__).parent.parent
 WRITES = "open(r'{folder}/some.csv', 'w').write('a\\n1\\n'); print('well')"
@@ -159,6 +159,17 @@ def test_what_cannot_be_done_is_one_line(tmp_path, flags, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert leave.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_asks_for_cases_that_there_are_and_leaves_eight_files_at_most():
+    known = {"loss": loss.SIZES, "step": step.GPU_CASES, "augmentation": list(map(str, augmentation.SIZES))}
+    for stage in (1, 2, 3):
+        args = SimpleNamespace(stage=stage, device="cuda", tiny=False, data=Path("images.tar.xz"))
+        parts = gpu_day.parts_of(args)
+        assert len({part.name for part in parts if "pytest" not in part.command and part.name != "sanitizer"}) + 2 <= 8
+        for part in parts:
+            if "--case" in part.command:
+                assert set(part.command[part.command.index("--case") + 1:]) <= set(known[part.command[1].partition(".")[2]])
 
 
 def test_variants_are_compared():
