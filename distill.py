@@ -36,7 +36,6 @@ def main(args):
         if run.finished:
             return
         data, criterion = run.load_data(), method.function(args)
-        machine = run.settle(args.student, card)
         teacher = models.load(card, machine.device, machine.dtype, folded=True)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)

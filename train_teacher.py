@@ -32,7 +32,6 @@ def main(args):
         if run.finished:
             return
         data = run.load_data()
-        machine = run.settle(args.model)
         net = run.new_network(args.model, pretrained=pretrained, init=args.init)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=run.batch_size)

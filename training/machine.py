@@ -11,20 +11,19 @@ from training.distributed import Ranks
 from training.errors import USAGE, Failure, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32, "auto": torch.float32}
+AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 
 
 class Machine(NamedTuple):
     """Where the run happens, in what precision, with which kernels ("triton" or "reference"), and by which processes.
 
-    precision: of AMP; "auto" until training.trial has settled it.  compiled: whether torch.compile makes code of the networks;
-    "auto" likewise.
+    precision: of AMP.  compiled: whether torch.compile compiles the networks.
     """
     device: torch.device
     precision: str
     kernels: str = "reference"
     ranks: Ranks = Ranks()
-    compiled: bool | str = False
+    compiled: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,7 +62,7 @@ class Machine(NamedTuple):
 
 
 def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str = "auto", deterministic: bool = False,
-                    compiled: bool | str = False) -> Machine:
+                    compiled: bool = False) -> Machine:
     """Seed the weights' initialisation and choose device, precision and kernels; the data have generators of their own.
 
     Under torchrun each process has a GPU of its own, or all share the CPU.
@@ -97,12 +96,8 @@ def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str
     if kernels_choice == "triton" and not fused:
         raise Failure(USAGE, f"Triton needs a GPU (--kernels triton, --device {device})",
                       "use --kernels auto, or set TRITON_INTERPRET=1 to run it in Python")
-    if amp == "auto" and device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
-        print("--amp auto: off, because this CPU has no instructions for bf16")
-        amp = "off"
-    if amp is None or (amp == "auto" and device.type == "cuda"):
-        amp = "fp16" if device.type == "cuda" else "off"
-    return Machine(device, amp, "triton" if fused else "reference", ranks, compiled)
+    usual = "fp16" if device.type == "cuda" else "off"
+    return Machine(device, amp or usual, "triton" if fused else "reference", ranks, compiled)
 
 
 def cannot_compile(failure: Exception) -> str | None:

@@ -89,10 +89,8 @@ def debug_flag(add) -> None:
 def machine_flags(parser, output) -> None:
     add = parser.add_argument_group("machine and output").add_argument
     where_flags(add)
-    add("--amp", choices=("fp16", "bf16", "off", "auto"), help="off: fp32, without TF32; auto: on a CPU bf16 or off, whichever "
-        "is faster in ten steps; default: fp16 on CUDA, off on a CPU")
-    add("--compile", nargs="?", const=True, default=False, choices=("auto",), metavar="auto", help="make code of the networks, "
-        "which takes a minute or more; auto: in a run that is long enough, if it is faster in ten steps; default: off")
+    add("--amp", choices=("fp16", "bf16", "off"), help="off: fp32, without TF32; default: fp16 on CUDA, off on a CPU")
+    add("--compile", action="store_true", help="compile the networks with torch.compile, which takes a minute or more")
     add("--cuda-graph", action=argparse.BooleanOptionalAction, help="record a whole step and replay it as one launch; "
         "default: on CUDA, where it can be done")
     add("--seed", type=seed, default=42, metavar="N", help="of the weights, split, order and augmentation; " + DEFAULT)

@@ -15,7 +15,6 @@ from training.files import holds, write_atomic
 from training.rundir import EpochRow
 
 FREE = options.INCIDENTAL | {"epochs", "patience"}  # what a resumed run may change
-TRIED = {"amp", "compile"}  # what "auto" leaves to a trial: a resumed run keeps what was found
 NO_FLAGS = {"script", "teacher_sha256", "processes"}
 
 
@@ -81,7 +80,7 @@ def compare(run, old: dict, new: dict, began: dict) -> None:
             **dict.fromkeys(("batch_size", "processes"), images_a_step(old) == images_a_step(new))}
     changed = sorted(key for key in old.keys() | new.keys()
                      if key not in FREE and old.get(key) != new.get(key)
-                     and not same.get(key) and not (key in TRIED and new[key] == "auto"))
+                     and not same.get(key))
     if new["epochs"] < old["epochs"]:
         changed.append("epochs")
     if not changed:

@@ -6,7 +6,7 @@ import torch
 
 from augment import is_fused
 from training import data as datasets
-from training import models, options, resume, rundir, trial
+from training import models, options, resume, rundir
 from training.capture import Replayed, Step, captures
 from training.checkpoint import Writer
 from training.diagnostics import Diagnostics
@@ -67,25 +67,8 @@ class Run:
         self.parts = parts_of(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
         stride = max(1, len(self.data.train.labels) // CLEAN)
         self.clean = Split(*(part[::stride] for part in self.data.train))
-        return self.data
-
-    def settle(self, name: str, card: dict | None = None) -> Machine:
-        """The machine, with what is "auto" in it as in the run that is resumed, or else as a trial of the networks finds it.
-
-        name: of the network to train.  card: of models.read, the teacher.  Decides, too, whether steps become a CUDA graph.
-        """
-        def networks(machine):
-            teacher = card and models.load(card, machine.device, machine.dtype, folded=True)
-            return teacher, models.build(name, len(self.data.classes), size).to(machine.device)
-
-        size = self.args.image_size or self.data.image_size
-        steps = self.args.epochs * (len(self.data.train.labels) // self.batch_size)
-        found = self.saved["config"] if self.saved else self.ranks.decide(
-            lambda: trial.settle(self.machine, networks, len(self.parts[0]), size, steps).describe())
-        self.machine = self.machine._replace(precision=found["amp"], compiled=found.get("compile", False))
-        self.config |= self.machine.describe()
         self.captured = captures(self.args, self.machine, is_fused(self.data.train.images))
-        return self.machine
+        return self.data
 
     def new_network(self, name: str, *, pretrained: bool, init: str | None):
         """The network to train, on the device; `net.info` is what best.pt will say of it.  A run to resume fills its weights."""
