@@ -722,5 +722,6 @@ def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, terms: str,
         _counter_for(student), rows, classes, student.stride(0), teacher.stride(0), **wanted,
         SPLIT=split, REVERSE=reverse, WHOLE=tile.lanes * tile.chunks * vector >= classes, ROWS=tile.rows,
         CHUNKS=tile.chunks, LANES=tile.lanes, VECTOR=vector, REDUCE=256 * tile.warps,
-        num_warps=tile.warps, maxnreg=tile.registers or None)
+        num_warps=tile.warps, maxnreg=tile.registers or None,
+        enable_fp_fusion=True)  # by default Triton 3.9 does so with a warning, and newer ones may not
     return losses, grad

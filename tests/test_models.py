@@ -462,6 +462,18 @@ def test_a_written_network_predicts_what_it_did(tmp_path):
     torch.testing.assert_close(again.state_dict(), loaded.state_dict(), rtol=0, atol=0)
 
 
+def test_the_digest_is_that_of_the_weights_that_are_used(tmp_path):
+    """Whatever becomes of the file between reading it and building its network, as data are loaded in between."""
+    path = tmp_path / "best.pt"
+    save_best(path, net := models.build("resnet8", 3), "resnet8", 3)
+    sha256, read = hashlib.sha256(path.read_bytes()).hexdigest(), models.read(path)
+    save_best(path, models.build("resnet8", 3), "resnet8", 3)
+    loaded = models.load(read)
+    assert read["sha256"] == sha256 != hashlib.sha256(path.read_bytes()).hexdigest()
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert not {"sha256", "path", "state_dict"} & loaded.info.keys()
+
+
 def test_a_student_can_be_the_next_teacher(tmp_path):
     """Teacher-assistant chains (Mirzadeh et al. 2020, arXiv 1902.03393): what was distilled loads as a teacher, or as a start."""
     assistant = models.build("v2_pico", 7, image_size=64)

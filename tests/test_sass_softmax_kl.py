@@ -32,6 +32,7 @@ def test_sass_has_no_spills_and_stays_within_its_registers(compiled):
     assert len(compiled) == 3 * len(VARIANTS) * len(CLASSES)
     bad = [code for code in compiled if code["spills"] or code["stack"] or code["registers"] > code["limit"]]
     assert not bad, "\n".join(map(str, bad))
+    assert all(code["fused"] for code in compiled), "multiply and add are one instruction, whatever Triton's default is"
 
 
 def test_sass_reads_and_writes_128_bits_where_rows_are_aligned(compiled):
