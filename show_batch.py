@@ -1,7 +1,7 @@
 """Draw a contact sheet of one augmented training batch: what the network sees, what was drawn for it, and its labels.
 
     python show_batch.py                                              CIFAR-100 under the study's augmentation -> batch.png
-    python show_batch.py --dataset synthetic --no-autoaugment         the embedded data, Mixup/CutMix and erasing only
+    python show_batch.py --dataset synthetic --policy none            the embedded data, Mixup/CutMix and erasing only
     python show_batch.py --mix-mode elem --epoch 7 --step 3           one draw per image; any batch of any epoch
 
 The same flags and seed as a training run give the very batch that the run saw.

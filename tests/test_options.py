@@ -57,7 +57,6 @@ def test_a_preset_of_one_method_can_be_run_with_the_other():
 
 
 def test_short_forms_and_names():
-    assert distill("--no-autoaugment").policy == "none" and distill("--policy", "none", "--autoaugment").policy == "autoaugment"
     assert distill("--method", "dkd", "--beta", "2", "--temperature", "1.5").output == "runs/dkd-beta2-T1.5-s42"
 
 

@@ -18,7 +18,7 @@ from training.flag_types import count, nonempty
 PARSERS = {"distill.py": options.parse_distill, "train_teacher.py": options.parse_teacher}
 DEFAULTS = {script: parse("", "", []) for script, parse in PARSERS.items()}
 SET_HERE = ("--output", "--resume", "--overwrite", "--dry-run")
-SHORT = {"-b": ["--batch-size"], "--autoaugment": ["--policy", "autoaugment"], "--no-autoaugment": ["--policy", "none"]}
+SHORT = {"-b": "--batch-size"}
 METRICS = ("test_acc1_best", "test_acc1_last")
 LONGEST = 120  # characters of a run's name, before the seed
 
@@ -106,13 +106,13 @@ def read_flags(words: list[str]) -> dict[str, tuple[str, ...]]:
             values.append(word)
             continue
         flag, equals, value = word.partition("=")
-        flag, *implied = SHORT.get(flag, [flag])
+        flag = SHORT.get(flag, flag)
         if flag in SET_HERE:
             raise Failure(USAGE, f"the sweep itself sets {flag} of its runs ({word})",
                           "leave it out; the sweep's own --output and --dry-run stand before the script")
         if flag in flags:
             raise Failure(USAGE, f"a flag of one grid is given twice ({word})", "give all its values behind it once")
-        values = flags[flag] = implied + [value] * bool(equals)
+        values = flags[flag] = [value] * bool(equals)
     return {flag: tuple(values) for flag, values in flags.items()}
 
 

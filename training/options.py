@@ -37,8 +37,6 @@ def data_flags(parser) -> None:
 def augmentation_flags(parser) -> None:
     add = parser.add_argument_group("augmentation (besides random crop and flip)").add_argument
     add("--policy", choices=POLICIES, default="autoaugment", help="default: %(default)s (CIFAR-10 policy)")
-    add("--autoaugment", dest="policy", action="store_const", const="autoaugment", help="short for --policy autoaugment")
-    add("--no-autoaugment", dest="policy", action="store_const", const="none", help="short for --policy none")
     add("--random-erasing", type=probability, default=0.25, metavar="P", help="share of images erased in part; " + DEFAULT)
     add("--mixup", type=nonnegative, default=0.8, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of Mixup, 0 is off; " + DEFAULT)
     add("--cutmix", type=nonnegative, default=1.0, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of CutMix, 0 is off; " + DEFAULT)
