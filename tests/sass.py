@@ -24,7 +24,7 @@ OLD = Version(triton.__version__) < Version("3.8")  # takes more registers and i
 
 def inspect(file) -> list[dict]:
     """Of every launch in `file`: its dict with sm, registers, spills (instructions), stack (bytes), instructions (the kernel's
-    length), warps, loads128, stores128, fused (FFMA)."""
+    length, padding included), warps, loads128, stores128, fused (FFMA)."""
     return in_a_process(__file__, file)
 
 
@@ -79,7 +79,7 @@ def describe(compiled) -> dict:
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP)", sass)), "warps": compiled.metadata.num_warps,
+        "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s", sass)), "warps": compiled.metadata.num_warps,
         "loads128": len(re.findall(r"ld\.global(?:\.L1\S*)?\.(?:v4\.b32|v2\.b64)", compiled.asm["ptx"])),
         "stores128": len(re.findall(r"st\.global(?:\.L1\S*)?\.(?:v4\.b32|v2\.b64)", compiled.asm["ptx"])),
         "fused": len(re.findall(r"\bFFMA\b", sass)),
