@@ -38,8 +38,7 @@ def main(args):
             from training import comparison  # not before: SciPy takes its time
             run(jobs, args.jobs, args.metric)
             failed = [each for each in jobs if each.code]
-            results = {cell.words: {each.seed: each.result() for each in jobs if each.cell is cell and each not in failed}
-                       for cell in cells}
+            results = job.results([each for each in jobs if each not in failed], cells)
             rows, note = comparison.table(results, control.words, args.metric, len(failed))
             write_atomic(output / "table.csv", as_csv(list(rows[0]), rows))
             write_atomic(output / "table.md", comparison.as_markdown(rows, note).encode())

@@ -218,7 +218,7 @@ def draw(rows_of: list[Row], path: Path) -> None:
 
 
 def main(args) -> None:
-    device = torch.device(args.device)
+    device = table.device(args.device)
     if device.type == "cpu":
         print("no GPU: the plain-PyTorch reference is measured, the fused kernel is not")
     images, labels = (part.to(device) for part in generate(10_000, 0))

@@ -263,7 +263,7 @@ if __name__ == "__main__":
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=table.device, default="auto")
     parser.add_argument("--tiny", action="store_true", help="the smallest cases")
     debug_flag(parser.add_argument)
     errors.run(lambda args: CHECKS[args.check](args), parser.parse_args())

@@ -1,4 +1,4 @@
-"""What a GPU is asked for when there is one: three stages of ten minutes each, without a network and with nothing to install.
+"""What a GPU is asked for when there is one: three stages of nine minutes each, without a network and with nothing to install.
 
     python -m benchmarks.gpu_day --stage 1 --output DIR                      is everything right?
     python -m benchmarks.gpu_day --stage 2 --output DIR                      how fast is it?
@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks import table
 from training.errors import STOPPED, USAGE, Failure, Stopped, run, stopping_on_signals
 from training.files import as_csv, make_directory, write_atomic
 from training.flag_types import Parser, positive
@@ -111,6 +112,7 @@ class Day:
             return self.add(part, "not begun", 0, f"{max(0, left):.0f} s are left, it needs {part.least:g}")
         outcome = "stopped"
         try:
+            self.file(f"{part.name}.csv").unlink(missing_ok=True)  # of an earlier call
             outcome = self.watch(part, min(part.most, left))
         except OSError as failure:
             outcome = f"failed ({failure.strerror})"
@@ -165,13 +167,15 @@ class Day:
 
     def add(self, part: Part, outcome: str, seconds: float, line: str) -> None:
         begun = outcome != "not begun"
-        outcome += self.collect(part) * begun
+        if begun:
+            outcome += self.collect(part)
         self.rows.append(Outcome(self.stage, part.name, outcome, round(seconds, 1), line))
         print(f"{part.name}: {outcome}, {seconds:.0f} s. {line}".rstrip(), flush=True)
         try:
             write_atomic(self.file("parts.csv"), as_csv(list(Outcome._fields), [row._asdict() for row in self.rows]))
             if begun:
-                with open(self.file("log.txt"), "a", encoding="utf-8") as log:
+                with open(self.file("log.txt"), "a" if any(row.outcome != "not begun" for row in self.rows[:-1]) else "w",
+                          encoding="utf-8") as log:
                     log.write(f"=== {part.name}: {outcome}\n{self.printed(part, KEPT)}\n")
         except OSError as failure:
             print(f"not kept of {part.name} in {self.output}: {failure.strerror}", flush=True)
@@ -195,18 +199,17 @@ def end_group(process) -> None:
 def main(args) -> None:
     if args.stage == 3 and not (args.data and args.data.is_file()):
         raise Failure(USAGE, f"stage 3 needs an archive of images (--data {args.data})", "name a .tar.xz of train/CLASS/*.jpg")
+    table.device(args.device)  # or no part could begin
     parts = parts_of(args)
     unknown = set(args.part or ()) - {part.name for part in parts}
     if unknown:
         raise Failure(USAGE, f"no such part of stage {args.stage} ({', '.join(sorted(unknown))})",
                       f"choose of {', '.join(part.name for part in parts)}")
-    if args.tiny and args.device == "cpu":
+    if args.tiny and table.device(args.device).type == "cpu":
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     parts = [part for part in parts if not args.part or part.name in args.part]
     make_directory(args.output)
     day = Day(args.stage, args.output, 60 * args.minutes)
-    for name in ("parts.csv", "log.txt", *(f"{part.name}.csv" for part in parts)):  # of an earlier call
-        day.file(name).unlink(missing_ok=True)
     try:
         with stopping_on_signals():
             for part in parts:
@@ -215,7 +218,8 @@ def main(args) -> None:
         raise SystemExit(STOPPED + stopped.number) from None
     finally:
         print(*day.table(), sep="\n", flush=True)
-    if any(row.outcome.startswith(("failed", "killed")) or "not kept" in row.outcome for row in day.rows):
+    outcomes = [row.outcome for row in day.rows]
+    if any(each.startswith(("failed", "killed")) or "not kept" in each for each in outcomes) or set(outcomes) == {"not begun"}:
         raise SystemExit(1)
 
 
@@ -226,7 +230,7 @@ def command() -> None:
     parser.add_argument("--minutes", type=positive, default=9, metavar="N", help="of all parts together; default: %(default)s")
     parser.add_argument("--part", nargs="+", metavar="NAME", help="these parts alone")
     parser.add_argument("--data", type=Path, metavar="FILE", help="of stage 3: an archive of images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    table.device_flag(parser.add_argument)
     parser.add_argument("--tiny", action="store_true", help="the smallest of everything, to try the command itself")
     debug_flag(parser.add_argument)
     run(main, parser.parse_args())

@@ -9,17 +9,17 @@ from short runs that measure an epoch, and kept in DIR/<digest>/plan.json: calle
 """
 import csv
 import json
+import lzma
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -45,10 +45,8 @@ AGREE = {"dkd-eager": ("dkd", 0.05), "fp32-eager": ("fp32", 0.05), "deterministi
 CHAINS = {"resnet": ("resnet32x4", "resnet8x4", "--opt sgd --lr 0.1 --weight-decay 5e-4"),
           "efficientnet": ("efficientnet_v2_s", "v2_tiny", "--lr 2e-3")}
 TINY_VARIANTS, TINY_CHAINS = ("deterministic", "killed"), {"tiny": ("v2_pico", "v2_pico", "--batch-size 8")}
-STUDENTS = ("v2", "v3", "v3.1", "alone", "v1")
-MOST_EPOCHS, SEEDS = 30, (42, 43, 44)
-LEAST, GRACE = 10, 5  # seconds in which a run may be begun, and in which one that is stopped may end
-KILLED = f"failed ({-signal.SIGKILL})"
+STUDENTS, MOST_EPOCHS, SEEDS = ("v2", "v3", "v3.1", "alone", "v1"), 30, (42, 43, 44)
+LEAST, GRACE = 10, 5  # seconds that a run needs, and that one that is stopped may take to end
 
 
 class Ended(NamedTuple):
@@ -74,8 +72,8 @@ def run(command: str, output: Path, end: float, kill_after: int | None = None) -
             elif late > 0 and not asked:
                 asked = not process.terminate()
             time.sleep(0.1)
-    lines = text.read_text(errors="replace").splitlines()
-    line = next((line for line in lines if line.startswith("error:")), lines[-1] if lines else "")[:200]
+    lines = text.read_text(errors="replace").splitlines() or [""]
+    line = next((line for line in lines if line.startswith("error:")), lines[-1])[:200]
     outcome = "ok" if process.returncode == 0 else "out of time" if asked else f"failed ({process.returncode})"
     print(f"--- {output.name}: {outcome}", *lines[-60:], sep="\n", flush=True)
     return Ended(outcome, round(time.monotonic() - started, 1), line)
@@ -126,7 +124,7 @@ def variants(args) -> None:
 
     def one(name: str, flags: str) -> None:
         command = f"distill.py --student v2_pico --teacher-checkpoint {folder}/teacher/best.pt {recipe} {flags}"
-        if name == "killed" and (ended := run(command, folder / name, end, kill_after=1)).outcome != KILLED:
+        if name == "killed" and (ended := run(command, folder / name, end, kill_after=1)).outcome != "failed (-9)":
             keep(name, ended._replace(outcome=f"{ended.outcome} before it was killed"))
         else:
             keep(name, run(command, folder / name, end))
@@ -161,15 +159,17 @@ def pictures(folder: Path) -> None:
 
 
 def kept(args) -> Path:
-    """All that belongs to this archive, from call to call."""
     return args.output.parent / digest(args.data)[:12]
 
 
 def unpack(args) -> None:
     whole, partial = kept(args) / "images", kept(args) / "images.partial"
     if not whole.exists():
-        with tarfile.open(args.data) as archive:
-            archive.extractall(partial, filter="data")
+        try:
+            with tarfile.open(args.data) as archive:
+                archive.extractall(partial, filter="data")
+        except (tarfile.TarError, EOFError, lzma.LZMAError) as failure:
+            raise errors.Failure(errors.DATA, f"cannot be unpacked ({args.data})", "name a whole archive") from failure
         os.replace(partial, whole)
     print(data.load("imagefolder", whole))  # which decodes them
 
@@ -214,11 +214,9 @@ class Chain:
         """Seconds before the epochs of a run, and of an epoch."""
         probe = self.folder / "probe" / which
         shutil.rmtree(probe, ignore_errors=True)  # one that is whole would start in no time
-        ended = run(self.command(which, SEEDS[0], 2, probe.parent), probe, end)
-        if ended.outcome != "ok":
+        if (ended := run(self.command(which, SEEDS[0], 2, probe.parent), probe, end)).outcome != "ok":
             raise errors.Failure(errors.BUG, f"no epoch could be measured ({self.name} {which}: {ended.line})", "see its log")
-        row = log_of(probe)[-1]
-        epoch = float(row["epoch_s"]) + float(row["val_s"])
+        epoch = sum(float(log_of(probe)[-1][name]) for name in ("epoch_s", "val_s"))
         return max(0.0, ended.seconds - 2 * epoch), epoch
 
     def plan(self, seconds: float) -> dict:
@@ -231,8 +229,8 @@ class Chain:
             (before, long), (_, short) = (self.measure(which, end) for which in ("teacher", "alone"))
             budget = 0.8 * (end - time.monotonic())
             once, each = long, len(STUDENTS) * short + (len(STUDENTS) - 1) * long / 3  # an epoch of all of a seed
-            epochs = int((budget - (1 + len(STUDENTS)) * before) / (once + each))
-            epochs = max(2, min(2 if self.args.tiny else MOST_EPOCHS, epochs))
+            most = 2 if self.args.tiny else MOST_EPOCHS
+            epochs = max(2, min(most, int((budget - (1 + len(STUDENTS)) * before) / (once + each))))
             more = (budget - before - epochs * once) / (len(STUDENTS) * before + epochs * each)
             write_json(path, {"epochs": epochs, "seeds": SEEDS[:1 if self.args.tiny else max(1, int(more))], "start_s": before,
                               "teacher_epoch_s": long, "student_epoch_s": short})
@@ -258,7 +256,9 @@ class Chain:
 
 
 def train(args) -> None:
-    rows, lock, failures = [], threading.Lock(), []
+    if not (kept(args) / "images").exists():
+        raise errors.Failure(errors.DATA, f"not unpacked yet ({args.data})", "begin with the part unpack")
+    rows, lock, failures = [], Lock(), []
 
     def keep(row: Trained) -> None:
         with lock:
@@ -293,8 +293,8 @@ if __name__ == "__main__":
     parser.add_argument("task", choices=("variants", "unpack", "runs"))
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="FILE", help="an archive of train/CLASS/*.jpg and test/CLASS/*.jpg")
-    parser.add_argument("--seconds", type=positive, default=540, metavar="N", help="default: %(default)s")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=positive, default=540)
+    parser.add_argument("--device", type=table.device, default="auto")
     parser.add_argument("--tiny", action="store_true", help="the smallest networks on a few images")
     debug_flag(parser.add_argument)
     errors.run(main, parser.parse_args())

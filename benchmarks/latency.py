@@ -210,7 +210,7 @@ def draw(path: Path) -> None:
 
 
 def measure(args) -> None:
-    device, every, repeats = torch.device(args.device), torch.get_num_threads(), 1 if args.quick else 15
+    device, every, repeats = table.device(args.device), torch.get_num_threads(), 1 if args.quick else 15
     counts = tuple(sorted({1, every})) if device.type == "cpu" else (every,)
     common = {"hardware": table.hardware(device), "processor": processor(), "torch": torch.__version__,
               "onnxruntime": onnxruntime_version() if device.type == "cpu" else "", "repeats": repeats}

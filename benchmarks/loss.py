@@ -274,7 +274,7 @@ def draw(rows_of: list[Row], path: Path) -> None:
 
 
 def main(args) -> None:
-    device = torch.device(args.device)
+    device = table.device(args.device)
     if device.type == "cpu":
         print("no GPU: the reference is measured, the fused kernel is not")
     sizes = SIZES if device.type == "cuda" else CPU_SIZES

@@ -257,7 +257,7 @@ def draw(rows_of: list[Row], path: Path) -> None:
 
 
 def main(args) -> None:
-    machine = prepare_machine(args.device, None, seed=0)
+    machine = prepare_machine(str(table.device(args.device)), None, seed=0)
     usual = CASES[:1] if args.quick else GPU_CASES if machine.device.type == "cuda" else CASES
     found = table.Rows(args, "step", table.short(machine.device))
     for name in table.chosen(args, usual):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from training import flag_types
+from training.errors import USAGE, Failure, Unwritable
 from training.files import make_directory
 from training.flag_types import Parser, positive
 from training.options import debug_flag
@@ -21,7 +23,7 @@ def parser(description: str, quick: str, cases=()) -> Parser:
     made = Parser(description=description.partition("\n")[0], allow_abbrev=False)
     add = made.add_argument
     add("--quick", action="store_true", help=f"{quick}; nothing is written without --output")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    device_flag(add)
     add("--output", type=Path, metavar="DIR", help="where the CSV goes; default: benchmarks/results")
     made.set_defaults(case=None, seconds=None)
     if cases:
@@ -29,6 +31,18 @@ def parser(description: str, quick: str, cases=()) -> Parser:
         add("--seconds", type=positive, metavar="N", help="begin no further case after so long")
     debug_flag(add)
     return made
+
+
+def device_flag(add) -> None:
+    add("--device", type=flag_types.device, default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
+
+
+def device(name: str) -> torch.device:
+    """What --device names.  Failure USAGE: no such GPU."""
+    found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise Failure(USAGE, f"no such GPU here (--device {name})", "use --device cpu, or check the driver")
+    return found
 
 
 def chosen(args, usual) -> Iterator[str]:
@@ -68,15 +82,19 @@ class Rows:
         folder = args.output or (None if args.quick else RESULTS)
         self.path = folder and folder / f"{what}-{re.sub('[^a-z0-9]+', '-', where.lower()).strip('-')}.csv"
         self.all = []
+        if self.path:  # before anything is measured
+            make_directory(self.path.parent)
 
     def add(self, row) -> None:
         if self.path:
-            make_directory(self.path.parent)
-            with open(self.path, "a" if self.all else "w", newline="", encoding="utf-8") as file:
-                table = csv.DictWriter(file, asdict(row), lineterminator="\n")
-                if not self.all:
-                    table.writeheader()
-                table.writerow(asdict(row))
+            try:
+                with open(self.path, "a" if self.all else "w", newline="", encoding="utf-8") as file:
+                    table = csv.DictWriter(file, asdict(row), lineterminator="\n")
+                    if not self.all:
+                        table.writeheader()
+                    table.writerow(asdict(row))
+            except OSError as failure:
+                raise Unwritable(failure.errno, failure.strerror, str(self.path)) from failure
         self.all.append(row)
 
     def close(self, draw=None) -> None:

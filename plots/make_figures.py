@@ -191,6 +191,8 @@ def read_run(directory: Path) -> Run:
     path, log = directory / "config.json", directory / "log.csv"
     config = read_json(path)
     require(path, config, script=str, dataset=str, epochs=int, seed=int)
+    if config.get("experiment") is not None:
+        require(path, config, experiment=str)
     distilled = config["script"] == "distill"
     if distilled:
         require(path, config, teacher=str, student=str, method=str)

@@ -72,6 +72,14 @@ def test_each_row_is_written_as_it_comes(tmp_path):
         assert path.read_text() == f"name,number\n{content},1.5\n{content},\n"
 
 
+@pytest.mark.parametrize("name", ["loss", "augmentation", "step"])
+def test_a_gpu_that_is_not_there_is_one_line(name):
+    for device in ("cuda:77", "bogus"):
+        done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--quick", "--device", device], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_cases_are_chosen_and_end_with_the_time(capsys, monkeypatch):
     args = table.parser("", "", ("a", "b", "c")).parse_args(["--case", "c", "a", "--seconds", "10"])
     now = [0.0]

@@ -178,3 +178,19 @@ def test_variants_are_compared():
     assert gpu_runs.difference(one, other, exact=True) == 1
     assert gpu_runs.difference(one, other, exact=False) == pytest.approx(0.03 / 1.03)
     assert gpu_runs.difference(one, one[:1], exact=False) == gpu_runs.difference([], [], exact=True) == float("inf")
+
+
+def test_a_part_that_is_not_begun_has_no_rows_of_an_earlier_call(day, tmp_path):
+    assert day(planted({"first": WRITES})) == (0, {"first": "ok"})
+    (tmp_path / "out" / "stage2-first.csv").unlink()
+    assert day(planted({"first": WRITES}, seconds=100)) == (1, {"first": "not begun"})
+    assert not (tmp_path / "out" / "stage2-first.csv").exists()
+
+
+def test_what_is_no_archive_is_one_line(tmp_path):
+    (tmp_path / "text.tar.xz").write_text("hello")
+    for task in ("unpack", "runs"):
+        flags = ["--output", str(tmp_path / "out"), "--device", "cpu", "--data", str(tmp_path / "text.tar.xz")]
+        command = [sys.executable, "-m", "benchmarks.gpu_runs", task, *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 4 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr

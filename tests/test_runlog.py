@@ -103,7 +103,7 @@ def test_expected_errors_are_one_line_and_a_code(failure, code, words, capsys, m
         raise failure
 
     with pytest.raises(SystemExit) as stop:
-        errors.run(main, SimpleNamespace(debug=False, batch_size=64))
+        errors.run(main, SimpleNamespace(debug=False, batch_size=64, resume=None))
     err = capsys.readouterr().err
     assert stop.value.code == code
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err

@@ -422,6 +422,17 @@ def test_the_content_of_files_decides_and_not_their_path(place):
     one_line(err, "data_dir one -> two")
 
 
+def test_runs_on_different_images_do_not_share_a_row(place):
+    """As where the images in the folder were replaced between two calls."""
+    assert sweep("--output s distill.py --seed 0 1")[0] == 0
+    for seed, images in ((0, "aa"), (1, "bb")):
+        path = Path(f"s/distill-s{seed}/config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data_sha256": images}))
+    code, _, err = sweep("--output s distill.py --seed 0 1")
+    assert code == 4
+    one_line(err, "s/distill-s0", "s/distill-s1")
+
+
 def test_a_diverged_run_is_a_result_and_a_failed_one_is_told(place):
     line = "--output s distill.py --seed 0 1 -- --lr 0.1 -- --lr 99 -- --lr 98"
     code, out, err = sweep(line)

@@ -47,10 +47,11 @@ def first_line(failure: BaseException) -> str:
     return str(failure).strip().partition("\n")[0]
 
 
-def expected(failure: BaseException, batch_size: int | None = None) -> tuple[int, str] | None:
-    """The exit code and the line of an error that is not a bug; None for one that is."""
+def expected(failure: BaseException, batch_size: int | None = None, resumes: bool = True) -> tuple[int, str] | None:
+    """The exit code and the line of an error that is not a bug; None for one that is.  resumes: whether there is a --resume."""
     if isinstance(failure, Stopped):
-        return STOPPED + failure.number, f"stopped ({failure}). the same command with --resume auto continues"
+        remedy = "the same command with --resume auto continues" if resumes else "run it again"
+        return STOPPED + failure.number, f"stopped ({failure}). {remedy}"
     if isinstance(failure, Failure):
         return failure.code, str(failure)
     if isinstance(failure, BrokenPipeError):
@@ -101,7 +102,8 @@ def ended_by_the_rules(main, args) -> None:
             main(args)
         except BaseException as failure:
             # Whatever the interrupted code made of the exception, the signal is what ended the run.
-            outcome, first = expected(stopped[0] if stopped else failure, vars(args).get("batch_size")), first_to_fail()
+            outcome = expected(stopped[0] if stopped else failure, vars(args).get("batch_size"), "resume" in vars(args))
+            first = first_to_fail()
             if first and (outcome is None or args.debug):
                 raise
             if isinstance(failure, BrokenPipeError):  # else Python would fail once more, when it empties stdout at the end

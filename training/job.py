@@ -141,6 +141,19 @@ class Job:
         return (errors or lines or ["it said nothing"])[-1]
 
 
+def results(jobs: list[Job], cells: list) -> dict[str, dict[int, dict]]:
+    """What the jobs came to: words of a cell -> seed -> its result.  Failure DATA: some saw other images under the same flags."""
+    seen = {}
+    for each in jobs:
+        flags = tuple(each.flags[name] for name in ("dataset", "data_dir", "image_size"))
+        images = (read_json(each.directory / "config.json") or {}).get("data_sha256")
+        first = seen.setdefault(flags, (images, each))
+        if images and first[0] and images != first[0]:
+            raise Failure(DATA, f"runs of one table saw different images ({first[1].directory} and {each.directory})",
+                          "bring the images back, or take the runs away that saw the others")
+    return {cell.words: {each.seed: each.result() for each in jobs if each.cell is cell} for cell in cells}
+
+
 @contextmanager
 def alone(output: Path):
     """Hold the lock of a sweep's directory, which is made where it is missing.  Failure IN_USE: another sweep holds it."""

@@ -57,15 +57,12 @@ def find(run, config: dict) -> dict | None:
     return saved | {"path": last, "has_summary": (run / "summary.json").exists()}
 
 
-def is_finished(run, saved: dict | None, epochs: int, stop) -> bool:
-    """Whether a run has nothing left to do, not even its test; says so.  stop: its EarlyStop, with the patience of now."""
+def is_finished(saved: dict | None, epochs: int, stop) -> bool:
+    """Whether a run has nothing left to do, not even its test.  stop: its EarlyStop, with the patience of now."""
     if saved is None or not saved["has_summary"]:
         return False
     stop.load_state_dict(saved["stop"])
-    if saved["epoch"] < epochs and not stop.stop:
-        return False
-    print(f"already finished ({run.path}): {saved['epoch']} epochs{', early stop' * stop.stop}, the best is {stop.best_epoch}")
-    return True
+    return saved["epoch"] >= epochs or stop.stop
 
 
 def compare(run, old: dict, new: dict, began: dict) -> None:
@@ -125,11 +122,11 @@ class State:
             return 1
         print(f"continuing after epoch {saved['epoch']} ({saved['path']})")
         before, now = saved["config"]["epochs"], self.config["epochs"]
-        if now > before and self.config["sched"] == "cosine":
+        if now > before and self.config["sched"] == "cosine" and self.ranks.first:
             print(f"warning: --epochs grows from {before} to {now}: the epochs so far followed the shorter cosine, so the "
                   "result is not that of a run planned so long", file=sys.stderr)
         before, now = saved["config"]["batch_size"], self.config["batch_size"]
-        if now != before:  # and so is the number of processes
+        if now != before and self.ranks.first:  # and so is the number of processes
             print(f"warning: each process takes {now} images of a step and not {before}: BatchNorm normalises over other images, "
                   "so the result is not that of a run that kept its processes", file=sys.stderr)
         self.update.load_state_dict(saved["update"])

@@ -50,9 +50,12 @@ class Run:
             self.saved = self.ranks.decide(lambda: resume.find(self.directory, self.config))
             self.began = self.saved["began"] if self.saved else {}
             use_threads(self.began.setdefault("threads", torch.get_num_threads()))
-            self.finished = resume.is_finished(self.directory, self.saved, self.args.epochs, self.stop)
+            self.finished = resume.is_finished(self.saved, self.args.epochs, self.stop)
             if self.finished and self.saved["config"]["data_dir"] != self.args.data_dir:
                 self.load_data()  # which may be others
+            if self.finished:
+                print(f"already finished ({self.directory.path}): {self.saved['epoch']} epochs{', early stop' * self.stop.stop}, "
+                      f"the best is {self.stop.best_epoch}")
             self.stack = stack.pop_all()
         return self
 

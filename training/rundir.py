@@ -113,10 +113,10 @@ class RunDirectory:
 
     def environments(self, epochs: int) -> dict:
         """What env.json holds: where the run is, since how many `epochs`, and in "earlier" where else it was, oldest first."""
-        now = environment()
+        now = environment() | {name: self.config.get(name) for name in ("processes", "batch_size")}
         try:
             last = json.loads((self / "env.json").read_text())
-            earlier = last.pop("earlier", [])
+            earlier = list(last.pop("earlier", []))
             same = last | now == last
         except (OSError, ValueError, AttributeError, TypeError):  # a run that starts, or a file that somebody broke
             return now | {"after_epoch": epochs, "earlier": []}
