@@ -42,11 +42,6 @@ class Dataset:
         """Height and width of the stored images, in pixels."""
         return self.train.images.shape[1]
 
-    @property
-    def nbytes(self) -> int:
-        """Of all images and labels, each counted once."""
-        return nbytes([self.train, self.val, self.test])
-
     def __str__(self) -> str:
         sizes = [len(split.labels) for split in (self.train, self.val, self.test)]
         return (f"{self.name}: {sizes[0]} training, {sizes[1]} validation and {sizes[2]} test images of "
