@@ -9,22 +9,23 @@
 Teacher and student see the same augmented images; the criterion reads both logits and both labels of each mixed image.
 A new method is a file in losses/ and a record in losses/methods.py.  Leaves log.csv, summary.json, best.pt and last.pt.
 """
-from training import errors, method, options
+from cli import method_flags, options
+from rundir import errors
 
 
 def main(args):
+    import models
     from augment import BatchAugmenter
-    from training import models
+    from rundir.run_directory import announce
     from training.advice import advise
+    from training.device import prepare_machine
     from training.evaluation import check_teacher
-    from training.machine import prepare_machine
+    from training.optimization import Update, build_optimizer, learning_rate
     from training.run import Run
-    from training.rundir import announce
-    from training.step import Update, build_optimizer, learning_rate
 
     machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
     config = vars(args) | {"script": "distill"} | machine.describe()
-    announce(config, method.objective(args))
+    announce(config, method_flags.objective(args))
     if args.dry_run:
         print(*advise(args, machine), sep="\n")
         return
@@ -35,7 +36,7 @@ def main(args):
     with Run(args, config, machine) as run:
         if run.finished:
             return
-        data, criterion = run.load_data(), method.function(args)
+        data, criterion = run.load_data(), method_flags.function(args)
         teacher = models.load(card, machine.device, machine.dtype, folded=True)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
@@ -43,7 +44,7 @@ def main(args):
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=run.batch_size)
         update = Update(student, build_optimizer(student, args), machine, args.clip_grad, args.model_ema, len(run.parts))
-        model, teach, numbers = run.called(student), run.called(teacher), method.numbers(args, machine.device)
+        model, teach, numbers = run.called(student), run.called(teacher), method_flags.numbers(args, machine.device)
         print(f"{data}\nteacher {teacher.info['model']}: {teacher.size / 1e6:.2f} M parameters, "
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
@@ -60,11 +61,11 @@ def main(args):
                 run.add(position, look, batch.targets, logits, loss, terms, teacher_logits, numbers)
             run.end_step(position, update(lr, look))
 
-        run.start(update, augmenter, teacher, **method.labels(args))
+        run.start(update, augmenter, teacher, **method_flags.labels(args))
         for epoch in run.epochs():
             student.train()
             augmenter.set_epoch(epoch)
-            method.ramp(numbers, args, epoch)
+            method_flags.ramp(numbers, args, epoch)
             for position in range(augmenter.steps):
                 step(position, lr := learning_rate((epoch - 1) * augmenter.steps + position, args, augmenter.steps))
                 run.log_step(position, lr)

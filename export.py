@@ -8,35 +8,35 @@ The file takes images and gives probabilities and logits.  Beside it lie its des
 which compares it with the checkpoint.  An export that fails or is refused leaves nothing.
 """
 from deploy.options import parse_export
-from training import errors
+from rundir import errors
 
 
 def main(args):
     from pathlib import Path
 
-    from deploy import exported, exporters, runtime
-    from training import models
-    from training.files import digest
+    import models
+    from deploy import check, runtime, writers
+    from rundir.files import digest
 
-    runtime.require(*exporters.needs(args.format, args.precision))
+    runtime.require(*writers.needs(args.format, args.precision))
     checkpoint = Path(args.checkpoint)
     trained = models.read(checkpoint)
-    original, module = runtime.of_checkpoint(trained), exporters.deployed(trained, args.input, args.precision)
-    with exported.workplace(args.output or checkpoint.parent / "export") as place:
-        data = exported.data_of_run(checkpoint, module.info["classes"], args.data_dir)
+    original, module = runtime.of_checkpoint(trained), writers.deployed(trained, args.input, args.precision)
+    with check.workplace(args.output or checkpoint.parent / "export") as place:
+        data = check.data_of_run(checkpoint, module.info["classes"], args.data_dir)
         print(data)
         takes_float = "-float" if args.input == "float" else ""
-        path = place / f"{checkpoint.stem}-{args.precision}{takes_float}{exporters.SUFFIXES[args.format]}"
-        exporters.export(module, args.format, args.precision, exported.calibration(data), path)
+        path = place / f"{checkpoint.stem}-{args.precision}{takes_float}{writers.SUFFIXES[args.format]}"
+        writers.export(module, args.format, args.precision, check.calibration(data), path)
 
-        card = exporters.card(module, args.format, args.precision, trained["sha256"])
+        card = writers.card(module, args.format, args.precision, trained["sha256"])
         images, labels = (part.numpy() for part in data.test)
         found, expected = (model(images)[1] for model in (runtime.start(path, card), original))
-        row = exported.compare(path, checkpoint, card, found, expected, labels)
+        row = check.compare(path, checkpoint, card, found, expected, labels)
         print(row)
-        exported.judge(row, args.max_drop, module.info["test_acc1"], module.info["amp"])
+        check.judge(row, args.max_drop, module.info["test_acc1"], module.info["amp"])
         card |= {"test_acc1": row.accuracy, "checkpoint_test_acc1": row.checkpoint_accuracy, "sha256": digest(path)}
-        print(f"{exported.publish(path, card, row, place.parent)}: {card['images']} -> {' and '.join(card['outputs'])}")
+        print(f"{check.publish(path, card, row, place.parent)}: {card['images']} -> {' and '.join(card['outputs'])}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import csv
 import sys
 
 from deploy.options import parse_predict
-from training import errors
+from rundir import errors
 
 BATCH, SHEET = 64, 96
 
@@ -20,7 +20,7 @@ def batches(paths, image_size: int, unreadable: list):
     """(paths, images uint8 (N, side, side, 3)) of neighbours of one size; paths that cannot be read are added to `unreadable`."""
     import numpy as np
 
-    from training import pictures
+    from data import pictures
     batch = []
     for path in paths:
         image = pictures.read(path, image_size)
@@ -37,9 +37,9 @@ def batches(paths, image_size: int, unreadable: list):
 
 
 def main(args):
+    from data import pictures
     from deploy import runtime
-    from training import pictures
-    from training.files import write_atomic
+    from rundir.files import write_atomic
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="surrogateescape")  # names of files may be any bytes
     model, unreadable, shown, count = runtime.load(args.model), [], [], 0

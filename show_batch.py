@@ -6,17 +6,17 @@
 
 The same flags and seed as a training run give the very batch that the run saw.
 """
-from training import errors, options
+from cli import options
+from rundir import errors
 
 
 def main(args):
     import torch
 
     from augment import BatchAugmenter
-    from training import data as datasets
-    from training import pictures
-    from training.files import write_atomic
-    from training.machine import global_batch_size, prepare_machine
+    from data import datasets, pictures
+    from rundir.files import write_atomic
+    from training.device import global_batch_size, prepare_machine
 
     machine = prepare_machine(args.device, "off", args.seed, args.kernels)
     data = datasets.load(**options.data(args), device=machine.device)

@@ -14,38 +14,39 @@ import signal
 import time
 from pathlib import Path
 
-from training import errors, grid, job
-from training.files import as_csv, write_atomic, write_json
-from training.terminal import clock
+from cli import sweep_grid, sweep_jobs
+from rundir import errors
+from rundir.files import as_csv, write_atomic, write_json
+from rundir.terminal import clock
 
 ROOT = Path(__file__).resolve().parent
 LOOK = 0.1  # seconds between two looks at the processes
 
 
 def main(args):
-    cells = grid.expand(args.script, args.flags)
-    control, output = grid.find_control(cells, args.control), Path(args.output)
+    cells = sweep_grid.expand(args.script, args.flags)
+    control, output = sweep_grid.find_control(cells, args.control), Path(args.output)
     repeats = range(max(len(cell.seeds) for cell in cells))  # a seed of every cell before the next: pairs are complete early
-    jobs = [job.Job(cell, cell.seeds[at], output, ROOT) for at in repeats for cell in cells if at < len(cell.seeds)]
+    jobs = [sweep_jobs.Job(cell, cell.seeds[at], output, ROOT) for at in repeats for cell in cells if at < len(cell.seeds)]
     print(f"{len(jobs)} runs of {len(cells)} cells, {args.jobs} at once, compared with {control.words} -> {output}", flush=True)
     if args.dry_run:
         print(*(each.shown() for each in jobs), sep="\n")
         return
 
-    with job.alone(output), errors.stopping_on_signals():
+    with sweep_jobs.alone(output), errors.stopping_on_signals():
         try:
             record(jobs, output / "sweep.json")
-            from training import comparison  # not before: SciPy takes its time
+            from cli import sweep_table  # not before: SciPy takes its time
             run(jobs, args.jobs, args.metric)
             failed = [each for each in jobs if each.code]
-            results = job.results([each for each in jobs if each not in failed], cells)
-            rows, note = comparison.table(results, control.words, args.metric, len(failed))
+            results = sweep_jobs.results([each for each in jobs if each not in failed], cells)
+            rows, note = sweep_table.table(results, control.words, args.metric, len(failed))
             write_atomic(output / "table.csv", as_csv(list(rows[0]), rows))
-            write_atomic(output / "table.md", comparison.as_markdown(rows, note).encode())
-            print("", comparison.as_markdown(rows, note), sep="\n", end="", flush=True)
+            write_atomic(output / "table.md", sweep_table.as_markdown(rows, note).encode())
+            print("", sweep_table.as_markdown(rows, note), sep="\n", end="", flush=True)
         except BaseException as failure:
             signalled = getattr(failure, "number", None)
-            job.stop(jobs, signalled or signal.SIGTERM)
+            sweep_jobs.stop(jobs, signalled or signal.SIGTERM)
             if signalled:
                 raise errors.Failure(errors.STOPPED + signalled, f"stopped ({failure})", "the same command goes on") from None
             raise
@@ -56,9 +57,9 @@ def main(args):
 
 def record(jobs, path: Path) -> None:
     """Check what earlier runs left, before any is started; and note with which flags each was begun."""
-    recorded = job.read_json(path) or {}
+    recorded = sweep_jobs.read_json(path) or {}
     if not all(isinstance(flags, dict) for flags in recorded.values()):
-        raise job.damaged(path, "not the flags of runs")
+        raise sweep_jobs.damaged(path, "not the flags of runs")
     others = recorded.keys() - {each.directory.name for each in jobs}
     if others:
         print(f"the tables there will be of this sweep; {len(others)} runs of another are left out: {min(others)}, ...")
@@ -85,4 +86,4 @@ def run(jobs, at_once: int, metric: str) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, grid.parse_sweep(*__doc__.split("\n\n", 1)))
+    errors.run(main, sweep_grid.parse_sweep(*__doc__.split("\n\n", 1)))

@@ -9,22 +9,23 @@
 The data live on the device as uint8; every step augments a batch there, reads both labels of each mixed image and makes
 one optimizer step.  Leaves log.csv, summary.json, best.pt and last.pt in --output.
 """
-from training import errors, method, options
+from cli import method_flags, options
+from rundir import errors
 
 
 def main(args):
+    import models
     from augment import BatchAugmenter
     from losses import mixed_ce
-    from training import models
-    from training.machine import prepare_machine
+    from rundir.run_directory import announce
+    from training.device import prepare_machine
+    from training.optimization import Update, build_optimizer, learning_rate
     from training.run import Run
-    from training.rundir import announce
-    from training.step import Update, build_optimizer, learning_rate
 
     machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
     pretrained = models.is_torchvision(args.model) and not args.init if args.pretrained is None else args.pretrained
     config = vars(args) | {"script": "train_teacher", "pretrained": pretrained} | machine.describe()
-    announce(config, method.objective(args))
+    announce(config, method_flags.objective(args))
     if args.dry_run:
         return
 

@@ -9,7 +9,7 @@ import kernels
 from augment.policy import build_tables
 from augment.reference import Reference
 from augment.sampling import Sampler
-from kernels.vocabulary import WARPS
+from kernels.augment_constants import WARPS
 from losses.targets import Targets
 
 

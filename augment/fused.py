@@ -4,7 +4,7 @@ import torch
 from augment import ops
 from augment.sampling import WORD, Sampler
 from kernels import augment as kernel
-from kernels.vocabulary import CONTRAST, KINDS, SHARPNESS
+from kernels.augment_constants import CONTRAST, KINDS, SHARPNESS
 from losses.targets import Targets
 
 

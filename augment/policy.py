@@ -24,7 +24,7 @@ from torchvision.transforms.autoaugment import (
     _apply_op,
 )
 
-from kernels.vocabulary import AUTOCONTRAST, COLOR, CONTRAST, EQUALIZE, GEOMETRY, LOOKUP, NOTHING, SHARPNESS
+from kernels.augment_constants import AUTOCONTRAST, COLOR, CONTRAST, EQUALIZE, GEOMETRY, LOOKUP, NOTHING, SHARPNESS
 
 # The kinds of operation, in the order in which a batch is sorted: SHARPNESS to CONTRAST blend the image with another one, from
 # EQUALIZE on each value is looked up in a table of 256 per channel.

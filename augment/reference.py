@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from augment import ops
 from augment.sampling import Sampler
-from kernels.vocabulary import KINDS
+from kernels.augment_constants import KINDS
 from losses.targets import Targets
 
 CPU_BLOCK = 2 ** 18  # pixels that a CPU works on at a time: the memory of larger tensors is given back and mapped anew each time

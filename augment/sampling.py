@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from augment.policy import PolicyTables
-from kernels.vocabulary import CROP, ERASE, ERASE_BITS, MIX, POLICY, QUANTILE_BITS, STREAMS
+from kernels.augment_constants import CROP, ERASE, ERASE_BITS, MIX, POLICY, QUANTILE_BITS, STREAMS
 
 ORDER = len(STREAMS)  # drawn on the host alone
 QUANTILES = 2 ** QUANTILE_BITS  # entries of a table that stands for a distribution

@@ -30,8 +30,8 @@ import kernels
 from augment import BatchAugmenter
 from benchmarks import table
 from benchmarks.augmentation_rivals import IMAGE_BY_IMAGE, MEAN, STD, image_by_image, loading, optional, torchvision_pipeline
-from training import errors
-from training.synthetic import CLASSES, generate
+from data.synthetic import CLASSES, generate
+from rundir import errors
 
 SIZES = ("128", "512", "2048")
 ALONE = {"crop_pad": 0, "flip": False, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}

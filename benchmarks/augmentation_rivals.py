@@ -5,7 +5,7 @@ import torch
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from training.synthetic import CLASSES
+from data.synthetic import CLASSES
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 IMAGE_BY_IMAGE = 64  # so many at most for one timing

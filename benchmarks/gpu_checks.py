@@ -29,11 +29,11 @@ import kernels
 from augment import POLICIES, BatchAugmenter
 from benchmarks import loss, table
 from benchmarks.augmentation_rivals import MEAN, STD
+from cli.flag_types import Parser
+from cli.options import debug_flag
 from kernels.softmax_kl import Weights, hyperparameters, softmax_kl
 from losses import Targets
-from training import errors
-from training.flag_types import Parser
-from training.options import debug_flag
+from rundir import errors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ROWS = {1: 37, 2: 37, 3: 37, 10: 513, 100: 257, 300: 65, 1000: 37, 2048: 9, 5000: 5, 32000: 3}  # by the number of classes

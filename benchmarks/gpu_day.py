@@ -22,13 +22,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from benchmarks import table
-from training.errors import STOPPED, USAGE, Failure, Stopped, run, stopping_on_signals
-from training.files import as_csv, make_directory, write_atomic
-from training.flag_types import Parser, positive
-from training.options import debug_flag
+from cli.flag_types import Parser, positive
+from cli.options import debug_flag
+from rundir.errors import STOPPED, USAGE, Failure, Stopped, run, stopping_on_signals
+from rundir.files import as_csv, make_directory, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "gpu-day"

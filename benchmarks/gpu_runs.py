@@ -25,10 +25,11 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import table
-from training import data, errors
-from training.files import as_csv, digest, make_directory, write_atomic, write_json
-from training.flag_types import Parser, positive
-from training.options import debug_flag
+from cli.flag_types import Parser, positive
+from cli.options import debug_flag
+from data import datasets
+from rundir import errors
+from rundir.files import as_csv, digest, make_directory, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOCKS = {"images_per_s", "epoch_s", "val_s", "total_s", "peak_mem_mb"}  # columns of log.csv that no two runs share
@@ -171,7 +172,7 @@ def unpack(args) -> None:
         except (tarfile.TarError, EOFError, lzma.LZMAError) as failure:
             raise errors.Failure(errors.DATA, f"cannot be unpacked ({args.data})", "name a whole archive") from failure
         os.replace(partial, whole)
-    print(data.load("imagefolder", whole))  # which decodes them
+    print(datasets.load("imagefolder", whole))  # which decodes them
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ import torch
 import triton
 
 from benchmarks import table
+from diagnostics.gradients import EVERY
 from kernels import augment, softmax_kl
 from losses import Targets, dkd_loss, kd_loss
-from training import errors
-from training.step import EVERY
+from rundir import errors
 
 # Multiprocessors, schedulers of each, clock in GHz under load, and bytes per nanosecond that a copy reaches.
 GPUS = {"h100": (132, 4, 1.7, 3000.0), "h200": (132, 4, 1.7, 4200.0)}

@@ -6,7 +6,7 @@
 
 A RUN is the directory of a run, with its best.pt and config.json.  All contenders take uint8 images from the host's memory and
 give probabilities and logits there.  PyTorch's networks have their BatchNorms folded and are channels_last; on a GPU they are
-on it, and ONNX Runtime is left out.  Its files are exported here, by deploy.exporters, and compared with the checkpoint
+on it, and ONNX Runtime is left out.  Its files are exported here, by deploy.writers, and compared with the checkpoint
 on the run's test set; PyTorch's accuracy is the one in the checkpoint.  Where onnxruntime is not installed, its rows are missing.
 
 Contenders take turns: in each repeat every one of them, with one thread and with all, has a block of calls with one image, each
@@ -30,10 +30,11 @@ import numpy as np
 import torch
 from matplotlib.ticker import LogLocator, NullFormatter
 
+import models
 from benchmarks import table
-from deploy import exported, exporters, runtime
-from training import errors, models
-from training.files import digest, write_json
+from deploy import check, runtime, writers
+from rundir import errors
+from rundir.files import digest, write_json
 
 BATCHES = (8, 32, 128)
 CALLS, BLOCK_S = 20, 0.1  # of a block of single images; a block of batches takes at least so long
@@ -112,7 +113,7 @@ def processor() -> str:
 def onnxruntime_version() -> str:
     """Empty where something is missing that its contenders need."""
     try:
-        runtime.require(*exporters.needs("onnx", "int8"))
+        runtime.require(*writers.needs("onnx", "int8"))
     except errors.Failure as failure:
         print(f"without ONNX Runtime: {failure}")
         return ""
@@ -120,7 +121,7 @@ def onnxruntime_version() -> str:
 
 
 def torch_call(checkpoint: Path, device, compiled: bool):
-    net = exporters.deployed(checkpoint).to(device, memory_format=torch.channels_last)
+    net = writers.deployed(checkpoint).to(device, memory_format=torch.channels_last)
     if compiled:
         net = torch.compile(net)
 
@@ -133,12 +134,12 @@ def torch_call(checkpoint: Path, device, compiled: bool):
 
 def onnx_files(checkpoint: Path, module, folder: Path):
     """(engine, file, accuracy on the test set) in fp32 and in int8, exported to `folder`."""
-    data = exported.data_of_run(checkpoint, module.info["classes"])
+    data = check.data_of_run(checkpoint, module.info["classes"])
     images, labels = (part.numpy() for part in data.test)
     for precision in ("fp32", "int8"):
         path = folder / f"{checkpoint.parent.name}-{precision}.onnx"
-        exporters.export(module, "onnx", precision, exported.calibration(data), path)
-        card = exporters.card(module, "onnx", precision, digest(checkpoint)) | {"sha256": digest(path)}
+        writers.export(module, "onnx", precision, check.calibration(data), path)
+        card = writers.card(module, "onnx", precision, digest(checkpoint)) | {"sha256": digest(path)}
         write_json(runtime.card_path(path), card)
         predictions = runtime.load(path)(images)[1].argmax(1)
         yield f"onnxruntime {precision}", path, round(100 * float(np.mean(predictions == labels)), 2)
@@ -154,7 +155,7 @@ def memory(path: Path) -> dict:
 def contenders(run: Path, device, folder: Path, counts: tuple, quick: bool, common: dict):
     """Every engine for the best.pt of `run`, with each of these numbers of threads; `common` are columns of all rows."""
     checkpoint, on_cpu = run / "best.pt", device.type == "cpu"
-    module = exporters.deployed(checkpoint)
+    module = writers.deployed(checkpoint)
     info, side = module.info, module.info["image_size"]
     common = common | {"run": run.name, "network": info["model"], "parameters": module.net.size, "process_mb": None,
                        "peak_mb": None, "flops": models.flops(module.net, side)}

@@ -26,8 +26,8 @@ import kernels
 from benchmarks import table
 from kernels.softmax_kl import Weights, hyperparameters
 from losses import Targets, dkd_loss, kd_loss
-from training import errors
-from training.errors import first_line
+from rundir import errors
+from rundir.errors import first_line
 
 SIZES = ("128x100", "512x100", "1024x1000", "4096x8192", "4096x32000", "8192x128256")
 CPU_SIZES = ("128x100", "128x1000", "4096x8000")

@@ -5,15 +5,16 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
+import models
 from augment import BatchAugmenter
 from benchmarks.augmentation_rivals import MEAN, STD
 from benchmarks.loss import ALPHA, BETA, EPS, T
-from training import method, models, options
-from training.capture import Step
-from training.diagnostics import Diagnostics
-from training.means import Means
-from training.step import Update, accuracy, build_optimizer, learning_rate
-from training.synthetic import CLASSES
+from cli import method_flags, options
+from data.synthetic import CLASSES
+from diagnostics.gradients import Diagnostics
+from training.cuda_graph import Step
+from training.metrics import Means
+from training.optimization import Update, accuracy, build_optimizer, learning_rate
 
 RECIPE = f"--method dkd --alpha {ALPHA} --beta {BETA} --temperature {T} --label-smoothing {EPS} --opt sgd --lr 0.05"
 
@@ -53,7 +54,7 @@ class Ours:
         self.rows = machine.ranks.rows(args.batch_size)
         self.means = Means(machine, self.augmenter.steps, args.clip_grad)
         self.diagnostics = Diagnostics(args, self.augmenter, self.rows, machine.ranks)
-        self.criterion, self.numbers = method.function(args), method.numbers(args, machine.device)
+        self.criterion, self.numbers = method_flags.function(args), method_flags.numbers(args, machine.device)
         self.teach, self.model = machine.compile(teacher, captured), machine.compile(student, captured)
         self.take = Step(self.step, machine, captured)
         first = next(student.parameters())  # its gradient comes last

@@ -20,7 +20,7 @@ def main() -> None:
     path = sys.argv[1]
     runtime.require("onnxruntime" if path.endswith(".onnx") else "torch")
     if not path.endswith(".onnx"):
-        from training import models  # noqa: F401  with all that it imports, before the network is read
+        import models  # noqa: F401  with all that it imports, before the network is read
     before = peak_mb()
     model = runtime.load(path)
     size = model.card["image_size"]

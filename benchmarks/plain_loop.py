@@ -31,7 +31,7 @@ def published_mixed_dkd(student, teacher, soft):
 class PlainLoop:
     """A distillation loop as people write it, over an epoch that never ends.
 
-    images, labels: on the host.  args: of training.options.  layout: the memory format of the networks, for the images.
+    images, labels: on the host.  args: of cli.options.  layout: the memory format of the networks, for the images.
     lap: is called with the name of each phase of a step when it ends.
     """
 

@@ -34,10 +34,10 @@ import triton
 from benchmarks import table
 from benchmarks.our_loop import Ours, networks, recipe
 from benchmarks.plain_loop import PREFETCH, PlainLoop
-from training import errors
-from training.capture import WARM_UP
-from training.machine import prepare_machine
-from training.synthetic import generate
+from data.synthetic import generate
+from rundir import errors
+from training.cuda_graph import WARM_UP
+from training.device import prepare_machine
 
 CASES = ("v2_tiny-v2_pico-128", "resnet20-resnet8-128", "resnet32x4-resnet8x4-128")  # teacher, student, images of a batch
 GPU_CASES = (*CASES, "resnet32x4-resnet8x4-64", "resnet32x4-resnet8x4-512", "efficientnet_v2_l-efficientnet_v2_s-128")

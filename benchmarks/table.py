@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from training import flag_types
-from training.errors import USAGE, Failure, Unwritable
-from training.files import make_directory
-from training.flag_types import Parser, positive
-from training.options import debug_flag
+from cli import flag_types
+from cli.flag_types import Parser, positive
+from cli.options import debug_flag
+from rundir.errors import USAGE, Failure, Unwritable
+from rundir.files import make_directory
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

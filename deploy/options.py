@@ -1,6 +1,6 @@
 """The flags of export.py and predict.py.  Imports no torch."""
-from training.flag_types import count, nonempty, nonnegative, png
-from training.options import DEFAULT, debug_flag, new_parser
+from cli.flag_types import count, nonempty, nonnegative, png
+from cli.options import DEFAULT, debug_flag, new_parser
 
 FORMATS, PRECISIONS = ("onnx", "pt2", "executorch"), ("fp32", "fp16", "int8")
 

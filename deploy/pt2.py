@@ -10,7 +10,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from training.errors import CHECKPOINT, Failure
+from rundir.errors import CHECKPOINT, Failure
 
 SETTINGS = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 SAMPLES = "archive/data/sample_inputs/model.pt"  # a pickle; empty in a file of ours

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from deploy import pt2
-from training.errors import CHECKPOINT, USAGE, Failure, first_line
-from training.files import digest
+from rundir.errors import CHECKPOINT, USAGE, Failure, first_line
+from rundir.files import digest
 
 BATCH = 256
 INSTALL = "python -m pip install -r requirements-export.txt"
@@ -160,7 +160,7 @@ def of_checkpoint(source) -> Model:
     """The network in a best.pt: its path, or what models.read returned."""
     import torch
 
-    from training import models
+    import models
     net = models.load(source)
 
     @torch.no_grad()

@@ -23,12 +23,12 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import vocabulary
-from kernels.vocabulary import WARPS
+from kernels import augment_constants
+from kernels.augment_constants import WARPS
 
-NOTHING, GEOMETRY, SHARPNESS, COLOR, CONTRAST, EQUALIZE, AUTOCONTRAST, LOOKUP = map(tl.constexpr, vocabulary.KINDS)
-CROP, POLICY, ERASE, MIX = map(tl.constexpr, vocabulary.STREAMS)
-QUANTILE_BITS, ERASE_BITS = tl.constexpr(vocabulary.QUANTILE_BITS), tl.constexpr(vocabulary.ERASE_BITS)
+NOTHING, GEOMETRY, SHARPNESS, COLOR, CONTRAST, EQUALIZE, AUTOCONTRAST, LOOKUP = map(tl.constexpr, augment_constants.KINDS)
+CROP, POLICY, ERASE, MIX = map(tl.constexpr, augment_constants.STREAMS)
+QUANTILE_BITS, ERASE_BITS = tl.constexpr(augment_constants.QUANTILE_BITS), tl.constexpr(augment_constants.ERASE_BITS)
 
 
 class Numbers(NamedTuple):

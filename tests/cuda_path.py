@@ -97,7 +97,7 @@ class Watch(TorchDispatchMode):
             self.recording.append(f"{name} {numbers} at {place()}")
 
     def record(self, function, pool, stream):
-        """In the place of training.capture.record: a recording twice over must be the same; a replay is one launch."""
+        """In the place of training.cuda_graph.record: a recording twice over must be the same; a replay is one launch."""
         both = []
         for _ in range(2):
             self.recording = []
@@ -326,9 +326,12 @@ class CudaPath(ExitStack):
         return move
 
     def _replace_project(self) -> None:
+        import models
         from augment import augmenter, ops, sampling
+        from data import datasets
         from kernels import augment, softmax_kl
-        from training import capture, checkpoint, data, means, models
+        from rundir import checkpoint
+        from training import cuda_graph, metrics
 
         real_write = checkpoint.write
 
@@ -342,19 +345,19 @@ class CudaPath(ExitStack):
 
         def load(**options):
             with self.mode:
-                split = data.Split(torch.empty(IMAGES, 32, 32, 3, dtype=torch.uint8, device=CUDA),
+                split = datasets.Split(torch.empty(IMAGES, 32, 32, 3, dtype=torch.uint8, device=CUDA),
                                    torch.empty(IMAGES, dtype=torch.int64, device=CUDA))
-            return data.Dataset("cifar100", split, split, split, self.classes, (0.5,) * 3, (0.25,) * 3, "validation", "")
+            return datasets.Dataset("cifar100", split, split, split, self.classes, (0.5,) * 3, (0.25,) * 3, "validation", "")
 
         self.classes = [f"class {number}" for number in range(100)]
         checkpoint.write(
             self.folder / "teacher.pt", kind="weights", state_dict=models.build(self.teacher, 100).state_dict(),
             model=self.teacher, classes=self.classes,
             image_size=32, mean=[0.5] * 3, std=[0.25] * 3, dataset="cifar100", seed=0, epoch=1, val_acc1=100.0, test_acc1=100.0)
-        self.replace(capture, record=self.watch.record)
+        self.replace(cuda_graph, record=self.watch.record)
         self.replace(checkpoint, write=write)
-        self.replace(data, load=load)
-        self.replace(means, SKIPS=2)  # so that rows are copied to the host within a few steps
+        self.replace(datasets, load=load)
+        self.replace(metrics, SKIPS=2)  # so that rows are copied to the host within a few steps
         self.replace(models, build=self.outside(models.build), load=self.outside(models.load), initialise=lambda *_, **__: None,
                      flops=lambda *_: 1)
         self.replace(augmenter, build_tables=self.outside(augmenter.build_tables))
@@ -371,11 +374,11 @@ class CudaPath(ExitStack):
         """A step begins where the loop calls it and ends after the progress line."""
         import losses
         from augment import BatchAugmenter
+        from diagnostics.gradients import Diagnostics
         from losses.methods import METHODS
         from training import progress
-        from training.capture import Step
-        from training.diagnostics import Diagnostics
-        from training.step import Update
+        from training.cuda_graph import Step
+        from training.optimization import Update
 
         begin, end = Step.__call__, progress.Progress.step
 
@@ -414,13 +417,13 @@ class CudaPath(ExitStack):
 
     def distill(self, flags: str) -> None:
         import distill
-        from training import options
+        from cli import options
         self._run(distill.main, options.parse_distill,
                   f"--teacher-checkpoint {self.folder / 'teacher.pt'} --student {self.student} {flags}")
 
     def train_teacher(self, flags: str) -> None:
         import train_teacher
-        from training import options
+        from cli import options
         self._run(train_teacher.main, options.parse_teacher, f"--model {self.student} {flags}")
 
     def _run(self, main, parse, flags: str) -> None:

@@ -23,7 +23,7 @@ from torchvision.transforms.autoaugment import _apply_op
 from augment import POLICIES, BatchAugmenter, ops
 from augment.policy import KIND_OF, build_tables
 from augment.sampling import Sampler, beta_quantiles, erase_sizes, philox
-from kernels.vocabulary import KINDS, POLICY
+from kernels.augment_constants import KINDS, POLICY
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 AS_IS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}

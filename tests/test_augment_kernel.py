@@ -9,7 +9,7 @@ from test_augment import AS_IS, PLAIN, UNMIXED, everything, pictures
 import kernels
 from augment import POLICIES, BatchAugmenter
 from kernels import augment as op
-from kernels.vocabulary import KINDS
+from kernels.augment_constants import KINDS
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -19,15 +19,18 @@ from torch.utils._pytree import tree_leaves
 
 import kernels.augment
 import losses
-from training import capture, checkpoint, diagnostics, errors, evaluation, models, options
+import models
+from cli import options
+from diagnostics import gradients
+from rundir import checkpoint, errors
+from training import cuda_graph, evaluation
 from training import run as running
-from training import step as stepping
+from training.device import Machine
 from training.distributed import Ranks
-from training.machine import Machine
 
 EVERY = 2
 CLOCK = 5  # columns at the end of log.csv
-RECORD = capture.record
+RECORD = cuda_graph.record
 FLAGS = ("--dataset imagefolder --data-dir {place}/images --epochs 3 --warmup-epochs 1 --batch-size 8 --val-size 12 "
          "--device cpu --kernels triton --seed 3")
 
@@ -92,7 +95,7 @@ class Launch:
 
 
 class Graphs:
-    """In the place of training.capture.record."""
+    """In the place of training.cuda_graph.record."""
     recording, replays, made = None, 0, 0
 
     def record(self, function, pool, stream):
@@ -114,7 +117,7 @@ class Graphs:
 @pytest.fixture
 def often(monkeypatch):
     """Steps are looked at sooner than in a run of hours."""
-    for module in (capture, diagnostics, stepping):
+    for module in (cuda_graph, gradients):
         monkeypatch.setattr(module, "EVERY", EVERY)
 
 
@@ -129,7 +132,7 @@ def graphs(monkeypatch, often):
                          "is_current_stream_capturing": False}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
 
-    class Step(capture.Step):
+    class Step(cuda_graph.Step):
         def __init__(self, function, machine, captured):
             super().__init__(function, machine, captured)
             if captured:
@@ -137,7 +140,7 @@ def graphs(monkeypatch, often):
 
     monkeypatch.setattr(running, "Step", Step)
     monkeypatch.setattr(running, "captures", lambda args, machine, fused: args.cuda_graph and fused)
-    monkeypatch.setattr(capture, "record", found.record)
+    monkeypatch.setattr(cuda_graph, "record", found.record)
     monkeypatch.setattr(kernels.augment, "_augment_kernel", Launch(kernels.augment._augment_kernel, found))
     return found
 
@@ -219,11 +222,11 @@ def test_a_gpu_records_steps(capsys, place, often, monkeypatch, precision):
 
 def test_a_recorded_teacher_says_the_same(graphs):
     teacher = models.build("resnet8", 10).eval().requires_grad_(False)
-    recorded = capture.Replayed(teacher)
+    recorded = cuda_graph.Replayed(teacher)
     for seed in range(6):
         images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).to(memory_format=torch.channels_last)
         assert torch.equal(recorded(images), teacher(images))
-    assert (graphs.made, graphs.replays) == (1, 6 - capture.WARM_UP)
+    assert (graphs.made, graphs.replays) == (1, 6 - cuda_graph.WARM_UP)
 
 
 @pytest.mark.parametrize("failure, code", [
@@ -246,7 +249,7 @@ def test_a_recording_that_fails_ends_the_run(capsys, place, graphs, monkeypatch,
             raise failure
         return mixed_ce(*args, **named)
 
-    monkeypatch.setattr(capture, "record", RECORD)
+    monkeypatch.setattr(cuda_graph, "record", RECORD)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(losses, "mixed_ce", loss)
@@ -294,7 +297,7 @@ def test_a_planted_read_is_noticed(capsys, place, teacher, graphs, monkeypatch):
     ("", "cuda", True, 1, None), ("--cuda-graph --compile", "cuda", True, 1, None)])
 def test_where_a_step_is_recorded(capsys, flags, device, fused, ranks, reason):
     machine = Machine(torch.device(device), "off", ranks=Ranks(size=ranks))
-    recorded = capture.captures(options.parse_teacher("", "", flags.split()), machine, fused)
+    recorded = cuda_graph.captures(options.parse_teacher("", "", flags.split()), machine, fused)
     out = capsys.readouterr().out
     assert recorded == (reason is None)
     assert out.startswith(f"no CUDA graph of the step: {reason}") if reason else not out

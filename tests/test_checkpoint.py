@@ -9,9 +9,9 @@ from dataclasses import fields
 import pytest
 import torch
 
-from training import checkpoint, resume, rundir
+from rundir import checkpoint, resume, run_directory
+from rundir.errors import Failure
 from training.distributed import Ranks
-from training.errors import Failure
 
 
 def write(path):
@@ -118,9 +118,9 @@ def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
         def load_state_dict(self, state):
             self.weight = state["weight"]
 
-    row = rundir.EpochRow(**{field.name: 1 for field in fields(rundir.EpochRow)})
+    row = run_directory.EpochRow(**{field.name: 1 for field in fields(run_directory.EpochRow)})
     part, go = Part(), threading.Event()
-    with rundir.RunDirectory(tmp_path, overwrite=False) as run, checkpoint.Writer() as writer:
+    with run_directory.RunDirectory(tmp_path, overwrite=False) as run, checkpoint.Writer() as writer:
         run.open({})
         state = resume.State(run, writer, {"epochs": 9, "sched": "cosine"}, "", update=part, stop=Part(), ranks=Ranks())
         writer(go.wait)

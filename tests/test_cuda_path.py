@@ -8,8 +8,8 @@ import torch
 from cuda_path import BOOKKEEPING, CudaPath, MixedDevices, NotRepeatable, Wait
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
-from training import evaluation, run, step
-from training.step import EVERY
+from diagnostics.gradients import EVERY
+from training import evaluation, optimization, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # a deep copy of one asks for it
 STUDENTS = ("--method kd", "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda",
@@ -105,7 +105,7 @@ def plant_a_number_from_the_host(logits, labels):
     (plant_a_tensor_on_the_cpu, RuntimeError, "cuda:0(,| and) cpu"),
     (plant_a_synchronisation, Wait, "synchronize")], ids=lambda value: getattr(value, "__name__", None))
 def test_a_planted_fault_is_caught(tmp_path, monkeypatch, plant, refused, reason):
-    accuracy = step.accuracy
+    accuracy = optimization.accuracy
     with CudaPath(tmp_path) as path:
         monkeypatch.setattr(run, "accuracy", lambda *arguments: plant(*arguments) or accuracy(*arguments))
         with pytest.raises(refused, match=reason):

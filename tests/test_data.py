@@ -19,9 +19,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from training import cifar, data, imagefolder, pictures, synthetic
-from training.data import Split
-from training.errors import Failure
+from data import cifar, datasets, imagefolder, pictures, synthetic
+from data.datasets import Split
+from rundir.errors import Failure
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def no_network(monkeypatch):
 def fails(code, *words, **arguments):
     """Load with `arguments`, expect the exit code and every one of `words` in a message of one line."""
     with pytest.raises(Failure) as caught:
-        data.load(**arguments)
+        datasets.load(**arguments)
     message = str(caught.value)
     assert caught.value.code == code, message
     assert "\n" not in message and all(str(word) in message for word in words), f"{words} not all in: {message}"
@@ -107,7 +107,7 @@ def archive(cifar100, monkeypatch):
 
 
 def test_cifar100_is_read_from_the_standard_files(cifar100):
-    loaded = data.load("cifar100", cifar100.parent, val_size=0)
+    loaded = datasets.load("cifar100", cifar100.parent, val_size=0)
     rows = torch.from_numpy(pixels(300, 0))
     assert loaded.train.images.dtype == torch.uint8 and loaded.train.images.is_contiguous() and loaded.image_size == 32
     assert torch.equal(loaded.train.images[..., 1].flatten(1), rows[:, 1024:2048]), "the green plane is not channel 1"
@@ -122,7 +122,7 @@ def test_cifar10_joins_its_batches(write_cifar):
     contents["test_batch"] = {"labels": list(range(10)), "data": pixels(10, 9)}
     contents["batches.meta"] = {"label_names": list("abcdefghij")}
     folder = write_cifar(cifar.CIFAR10, {name: python2_pickle(content) for name, content in contents.items()})
-    loaded = data.load("cifar10", folder.parent, val_size=5)
+    loaded = datasets.load("cifar10", folder.parent, val_size=5)
     assert loaded.selected_on == "validation split of 5 training images"
     assert (len(loaded.train.labels), len(loaded.val.labels), len(loaded.test.labels)) == (50, 5, 10)
     everything = torch.cat([loaded.train.images, loaded.val.images]).flatten(1).sum(1).sort().values
@@ -164,14 +164,14 @@ def test_a_cifar_pickle_cannot_run_code_even_with_the_right_checksum(cifar100, w
 
 
 def test_the_archive_is_unpacked_where_the_folder_is_absent(archive):
-    loaded = data.load("cifar100", archive.parent, val_size=0)
+    loaded = datasets.load("cifar100", archive.parent, val_size=0)
     assert len(loaded.train.labels) == 300
     assert sorted(os.listdir(archive.parent)) == ["cifar-100-python", "cifar-100-python.tar.gz"]
 
 
 def test_several_processes_may_unpack_at_once(archive):
     with ThreadPoolExecutor(6) as pool:
-        loads = list(pool.map(lambda _: data.load("cifar100", archive.parent, val_size=0), range(6)))
+        loads = list(pool.map(lambda _: datasets.load("cifar100", archive.parent, val_size=0), range(6)))
     assert all(torch.equal(one.train.images, loads[0].train.images) for one in loads)
     assert sorted(os.listdir(archive.parent)) == ["cifar-100-python", "cifar-100-python.tar.gz"]
 
@@ -194,7 +194,7 @@ def test_absent_files_are_downloaded(archive, monkeypatch):
             file.write(content)
     monkeypatch.setattr(cifar, "download_url", download)
     target = archive.parent / "new" / "datasets"
-    assert len(data.load("cifar100", target, val_size=0).test.labels) == 100
+    assert len(datasets.load("cifar100", target, val_size=0).test.labels) == 100
     assert sorted(os.listdir(target)) == ["cifar-100-python", "cifar-100-python.tar.gz"]
 
 
@@ -248,12 +248,12 @@ def test_a_download_that_is_cut_anywhere_leaves_nothing_and_the_next_one_repairs
         fails(4, "cifar-100-python.tar.gz", tmp_path / "new", name="cifar100", data_dir=tmp_path / "new")
         assert os.listdir(tmp_path / "new") == []
     server.kept = server.length
-    assert len(data.load("cifar100", tmp_path / "new", val_size=0).test.labels) == 100
+    assert len(datasets.load("cifar100", tmp_path / "new", val_size=0).test.labels) == 100
 
 
 def test_two_may_download_at_once(server, tmp_path):
     with ThreadPoolExecutor(2) as pool:
-        one, two = pool.map(lambda _: data.load("cifar100", tmp_path / "new", val_size=0), range(2))
+        one, two = pool.map(lambda _: datasets.load("cifar100", tmp_path / "new", val_size=0), range(2))
     assert torch.equal(one.train.images, two.train.images)
     assert sorted(os.listdir(tmp_path / "new")) == ["cifar-100-python", "cifar-100-python.tar.gz"]
 
@@ -284,7 +284,7 @@ def two_trees(tmp_path):
 
 def load_folder(path, **arguments):
     with redirect_stdout(io.StringIO()) as said:
-        return data.load("imagefolder", path, **arguments), said.getvalue()
+        return datasets.load("imagefolder", path, **arguments), said.getvalue()
 
 
 def as_set(*splits):
@@ -410,7 +410,7 @@ def test_an_interruption_does_not_wait_for_the_photographs_that_are_left(two_tre
     total = len(list(two_trees.glob("*/*/*")))
     monkeypatch.setattr(imagefolder, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(2))
     with pytest.raises(KeyboardInterrupt), redirect_stdout(Interrupting()):
-        data.load("imagefolder", two_trees, image_size=32)
+        datasets.load("imagefolder", two_trees, image_size=32)
     assert len(started) <= total / 2, f"{len(started)} of {total} were decoded"
 
 
@@ -590,7 +590,7 @@ def uneven():
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16, 17, 50, 100, 150])
 def test_the_split_is_stratified_and_complete(uneven, count):
-    rest, drawn = data.divide(uneven, count, 3, list("abcdef"), "it", "mend it")
+    rest, drawn = datasets.divide(uneven, count, 3, list("abcdef"), "it", "mend it")
     assert len(drawn.labels) == count
     assert sorted(rest.images.tolist() + drawn.images.tolist()) == uneven.images.tolist()
     assert rest.images.diff().min() > 0 and drawn.images[1:].gt(drawn.images[:-1]).all(), "the order of the data set is lost"
@@ -606,16 +606,16 @@ def test_the_split_is_stratified_and_complete(uneven, count):
 
 def test_the_split_follows_its_seed_and_nothing_else(uneven):
     torch.manual_seed(0)
-    first = data.divide(uneven, 30, 3, list("abcdef"), "it", "mend it")[1].images
+    first = datasets.divide(uneven, 30, 3, list("abcdef"), "it", "mend it")[1].images
     torch.manual_seed(1)
-    assert torch.equal(first, data.divide(uneven, 30, 3, list("abcdef"), "it", "mend it")[1].images)
-    assert not torch.equal(first, data.divide(uneven, 30, 4, list("abcdef"), "it", "mend it")[1].images)
+    assert torch.equal(first, datasets.divide(uneven, 30, 3, list("abcdef"), "it", "mend it")[1].images)
+    assert not torch.equal(first, datasets.divide(uneven, 30, 4, list("abcdef"), "it", "mend it")[1].images)
 
 
 def test_every_image_has_the_same_chance(uneven):
     times = torch.zeros(len(uneven.labels))
     for seed in range(400):
-        times[data.divide(uneven, 42, seed, list("abcdef"), "it", "mend it")[1].images] += 1
+        times[datasets.divide(uneven, 42, seed, list("abcdef"), "it", "mend it")[1].images] += 1
     of_largest = times[uneven.labels == 4] / 400
     assert 0.1 < of_largest.min() and of_largest.max() < 0.4, f"{of_largest.min():.2f} to {of_largest.max():.2f}, not 0.25"
 
@@ -623,7 +623,7 @@ def test_every_image_has_the_same_chance(uneven):
 @pytest.mark.parametrize("count", [164, 168, 169, 5000])
 def test_a_split_that_is_too_large_is_refused(uneven, count):
     with pytest.raises(Failure, match="^--val-size leaves a class without.* mend it$") as caught:
-        data.divide(uneven, count, 3, list("abcdef"), "--val-size", "mend it")
+        datasets.divide(uneven, count, 3, list("abcdef"), "--val-size", "mend it")
     assert caught.value.code == 2 and str(count) in str(caught.value)
 
 
@@ -665,7 +665,7 @@ def test_images_are_weighed_before_they_go_to_the_gpu(two_trees, monkeypatch):
 
 @pytest.fixture(scope="module")
 def drawn():
-    return data.load("synthetic", "nowhere")
+    return datasets.load("synthetic", "nowhere")
 
 
 def test_synthetic_is_balanced_and_named(drawn):
@@ -678,7 +678,7 @@ def test_synthetic_is_balanced_and_named(drawn):
 
 
 def test_synthetic_does_not_move_with_the_seed(drawn):
-    other = data.load("synthetic", "nowhere", seed=7, val_size=0)
+    other = datasets.load("synthetic", "nowhere", seed=7, val_size=0)
     assert torch.equal(other.test.images, drawn.test.images) and (other.mean, other.std) == (drawn.mean, drawn.std)
     assert as_set(other.train) == as_set(drawn.train, drawn.val)
     assert not as_set(other.train) & as_set(other.test), "a test image is a training image"

@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from augment import BatchAugmenter
+from cli import method_flags, options
+from diagnostics import alarms
+from diagnostics.gradients import GROUPS, Diagnostics
 from losses import Targets
 from losses.methods import METHODS, resolved
-from training import diagnostics, method, options, verdict
-from training.diagnostics import Diagnostics
+from rundir.run_directory import EpochRow
+from training.device import Machine
 from training.distributed import Ranks
 from training.evaluation import Evaluation
-from training.machine import Machine
-from training.rundir import EpochRow
-from training.step import Taken, Update, build_optimizer
+from training.optimization import Taken, Update, build_optimizer
 
 ROOT = Path(__file__).parent.parent
 CLASSES, BATCH = 7, 12
@@ -69,9 +70,9 @@ def test_treatments_are_what_describe_says(mix_mode, batch_size, policy):
 
 def by_hand(args, steps, numbers):
     """One image after the other: group -> the numbers of its images, from autograd in float64."""
-    function = method.function(args)
+    function = method_flags.function(args)
     record, numbers = METHODS[args.method], resolved(METHODS[args.method], numbers)
-    images = {group: [] for group in diagnostics.GROUPS}
+    images = {group: [] for group in GROUPS}
     for (z, v), targets, treated in steps:
         z, v = z.double(), v.double()
         gradients = {}
@@ -118,9 +119,9 @@ def test_columns_are_means_over_single_images(flags):
     for step in range(augment.steps):
         both, targets = logits(step), augment(step).targets
         if step % 2 == 0:
-            look(looking, step, NO, targets, *both, method.numbers(args))
+            look(looking, step, NO, targets, *both, method_flags.numbers(args))
             steps.append((both, targets, [part[step // 2] for part in treated]))
-    columns, images = looking.columns(), by_hand(args, steps, method.numbers(args))
+    columns, images = looking.columns(), by_hand(args, steps, method_flags.numbers(args))
     assert columns["looked_at"] == len(steps) == 3 and columns["images"] == 3 * BATCH
     terms = (*METHODS[args.method].terms, "whole")
     for group, members in images.items():
@@ -169,7 +170,7 @@ def test_a_method_without_weights_has_the_gradient_of_the_whole(monkeypatch):
         monkeypatch.setitem(METHODS, "kd", METHODS["kd"]._replace(weighed_by=weighed_by))
         looking = Diagnostics(args, augment, range(BATCH), Ranks())
         looking.begin(1)
-        look(looking, 0, NO, augment(0).targets, *logits(0), method.numbers(args))
+        look(looking, 0, NO, augment(0).targets, *logits(0), method_flags.numbers(args))
         shares[len(weighed_by)] = looking.columns()
     assert "grad_ce" not in shares[0]
     for name in ("grad_kl", "grad_ce", "share_kl", "cos_kl"):
@@ -183,14 +184,14 @@ def test_a_skipped_step_adds_nothing():
     for sick in (False, True):
         looking = Diagnostics(args, augment, range(BATCH), Ranks(), range(2))
         looking.begin(0)
-        look(looking, 0, NO, augment(0).targets, *logits(0), method.numbers(args))
+        look(looking, 0, NO, augment(0).targets, *logits(0), method_flags.numbers(args))
         if sick:
             z, v = logits(1)
-            look(looking, 1, YES, augment(1).targets, z * torch.nan, v * torch.inf, method.numbers(args))
+            look(looking, 1, YES, augment(1).targets, z * torch.nan, v * torch.inf, method_flags.numbers(args))
         found.append(looking.columns())
     assert found[0] == found[1] and found[0]["images"] == BATCH
     looking.begin(0)
-    look(looking, 0, YES, augment(0).targets, *logits(0), method.numbers(args))
+    look(looking, 0, YES, augment(0).targets, *logits(0), method_flags.numbers(args))
     columns = looking.columns()
     assert columns["images"] == 0 and columns["grad_nckd"] is columns["share_nckd"] is columns["teacher_spread"] is None
 
@@ -204,7 +205,7 @@ def test_ranks_add_up():
         looking = Diagnostics(args, augment, rows, Ranks())
         looking.begin(0)
         part = slice(rows.start, rows.stop)
-        look(looking, 0, NO, Targets(*(column[part] for column in targets)), z[part], v[part], method.numbers(args))
+        look(looking, 0, NO, Targets(*(column[part] for column in targets)), z[part], v[part], method_flags.numbers(args))
         sums.append(looking.sums[:2])
     for whole, one, other in zip(*sums):
         torch.testing.assert_close(whole, one + other, rtol=1e-4, atol=1e-4)
@@ -224,7 +225,7 @@ def test_how_far_a_step_goes():
         taken = update(0.1, look=step != 1)
         assert (taken.move is None) == (step == 1)
         if taken.move is not None:
-            looking.look(step, augment(step).targets, *logits(step), method.numbers(args))
+            looking.look(step, augment(step).targets, *logits(step), method_flags.numbers(args))
             looking.end_step(taken)
         if step in (0, 3):
             ratios.append(((net.weight - before).norm() / before.norm()).item())
@@ -242,13 +243,13 @@ def test_every_column_is_documented():
     args, augment = student("--method dkd"), augmenter()
     looking = Diagnostics(args, augment, range(BATCH), Ranks())
     looking.begin(1)
-    look(looking, 0, NO, augment(0).targets, *logits(0), method.numbers(args))
-    suffixes = "|".join(group for group in diagnostics.GROUPS if group != "all")
+    look(looking, 0, NO, augment(0).targets, *logits(0), method_flags.numbers(args))
+    suffixes = "|".join(group for group in GROUPS if group != "all")
     for column in looking.columns():
         name = re.sub(f"_({suffixes})$", "", column)
         term = next((term for term in ("ce", "tckd", "nckd", "whole") if name.endswith(f"_{term}")), None)
         assert f"`{name.removesuffix(f'_{term}')}_<term>`" in text if term else f"`{name}`" in text, column
-    assert all(f"_{group}`" in text for group in diagnostics.GROUPS if group != "all")
+    assert all(f"_{group}`" in text for group in GROUPS if group != "all")
 
 
 # --- the verdict
@@ -269,7 +270,7 @@ def looked(epoch, **values):
 
 def judged(accuracies, flags="--method dkd", early=False, log=None, classes=100, **values):
     rows = [row(epoch, accuracy, **log or {}) for epoch, accuracy in enumerate(accuracies, 1)]
-    return verdict.judge(student(flags), rows, [looked(each.epoch, **values) for each in rows], classes, early)
+    return alarms.judge(student(flags), rows, [looked(each.epoch, **values) for each in rows], classes, early)
 
 
 def names(result):
@@ -331,6 +332,6 @@ def test_a_teacher_is_judged_too():
     args = options.parse_teacher("", "", [])
     rows = [row(1, 50.0), row(2, 10.0)]
     without = {"epoch": 1, "images": 100, "clip_factor": 1.0, "update_ratio": 0.2, "dead_classes": None, "share_ce": 1.0}
-    result = verdict.judge(args, rows, [without], 100, False)
+    result = alarms.judge(args, rows, [without], 100, False)
     assert names(result) == ["collapse", "move"] and result["advice"].startswith("halve --lr, or clip")
-    assert verdict.judge(args, rows, [], 100, False)["verdict"] == "collapsed", "a run from before diagnostics"
+    assert alarms.judge(args, rows, [], 100, False)["verdict"] == "collapsed", "a run from before diagnostics"

@@ -12,14 +12,15 @@ import torture
 
 import losses
 from augment import BatchAugmenter
-from training import distributed, errors
-from training.data import Split
+from data.datasets import Split
+from rundir import errors
+from rundir.errors import Failure
+from training import distributed
+from training.device import Machine
 from training.distributed import Ranks
-from training.errors import Failure
 from training.evaluation import evaluate
-from training.machine import Machine
-from training.means import Means
-from training.step import Update, build_optimizer
+from training.metrics import Means
+from training.optimization import Update, build_optimizer
 
 ALONE = Machine(torch.device("cpu"), "off")
 

@@ -11,9 +11,10 @@ import torch
 from exporting import CLASSES, needs_executorch, needs_onnx, needs_torchao, one_line, trained_run
 from test_scripts import make_images, run
 
-from deploy import exported, exporters, runtime
-from training import files, models
-from training.errors import DIVERGED, Failure
+import models
+from deploy import check, runtime, writers
+from rundir import files
+from rundir.errors import DIVERGED, Failure
 
 SUFFIX = {"onnx": "onnx", "pt2": "pt2", "executorch": "pte"}
 
@@ -111,7 +112,7 @@ def test_a_process_with_numpy_and_onnxruntime_alone_predicts_the_same(trained, t
 def untrained(folder, name):
     models.save(folder / "best.pt", models.build(name, 10), model=name, classes=list("abcdefghij"), image_size=32,
                 mean=(0.5,) * 3, std=(0.25,) * 3, dataset="none", test_acc1=None)
-    return exporters.deployed(folder / "best.pt")
+    return writers.deployed(folder / "best.pt")
 
 
 @needs_onnx
@@ -120,7 +121,7 @@ def test_int8_is_a_quarter_of_the_weights(tmp_path):
     for name, times in (("resnet8x4", 3.8), ("v2_pico", 3.0)):
         module, calibration = untrained(tmp_path, name), torch.from_numpy(images(16, 32, 32))
         for precision in ("fp32", "int8"):
-            exporters.export(module, "onnx", precision, calibration, tmp_path / precision)
+            writers.export(module, "onnx", precision, calibration, tmp_path / precision)
         whole, small = ((tmp_path / precision).stat().st_size for precision in ("fp32", "int8"))
         assert whole / small > times, f"{name}: {whole} and {small} bytes"
 
@@ -131,8 +132,8 @@ def test_weights_have_a_scale_for_each_channel_where_one_for_each_tensor_costs(t
     """lost: images in a hundred about which the file with one scale says something else than the network in fp32."""
     import onnx
     said = {"whole.onnx": 0, "channels.onnx": 0, "int8": lost}
-    monkeypatch.setattr(exporters, "predictions", lambda path, batches: np.arange(100) < said[path.name])
-    exporters.export(untrained(tmp_path, "resnet8"), "onnx", "int8", torch.from_numpy(images(16, 32, 32)), tmp_path / "int8")
+    monkeypatch.setattr(writers, "predictions", lambda path, batches: np.arange(100) < said[path.name])
+    writers.export(untrained(tmp_path, "resnet8"), "onnx", "int8", torch.from_numpy(images(16, 32, 32)), tmp_path / "int8")
     graph = onnx.load(tmp_path / "int8").graph
     sizes = {part.name: np.prod(part.dims) for part in graph.initializer}
     scales = [sizes[node.input[4]] for node in graph.node if node.op_type == "QLinearConv"]
@@ -156,14 +157,14 @@ def test_by_default_it_lies_in_the_run(trained, capsys):
 
 def other_weights(monkeypatch):
     """An exporter that gets the weights wrong."""
-    right = exporters.EXPORTERS["pt2"]
+    right = writers.EXPORTERS["pt2"]
 
     def wrong(module, batches, path):
         for parameter in module.net.parameters():
             parameter.data = parameter.data.flip(0)
         right(module, batches, path)
 
-    monkeypatch.setitem(exporters.EXPORTERS, "pt2", wrong)
+    monkeypatch.setitem(writers.EXPORTERS, "pt2", wrong)
 
 
 @pytest.mark.parametrize("precision, words", [("fp32", "other logits"), ("fp16", "--max-drop 1")])
@@ -183,16 +184,16 @@ def test_a_refused_file_leaves_the_one_before_it(trained, tmp_path, capsys, monk
 
 def test_a_drop_is_judged_by_its_limit():
     def row(precision, drop, difference=0.0):
-        return exported.Row("f", "onnx", precision, "uint8", 1, 1, 100, 90, 50 - drop, 50, drop, difference, 5.0)
+        return check.Row("f", "onnx", precision, "uint8", 1, 1, 100, 90, 50 - drop, 50, drop, difference, 5.0)
 
-    exported.judge(row("int8", 0.5, difference=2.0), max_drop=0.5, stated=None, amp="off")
-    exported.judge(row("int8", -3), max_drop=0, stated=50.05, amp="off")
-    exported.judge(row("fp32", 0, difference=4e-4), max_drop=0, stated=50.0, amp="off")
+    check.judge(row("int8", 0.5, difference=2.0), max_drop=0.5, stated=None, amp="off")
+    check.judge(row("int8", -3), max_drop=0, stated=50.05, amp="off")
+    check.judge(row("fp32", 0, difference=4e-4), max_drop=0, stated=50.0, amp="off")
     with pytest.raises(Failure, match="it says 60.00 %"):
-        exported.judge(row("fp32", 0), max_drop=0, stated=60.0, amp="off")
+        check.judge(row("fp32", 0), max_drop=0, stated=60.0, amp="off")
     for refused in (row("int8", 0.51), row("int8", float("nan")), row("fp32", 0, 6e-4), row("fp32", 0, float("nan"))):
         with pytest.raises(Failure):
-            exported.judge(refused, max_drop=0.5, stated=50.0, amp="off")
+            check.judge(refused, max_drop=0.5, stated=50.0, amp="off")
 
 
 def test_a_network_that_cannot_be_exported_is_one_line(trained, tmp_path, capsys, monkeypatch):
@@ -200,19 +201,19 @@ def test_a_network_that_cannot_be_exported_is_one_line(trained, tmp_path, capsys
         path.write_bytes(b"half")
         raise ValueError("no such operator\nand much more")
 
-    monkeypatch.setitem(exporters.EXPORTERS, "pt2", fails)
+    monkeypatch.setitem(writers.EXPORTERS, "pt2", fails)
     code, _, err = export(capsys, trained, "--format pt2", tmp_path / "out")
     assert "no such operator)" in one_line(code, 2, err) and not list(tmp_path.iterdir())
 
 
 def test_calibration_leaves_the_test_set_alone():
     labels = torch.zeros(2000, dtype=torch.int64)
-    split = {name: exported.datasets.Split(torch.full((2000, 2, 2, 3), value, dtype=torch.uint8), labels)
+    split = {name: check.datasets.Split(torch.full((2000, 2, 2, 3), value, dtype=torch.uint8), labels)
              for value, name in enumerate(("train", "val", "test"))}
     rest = dict(name="", classes=[""], mean=(), std=(), selected_on="", fingerprint="")
-    data = exported.datasets.Dataset(**split, **rest)
-    assert len(exported.calibration(data)) == exported.CALIBRATION_IMAGES and (exported.calibration(data) == 1).all()
-    assert (exported.calibration(exported.datasets.Dataset(**split | {"val": split["test"]}, **rest)) == 0).all()
+    data = check.datasets.Dataset(**split, **rest)
+    assert len(check.calibration(data)) == check.CALIBRATION_IMAGES and (check.calibration(data) == 1).all()
+    assert (check.calibration(check.datasets.Dataset(**split | {"val": split["test"]}, **rest)) == 0).all()
 
 
 @pytest.mark.parametrize("package, flags", [

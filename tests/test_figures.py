@@ -17,9 +17,9 @@ import matplotlib.style
 import numpy as np
 import pytest
 
+from cli import method_flags
 from losses.methods import METHODS
 from plots import make_figures
-from training import method
 
 LARGE, SMALL = "efficientnet_v2_l", "efficientnet_v2_s"
 TRAINING = {
@@ -55,7 +55,7 @@ def write_run(path, name, *, seed=1, ran=None, finished=True, summary=(), **flag
         config |= {"experiment": name, "temperature": 4.0, "teacher": LARGE, "student": SMALL}
     config |= special | flags
     if distilled:
-        config |= method.labels(SimpleNamespace(**dict.fromkeys(METHODS[config["method"]].numbers) | config)) | flags
+        config |= method_flags.labels(SimpleNamespace(**dict.fromkeys(METHODS[config["method"]].numbers) | config)) | flags
     accuracies = curve(plateau, ran or config["epochs"], config["epochs"], seed)
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))

@@ -16,15 +16,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training import errors, terminal
-from training.data import Split
-from training.errors import Failure
+from data.datasets import Split
+from rundir import errors, terminal
+from rundir.errors import Failure
+from rundir.run_directory import EpochRow
+from training.device import Machine, parts_of, prepare_machine
 from training.evaluation import EarlyStop, Evaluation, check_teacher, evaluate, tolerance
-from training.machine import Machine, parts_of, prepare_machine
-from training.means import SKIPS, Means
+from training.metrics import SKIPS, Means
+from training.optimization import Update, accuracy, build_optimizer, learning_rate
 from training.progress import Progress
-from training.rundir import EpochRow
-from training.step import Update, accuracy, build_optimizer, learning_rate
 
 CPU = Machine(torch.device("cpu"), "off")
 RECIPE = {"lr": 1.0, "epochs": 10, "warmup_epochs": 2, "sched": "cosine", "milestones": [4, 8]}
@@ -453,7 +453,7 @@ def test_memory_that_a_step_frees_is_there_for_the_next_one():
     """Without it, each 4 MB tensor is 1024 pages that the kernel hands out anew; measured in a process of its own."""
     code = """if 1:
         import resource, torch
-        from training.machine import prepare_machine
+        from training.device import prepare_machine
         prepare_machine("cpu", None, 0)
         faults = []
         for _ in range(20):

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from training import checkpoint, models, networks
-from training.errors import CHECKPOINT, DATA, USAGE, Failure
+import models
+from models import cifar_networks
+from rundir import checkpoint
+from rundir.errors import CHECKPOINT, DATA, USAGE, Failure
 
 # With 100 classes, counted on the networks of RepDistiller, the code behind the published tables.
 PUBLISHED = {
@@ -103,7 +105,7 @@ def test_own_networks_have_the_published_sizes_and_learn(name):
 
 
 def test_every_network_of_the_table_is_checked():
-    assert {*PUBLISHED, *DEMO} == {*models.NETWORKS}
+    assert {*PUBLISHED, *DEMO} == {*cifar_networks.NETWORKS}
 
 
 def test_downsampling_happens_where_published():
@@ -122,10 +124,10 @@ def test_shortcuts_start_where_published():
     """Wide ResNets: at the input, but after its activation where the width changes.  MobileNetV2: only at equal shape."""
     negative = -torch.rand(2, 4, 6, 6)
     for width, expected in ((4, negative), (8, torch.zeros(2, 8, 6, 6))):
-        block = networks.PreActivationBlock(4, width, stride=1).eval()
+        block = cifar_networks.PreActivationBlock(4, width, stride=1).eval()
         torch.testing.assert_close(block(negative), expected, msg=f"wrong shortcut from 4 to {width} channels")
     for width, stride, kept in ((4, 1, negative), (4, 2, torch.zeros(2, 4, 3, 3)), (8, 1, torch.zeros(2, 8, 6, 6))):
-        block = networks.InvertedResidual(4, width, stride, expansion=6).eval()
+        block = cifar_networks.InvertedResidual(4, width, stride, expansion=6).eval()
         nn.init.zeros_(block[-1][1].weight)
         torch.testing.assert_close(block(negative), kept, msg=f"wrong shortcut from 4 to {width} channels, stride {stride}")
 
@@ -423,7 +425,7 @@ def test_pretrained_is_refused_where_no_such_weights_exist():
 
 
 def test_pretrained_for_another_image_size(monkeypatch):
-    monkeypatch.setattr(models, "_imagenet_weights", lambda name: small_vit(64).state_dict())
+    monkeypatch.setattr(models.weights, "_imagenet_weights", lambda name: small_vit(64).state_dict())
     with fails(USAGE, "the ImageNet weights of vit_b_16", "pos_embedding", "use --image-size 224"):
         models.initialise(small_vit(32), "vit_b_16", pretrained=True)
 
@@ -505,7 +507,7 @@ def test_load_refuses_what_is_not_a_trained_network(tmp_path):
     attempt("no weights in it", state_dict=None)
     attempt("is missing", state_dict=net.features.state_dict(prefix="features."))
     attempt("cannot build", image_size=40, model="vit_b_16")
-    for key in models.CARD:
+    for key in models.weights.CARD:
         checkpoint.write(path, **{name: value for name, value in content.items() if name not in (key, "format")})
         with fails(CHECKPOINT, f"{key} is missing"):
             models.load(path)

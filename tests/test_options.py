@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import grid, method, options
+from cli import method_flags, options, sweep_grid
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +52,7 @@ def test_presets_set_defaults_and_flags_win(experiment, expected):
 def test_a_preset_of_one_method_can_be_run_with_the_other():
     args = distill("--experiment", "v3", "--method", "kd")
     assert (args.method, args.beta, args.alpha, args.mixed_target) == ("kd", None, 0.7, None)
-    assert method.numbers(args) == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward", "standardize": False,
+    assert method_flags.numbers(args) == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward", "standardize": False,
                                     "label_smoothing": 0.1}
 
 
@@ -62,43 +62,43 @@ def test_short_forms_and_names():
 
 def test_a_warmup_raises_the_numbers_of_its_method():
     args = distill("--method", "dkd", "--dkd-warmup", "20")
-    numbers = method.numbers(args)
+    numbers = method_flags.numbers(args)
     assert (numbers["alpha"], numbers["beta"], numbers["temperature"]) == (1.0, 8.0, 4.0)
     for epoch, share in ((5, 0.25), (20, 1.0), (40, 1.0)):
-        method.ramp(numbers, args, epoch)
+        method_flags.ramp(numbers, args, epoch)
         assert (numbers["alpha"], numbers["beta"]) == (share, 8 * share)
-    method.ramp(numbers := method.numbers(distill("--method", "dkd")), args=distill("--method", "dkd"), epoch=1)
+    method_flags.ramp(numbers := method_flags.numbers(distill("--method", "dkd")), args=distill("--method", "dkd"), epoch=1)
     assert (numbers["alpha"], numbers["beta"]) == (1.0, 8.0), "no warm-up"
 
 
 def test_choices_are_those_of_the_code():
     import kernels
     from augment import POLICIES, BatchAugmenter
+    from data import datasets
     from kernels import softmax_kl
     from losses import kd
     from losses.methods import METHODS
-    from training import data
 
     assert options.POLICIES == tuple(POLICIES)
-    assert options.parse_teacher("", "", ["--image-size", str(data.SMALLEST)]).image_size == data.SMALLEST
-    for side in (data.SMALLEST, data.SMALLEST - 1):
+    assert options.parse_teacher("", "", ["--image-size", str(datasets.SMALLEST)]).image_size == datasets.SMALLEST
+    for side in (datasets.SMALLEST, datasets.SMALLEST - 1):
         images, labels = torch.zeros(4, side, side, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
-        with nullcontext() if side == data.SMALLEST else pytest.raises(ValueError, match="size >= 8"):
+        with nullcontext() if side == datasets.SMALLEST else pytest.raises(ValueError, match="size >= 8"):
             BatchAugmenter(images, labels, batch_size=2, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3)
     with pytest.raises(SystemExit):
-        options.parse_teacher("", "", ["--image-size", str(data.SMALLEST - 1)])
+        options.parse_teacher("", "", ["--image-size", str(datasets.SMALLEST - 1)])
     assert METHODS["dkd"].numbers["mixed_target"].choices == softmax_kl.SPLITS
     assert METHODS["kd"].numbers["kl"].choices == kd.DIRECTIONS
     assert [options.parse_teacher("", "", ["--kernels", name]).kernels for name in kernels.CHOICES] == list(kernels.CHOICES)
 
 
 def test_objective_is_printed_with_its_numbers():
-    assert method.objective(distill()) == "loss = 0.3 CE(label smoothing 0.1) + 0.7 * 4^2 KL(teacher || student; T = 4)"
-    assert method.objective(distill("--kl", "reverse", "--ce-weight", "1")) == (
+    assert method_flags.objective(distill()) == "loss = 0.3 CE(label smoothing 0.1) + 0.7 * 4^2 KL(teacher || student; T = 4)"
+    assert method_flags.objective(distill("--kl", "reverse", "--ce-weight", "1")) == (
         "loss = 1 CE(label smoothing 0.1) + 0.7 * 4^2 KL(student || teacher; T = 4)")
-    assert method.objective(distill("--experiment", "v3", "--dkd-warmup", "20", "--label-smoothing", "0")) == (
+    assert method_flags.objective(distill("--experiment", "v3", "--dkd-warmup", "20", "--label-smoothing", "0")) == (
         "loss = 1 CE(label smoothing 0) + 4^2 (1 TCKD + 8 NCKD) * min(epoch / 20, 1); T = 4, targets of mixed images: pair")
-    assert method.objective(teacher()) == "loss = CE(label smoothing 0.1)"
+    assert method_flags.objective(teacher()) == "loss = CE(label smoothing 0.1)"
 
 
 BAD = {  # flag: values that are out of range or of the wrong kind
@@ -143,9 +143,9 @@ def test_every_command_of_the_study_is_accepted(experiment, runs):
     parsed = []
     for name, *flags in map(str.split, done.stdout.splitlines()):
         if name == "sweep.py":
-            args = grid.parse_sweep("", "", flags)
-            parsed += [grid.parse(cell, seed, output=f"{args.output}/{cell.name}-s{seed}")
-                       for cell in grid.expand(args.script, args.flags) for seed in cell.seeds]
+            args = sweep_grid.parse_sweep("", "", flags)
+            parsed += [sweep_grid.parse(cell, seed, output=f"{args.output}/{cell.name}-s{seed}")
+                       for cell in sweep_grid.expand(args.script, args.flags) for seed in cell.seeds]
         elif "plots" not in name:
             parsed.append({"train_teacher.py": teacher, "distill.py": distill}[name](*flags))
     outputs = [args.output for args in parsed]

@@ -18,8 +18,10 @@ from exporting import CLASSES, needs_onnx, one_line, trained_run
 from PIL import Image, ImageOps
 from test_scripts import ROOT, run
 
+import models
+from data import pictures
 from deploy import pt2, runtime
-from training import files, models, pictures
+from rundir import files
 
 TEST_IMAGES = 60
 

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+import models
 from losses import Targets, mixed_ce
-from training import models
+from rundir.errors import Failure
+from training.device import Machine
 from training.distributed import Ranks
-from training.errors import Failure
-from training.machine import Machine
-from training.recompute import blocks, recompute, uncounted
-from training.step import Update, build_optimizer
+from training.grad_checkpoint import blocks, recompute, uncounted
+from training.optimization import Update, build_optimizer
 
 CLOCKS = ("images_per_s", "epoch_s", "val_s", "total_s", "peak_mem_mb")
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 import torture
 
-from training import resume
+from rundir import resume
 
 STEPS = 4  # of an epoch of these runs
 KINDS = ("teacher", "student")
@@ -544,15 +544,15 @@ def hang():
 
 
 def drift():
-    from training import step
-    agree = step.Update.agree
+    from training import optimization
+    agree = optimization.Update.agree
 
     def call(self):
         with torch.no_grad():
             self.parameters[0].add_(1e-3)
         agree(self)
 
-    step.Update.agree = call
+    optimization.Update.agree = call
 
 
 def connect_slowly():
@@ -634,7 +634,7 @@ def test_a_reader_that_goes_is_one_line():
     """As `head` does."""
     code = """if 1:
         from types import SimpleNamespace
-        from training import errors
+        from rundir import errors
         errors.run(lambda args: [print("line") for _ in range(10**6)], SimpleNamespace(debug=False))"""
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training import errors, files, rundir
+from rundir import errors, files, run_directory
 
 COLUMNS = """epoch lr train_loss train_loss_ce train_loss_kl train_loss_tckd train_loss_nckd train_loss_inter
 train_loss_intra train_acc1 val_loss val_acc1 val_acc5 val_ece
@@ -26,18 +26,18 @@ def row(epoch=1, **values):
     whole = {"epoch": epoch, "best_epoch": 1, "bad_epochs": 0, "skipped_steps": 0, "steps": 3, "samples": 192}
     required = {name: 0.1 + 0.2 for name in COLUMNS if name not in ("teacher_agree", "amp_scale", "peak_mem_mb")
                 and (name == "train_loss_ce" or not name.startswith("train_loss_"))}
-    return rundir.EpochRow(**required | whole | values)
+    return run_directory.EpochRow(**required | whole | values)
 
 
 @contextmanager
 def opened(path, **flags):
-    with rundir.RunDirectory(path, **{"overwrite": False} | flags) as run:
+    with run_directory.RunDirectory(path, **{"overwrite": False} | flags) as run:
         run.open({"seed": 1})
         yield run
 
 
 def test_log_has_the_columns_in_order_and_floats_round_trip(tmp_path):
-    assert [field.name for field in fields(rundir.EpochRow)] == COLUMNS
+    assert [field.name for field in fields(run_directory.EpochRow)] == COLUMNS
     with opened(tmp_path / "a" / "run") as run:
         run.rows = [row(epoch, train_loss_kl=1 / 3) for epoch in (1, 2)]
         text = run.tables()["log.csv"].decode()
@@ -54,7 +54,7 @@ def test_a_used_directory_is_refused_before_anything_is_written(tmp_path):
     with opened(tmp_path / "run") as run:
         files.write_atomic(run / "log.csv", run.tables()["log.csv"])
     with pytest.raises(errors.Failure, match="not empty .*run.* --resume auto .* --overwrite") as failure:
-        with rundir.RunDirectory(tmp_path / "run", overwrite=False):
+        with run_directory.RunDirectory(tmp_path / "run", overwrite=False):
             pass
     assert failure.value.code == errors.USAGE
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -65,9 +65,9 @@ def test_a_used_directory_is_refused_before_anything_is_written(tmp_path):
         assert (run / "notes.txt").exists(), "and nothing else"
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.Failure, match="not a directory"):
-        rundir.RunDirectory(tmp_path / "file", overwrite=True)
-    with rundir.RunDirectory(tmp_path / "new", overwrite=False):
-        with pytest.raises(errors.Failure, match="in use") as failure, rundir.RunDirectory(tmp_path / "new", overwrite=True):
+        run_directory.RunDirectory(tmp_path / "file", overwrite=True)
+    with run_directory.RunDirectory(tmp_path / "new", overwrite=False):
+        with pytest.raises(errors.Failure, match="in use") as failure, run_directory.RunDirectory(tmp_path / "new", overwrite=True):
             pass
         assert failure.value.code == errors.IN_USE
     assert not (tmp_path / "new").exists(), "a run that fails before its start leaves no directory behind"
@@ -153,14 +153,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_partial(tmp_path, monkeypatch
 
 def test_a_run_does_not_start_without_room_for_three_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000))
-    with pytest.raises(errors.Unwritable) as failure, rundir.RunDirectory(tmp_path / "run", overwrite=False) as run:
+    with pytest.raises(errors.Unwritable) as failure, run_directory.RunDirectory(tmp_path / "run", overwrite=False) as run:
         run.open({}, checkpoint_bytes=1_000_001)
     assert errors.expected(failure.value)[0] == 8 and "needs 3.0 MB, 3.0 MB free" in errors.expected(failure.value)[1]
     assert not (tmp_path / "run").exists()
-    with rundir.RunDirectory(tmp_path / "run", overwrite=False) as run:
+    with run_directory.RunDirectory(tmp_path / "run", overwrite=False) as run:
         run.open({}, checkpoint_bytes=1_000_000)
     (tmp_path / "run" / "last.pt").write_bytes(bytes(1000))
-    with rundir.RunDirectory(tmp_path / "run", overwrite=False, resume="auto") as run:
+    with run_directory.RunDirectory(tmp_path / "run", overwrite=False, resume="auto") as run:
         run.open({}, checkpoint_bytes=1_000_333)  # what is there already need not be free
 
 
@@ -175,7 +175,7 @@ def test_the_previous_file_is_kept(tmp_path):
 
 
 def test_environment_is_enough_to_repeat_and_holds_nothing_private():
-    environment = rundir.environment()
+    environment = run_directory.environment()
     assert environment["torch"] == torch.__version__ and {"git_commit", "gpu", "driver", "python"} <= set(environment)
     text = json.dumps(environment)
     assert socket.gethostname() not in text and str(Path.home()) not in text and getpass.getuser() not in text

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from training import data as datasets
-from training import evaluation, machine, models
+import models
+from data import datasets
+from training import device, evaluation
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--dataset imagefolder --epochs 2 --warmup-epochs 0 --batch-size 16 --opt sgd --lr 0.02 --weight-decay 5e-4 "
@@ -153,7 +154,7 @@ def test_an_unequal_end_keeps_the_best_epoch(here, capsys):
     net = models.load("runs/wild/best.pt")
     net.load_state_dict(last["update"]["net"])
     test = datasets.load("imagefolder", "images", val_size=20)
-    accuracy = evaluation.evaluate(net, test.test, test.mean, test.std, machine.Machine(torch.device("cpu"), "off"), 64).acc1
+    accuracy = evaluation.evaluate(net, test.test, test.mean, test.std, device.Machine(torch.device("cpu"), "off"), 64).acc1
     assert accuracy == summary["test_acc1_last"]
 
 

@@ -14,10 +14,10 @@ from benchmarks import step as benchmark
 from benchmarks.augmentation_rivals import MEAN, STD
 from benchmarks.loss import published_dkd
 from benchmarks.plain_loop import Collate, PlainLoop, published_mixed_dkd
+from cli import options
+from data.synthetic import CLASSES
 from losses import dkd_loss
-from training import options
-from training.machine import prepare_machine
-from training.synthetic import CLASSES
+from training.device import prepare_machine
 
 BATCH, STEPS, SIZE = 8, 2, 32
 CASE = ("v2_tiny", "v2_pico")

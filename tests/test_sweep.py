@@ -24,9 +24,10 @@ import pytest
 from scipy import stats
 from test_scripts import make_images
 
-from training import comparison, files, grid, job, options
-from training.errors import Failure
-from training.flag_types import Parser
+from cli import options, sweep_grid, sweep_jobs, sweep_table
+from cli.flag_types import Parser
+from rundir import files
+from rundir.errors import Failure
 
 ROOT = Path(__file__).parent.parent
 DRAW = random.Random(time.time_ns())  # other moments in every test run: each of them has to do
@@ -34,7 +35,7 @@ DRAW = random.Random(time.time_ns())  # other moments in every test run: each of
 
 def cells(line):
     script, *words = shlex.split(line)
-    return grid.expand(script, words)
+    return sweep_grid.expand(script, words)
 
 
 def words(line):
@@ -51,7 +52,7 @@ def test_several_values_make_an_axis_and_seeds_repeat():
         ("--beta 2 --mixed-target pair", "beta-2_mixed-target-pair"),
         ("--beta 2 --mixed-target dominant", "beta-2_mixed-target-dominant")]
     assert all(cell.seeds == [0, 1, 2] and cell.flags["--milestones"] == ("3", "6") for cell in made)
-    args = grid.parse(made[3], 2)
+    args = sweep_grid.parse(made[3], 2)
     assert (args.method, args.beta, args.mixed_target, args.epochs, args.milestones, args.seed) == (
         "dkd", 2.0, "dominant", 9, [3, 6], 2)
 
@@ -64,7 +65,7 @@ def test_two_dashes_separate_grids_that_share_the_first_flags():
         ("--method dkd --lr 1.6", [5]), ("train_teacher.py --model v2_pico", [0, 1])]
     alone = cells(line)[-1]
     assert alone.name == "train_teacher_model-v2_pico" and "--student" in alone.left_out
-    assert grid.command(alone) == ["--epochs", "9", "--model", "v2_pico"]
+    assert sweep_grid.command(alone) == ["--epochs", "9", "--model", "v2_pico"]
 
 
 @pytest.mark.parametrize("line, expected", [
@@ -130,10 +131,10 @@ def test_every_flag_of_the_scripts_is_known(monkeypatch):
             parse("", "", [])
         for action in parsers[-1]._actions:
             for flag in set(action.option_strings) - {"-h", "--help"}:
-                long = grid.SHORT.get(flag, flag)
-                assert grid.has(script, long), flag
+                long = sweep_grid.SHORT.get(flag, flag)
+                assert sweep_grid.has(script, long), flag
                 if action.nargs in ("+", "*"):
-                    assert grid.points(script, long, ("1", "2")) == [("1", "2")], flag
+                    assert sweep_grid.points(script, long, ("1", "2")) == [("1", "2")], flag
 
 
 def test_the_control_is_named_by_its_flags():
@@ -141,19 +142,19 @@ def test_the_control_is_named_by_its_flags():
                  "-- train_teacher.py --model v2_pico")
     for text, at in ((None, 0), ("--method kd", 0), ("--method dkd --beta 8", 2), ("--lr 1.6", 3), ("train_teacher.py", 4),
                      *((cell.words, at) for at, cell in enumerate(made))):
-        assert grid.find_control(made, text) is made[at], text
+        assert sweep_grid.find_control(made, text) is made[at], text
     for text in ("--method dkd", "--beta 4", "", "train_teacher.py --beta 2"):
         with pytest.raises(Failure, match="--control describes"):
-            grid.find_control(made, text)
+            sweep_grid.find_control(made, text)
 
 
 def test_flags_of_the_sweep_end_at_the_script(capsys):
-    args = grid.parse_sweep("", "", "--jobs 2 --control train_teacher.py distill.py --output x -- -b 2".split())
+    args = sweep_grid.parse_sweep("", "", "--jobs 2 --control train_teacher.py distill.py --output x -- -b 2".split())
     assert (args.jobs, args.control, args.script) == (2, "train_teacher.py", "distill.py")
     assert args.flags == ["--output", "x", "--", "-b", "2"]
     for line in ("--jobs 0 distill.py", "other.py", "", "--seed 1 distill.py", "--metric loss distill.py"):
         with pytest.raises(SystemExit) as stop:
-            grid.parse_sweep("", "", line.split())
+            sweep_grid.parse_sweep("", "", line.split())
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
@@ -170,10 +171,10 @@ ONE, OTHER = [50.0, 52.0, 54.0], [51.0, 54.0, 57.0]
 
 def test_statistics_by_hand_and_by_scipy():
     """Of 50, 52, 54: SD 2, standard error 2 / sqrt(3), and t(0.975; 2) = 4.302653.  Of the differences 1, 2, 3: t = 2 sqrt(3)."""
-    mean, sd, low, high, _ = comparison.spread(ONE)
+    mean, sd, low, high, _ = sweep_table.spread(ONE)
     assert (mean, sd) == (52, 2) and high - mean == pytest.approx(4.302653 * 2 / math.sqrt(3), rel=1e-6)
     assert low + high == pytest.approx(2 * mean)
-    row = comparison.numbers("", *({seed: summary(value) for seed, value in enumerate(values)} for values in (OTHER, ONE)),
+    row = sweep_table.numbers("", *({seed: summary(value) for seed, value in enumerate(values)} for values in (OTHER, ONE)),
                              "test_acc1_best")
     test = stats.ttest_rel(OTHER, ONE)
     assert row["difference"] == 2 and row["p"] == pytest.approx(test.pvalue) == pytest.approx(0.0741799, rel=1e-5)
@@ -182,22 +183,22 @@ def test_statistics_by_hand_and_by_scipy():
     draw = random.Random(0)
     for n in range(2, 9):
         values = [draw.gauss(1, 2) for _ in range(n)]
-        assert comparison.spread(values)[4] == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+        assert sweep_table.spread(values)[4] == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
 
 
 def test_what_is_not_defined_is_empty_and_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert comparison.spread([]) == (None,) * 5 and comparison.spread([3.0]) == (3.0, *[None] * 4)
-        assert comparison.spread([1.0, 1.0]) == (1.0, 0.0, None, None, None)
-        assert comparison.spread([53.1 - 52.9, 51.3 - 51.1, 0.7 - 0.5])[1:] == (0.0, None, None, None), "rounding is no variance"
-        row = comparison.numbers("", {0: DIVERGED}, {0: summary(1.0)}, "test_acc1_best")
+        assert sweep_table.spread([]) == (None,) * 5 and sweep_table.spread([3.0]) == (3.0, *[None] * 4)
+        assert sweep_table.spread([1.0, 1.0]) == (1.0, 0.0, None, None, None)
+        assert sweep_table.spread([53.1 - 52.9, 51.3 - 51.1, 0.7 - 0.5])[1:] == (0.0, None, None, None), "rounding is no variance"
+        row = sweep_table.numbers("", {0: DIVERGED}, {0: summary(1.0)}, "test_acc1_best")
         assert (row["n"], row["diverged"], row["pairs"], row["verdicts"]) == (0, 1, 0, "1 diverged")
         assert all(row[name] is None for name in ("mean", "sd", "ci_low", "difference", "p", "last", "minutes"))
 
 
 def test_differences_are_over_common_seeds():
-    row = comparison.numbers("", {0: summary(51.0), 1: DIVERGED, 2: summary(56.0), 7: summary(90.0)},
+    row = sweep_table.numbers("", {0: summary(51.0), 1: DIVERGED, 2: summary(56.0), 7: summary(90.0)},
                              {0: summary(50.0), 1: summary(50.0), 2: summary(53.0), 3: DIVERGED}, "test_acc1_best")
     assert (row["n"], row["diverged"], row["pairs"], row["difference"], row["mean"]) == (3, 1, 2, 2.0, pytest.approx(197 / 3))
 
@@ -206,8 +207,8 @@ def test_the_bytes_of_the_table():
     results = {"--method kd": {seed: summary(value) for seed, value in enumerate(ONE)},
                "--method dkd": {0: summary(51.0), 1: summary(54.0), 2: summary(57.0, 3.0, "collapsed", 5)},
                "--lr 9": {0: DIVERGED, 1: summary(40.0, minutes=1)}}
-    rows, note = comparison.table(results, "--method kd", "test_acc1_best", 1)
-    head, line, *body, _, below = comparison.as_markdown(rows, note).splitlines()
+    rows, note = sweep_table.table(results, "--method kd", "test_acc1_best", 1)
+    head, line, *body, _, below = sweep_table.as_markdown(rows, note).splitlines()
     left, right = """\
 | flags        |   n | diverged | accuracy (%) |   SD |  95 % interval | pairs | difference | its 95 % interval |     p
 | ------------ | --: | -------: | -----------: | ---: | -------------: | ----: | ---------: | ----------------: | ----:
@@ -233,7 +234,8 @@ def test_the_bytes_of_the_table():
 STUB = r'''
 import fcntl, json, os, sys, time
 from pathlib import Path
-from training import errors, files, options
+from rundir import errors, files
+from cli import options
 NAME = Path(__file__).stem
 
 def main(args):
@@ -391,7 +393,7 @@ def test_another_teacher_is_refused(place):
     line = "--output s distill.py --teacher-checkpoint teacher.pt"
     assert sweep(line)[0] == 0
     path = Path("s/distill-s42/config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher_sha256": job.digest_once(Path("teacher.pt"))}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher_sha256": sweep_jobs.digest_once(Path("teacher.pt"))}))
     assert sweep(line)[0] == 0
     Path("moved.pt").write_bytes(b"one")
     assert sweep(line.replace("teacher.pt", "moved.pt"))[0] == 0, "the same teacher"
@@ -408,7 +410,7 @@ def test_the_content_of_files_decides_and_not_their_path(place):
     line = "--output s train_teacher.py --dataset imagefolder --data-dir {} --init {}"
     assert sweep(line.format("one", "start.pt"))[0] == 0
     path = Path("s/train_teacher-s42/config.json")
-    known = {"data_sha256": job.fingerprint("imagefolder", "one", None), "init_sha256": job.digest_once(Path("start.pt"))}
+    known = {"data_sha256": sweep_jobs.fingerprint("imagefolder", "one", None), "init_sha256": sweep_jobs.digest_once(Path("start.pt"))}
     path.write_text(json.dumps(json.loads(path.read_text()) | known))
     assert sweep(line.format("./two/", "moved.pt"))[0] == 0 and len(times()) == 1
     for other, said in ((line.format("one", "lost.pt"), "init start.pt -> lost.pt"), (line.format("lost", "start.pt"), "lost")):

@@ -70,8 +70,8 @@ class Job(NamedTuple):
 
 def forgetful_pico(num_classes: int):
     """A small network that draws random numbers: its dropout must go on where it was."""
-    from training import models
-    net = models.NETWORKS["v2_pico"](num_classes)
+    import models
+    net = models.cifar_networks.NETWORKS["v2_pico"](num_classes)
     net.classifier[0].p = 0.5
     return net
 
@@ -94,9 +94,9 @@ def be_the_script(line: str, folder: str, log: str, fault, environment: dict) ->
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     import torch
 
-    from training import models
+    import models
     torch.set_num_threads(1)
-    models.NETWORKS["forgetful_pico"] = forgetful_pico
+    models.cifar_networks.NETWORKS["forgetful_pico"] = forgetful_pico
     script, *flags = shlex.split(line)
     sys.argv = [str(ROOT / script), *flags]
     if fault:
@@ -285,7 +285,7 @@ def equal(one, two) -> bool:
 
 def difference(run: Path, undisturbed: Path) -> str:
     """What differs between two runs, "" where nothing does."""
-    from training import checkpoint
+    from rundir import checkpoint
     if log_of(run) != log_of(undisturbed):
         return "log.csv"
     if (run / "diagnostics.csv").read_bytes() != (undisturbed / "diagnostics.csv").read_bytes():
@@ -362,8 +362,8 @@ def interruption(place: Workplace, kind: str, number: int, fraction: float) -> s
 
 def corrupted(good: bytes, path: Path, damage) -> str:
     """Read a damaged last.pt: refused in one line, or equal to the good one."""
-    from training import resume
-    from training.errors import Failure
+    from rundir import resume
+    from rundir.errors import Failure
     path.write_bytes(damage(good))
     try:
         content = tensors_of(resume.read_run(path))

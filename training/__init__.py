@@ -1,1 +1,1 @@
-"""What both training scripts call: flags, data, networks, the step, checkpoints and the run directory."""
+"""One training step and what it needs: device, processes, CUDA graph, metrics, evaluation."""

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 
+import models
 from augment import BatchAugmenter
+from cli import method_flags, options
+from data import datasets
+from diagnostics.gradients import Diagnostics
 from losses.methods import METHODS, resolved
-from training import data as datasets
-from training import method, models, options
-from training.diagnostics import Diagnostics
+from training.device import Machine, global_batch_size
 from training.distributed import Ranks
 from training.evaluation import check_classes
-from training.machine import Machine, global_batch_size
-from training.step import Taken
+from training.optimization import Taken
 
 BATCHES = 8
 TEMPERATURES = (1, 2, 3, 4, 6, 8)
@@ -39,8 +40,8 @@ def advise(args, machine: Machine) -> list[str]:
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                batch_size=batch_size)
     student = models.build(args.student, len(data.classes), args.image_size or data.image_size).to(machine.device).train()
-    criterion, steps = method.function(args), range(min(BATCHES, augmenter.steps))
-    numbers = method.numbers(args, machine.device)
+    criterion, steps = method_flags.function(args), range(min(BATCHES, augmenter.steps))
+    numbers = method_flags.numbers(args, machine.device)
     looking = Diagnostics(args, augmenter, range(batch_size), Ranks(), steps)  # whole batches, whoever else reads them
     augmenter.set_epoch(1)
     looking.begin(1)
@@ -80,7 +81,7 @@ def said(args, seen: dict, classes: int) -> list[str]:
 
 def suggested(args, seen: dict, norm: float, entropies: list[float], classes: int) -> list[str]:
     """Numbers to try, with the reason.  norm: of a new student's gradient.  entropies: of the teacher at TEMPERATURES."""
-    record, numbers = METHODS[args.method], resolved(METHODS[args.method], method.own_numbers(args))
+    record, numbers = METHODS[args.method], resolved(METHODS[args.method], method_flags.own_numbers(args))
     lines = []
     weighed = {term: number for term, number in record.weighed_by.items() if term != "ce" and seen.get(f"grad_{term}")}
     if weighed and seen.get("grad_ce"):
@@ -88,8 +89,8 @@ def suggested(args, seen: dict, norm: float, entropies: list[float], classes: in
         number = weighed[loudest]
         times = seen[f"grad_{loudest}"] / seen["grad_ce"]
         fixed = f" --ce-weight {numbers['ce_weight']:.2g}" if getattr(args, "ce_weight", 0.0) is None else ""  # else 1 - alpha
-        lines.append(f"{method.flag(number)} {numbers[number] / times:.2g}{fixed}: {loudest.upper()} then weighs as much as the "
-                     f"cross-entropy in the gradient (at {numbers[number]:g} it is {times:.1f} times as large)")
+        lines.append(f"{method_flags.flag(number)} {numbers[number] / times:.2g}{fixed}: {loudest.upper()} then weighs as much "
+                     f"as the cross-entropy in the gradient (at {numbers[number]:g} it is {times:.1f} times as large)")
     if "temperature" in numbers:
         most = FLAT * math.log(classes)
         fitting = [T for T, value in zip(TEMPERATURES, entropies) if value <= most]

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from training import models
-from training.errors import CALMER, DIVERGED, USAGE, Failure
-from training.machine import Machine
+import models
+from rundir.errors import CALMER, DIVERGED, USAGE, Failure
+from training.device import Machine
 
 ECE_BINS = 15
 # The share of images about which a network may be right in one precision and wrong in another; what was seen, rounded up.
@@ -121,7 +121,7 @@ def check_classes(info: dict, data) -> None:
 
 def tolerance(images: int, *precisions: str) -> float:
     """How far two accuracies of one network on so many images may be apart, in percentage points, where it was read in these
-    precisions of training.machine.AMP: four standard deviations of the count of images that change, and one image."""
+    precisions of training.device.AMP: four standard deviations of the count of images that change, and one image."""
     share = max(CHANGED[each] for each in precisions)
     return 100 * (1 + 4 * math.sqrt(share * images)) / images
 

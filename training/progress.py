@@ -5,9 +5,8 @@ from collections import deque
 from statistics import median_low
 
 from losses.methods import TERMS
-from training.means import Means
-from training.terminal import clock, live, say
-
+from rundir.terminal import clock, live, say
+from training.metrics import Means
 
 LAST = 5  # epochs
 

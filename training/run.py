@@ -4,22 +4,24 @@ from contextlib import ExitStack
 
 import torch
 
+import models
 from augment import is_fused
-from training import data as datasets
-from training import models, options, resume, rundir
-from training.capture import Replayed, Step, captures
-from training.checkpoint import Writer
-from training.diagnostics import Diagnostics
+from cli import options
+from data import datasets
+from data.split import Split
+from diagnostics.alarms import judge
+from diagnostics.gradients import Diagnostics
+from rundir import resume, run_directory
+from rundir.checkpoint import Writer
+from rundir.run_directory import EpochRow, RunDirectory
+from rundir.terminal import say
+from training.cuda_graph import Replayed, Step, captures
+from training.device import Machine, global_batch_size, parts_of, use_threads
 from training.evaluation import EarlyStop, Evaluation, evaluate
-from training.machine import Machine, global_batch_size, parts_of, use_threads
-from training.means import Means
+from training.grad_checkpoint import recompute
+from training.metrics import Means
+from training.optimization import Taken, accuracy
 from training.progress import Progress
-from training.recompute import recompute
-from training.rundir import EpochRow, RunDirectory
-from training.source import Split
-from training.step import Taken, accuracy
-from training.terminal import say
-from training.verdict import judge
 
 CLEAN = 512  # training images, or fewer than twice as many, on which a network is also evaluated without augmentation
 
@@ -32,13 +34,13 @@ class Run:
     `with Run(args, config, machine) as run:` locks --output and finds what --resume continues; where `run.finished`, nothing is
     left to do.  After `start`, `epochs` counts the epochs; in each the script calls `log_step` after every step, `end_training`,
     and `end_epoch` with its evaluation; and after the last epoch `close`.
-    args: of training.options.  config: what must be the same when the run is resumed.
+    args: of cli.options.  config: what must be the same when the run is resumed.
     """
 
     def __init__(self, args, config: dict, machine: Machine):
         self.args, self.config, self.machine, self.ranks = args, config, machine, machine.ranks
         if args.overwrite:
-            rundir.refuse_to_overwrite(args)
+            run_directory.refuse_to_overwrite(args)
         self.directory = RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=self.ranks.first)
         self.stop = EarlyStop(args.monitor, args.patience)
 

@@ -10,10 +10,10 @@ from argparse import Namespace
 from dataclasses import dataclass
 from zlib import crc32
 
+from cli import method_flags, options
+from cli.flag_types import count, nonempty
 from losses.methods import METHODS
-from training import method, options
-from training.errors import USAGE, Failure
-from training.flag_types import count, nonempty
+from rundir.errors import USAGE, Failure
 
 PARSERS = {"distill.py": options.parse_distill, "train_teacher.py": options.parse_teacher}
 DEFAULTS = {script: parse("", "", []) for script, parse in PARSERS.items()}
@@ -144,7 +144,7 @@ def foreign_numbers(flags: dict) -> set[str]:
     chosen = (flags.get("--method") or (preset.get("method", DEFAULTS["distill.py"].method),))[0]
     if chosen not in METHODS:
         return set()  # the parser will say so
-    numbers = {key: {*map(method.flag, each.numbers), f"--{key}-warmup"} for key, each in METHODS.items()}
+    numbers = {key: {*map(method_flags.flag, each.numbers), f"--{key}-warmup"} for key, each in METHODS.items()}
     return set(flags) & set.union(*numbers.values()) - numbers[chosen]
 
 

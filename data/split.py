@@ -17,7 +17,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it is found: no validation split yet. What is None, training.data's `load` makes."""
+    """A data set as it is found: no validation split yet. What is None, data.datasets's `load` makes."""
     train: Split
     test: Split | None
     classes: list[str]

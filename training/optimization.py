@@ -8,12 +8,11 @@ from typing import NamedTuple
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from training.errors import BUG, CALMER, DIVERGED, Failure
-from training.machine import Machine
+from rundir.errors import BUG, CALMER, DIVERGED, Failure
+from training.device import Machine
 
 SMALLEST_SCALE = 2.0**-14  # a loss that overflows FP16 at this scale is broken, not large
 ALIGNMENT = 16  # elements
-EVERY = 40  # steps, one of which is looked at more closely, for diagnostics.csv
 
 
 def build_optimizer(net, args) -> torch.optim.Optimizer:

@@ -1,8 +1,8 @@
 """The chosen method by its record in losses/methods.py: flags, numbers, names and formula.  Imports no torch."""
 from pkgutil import resolve_name
 
+from cli.flag_types import number, whole
 from losses.methods import METHODS, resolved
-from training.flag_types import number, whole
 
 
 def add_flags(parser) -> None:

@@ -9,11 +9,11 @@ import math
 
 import torch
 
+from cli import method_flags
 from losses import mixed_ce
 from losses.methods import METHODS, resolved
-from training import method
-from training.step import EVERY
 
+EVERY = 40  # steps, one of which is looked at more closely, for diagnostics.csv
 GROUPS = ("all", "clean", "policy", "erased", "mixup", "cutmix", "even", "uneven")
 UNEVEN = 0.75  # what the larger label of a mix is worth from where on it counts as uneven
 WHOLE = "whole"  # the gradient of all terms together
@@ -24,13 +24,13 @@ class Diagnostics:
     """Sums over the images of the steps that are looked at, of one epoch at a time.
 
     In such a step `look` takes the logits, and `end_step` adds what it saw to the sums on the device; a CUDA graph may hold both.
-    args: of training.options.  augmenter: makes the batches, of which these `rows` are looked at.  ranks: of
+    args: of cli.options.  augmenter: makes the batches, of which these `rows` are looked at.  ranks: of
     training.distributed.  steps: those that are looked at, every 40th where they are not given.
     """
 
     def __init__(self, args, augmenter, rows: range, ranks, steps: range | None = None):
         self.args, self.augmenter, self.rows, self.ranks = args, augmenter, rows, ranks
-        self.function = method.function(args) if "method" in args else None
+        self.function = method_flags.function(args) if "method" in args else None
         self.steps = range(0, augmenter.steps, EVERY) if steps is None else steps
         self.treated, self.sums = None, []
 
@@ -88,7 +88,7 @@ class Diagnostics:
     def end_step(self, taken) -> None:
         """Add what was seen to the sums, unless the step was skipped: then its numbers may not be finite.
 
-        taken: a training.step.Taken with a move.
+        taken: a training.optimization.Taken with a move.
         """
         self.seen.append(torch.stack([taken.move, torch.ones_like(taken.move)]))
         skipped = taken.skipped.bool()

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import models
 from deploy.runtime import onnx_session, quiet, require
-from training import models
-from training.errors import USAGE, Failure, first_line
+from rundir.errors import USAGE, Failure, first_line
 
 # ExecuTorch plans its memory ahead, for a largest batch.  It must be below 16: from there on torch takes convolutions apart in
 # another way, and a program is for one side of that limit.

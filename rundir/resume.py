@@ -8,13 +8,14 @@ from dataclasses import asdict
 
 import torch
 
-from training import checkpoint, options
-from training.checkpoint import on_cpu
-from training.errors import CHECKPOINT, DATA, USAGE, Failure
-from training.files import holds, write_atomic
-from training.rundir import EpochRow
+from rundir import checkpoint
+from rundir.checkpoint import on_cpu
+from rundir.errors import CHECKPOINT, DATA, USAGE, Failure
+from rundir.files import holds, write_atomic
+from rundir.identity import NON_EXPERIMENT_FLAGS
+from rundir.run_directory import EpochRow
 
-FREE = options.INCIDENTAL | {"epochs", "patience"}  # what a resumed run may change
+FREE = NON_EXPERIMENT_FLAGS | {"epochs", "patience"}  # what a resumed run may change
 NO_FLAGS = {"script", "teacher_sha256", "processes"}
 
 

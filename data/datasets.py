@@ -1,7 +1,7 @@
 """Data sets as uint8 tensors on the device: training, validation and test images, their labels, the names of the classes.
 
 Images are decoded once and stay as they are, (N, H, W, 3); augmentation and normalisation happen on the device, batch by batch.
-To add a data set: one function that returns a `Source`, a line in `DATASETS`, its name in training/options.py.
+To add a data set: one function that returns a `Source`, a line in `DATASETS`, its name in cli/options.py.
 """
 import hashlib
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from training.cifar import cifar10, cifar100
-from training.errors import DATA, OUT_OF_MEMORY, USAGE, Failure
-from training.imagefolder import imagefolder
-from training.source import Source, Split
-from training.synthetic import CLASSES, generate
+from data.cifar import cifar10, cifar100
+from data.imagefolder import imagefolder
+from data.split import Source, Split
+from data.synthetic import CLASSES, generate
+from rundir.errors import DATA, OUT_OF_MEMORY, USAGE, Failure
 
 SMALLEST = 8  # pixels: of the images that BatchAugmenter takes
 TEST_SEED = 0  # draws the test set of a folder that has none: the same for every --seed

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 import kernels
+from rundir.errors import USAGE, Failure, first_line
 from training.distributed import Ranks
-from training.errors import USAGE, Failure, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}

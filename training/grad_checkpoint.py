@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from training.errors import USAGE, Failure
+from rundir.errors import USAGE, Failure
 
 
 def blocks(net, in_chain: bool = False) -> list[nn.Module]:

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from training import grid, options
-from training.errors import BUG, DATA, DIVERGED, IN_USE, STOPPED, USAGE, Failure
-from training.files import digest, holds, make_directory
+from cli import sweep_grid
+from rundir.errors import BUG, DATA, DIVERGED, IN_USE, STOPPED, USAGE, Failure
+from rundir.files import digest, holds, make_directory
+from rundir.identity import NON_EXPERIMENT_FLAGS
 
 RESOLVED = (None, "auto")  # flags that a run decides itself; config.json then says what it decided
 PAUSE = 1.0  # seconds until a run that another process is at is looked at again
@@ -26,12 +27,13 @@ class Job:
     seconds: from the start of its process to its end, 0 where none was started.
     """
 
-    def __init__(self, cell: grid.Cell, seed: int, output: Path, root: Path):
+    def __init__(self, cell: sweep_grid.Cell, seed: int, output: Path, root: Path):
         name = f"{cell.name}-s{seed}"
         self.cell, self.seed, self.directory, self.log = cell, seed, output / name, output / "logs" / f"{name}.txt"
-        self.command = [str(root / cell.script), *grid.command(cell), "--seed", str(seed), "--resume", "auto",
+        self.command = [str(root / cell.script), *sweep_grid.command(cell), "--seed", str(seed), "--resume", "auto",
                         "--output", str(self.directory)]
-        self.flags = {name: value for name, value in vars(grid.parse(cell, seed)).items() if name not in options.INCIDENTAL}
+        flags = vars(sweep_grid.parse(cell, seed))
+        self.flags = {name: value for name, value in flags.items() if name not in NON_EXPERIMENT_FLAGS}
         self.process, self.code, self.seconds, self.pause_ends = None, 0, 0.0, 0.0
 
     def __str__(self) -> str:
@@ -188,8 +190,8 @@ digest_once = cache(digest)  # most runs of a sweep have one teacher
 @cache
 def fingerprint(dataset: str, data_dir: str, image_size: int | None) -> str:
     """Of the images that these flags name; reads them, and imports torch for it."""
-    from training import data
-    return data.load(dataset, data_dir, val_size=0, image_size=image_size).fingerprint
+    from data import datasets
+    return datasets.load(dataset, data_dir, val_size=0, image_size=image_size).fingerprint
 
 
 def read_json(path: Path) -> dict | None:

@@ -10,7 +10,7 @@ import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
-from training.terminal import say
+from rundir.terminal import say
 
 DONE, BUG, USAGE, IN_USE, DATA, CHECKPOINT, DIVERGED, OUT_OF_MEMORY, DISK = range(9)
 CALMER = "lower --lr or the weights of the loss, or use --amp bf16"  # the remedy where numbers are no longer finite

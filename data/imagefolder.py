@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from training.errors import DATA, OUT_OF_MEMORY, USAGE, Failure
-from training.files import write_atomic
-from training.pictures import decode_into, image_files, size_of
-from training.source import Source, Split
-from training.terminal import live, say
+from data.pictures import decode_into, image_files, size_of
+from data.split import Source, Split
+from rundir.errors import DATA, OUT_OF_MEMORY, USAGE, Failure
+from rundir.files import write_atomic
+from rundir.terminal import live, say
 
 THUMBNAIL = 128  # pixels; larger images gain from threads, smaller ones lose
 DECODER = b"1"  # another number makes every cache outdated: for a `decode` that gives other pixels

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from training.errors import CHECKPOINT, Failure, Unwritable
+from rundir.errors import CHECKPOINT, Failure, Unwritable
 
 
 def write_atomic(path, content, previous=None) -> None:

@@ -13,8 +13,8 @@ from dataclasses import asdict, fields, make_dataclass
 from pathlib import Path
 
 from losses.methods import TERMS
-from training.errors import BUG, DONE, IN_USE, USAGE, Failure, Stopped, Unwritable, expected
-from training.files import as_csv, make_directory, unwritable, write_atomic, write_json
+from rundir.errors import BUG, DONE, IN_USE, USAGE, Failure, Stopped, Unwritable, expected
+from rundir.files import as_csv, make_directory, unwritable, write_atomic, write_json
 
 OWNED = ("config.json", "env.json", "log.csv", "diagnostics.csv", "status.json", "summary.json", "last.pt", "prev.pt", "best.pt")
 
@@ -154,7 +154,7 @@ class RunDirectory:
 
 
 def refuse_to_overwrite(args) -> None:
-    """Failure USAGE where --overwrite would delete the very weights that the run begins with.  args: of training.options."""
+    """Failure USAGE where --overwrite would delete the very weights that the run begins with.  args: of cli.options."""
     for path in (vars(args).get(name) for name in ("teacher_checkpoint", "init", "student_init")):
         if path and Path(path).resolve().parent == Path(args.output).resolve():
             raise Failure(USAGE, f"--overwrite would delete what the run begins with ({path})", "choose another --output")

@@ -5,15 +5,13 @@ a flag beside it wins.
 """
 import argparse
 
+from cli import method_flags
+from cli.flag_types import Parser, count, device, nonempty, nonnegative, number, png, positive, probability, seed, whole
 from losses.methods import METHODS
-from training import method
-from training.flag_types import Parser, count, device, nonempty, nonnegative, number, png, positive, probability, seed, whole
 
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
 POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "randaugment", "trivialaugment")
 DEFAULT = "default: %(default)s"
-# Flags that say where and how a run is done, not what it computes: a resumed run may change them, runs of one table may differ.
-INCIDENTAL = {"output", "device", "cuda_graph", "grad_checkpoint", "resume", "overwrite", "debug", "dry_run"}
 EXPERIMENTS = {
     "v1": {"method": "kd", "policy": "none", "random_erasing": 0.0},
     "v2": {"method": "kd"},
@@ -140,16 +138,16 @@ def parse_distill(description, usage_lines, argv=None):
     add("--teacher-checkpoint", type=nonempty, default="runs/teacher/best.pt", metavar="PATH", help=DEFAULT)
     add("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help=DEFAULT)
     add("--student-init", type=nonempty, default="none", metavar="{none,imagenet,PATH}", help=DEFAULT)
-    method.add_flags(parser)
+    method_flags.add_flags(parser)
     data_flags(parser)
     augmentation_flags(parser)
     optimisation_flags(parser)
     machine_flags(parser, output="runs/<experiment, or method and its numbers>-s<seed>")
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    method.fill_in(parser, args, of_preset=set(preset) if args.method != preset.get("method") else set())
+    method_flags.fill_in(parser, args, of_preset=set(preset) if args.method != preset.get("method") else set())
     check_schedule(parser, args)
-    args.output = args.output or f"runs/{args.experiment or method.run_name(args)}-s{args.seed}"
+    args.output = args.output or f"runs/{args.experiment or method_flags.run_name(args)}-s{args.seed}"
     return args
 
 
@@ -180,7 +178,7 @@ def check_schedule(parser, args) -> None:
 
 
 def data(args) -> dict:
-    """The arguments of training.data.load that flags decide."""
+    """The arguments of data.datasets.load that flags decide."""
     return {"name": args.dataset, "data_dir": args.data_dir, "val_size": args.val_size, "seed": args.seed,
             "image_size": args.image_size}
 

@@ -3,8 +3,8 @@ import math
 
 import torch
 
-from training.errors import CALMER, DIVERGED, Failure
-from training.machine import Machine
+from rundir.errors import CALMER, DIVERGED, Failure
+from training.device import Machine
 
 SKIPS = 20  # optimizer steps in a row that a healthy run may skip: FP16's first scale of 2^16 finds its level in fewer
 
@@ -34,7 +34,7 @@ class Means:
         self.parts.append([correct, *(loss.detach() for loss in losses.values())])
 
     def end_step(self, position: int | torch.Tensor, skipped, norm) -> None:
-        """Write the row of the step at `position` of the epoch.  skipped, norm: as in training.step.Taken."""
+        """Write the row of the step at `position` of the epoch.  skipped, norm: as in training.optimization.Taken."""
         parts, self.parts = self.parts, []
         if len(parts) > 1:
             parts = [torch.stack(list(map(torch.stack, parts))).mean(0).unbind()]

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from cli import options
+from data import datasets
 from deploy.runtime import card_path
-from training import data as datasets
-from training import options
-from training.errors import CHECKPOINT, DIVERGED, USAGE, Failure
+from rundir.errors import CHECKPOINT, DIVERGED, USAGE, Failure
+from rundir.files import as_csv, make_directory, write_atomic, write_json
 from training.evaluation import tolerance
-from training.files import as_csv, make_directory, write_atomic, write_json
 
 CALIBRATION_IMAGES = 512
 TOLERANCE = 1e-4  # on logits in fp32, relative where the largest is above 1; other predictions are then ties within twice that
@@ -51,7 +51,7 @@ class Row:
 def data_of_run(checkpoint: Path, classes, data_dir: str | None = None) -> datasets.Dataset:
     """The data set, split as it was, of the run that `checkpoint` lies in; `data_dir`: where its files are now.
 
-    Failure CHECKPOINT: no config.json there; USAGE: other `classes` than the checkpoint's; and those of training.data.load.
+    Failure CHECKPOINT: no config.json there; USAGE: other `classes` than the checkpoint's; and those of data.datasets.load.
     """
     path = Path(checkpoint).parent / "config.json"
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageOps
 
-from training.errors import DATA, Failure
+from rundir.errors import DATA, Failure
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder has the same
 COLUMNS, INCHES = 8, 1.7  # of a contact sheet: images in a row, and the width of one

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from training.errors import CHECKPOINT, Failure
-from training.files import write_atomic
+from rundir.errors import CHECKPOINT, Failure
+from rundir.files import write_atomic
 
 FORMAT = 1
 SEAL = b"sha256:"

@@ -14,8 +14,8 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5, download_url
 
-from training.errors import DATA, DISK, Failure
-from training.source import Source, Split
+from data.split import Source, Split
+from rundir.errors import DATA, DISK, Failure
 
 
 def cifar10(data_dir: Path, image_size) -> Source:

@@ -13,9 +13,9 @@ import time
 
 import torch
 
-from training.errors import OUT_OF_MEMORY, USAGE, Failure, first_line
-from training.machine import Machine, cannot_compile
-from training.step import EVERY
+from diagnostics.gradients import EVERY
+from rundir.errors import OUT_OF_MEMORY, USAGE, Failure, first_line
+from training.device import Machine, cannot_compile
 
 WARM_UP = 3  # steps before any is recorded, in which libraries choose their kernels and make their workspaces
 
@@ -23,7 +23,7 @@ WARM_UP = 3  # steps before any is recorded, in which libraries choose their ker
 def captures(args, machine: Machine, fused: bool) -> bool:
     """Whether steps are to be recorded; says why not where one would expect it.
 
-    args: of training.options.  fused: whether one launch makes the batch, from a position on the device.
+    args: of cli.options.  fused: whether one launch makes the batch, from a position on the device.
     """
     on_gpu = machine.device.type == "cuda"
     if args.cuda_graph is False or (args.cuda_graph is None and not on_gpu):

@@ -1,0 +1,1 @@
+"""The command line: flags, the flags of each method, and sweeps over them."""
