@@ -6,8 +6,7 @@
     python distill.py --experiment v2 --resume auto            whatever happened to it: goes on, or starts
     torchrun --nproc-per-node 2 distill.py --batch-size 64     on two GPUs, 64 images each
 
-Teacher and student see the same augmented images; the criterion reads both logits and both labels of each mixed image.
-A new method is a file in losses/ and a record in losses/methods.py.  Leaves log.csv, summary.json, best.pt and last.pt.
+Leaves log.csv, summary.json, best.pt and last.pt in --output.
 """
 from cli import method_flags, options
 from rundir import errors
@@ -16,60 +15,70 @@ from rundir import errors
 def main(args):
     import models
     from augment import BatchAugmenter
+    from diagnostics.gradients import LOG_EVERY, Diagnostics
     from rundir.run_directory import announce
     from training.advice import advise
+    from training.cuda_graph import CudaGraph
     from training.device import prepare_machine
     from training.evaluation import check_teacher
-    from training.optimization import Update, build_optimizer, learning_rate
+    from training.metrics import Metrics
+    from training.optimization import Recipe, Update, learning_rate
     from training.run import Run
 
     machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
     config = vars(args) | {"script": "distill"} | machine.describe()
     announce(config, method_flags.objective(args))
     if args.dry_run:
-        print(*advise(args, machine), sep="\n")
-        return
+        return print(*advise(args, machine), sep="\n")
 
-    card = models.read(args.teacher_checkpoint, missing="train a teacher first: python train_teacher.py, or name one with "
-                                                        "--teacher-checkpoint")
-    config["teacher_sha256"] = card["sha256"]
+    checkpoint = models.read(args.teacher_checkpoint, missing="train a teacher first: python train_teacher.py, or name one with "
+                                                              "--teacher-checkpoint")
+    config["teacher_sha256"] = checkpoint["sha256"]
     with Run(args, config, machine) as run:
         if run.finished:
             return
-        data, criterion = run.load_data(), method_flags.function(args)
-        teacher = models.load(card, machine.device, machine.dtype, folded=True)
+        data, criterion, recipe = run.load_data(), method_flags.function(args), Recipe(**options.recipe(args))
+        teacher = models.load(checkpoint, machine.device, machine.dtype, folded=True)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
-        teacher_test, teacher_val = check_teacher(teacher, data, machine, len(run.parts[0])), run.evaluate(teacher, data.val)
+        teacher_test, teacher_val = check_teacher(teacher, data, machine, run.rows_at_once), run.evaluate(teacher, data.val)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=run.batch_size)
-        update = Update(student, build_optimizer(student, args), machine, args.clip_grad, args.model_ema, len(run.parts))
-        model, teach, numbers = run.called(student), run.called(teacher), method_flags.numbers(args, machine.device)
+        update = Update(student, recipe, machine, len(run.micro_batches))
+        metrics = Metrics(machine.ranks, augmenter.steps, args.clip_grad)
+        diagnostics = Diagnostics(args, augmenter, run.micro_batches[-1], machine.ranks)
+        model, teach, numbers = run.wrap(student), run.wrap(teacher), method_flags.numbers(args, machine.device)
         print(f"{data}\nteacher {teacher.info['model']}: {teacher.size / 1e6:.2f} M parameters, "
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
 
-        @run.step
-        def step(position, lr, look):
-            for rows in run.parts:
+        def step(position, lr, diagnose):
+            for rows in run.micro_batches:
                 batch = augmenter(position, rows)
-                with machine.autocast():
+                with machine.autocast:
                     teacher_logits = teach(batch.images)  # it is frozen: nothing is kept for a backward pass
                     logits = model(batch.images)
                 loss, terms = criterion(logits, teacher_logits, batch.targets, **numbers)
                 update.backward(loss)
-                run.add(position, look, batch.targets, logits, loss, terms, teacher_logits, numbers)
-            run.end_step(position, update(lr, look))
+                metrics.add(logits, batch.targets, loss, terms)
+            result = update(lr, diagnose)
+            metrics.end_step(position, result)
+            if diagnose:
+                diagnostics.add(position, result, batch.targets, logits, teacher_logits, numbers)
 
-        run.start(update, augmenter, teacher, **method_flags.labels(args))
+        step = CudaGraph(step, machine.device) if run.cuda_graph else step
+        run.start(update, metrics, diagnostics, teacher, **method_flags.labels(args))
         for epoch in run.epochs():
             student.train()
             augmenter.set_epoch(epoch)
+            diagnostics.set_epoch(epoch)
             method_flags.ramp(numbers, args, epoch)
             for position in range(augmenter.steps):
-                step(position, lr := learning_rate((epoch - 1) * augmenter.steps + position, args, augmenter.steps))
-                run.log_step(position, lr)
-            run.end_training()
+                lr = learning_rate((epoch - 1) * augmenter.steps + position, recipe, augmenter.steps)
+                step(position, lr, position % LOG_EVERY == 0)
+                metrics.log()
+                run.progress.step(epoch, position, lr, metrics)
+            run.end_training(lr)
             val = run.evaluate(update.evaluated, data.val)
             run.end_epoch(val, teacher_agree=val.agreement(teacher_val))
 

@@ -16,10 +16,13 @@ from rundir import errors
 def main(args):
     import models
     from augment import BatchAugmenter
+    from diagnostics.gradients import LOG_EVERY, Diagnostics
     from losses import mixed_ce
     from rundir.run_directory import announce
+    from training.cuda_graph import CudaGraph
     from training.device import prepare_machine
-    from training.optimization import Update, build_optimizer, learning_rate
+    from training.metrics import Metrics
+    from training.optimization import Recipe, Update, learning_rate
     from training.run import Run
 
     machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
@@ -32,35 +35,42 @@ def main(args):
     with Run(args, config, machine) as run:
         if run.finished:
             return
-        data = run.load_data()
+        data, recipe = run.load_data(), Recipe(**options.recipe(args))
         net = run.new_network(args.model, pretrained=pretrained, init=args.init)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=run.batch_size)
-        update = Update(net, build_optimizer(net, args), machine, args.clip_grad, args.model_ema, len(run.parts))
-        model = run.called(net)
+        update = Update(net, recipe, machine, len(run.micro_batches))
+        metrics = Metrics(machine.ranks, augmenter.steps, args.clip_grad)
+        diagnostics = Diagnostics(args, augmenter, run.micro_batches[-1], machine.ranks)
+        model = run.wrap(net)
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")
 
-        @run.step
-        def step(position, lr, look):
-            for rows in run.parts:
+        def step(position, lr, diagnose):
+            for rows in run.micro_batches:
                 batch = augmenter(position, rows)
-                with machine.autocast():
+                with machine.autocast:
                     logits = model(batch.images)
                 loss = mixed_ce(logits, batch.targets, label_smoothing=args.label_smoothing)
                 update.backward(loss)
-                run.add(position, look, batch.targets, logits, loss, {"ce": loss})
-            run.end_step(position, update(lr, look))
+                metrics.add(logits, batch.targets, loss, {"ce": loss})
+            result = update(lr, diagnose)
+            metrics.end_step(position, result)
+            if diagnose:
+                diagnostics.add(position, result, batch.targets, logits)
 
-        run.start(update, augmenter)
+        step = CudaGraph(step, machine.device) if run.cuda_graph else step
+        run.start(update, metrics, diagnostics)
         for epoch in run.epochs():
             net.train()
             augmenter.set_epoch(epoch)
+            diagnostics.set_epoch(epoch)
             for position in range(augmenter.steps):
-                step(position, lr := learning_rate((epoch - 1) * augmenter.steps + position, args, augmenter.steps))
-                run.log_step(position, lr)
-            run.end_training()
-            val = run.evaluate(update.evaluated, data.val)
-            run.end_epoch(val)
+                lr = learning_rate((epoch - 1) * augmenter.steps + position, recipe, augmenter.steps)
+                step(position, lr, position % LOG_EVERY == 0)
+                metrics.log()
+                run.progress.step(epoch, position, lr, metrics)
+            run.end_training(lr)
+            run.end_epoch(run.evaluate(update.evaluated, data.val))
 
         run.close(note="initialisation: " + ("imagenet" if pretrained else args.init or "none"))
 

@@ -30,7 +30,7 @@ import torch
 import triton
 
 from benchmarks import table
-from diagnostics.gradients import EVERY
+from diagnostics.gradients import LOG_EVERY
 from kernels import augment, softmax_kl
 from losses import Targets, dkd_loss, kd_loss
 from rundir import errors
@@ -136,7 +136,7 @@ def launches_per_step(teacher: str, student: str) -> None:
     look = launches.pop("diagnostics") * (path.watch.steps - 1)  # of the one step counted that is looked at
     print(f"{teacher} -> {student}, FP16, AdamW: at least {sum(launches.values()):.0f} launches a step: "
           + ", ".join(f"{phase} {count:.3g}" for phase, count in launches.items())
-          + f"; diagnostics {look:.0f} every {EVERY} steps")
+          + f"; diagnostics {look:.0f} every {LOG_EVERY} steps")
 
 
 def execute(args) -> None:

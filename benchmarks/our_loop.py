@@ -11,10 +11,10 @@ from benchmarks.augmentation_rivals import MEAN, STD
 from benchmarks.loss import ALPHA, BETA, EPS, T
 from cli import method_flags, options
 from data.synthetic import CLASSES
-from diagnostics.gradients import Diagnostics
-from training.cuda_graph import Step
-from training.metrics import Means
-from training.optimization import Update, accuracy, build_optimizer, learning_rate
+from diagnostics.gradients import LOG_EVERY, Diagnostics
+from training.cuda_graph import CudaGraph
+from training.metrics import Metrics
+from training.optimization import Recipe, Update, learning_rate
 
 RECIPE = f"--method dkd --alpha {ALPHA} --beta {BETA} --temperature {T} --label-smoothing {EPS} --opt sgd --lr 0.05"
 
@@ -37,33 +37,32 @@ def networks(case: tuple[str, str], device, layout=torch.channels_last):
 
 
 class Ours:
-    """The objects and the calls of distill.py and training/run.py; all images make an epoch.
+    """The objects and the calls of distill.py; all images make an epoch.
 
     captured: steps become a CUDA graph.  lap: is called with the name of each phase of a step when it ends.
     """
     workers = 0
 
     def __init__(self, teacher, student, args, machine, images, labels, *, captured: bool = False):
-        self.args, self.machine, self.epoch, self.lap = args, machine, 0, lambda phase: None
+        self.recipe, self.machine, self.epoch, self.lap = Recipe(**options.recipe(args)), machine, 0, lambda phase: None
         with TemporaryDirectory() as folder:
             models.save(Path(folder, "best.pt"), teacher, **teacher.info)
             teacher = models.load(Path(folder, "best.pt"), machine.device, machine.dtype, folded=True)
         self.augmenter = BatchAugmenter(images.to(machine.device), labels.to(machine.device), **options.augmentation(args),
                                         mean=MEAN, std=STD, dtype=machine.dtype, batch_size=args.batch_size)
-        self.update = Update(student, build_optimizer(student, args), machine, args.clip_grad, args.model_ema)
-        self.rows = machine.ranks.rows(args.batch_size)
-        self.means = Means(machine, self.augmenter.steps, args.clip_grad)
-        self.diagnostics = Diagnostics(args, self.augmenter, self.rows, machine.ranks)
+        self.update = Update(student, self.recipe, machine)
+        self.metrics = Metrics(machine.ranks, self.augmenter.steps, args.clip_grad)
+        self.diagnostics = Diagnostics(args, self.augmenter, range(args.batch_size), machine.ranks)
         self.criterion, self.numbers = method_flags.function(args), method_flags.numbers(args, machine.device)
         self.teach, self.model = machine.compile(teacher, captured), machine.compile(student, captured)
-        self.take = Step(self.step, machine, captured)
+        self.take = CudaGraph(self.step, machine.device) if captured else self.step
         first = next(student.parameters())  # its gradient comes last
         first.register_post_accumulate_grad_hook(lambda parameter: self.lap("backward"))
 
-    def step(self, position, lr, look):
-        batch = self.augmenter(position, self.rows)
+    def step(self, position, lr, diagnose):
+        batch = self.augmenter(position)
         self.lap("augment")
-        with self.machine.autocast():
+        with self.machine.autocast:
             teacher_logits = self.teach(batch.images)
             self.lap("teacher")
             logits = self.model(batch.images)
@@ -71,29 +70,26 @@ class Ours:
         loss, terms = self.criterion(logits, teacher_logits, batch.targets, **self.numbers)
         self.lap("objective")
         self.update.backward(loss)
-        if look:
-            self.diagnostics.look(position, batch.targets, logits, teacher_logits, self.numbers)
-        self.means.add(accuracy(logits, batch.targets.dominant), train_loss=loss,
-                       **{f"train_loss_{name}": term for name, term in terms.items()})
+        self.metrics.add(logits, batch.targets, loss, terms)
         self.lap("bookkeeping")
-        taken = self.update(lr, look)
+        result = self.update(lr, diagnose)
         self.lap("update")
-        self.means.end_step(position, taken.skipped, taken.norm)
-        if taken.move is not None:
-            self.diagnostics.end_step(taken)
+        self.metrics.end_step(position, result)
+        if diagnose:
+            self.diagnostics.add(position, result, batch.targets, logits, teacher_logits, self.numbers)
         self.lap("bookkeeping")
 
     def run(self, steps: int) -> dict:
         """The first `steps` of a new epoch; its columns of log.csv."""
         self.epoch += 1
-        self.diagnostics.begin(self.epoch)
-        self.lap("bookkeeping")
         self.augmenter.set_epoch(self.epoch)
+        self.diagnostics.set_epoch(self.epoch)
+        self.lap("bookkeeping")
         for position in range(steps):
-            lr = learning_rate((self.epoch - 1) * self.augmenter.steps + position, self.args, self.augmenter.steps)
-            self.take(position, lr)
-            self.means.look()
-        columns, looked = self.means.epoch_columns(self.epoch)
-        columns |= {"amp_scale": self.update.amp_scale()} | looked | self.diagnostics.columns()
+            lr = learning_rate((self.epoch - 1) * self.augmenter.steps + position, self.recipe, self.augmenter.steps)
+            self.take(position, lr, position % LOG_EVERY == 0)
+            self.metrics.log()
+        columns, of_epoch = self.metrics.epoch_columns(self.epoch)
+        columns |= {"amp_scale": self.update.amp_scale()} | of_epoch | self.diagnostics.columns()
         self.lap("bookkeeping")
         return columns

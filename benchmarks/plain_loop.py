@@ -55,7 +55,7 @@ class PlainLoop:
             images = images.to(self.machine.device, non_blocking=True, memory_format=self.layout)
             soft = soft.to(self.machine.device, non_blocking=True)
             self.lap("waiting")
-            with self.machine.autocast():
+            with self.machine.autocast:
                 with torch.no_grad():
                     teacher_logits = self.teacher(images)
                 self.lap("teacher")

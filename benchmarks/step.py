@@ -22,7 +22,7 @@ is none to read.  On a GPU a profile of a few more steps counts the kernels and 
 """
 import os
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -135,14 +135,14 @@ def contenders(machine, compiled: bool, plain, ours):
     if on_gpu:
         yield "ours, graph", partial(ours, captured=True), channels_last, machine
     if half:
-        yield "ours, bf16", ours, channels_last, machine._replace(precision="bf16")
+        yield "ours, bf16", ours, channels_last, replace(machine, precision="bf16")
     if compiled:
-        made = machine._replace(compiled=True)
+        made = replace(machine, compiled=True)
         yield "ours, compiled", ours, channels_last, made
         if on_gpu:
             yield "ours, compiled, graph", partial(ours, captured=True), channels_last, made
         if half:
-            yield "ours, compiled, bf16", ours, channels_last, made._replace(precision="bf16")
+            yield "ours, compiled, bf16", ours, channels_last, replace(made, precision="bf16")
 
 
 def profile(contender, ms: float) -> tuple[float, float]:

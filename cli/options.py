@@ -51,8 +51,8 @@ def optimisation_flags(parser) -> None:
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=count, default=200, metavar="N", help=DEFAULT)
     batch_size_flag(add, default=128)
-    add("--grad-accum", type=count, metavar="PARTS", help="take a batch in so many parts, one after another, which needs less "
-        "memory; its step is that of the whole batch, but for BatchNorm and DIST's correlations within a class; default: 1")
+    add("--grad-accum", type=count, metavar="N", help="cut a batch into N micro-batches, taken in turn, which needs less memory; "
+        "its step is that of the whole batch, but for BatchNorm and DIST's correlations in a class; default: 1")
     add("--grad-checkpoint", action="store_true", help="keep nothing from inside a block of the network for the backward pass "
         "but compute it again there: needs much less memory and more time, for the same numbers")
     add("--opt", choices=("adamw", "sgd"), default="adamw", help=DEFAULT)
@@ -186,4 +186,10 @@ def data(args) -> dict:
 def augmentation(args) -> dict:
     """The keyword arguments of augment.BatchAugmenter that flags alone decide."""
     names = ("seed", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")
+    return {name: getattr(args, name) for name in names}
+
+
+def recipe(args) -> dict:
+    """The fields of training.optimization.Recipe."""
+    names = ("opt", "lr", "momentum", "weight_decay", "sched", "milestones", "warmup_epochs", "epochs", "clip_grad", "model_ema")
     return {name: getattr(args, name) for name in names}

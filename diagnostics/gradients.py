@@ -13,7 +13,7 @@ from cli import method_flags
 from losses import mixed_ce
 from losses.methods import METHODS, resolved
 
-EVERY = 40  # steps, one of which is looked at more closely, for diagnostics.csv
+LOG_EVERY = 40  # steps, one of which is a diagnostics step
 GROUPS = ("all", "clean", "policy", "erased", "mixup", "cutmix", "even", "uneven")
 UNEVEN = 0.75  # what the larger label of a mix is worth from where on it counts as uneven
 WHOLE = "whole"  # the gradient of all terms together
@@ -31,10 +31,10 @@ class Diagnostics:
     def __init__(self, args, augmenter, rows: range, ranks, steps: range | None = None):
         self.args, self.augmenter, self.rows, self.ranks = args, augmenter, rows, ranks
         self.function = method_flags.function(args) if "method" in args else None
-        self.steps = range(0, augmenter.steps, EVERY) if steps is None else steps
+        self.steps = range(0, augmenter.steps, LOG_EVERY) if steps is None else steps
         self.treated, self.sums = None, []
 
-    def begin(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int) -> None:
         """Forget the last epoch, and draw what is done to the images of this one."""
         policy, erased, mixup, cutmix = self.augmenter.treatments(epoch, self.steps, self.rows)
         clean = ~(policy | erased | mixup | cutmix)
@@ -47,10 +47,11 @@ class Diagnostics:
                 sums.zero_()
 
     @torch.no_grad()
-    def look(self, position: int | torch.Tensor, targets, logits, teacher_logits=None, numbers: dict | None = None) -> None:
-        """Look at the step at `position` of the epoch, one of `steps`; waits for nothing.
+    def add(self, position: int | torch.Tensor, result, targets, logits, teacher_logits=None, numbers: dict | None = None):
+        """Add the step at `position` of the epoch, one of `steps`, unless it was skipped: then its numbers may not be finite.
 
-        logits, teacher_logits: (N, C), of `rows`.  numbers: of the method, as they are in this epoch.
+        Waits for nothing.  result: a training.optimization.StepResult with its relative update.  logits, teacher_logits: (N, C),
+        of `rows`.  numbers: of the method, as they are in this epoch.
         """
         index = (position - self.steps.start) // self.steps.step
         treated = self.treated[index] if isinstance(index, int) else self.treated.index_select(0, index.view(1))[0]
@@ -82,17 +83,8 @@ class Diagnostics:
         self.names = (*booleans, *floats,
                       *(f"{what}_{term}" for what in ("grad", "cos", "pull", "pull_minor") for term in terms))
         values = torch.cat([torch.stack(list(booleans.values())).float(), torch.stack(list(floats.values())), parts])
-        self.seen = [groups @ values.T, *predictions]
-
-    @torch.no_grad()
-    def end_step(self, taken) -> None:
-        """Add what was seen to the sums, unless the step was skipped: then its numbers may not be finite.
-
-        taken: a training.optimization.Taken with a move.
-        """
-        self.seen.append(torch.stack([taken.move, torch.ones_like(taken.move)]))
-        skipped = taken.skipped.bool()
-        seen = [each.masked_fill_(skipped, 0.0) for each in self.seen]
+        update = torch.stack([result.relative_update, torch.ones_like(result.relative_update)])
+        seen = [each.masked_fill_(result.skipped.bool(), 0.0) for each in (groups @ values.T, *predictions, update)]
         if self.sums:
             for sums, each in zip(self.sums, seen):
                 sums += each

@@ -79,6 +79,8 @@ def expected(failure: BaseException, batch_size: int | None = None, resumes: boo
     if type(failure).__name__.startswith("Dist") or isinstance(failure, RuntimeError) and "gloo/transport" in str(failure):
         reason = str(failure).partition(". ")[0].rpartition("] ")[2]
         return BUG, f"another process of this run does not answer ({reason}). the same command with --resume auto continues"
+    if type(failure).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return USAGE, f"the networks cannot be compiled ({type(failure).__name__}: {first_line(failure)}). leave out --compile"
     if isinstance(failure, RuntimeError) and "does not have a deterministic implementation" in str(failure):
         return USAGE, f"an operation without a deterministic form here ({str(failure).split()[0]}). leave out --deterministic"
     return None

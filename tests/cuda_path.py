@@ -354,10 +354,10 @@ class CudaPath(ExitStack):
             self.folder / "teacher.pt", kind="weights", state_dict=models.build(self.teacher, 100).state_dict(),
             model=self.teacher, classes=self.classes,
             image_size=32, mean=[0.5] * 3, std=[0.25] * 3, dataset="cifar100", seed=0, epoch=1, val_acc1=100.0, test_acc1=100.0)
-        self.replace(cuda_graph, record=self.watch.record)
+        self.replace(cuda_graph, capture=self.watch.record)
         self.replace(checkpoint, write=write)
         self.replace(datasets, load=load)
-        self.replace(metrics, SKIPS=2)  # so that rows are copied to the host within a few steps
+        self.replace(metrics, MAX_SKIPPED=2)  # so that rows are copied to the host within a few steps
         self.replace(models, build=self.outside(models.build), load=self.outside(models.load), initialise=lambda *_, **__: None,
                      flops=lambda *_: 1)
         self.replace(augmenter, build_tables=self.outside(augmenter.build_tables))
@@ -371,20 +371,19 @@ class CudaPath(ExitStack):
             self.callback(cached.cache_clear)  # fake tensors would compute nothing, silently, in a real run of this process
 
     def _mark_steps(self) -> None:
-        """A step begins where the loop calls it and ends after the progress line."""
+        """A step begins where the loop asks for its learning rate and ends after the progress line."""
         import losses
         from augment import BatchAugmenter
         from diagnostics.gradients import Diagnostics
         from losses.methods import METHODS
-        from training import progress
-        from training.cuda_graph import Step
+        from training import metrics, optimization
         from training.optimization import Update
 
-        begin, end = Step.__call__, progress.Progress.step
+        begin, end = optimization.learning_rate, metrics.Progress.step
 
         def begin_step(*args):
             self.watch.steps, self.watch.inside = self.watch.steps + 1, True
-            begin(*args)
+            return begin(*args)
 
         def end_step(*args):
             end(*args)
@@ -398,17 +397,16 @@ class CudaPath(ExitStack):
             with self.watch.during("backward"), torch.no_grad():
                 backward(loss, torch.ones_like(loss) if gradient is None else gradient)
 
-        self.replace(Step, __call__=begin_step)
+        self.replace(optimization, learning_rate=begin_step)
         self.phase(BatchAugmenter, "__call__", "augmentation")
-        self.replace(progress.Progress, step=end_step)
+        self.replace(metrics.Progress, step=end_step)
         self.replace(torch.nn.Module, __call__=call)
         self.replace(torch.Tensor, backward=walk)
         for target, name in ((torch.amp.GradScaler, "scale"), (torch.amp.GradScaler, "unscale_"),
                              (torch.amp.GradScaler, "update"),
                              (torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step"), (torch.optim.SGD, "step")):
             self.phase(target, name, "scaler, clip and optimizer")
-        for target, name in ((Diagnostics, "look"), (Diagnostics, "end_step"),
-                             (Update, "copy_parameters"), (Update, "relative_move")):
+        for target, name in ((Diagnostics, "add"), (Update, "copy_parameters"), (Update, "relative_update")):
             self.phase(target, name, "diagnostics")
         self.phase(losses, "mixed_ce", "loss")
         for method in METHODS.values():

@@ -18,7 +18,7 @@ from rundir.run_directory import EpochRow
 from training.device import Machine
 from training.distributed import Ranks
 from training.evaluation import Evaluation
-from training.optimization import Taken, Update, build_optimizer
+from training.optimization import StepResult, Update
 
 ROOT = Path(__file__).parent.parent
 CLASSES, BATCH = 7, 12
@@ -47,8 +47,7 @@ def logits(seed):
 
 def look(looking, position, skipped, targets, *both):
     """A step that is looked at, which moves the weights by none of their norm."""
-    looking.look(position, targets, *both)
-    looking.end_step(Taken(skipped, NO, NO))
+    looking.add(position, StepResult(skipped, NO, NO), targets, *both)
 
 
 @pytest.mark.parametrize("policy", ["autoaugment", "none"])
@@ -114,7 +113,7 @@ def test_columns_are_means_over_single_images(flags):
     args, augment = student(flags), augmenter()
     augment.set_epoch(1)
     looking = Diagnostics(args, augment, range(BATCH), Ranks(), range(0, augment.steps, 2))
-    looking.begin(1)
+    looking.set_epoch(1)
     steps, treated = [], augment.treatments(1, looking.steps, range(BATCH))
     for step in range(augment.steps):
         both, targets = logits(step), augment(step).targets
@@ -154,7 +153,7 @@ def test_a_teacher_has_cross_entropy_alone_and_an_empty_group_is_empty():
     args = options.parse_teacher("", "", [])
     augment = augmenter(random_erasing=0.0, policy="none")
     looking = Diagnostics(args, augment, range(BATCH), Ranks())
-    looking.begin(1)
+    looking.set_epoch(1)
     look(looking, 0, NO, augment(0).targets, logits(0)[0])
     columns = looking.columns()
     assert columns["images_policy"] == columns["images_erased"] == 0 and columns["grad_ce_policy"] is None
@@ -169,7 +168,7 @@ def test_a_method_without_weights_has_the_gradient_of_the_whole(monkeypatch):
     for weighed_by in ({}, {"kl": "alpha"}, {"ce": "ce_weight", "kl": "alpha"}):
         monkeypatch.setitem(METHODS, "kd", METHODS["kd"]._replace(weighed_by=weighed_by))
         looking = Diagnostics(args, augment, range(BATCH), Ranks())
-        looking.begin(1)
+        looking.set_epoch(1)
         look(looking, 0, NO, augment(0).targets, *logits(0), method_flags.numbers(args))
         shares[len(weighed_by)] = looking.columns()
     assert "grad_ce" not in shares[0]
@@ -183,14 +182,14 @@ def test_a_skipped_step_adds_nothing():
     found = []
     for sick in (False, True):
         looking = Diagnostics(args, augment, range(BATCH), Ranks(), range(2))
-        looking.begin(0)
+        looking.set_epoch(0)
         look(looking, 0, NO, augment(0).targets, *logits(0), method_flags.numbers(args))
         if sick:
             z, v = logits(1)
             look(looking, 1, YES, augment(1).targets, z * torch.nan, v * torch.inf, method_flags.numbers(args))
         found.append(looking.columns())
     assert found[0] == found[1] and found[0]["images"] == BATCH
-    looking.begin(0)
+    looking.set_epoch(0)
     look(looking, 0, YES, augment(0).targets, *logits(0), method_flags.numbers(args))
     columns = looking.columns()
     assert columns["images"] == 0 and columns["grad_nckd"] is columns["share_nckd"] is columns["teacher_spread"] is None
@@ -203,7 +202,7 @@ def test_ranks_add_up():
     augment.set_epoch(0)
     for rows in (range(BATCH), range(0, 6), range(6, BATCH)):
         looking = Diagnostics(args, augment, rows, Ranks())
-        looking.begin(0)
+        looking.set_epoch(0)
         part = slice(rows.start, rows.stop)
         look(looking, 0, NO, Targets(*(column[part] for column in targets)), z[part], v[part], method_flags.numbers(args))
         sums.append(looking.sums[:2])
@@ -214,19 +213,18 @@ def test_ranks_add_up():
 def test_how_far_a_step_goes():
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 3, bias=False)
-    recipe = argparse.Namespace(opt="sgd", lr=0.1, momentum=0.0, weight_decay=0.0)
-    update = Update(net, build_optimizer(net, recipe), Machine(torch.device("cpu"), "off"), 0.5, 0.0)
+    recipe = argparse.Namespace(opt="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_grad=0.5, model_ema=0.0)
+    update = Update(net, recipe, Machine(torch.device("cpu"), "off"))
     args, augment, ratios = student("--method kd"), augmenter(), []
     looking = Diagnostics(args, augment, range(BATCH), Ranks(), range(4))
-    looking.begin(1)
+    looking.set_epoch(1)
     for step in range(4):
         before, images = net.weight.detach().clone(), torch.full((2, 4), 0.2 * (1 + step))
         update.backward(net(images).square().mean() * (math.inf if step == 2 else 1))
-        taken = update(0.1, look=step != 1)
-        assert (taken.move is None) == (step == 1)
-        if taken.move is not None:
-            looking.look(step, augment(step).targets, *logits(step), method_flags.numbers(args))
-            looking.end_step(taken)
+        result = update(0.1, diagnose=step != 1)
+        assert (result.relative_update is None) == (step == 1)
+        if step != 1:
+            looking.add(step, result, augment(step).targets, *logits(step), method_flags.numbers(args))
         if step in (0, 3):
             ratios.append(((net.weight - before).norm() / before.norm()).item())
     assert looking.columns()["update_ratio"] == pytest.approx(sum(ratios) / 2, rel=1e-5)
@@ -242,7 +240,7 @@ def test_every_column_is_documented():
     text = (ROOT / "docs" / "diagnostics.md").read_text()
     args, augment = student("--method dkd"), augmenter()
     looking = Diagnostics(args, augment, range(BATCH), Ranks())
-    looking.begin(1)
+    looking.set_epoch(1)
     look(looking, 0, NO, augment(0).targets, *logits(0), method_flags.numbers(args))
     suffixes = "|".join(group for group in GROUPS if group != "all")
     for column in looking.columns():

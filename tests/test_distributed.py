@@ -3,6 +3,7 @@ dead."""
 import os
 import time
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -19,8 +20,8 @@ from training import distributed
 from training.device import Machine
 from training.distributed import Ranks
 from training.evaluation import evaluate
-from training.metrics import Means
-from training.optimization import Update, build_optimizer
+from training.metrics import Metrics
+from training.optimization import Update
 
 ALONE = Machine(torch.device("cpu"), "off")
 
@@ -31,7 +32,7 @@ def be_a_rank(function, args, environment, answer):
     distributed.TIMEOUT = getattr(function, "timeout", distributed.TIMEOUT)
     try:
         with Ranks.of_environment() as ranks:
-            function(ALONE._replace(ranks=ranks), *args)
+            function(replace(ALONE, ranks=ranks), *args)
         answer.send("")
     except BaseException:
         answer.send(traceback.format_exc())
@@ -149,23 +150,24 @@ def train(machine, each, method, steps=24):
     teacher, net = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 24), torch.nn.GELU(),
                                         torch.nn.Linear(24, 10)).double()
                     for _ in range(2))
-    recipe = SimpleNamespace(opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
-    update, means = Update(net, build_optimizer(net, recipe), machine, 0.5, 0.0), Means(machine, steps, 0.5)
+    recipe = SimpleNamespace(opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, clip_grad=0.5, model_ema=0.0)
+    update, metrics = Update(net, recipe, machine), Metrics(machine.ranks, steps, 0.5)
     model, rows = machine.ranks.parallel(net, 0, (192,)), machine.ranks.rows(each)
     for step in range(steps):
         batch = augmenter(step % augmenter.steps, rows)
         with torch.no_grad():
             teacher_logits = teacher(batch.images.double()).float()
-        loss, _ = METHODS[method](model(batch.images.double()).float(), teacher_logits, batch.targets)
+        logits = model(batch.images.double()).float()
+        loss, _ = METHODS[method](logits, teacher_logits, batch.targets)
         update.backward(loss)
-        count(means, update(0.1), loss)
-    return torch.cat([weight.detach().flatten() for weight in net.parameters()]), means.epoch_columns(1)[0]
+        count(metrics, update(0.1), logits, batch.targets, loss)
+    return torch.cat([weight.detach().flatten() for weight in net.parameters()]), metrics.epoch_columns(1)[0]
 
 
-def count(means, taken, loss):
-    means.add(torch.tensor(0.0), train_loss=loss)
-    means.end_step(means.taken, taken.skipped, taken.norm)
-    means.look()
+def count(metrics, result, logits, targets, loss):
+    metrics.add(logits, targets, loss, {})
+    metrics.end_step(metrics.taken, result)
+    metrics.log()
 
 
 def train_like_one(machine):
@@ -183,8 +185,7 @@ def test_two_processes_train_the_network_that_one_would():
 def one_statistic(machine):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
-    recipe = SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0.05)
-    update = Update(net, build_optimizer(net, recipe), machine, 1.0, 0.9)
+    update = Update(net, SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0.05, clip_grad=1.0, model_ema=0.9), machine)
     before = net[1].running_mean.clone(), torch.get_rng_state()
     model = machine.ranks.parallel(net, 0, (4,))
     assert torch.equal(net[1].running_mean, before[0]) and (machine.ranks.rank or torch.equal(torch.get_rng_state(), before[1]))
@@ -213,7 +214,7 @@ def test_running_statistics_are_averaged():
 def drift(machine):
     torch.manual_seed(0)
     net = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    update = Update(net, build_optimizer(net, SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0)), machine, 1.0, 0.0)
+    update = Update(net, SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0, clip_grad=1.0, model_ema=0.0), machine)
     update.agree()
     with torch.no_grad():
         if machine.ranks.rank == 1:
@@ -230,15 +231,16 @@ def test_weights_that_drift_apart_by_one_bit_are_noticed():
 def a_sick_loss_on_one(machine):
     """Its gradient is finite; yet no process may take a step that another one refuses."""
     weight = torch.nn.Linear(2, 1, bias=False)
-    recipe = SimpleNamespace(opt="sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
-    update, means = Update(weight, build_optimizer(weight, recipe), machine, 0.0, 0.0), Means(machine, 1)
+    recipe = SimpleNamespace(opt="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, clip_grad=0.0, model_ema=0.0)
+    update, metrics = Update(weight, recipe, machine), Metrics(machine.ranks, 1)
     model, before = machine.ranks.parallel(weight, 0, (2,)), weight.weight.detach().clone()
-    loss = model(torch.ones(1, 2)).sum() + (0, float("inf"))[machine.ranks.rank]
+    logits = model(torch.ones(1, 2))
+    loss = logits.sum() + (0, float("inf"))[machine.ranks.rank]
     update.backward(loss)
-    taken = update(1.0)
-    count(means, taken, loss)
-    assert taken.skipped and torch.equal(weight.weight, before)
-    assert "train_loss is not finite" in str(means.failure("")), "the process that saw nothing must name it, too"
+    result = update(1.0)
+    count(metrics, result, logits, losses.Targets(torch.zeros(1).long(), torch.zeros(1).long(), torch.ones(1)), loss)
+    assert result.skipped and torch.equal(weight.weight, before)
+    assert ("the gradient", "train_loss")[machine.ranks.rank] + " is not finite" in str(metrics.failure(""))
 
 
 def test_a_loss_that_is_sick_on_one_process_is_skipped_by_all():

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from data.datasets import Split
+from losses import Targets
 from rundir import errors, terminal
 from rundir.errors import Failure
 from rundir.run_directory import EpochRow
-from training.device import Machine, parts_of, prepare_machine
+from training.device import Machine, micro_batches, prepare_machine
 from training.evaluation import EarlyStop, Evaluation, check_teacher, evaluate, tolerance
-from training.metrics import SKIPS, Means
-from training.optimization import Update, accuracy, build_optimizer, learning_rate
-from training.progress import Progress
+from training.metrics import MAX_SKIPPED, Metrics, Progress
+from training.optimization import StepResult, Update, learning_rate
 
 CPU = Machine(torch.device("cpu"), "off")
 RECIPE = {"lr": 1.0, "epochs": 10, "warmup_epochs": 2, "sched": "cosine", "milestones": [4, 8]}
@@ -44,18 +44,27 @@ def batch(seed=0):
 
 
 def updater(model, recipe, *, precision="off", clip_grad=0.0, ema_decay=0.0):
-    return Update(model, build_optimizer(model, SimpleNamespace(**recipe)), Machine(CPU.device, precision), clip_grad, ema_decay)
+    return Update(model, SimpleNamespace(**recipe, clip_grad=clip_grad, model_ema=ema_decay), Machine(CPU.device, precision))
 
 
-def take(update, loss, means=None):
-    """A step with one loss -> whether it was skipped; counted by `means`, too."""
+def unmixed(labels):
+    return Targets(labels, labels, torch.ones(len(labels)))
+
+
+def take(update, loss, metrics=None):
+    """A step with one loss -> whether it was skipped; counted by `metrics`, too."""
     update.backward(loss)
-    taken = update(0.1)
-    if means:
-        means.add(torch.tensor(0.0), train_loss=loss)
-        means.end_step(means.taken, taken.skipped, taken.norm)
-        means.look()
-    return taken.skipped
+    result = update(0.1)
+    if metrics:
+        count(metrics, result, loss)
+    return result.skipped
+
+
+def count(metrics, result, loss, terms={}, correct=0.0):
+    """Count a step of four images, of which a share is `correct`."""
+    metrics.add(torch.eye(4), unmixed((torch.arange(4) + (torch.arange(4) >= 4 * correct)) % 4), loss, terms)
+    metrics.end_step(metrics.taken, result)
+    metrics.log()
 
 
 def test_learning_rate_warms_up_linearly_and_falls_by_cosine_or_steps():
@@ -77,7 +86,7 @@ def test_update_is_clip_then_step_of_the_plain_optimizer(recipe):
     ours, theirs = net(), net()
     plain = (torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.05) if recipe["opt"] == "adamw" else
              torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4))
-    update, means, norms = updater(ours, recipe, clip_grad=0.5), Means(CPU, 4, 0.5), []
+    update, means, norms = updater(ours, recipe, clip_grad=0.5), Metrics(CPU.ranks, 4, 0.5), []
     for step in range(4):
         images, labels = batch(step)
         take(update, F.cross_entropy(ours(images), labels), means)
@@ -104,25 +113,24 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole(recipe):
     for parts in (1, 4):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 6))
-        update = Update(model, build_optimizer(model, SimpleNamespace(**recipe)), CPU, 0.5, 0.0, parts)
-        means = Means(CPU, 3, 0.5)
+        update = Update(model, SimpleNamespace(**recipe, clip_grad=0.5, model_ema=0.0), CPU, parts)
+        means = Metrics(CPU.ranks, 3, 0.5)
         for step in range(3):
             images, labels = batch(step)
-            for rows in parts_of(range(16), parts):
+            for rows in micro_batches(range(16), parts):
                 logits = model(images[rows.start:rows.stop])
                 loss = F.cross_entropy(logits, labels[rows.start:rows.stop])
                 update.backward(loss)
-                means.add(accuracy(logits, labels[rows.start:rows.stop]), train_loss=loss)
-            taken = update(0.1)
-            means.end_step(means.taken, taken.skipped, taken.norm)
-            means.look()
+                means.add(logits, unmixed(labels[rows.start:rows.stop]), loss, {})
+            means.end_step(means.taken, update(0.1))
+            means.log()
         results.append((model[1].weight.detach(), means.epoch_columns(1)[0]))
     (whole, columns), (parted, of_parts) = results
     torch.testing.assert_close(parted, whole, rtol=1e-5, atol=1e-6)
     assert of_parts == pytest.approx(columns, rel=1e-5)
     for rows, count in ((range(16), 3), (range(12), 4), (range(4), 8)):
         with pytest.raises(Failure, match=f"--grad-accum {count} of {len(rows)} images"):
-            parts_of(rows, count)
+            micro_batches(rows, count)
 
 
 @pytest.mark.parametrize("recipe", OPTIMIZERS, ids=["adamw", "sgd"])
@@ -130,7 +138,7 @@ def test_an_overflowing_fp16_step_is_skipped_and_counted(recipe):
     """Also as the very first step, where fused SGD's momentum would otherwise be read before it was written."""
     ours, without = net(), net()
     update, plain = updater(ours, recipe, precision="fp16", clip_grad=1.0), updater(without, recipe, clip_grad=1.0)
-    counts, healthy = Means(CPU, 4, 1.0), Means(CPU, 3, 1.0)
+    counts, healthy = Metrics(CPU.ranks, 4, 1.0), Metrics(CPU.ranks, 3, 1.0)
     images, labels = batch()
     ours.eval(), without.eval()
     before = copy.deepcopy(ours.state_dict())
@@ -156,7 +164,7 @@ def test_a_sick_step_leaves_no_trace(recipe, precision, sick):
     ours, without = net(), net()
     update, plain = updater(ours, recipe, precision=precision, clip_grad=1.0), updater(without, recipe, precision=precision,
                                                                                        clip_grad=1.0)
-    counts, healthy = Means(CPU, 5, 1.0), Means(CPU, 4, 1.0)
+    counts, healthy = Metrics(CPU.ranks, 5, 1.0), Metrics(CPU.ranks, 4, 1.0)
     for step in range(5):
         images, labels = batch(step)
         if step == sick:
@@ -242,21 +250,20 @@ def test_no_step_waits_for_the_gpu(recipe):
     augmenter = BatchAugmenter(images, torch.randint(10, (256,), generator=g).cuda(), batch_size=64, seed=0, mean=(0.5,) * 3,
                                std=(0.25,) * 3,
                                dtype=machine.dtype)
-    args = SimpleNamespace(**recipe)
-    update, means = Update(model, build_optimizer(model, args), machine, 1.0, 0.0), Means(machine, augmenter.steps)
+    update = Update(model, SimpleNamespace(**recipe, clip_grad=1.0, model_ema=0.0), machine)
+    means = Metrics(machine.ranks, augmenter.steps)
     for step in range(augmenter.steps):
         if step == 2:  # what is made once has been made
             torch.cuda.set_sync_debug_mode("error")
         try:
             batch = augmenter(step)
-            with machine.autocast():
+            with machine.autocast:
                 logits = model(batch.images)
             loss, terms = dkd_loss(logits, logits.detach(), batch.targets)
             update.backward(loss)
-            taken = update(0.1)
-            means.add(accuracy(logits, batch.targets.dominant), train_loss=loss, **terms)
-            means.end_step(means.taken, taken.skipped, taken.norm)
-            means.look()
+            means.add(logits, batch.targets, loss, terms)
+            means.end_step(means.taken, update(0.1))
+            means.log()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert means.epoch_columns(1)[0]["steps"] == augmenter.steps
@@ -274,21 +281,20 @@ def test_moving_average():
     assert update.evaluated is not model and updater(model, OPTIMIZERS[0]).evaluated is model
 
 
-def test_means_leave_out_skipped_steps_and_name_the_first_sick_term():
-    means = Means(CPU, 3 + SKIPS)
+def test_means_leave_out_skipped_steps_and_name_the_first_term_that_is_not_finite():
+    means = Metrics(CPU.ranks, 3 + MAX_SKIPPED)
     no, yes = torch.tensor([0.0, 1.0])
-    sick = {"train_loss": torch.tensor(math.nan), "train_loss_ce": torch.tensor(1.0), "train_loss_kl": torch.tensor(math.inf)}
-    healthy = {"train_loss": torch.tensor(3.0), "train_loss_ce": torch.tensor(2.0), "train_loss_kl": torch.tensor(1.0)}
+    sick = {"loss": math.nan, "ce": 1.0, "kl": math.inf}
+    healthy = {"loss": 3.0, "ce": 2.0, "kl": 1.0}
 
     def add(skipped, correct, **losses):
-        means.add(torch.tensor(correct), **losses)
-        means.end_step(means.taken, skipped, torch.tensor(1.0))
-        means.look()
+        loss, *terms = map(torch.tensor, losses.values())
+        count(means, StepResult(skipped, torch.tensor(1.0), None), loss, dict(zip(("ce", "kl"), terms)), correct)
 
-    add(no, 1.0, **healthy | {"train_loss": torch.tensor(1.0)})
+    add(no, 1.0, **healthy | {"loss": 1.0})
     add(no, 0.5, **healthy)
     add(yes, 0.0, **sick)
-    assert means.read() == {"train_loss": 2.0, "train_loss_ce": 2.0, "train_loss_kl": 1.0, "train_acc1": 75.0}
+    assert means.means() == {"train_loss": 2.0, "train_loss_ce": 2.0, "train_loss_kl": 1.0, "train_acc1": 75.0}
     columns = means.epoch_columns(1)[0]
     assert columns["train_loss"] == 2.0 and (columns["steps"], columns["skipped_steps"]) == (3, 1)
     add(yes, 0.0, **sick)
@@ -297,7 +303,7 @@ def test_means_leave_out_skipped_steps_and_name_the_first_sick_term():
     assert failure.value.code == 6
     means.clear()
     add(no, 0.0, **healthy)
-    for _ in range(SKIPS):
+    for _ in range(MAX_SKIPPED):
         add(yes, 0.0, **healthy)
     with pytest.raises(Failure, match="the gradient is not finite .more than 20 steps in a row"):
         add(yes, 0.0, **healthy)
@@ -393,10 +399,8 @@ class Terminal(io.StringIO):
 
 
 def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
-    means = Means(CPU, 1)
-    means.add(torch.tensor(0.5), train_loss=torch.tensor(1.5))
-    means.end_step(means.taken, torch.tensor(0.0), torch.tensor(1.0))
-    means.look()
+    means = Metrics(CPU.ranks, 1)
+    count(means, StepResult(torch.tensor(0.0), torch.tensor(1.0), None), torch.tensor(1.5))
     for stream in (io.StringIO(), Terminal()):
         with redirect_stdout(stream):
             Progress(3, 10, 8).step(1, 4, 0.1, means)
@@ -406,8 +410,8 @@ def test_progress_is_one_line_an_epoch_and_a_live_line_on_a_terminal():
 
 def test_the_estimate_recovers_from_a_pause(monkeypatch):
     """Epochs of 10 s, and an hour's pause in the second of nine."""
-    now, means, screen, row = [0.0], Means(CPU, 1), Terminal(), dict.fromkeys(field.name for field in fields(EpochRow))
-    monkeypatch.setattr("training.progress.time.perf_counter", lambda: now[0])
+    now, means, screen, row = [0.0], Metrics(CPU.ranks, 1), Terminal(), dict.fromkeys(field.name for field in fields(EpochRow))
+    monkeypatch.setattr("training.metrics.time.perf_counter", lambda: now[0])
     means.names = ("train_loss",)
     row |= {"lr": 1.0, "train_loss": 1.0, "train_acc1": 1.0, "val_acc1": 1.0, "val_loss": 1.0, "images_per_s": 1.0}
     with redirect_stdout(screen):

@@ -19,7 +19,7 @@ from rundir.errors import Failure
 from training.device import Machine
 from training.distributed import Ranks
 from training.grad_checkpoint import blocks, recompute, uncounted
-from training.optimization import Update, build_optimizer
+from training.optimization import Update
 
 CLOCKS = ("images_per_s", "epoch_s", "val_s", "total_s", "peak_mem_mb")
 
@@ -42,15 +42,15 @@ def images(image_size=32, count=4):
 def train(net, opt="sgd", *, precision="off", parts=1, ema_decay=0.0, steps=2, ranks=Ranks()):
     """Losses, and all that a few steps leave in an Update."""
     machine = Machine(torch.device("cpu"), precision, ranks=ranks)
-    recipe = SimpleNamespace(opt=opt, lr=0.01, momentum=0.9, weight_decay=1e-4)
-    update, losses = Update(net, build_optimizer(net, recipe), machine, 1.0, ema_decay, parts), []
+    recipe = SimpleNamespace(opt=opt, lr=0.01, momentum=0.9, weight_decay=1e-4, clip_grad=1.0, model_ema=ema_decay)
+    update, losses = Update(net, recipe, machine, parts), []
     model, label = ranks.parallel(net, 0, (3, 32, 32)), torch.arange(4 // parts)
     net.train()
     targets = Targets(label, label, torch.ones(len(label)))
     torch.manual_seed(2)
     for _ in range(steps):
         for part in images().chunk(parts):
-            with machine.autocast():
+            with machine.autocast:
                 logits = model(part)
             losses.append(mixed_ce(logits, targets))
             update.backward(losses[-1])

@@ -18,7 +18,7 @@ from losses.methods import METHODS, resolved
 from training.device import Machine, global_batch_size
 from training.distributed import Ranks
 from training.evaluation import check_classes
-from training.optimization import Taken
+from training.optimization import StepResult
 
 BATCHES = 8
 TEMPERATURES = (1, 2, 3, 4, 6, 8)
@@ -44,19 +44,18 @@ def advise(args, machine: Machine) -> list[str]:
     numbers = method_flags.numbers(args, machine.device)
     looking = Diagnostics(args, augmenter, range(batch_size), Ranks(), steps)  # whole batches, whoever else reads them
     augmenter.set_epoch(1)
-    looking.begin(1)
+    looking.set_epoch(1)
     norms, entropies = [], torch.zeros(len(TEMPERATURES), device=machine.device)
     for step in steps:
         batch = augmenter(step)
-        with machine.autocast():
+        with machine.autocast:
             with torch.no_grad():
                 v = teacher(batch.images)
             z = student(batch.images)
         criterion(z, v, batch.targets, **numbers)[0].backward()
         norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), math.inf))
         student.zero_grad()
-        looking.look(step, batch.targets, z, v, numbers)
-        looking.end_step(Taken(*torch.zeros(3, device=z.device)))
+        looking.add(step, StepResult(*torch.zeros(3, device=z.device)), batch.targets, z, v, numbers)
         softened = torch.stack([(v.float() / T).softmax(1) for T in TEMPERATURES])
         entropies += torch.special.entr(softened).sum(2).mean(1) / len(steps)
     seen, classes, norm = looking.columns(), len(data.classes), torch.stack(norms).median().item()

@@ -2,19 +2,21 @@
 import ctypes
 import os
 from contextlib import suppress
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 import kernels
-from rundir.errors import USAGE, Failure, first_line
+from rundir.errors import USAGE, Failure
 from training.distributed import Ranks
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 
 
-class Machine(NamedTuple):
+@dataclass(frozen=True)
+class Machine:
     """Where the run happens, in what precision, with which kernels ("triton" or "reference"), and by which processes.
 
     precision: of AMP.  compiled: whether torch.compile compiles the networks.
@@ -29,13 +31,10 @@ class Machine(NamedTuple):
     def dtype(self) -> torch.dtype:
         return AMP[self.precision]
 
-    def autocast(self):
+    @cached_property
+    def autocast(self) -> torch.autocast:
+        """To enter around forward passes, again and again."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def begin_step(self) -> None:
-        """Before a step: what compiled networks returned in the last one may be overwritten, and nothing before the next call."""
-        if self.compiled:
-            torch.compiler.cudagraph_mark_step_begin()
 
     def scaler(self):
         """fp16 gradients need scaling; the other types have fp32's range."""
@@ -49,6 +48,7 @@ class Machine(NamedTuple):
         """`net` as a step is to call it.  captured: inside of a CUDA graph, so that it needs none of its own."""
         if not self.compiled:
             return net
+        print("compiling a network with torch.compile: the first step takes a minute or more", flush=True)
         on_gpu = self.device.type == "cuda"
         return torch.compile(net, mode="reduce-overhead" if on_gpu and not captured else None)
 
@@ -100,13 +100,6 @@ def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str
     return Machine(device, amp or usual, "triton" if fused else "reference", ranks, compiled)
 
 
-def cannot_compile(failure: Exception) -> str | None:
-    """Why torch.compile failed, in a line; None for a failure that is not its own."""
-    if not type(failure).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return None
-    return f"{type(failure).__name__}: {first_line(failure)}"
-
-
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next one, rather than give it to the kernel, which would hand out pages anew and
     fill them with zeros.  Any other C library does as it always does."""
@@ -138,10 +131,10 @@ def global_batch_size(each: int, data, machine: Machine) -> int:
     return together
 
 
-def parts_of(rows: range, count: int) -> list[range]:
-    """`rows` of a batch in `count` parts of one size, in whole pairs, which may be mixed."""
+def micro_batches(rows: range, count: int) -> list[range]:
+    """`rows` of a batch in `count` micro-batches of one size, in whole pairs, which may be mixed."""
     each = len(rows) // count
     if each * count != len(rows) or (each % 2 and count > 1):
-        raise Failure(USAGE, f"a batch cannot be taken in so many parts (--grad-accum {count} of {len(rows)} images)",
+        raise Failure(USAGE, f"a batch cannot be cut into so many micro-batches (--grad-accum {count} of {len(rows)} images)",
                       "choose one that leaves equal parts of an even number of images")
     return [rows[first:first + each] for first in range(0, len(rows), each)]

@@ -55,7 +55,7 @@ def evaluate(net, split, mean, std, machine: Machine, batch_size: int) -> Evalua
         rows = slice(first, min(first + batch_size, mine.stop))
         begin = max(mine.start, rows.stop - batch_size)  # the last batch reaches back: cuDNN searches anew for each size of one
         labels = split.labels[rows]
-        with machine.autocast():
+        with machine.autocast:
             logits = net(models.normalise(split.images[begin:rows.stop], mean, std))
         logits = logits[first - begin:].float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices

@@ -1,54 +1,60 @@
-"""Means over an epoch of losses and accuracy, and the end of a run that only skips steps."""
+"""Metrics of an epoch: means of losses, accuracy and gradient norms, and the lines that a terminal shows of them."""
 import math
+import sys
+import time
+from collections import deque
+from statistics import median_low
 
 import torch
 
+from losses.methods import TERMS
 from rundir.errors import CALMER, DIVERGED, Failure
-from training.device import Machine
+from rundir.terminal import clock, live, say
 
-SKIPS = 20  # optimizer steps in a row that a healthy run may skip: FP16's first scale of 2^16 finds its level in fewer
+MAX_SKIPPED = 20  # optimizer steps in a row that a healthy run may skip: FP16's first scale of 2^16 finds its level in fewer
+RECENT = 5  # epochs whose median time estimates the time left
 
 
-class Means:
-    """Means over an epoch of losses, accuracy and gradient norms; and the end of a run that only skips steps.
+class Metrics:
+    """Means over an epoch; ends a run that only skips steps.
 
-    In a step, `add` takes what each part of its batch came to, and `end_step` writes one row of a table on the device: whether
-    it was skipped, its gradient norm, the share that was right, its losses; a CUDA graph may hold both.  After it `look` counts
-    the step and reads the rows that have arrived, without waiting; `epoch_columns` reads all.  Of several processes each has the
-    means over all of them, so that all decide alike.
+    In a step, `add` takes each micro-batch and `end_step` writes one row of a table on the device: whether the step was skipped,
+    its gradient norm, the share of correct predictions, its losses.  A CUDA graph may contain both.  After the step, `log` counts
+    it and reads the rows that have arrived, without waiting for the device.  `epoch_columns` reads all rows, averaged over the
+    processes.
     """
 
-    def __init__(self, machine: Machine, steps: int, clip_grad: float = 0.0):
-        self.ranks, self.steps, self.clip_grad = machine.ranks, steps, clip_grad or math.inf
-        self.in_a_row = 0  # steps skipped
-        self.names, self.parts, self.table = (), [], None
+    def __init__(self, ranks, steps: int, clip_grad: float = 0.0):
+        self.ranks, self.steps, self.clip_grad = ranks, steps, clip_grad or math.inf
+        self.consecutive_skips = 0
+        self.names, self.micro_batches, self.table = (), [], None
         self.clear()
 
     def clear(self) -> None:
         """Start the next epoch."""
         self.taken, self.rows, self.arrived = 0, [], None  # steps; rows on the host; when the next of them will be there
 
-    def add(self, correct, **losses) -> None:
-        """A part of the step's batch: the share that is `correct`, and its losses, 0-dim fp32; the same names at every call."""
-        self.names = tuple(losses)
-        self.parts.append([correct, *(loss.detach() for loss in losses.values())])
+    def add(self, logits, targets, loss, terms: dict) -> None:
+        """A micro-batch: logits (N, C), its Targets, its loss and the terms of the loss by name, 0-dim fp32."""
+        best = logits.argmax(1)
+        # Compared and converted to fp32 by one launch.
+        correct = torch.eq(best, targets.dominant, out=torch.empty(best.shape, device=best.device)).mean()
+        self.names = ("train_loss", *(f"train_loss_{name}" for name in terms))
+        self.micro_batches.append([correct, loss.detach(), *(term.detach() for term in terms.values())])
 
-    def end_step(self, position: int | torch.Tensor, skipped, norm) -> None:
-        """Write the row of the step at `position` of the epoch.  skipped, norm: as in training.optimization.Taken."""
-        parts, self.parts = self.parts, []
-        if len(parts) > 1:
-            parts = [torch.stack(list(map(torch.stack, parts))).mean(0).unbind()]
-        values = [skipped, norm, *parts[0]]
+    def end_step(self, position: int | torch.Tensor, result) -> None:
+        """Write the row of the step at `position` of the epoch.  result: a training.optimization.StepResult."""
+        values, self.micro_batches = self.micro_batches, []
+        values = values[0] if len(values) == 1 else torch.stack(list(map(torch.stack, values))).mean(0).unbind()
+        values = [result.skipped, result.norm, *values]
         if self.table is None:
-            self.table = torch.empty(self.steps, len(values), device=skipped.device)
+            self.table = torch.empty(self.steps, len(values), device=result.norm.device)
         if isinstance(position, int):
-            row = self.table[position]
-            torch.stack(values, out=row)
-            self.ranks.mean(row)
+            torch.stack(values, out=self.table[position])
         else:
             self.table.index_copy_(0, position.view(1), torch.stack(values)[None])
 
-    def look(self) -> None:
+    def log(self) -> None:
         """Count a step, after it, and read the rows that have arrived.
 
         Failure DIVERGED after too many skipped steps in a row; on a GPU some steps later.
@@ -56,55 +62,92 @@ class Means:
         self.taken += 1
         new = self.table[len(self.rows):self.taken]
         if not new.is_cuda:
-            self.take(new)
-        elif self.arrived is None and len(new) >= SKIPS:  # a copy for each step would be one more launch
+            self.read(new)
+        elif self.arrived is None and len(new) >= MAX_SKIPPED:  # a copy for each step would be one more launch
             self.host = torch.empty(new.shape, pin_memory=True)
             self.host.copy_(new, non_blocking=True)
             self.arrived = torch.cuda.Event()
             self.arrived.record()
         elif self.arrived is not None and self.arrived.query():
-            self.take(self.host)
+            self.read(self.host)
             self.arrived = None
 
-    def take(self, rows) -> None:
+    def read(self, rows) -> None:
         for row in rows.tolist():
             self.rows.append(row)
-            self.in_a_row = self.in_a_row + 1 if row[0] else 0
-            if self.in_a_row > SKIPS:
-                raise self.failure(f"more than {SKIPS} steps in a row were skipped")
+            self.consecutive_skips = self.consecutive_skips + 1 if row[0] else 0
+            if self.consecutive_skips > MAX_SKIPPED:
+                raise self.failure(f"more than {MAX_SKIPPED} steps in a row were skipped")
 
-    def kept(self) -> list:
-        """The rows of the steps that were not skipped, without saying so."""
-        return [row for skipped, *row in self.rows if not skipped]
-
-    def read(self) -> dict:
-        """The means over the rows that have arrived, as columns of log.csv; NaN where no step was kept."""
-        norms, correct, *losses = zip(*self.kept()) if self.kept() else [()] * (2 + len(self.names))
+    def means(self, rows: list | None = None) -> dict:
+        """The means over `rows`, at first those that have arrived, as columns of log.csv; NaN where every step was skipped."""
+        rows = kept(self.rows if rows is None else rows)
+        _, correct, *losses = zip(*rows) if rows else [()] * (2 + len(self.names))
         columns = zip((*self.names, "train_acc1"), (*losses, [100 * share for share in correct]))
         return {name: mean(column, math.nan) for name, column in columns}
 
     def epoch_columns(self, epoch: int) -> tuple[dict, dict]:
-        """The epoch's columns of log.csv and of diagnostics.csv; waits for the device and starts the next epoch's.
+        """The epoch's columns of log.csv and of diagnostics.csv; waits for the device and starts the next epoch.
 
-        An epoch without a kept step ends the run.
+        Failure DIVERGED: every step of the epoch was skipped.
         """
-        self.take(self.table[len(self.rows):self.taken])
-        columns = self.read()
+        self.read(self.table[len(self.rows):self.taken])
+        rows = self.ranks.mean(self.table[:self.taken]).tolist()
+        columns, norms = self.means(rows), [norm for norm, *_ in kept(rows)]
         if not all(map(math.isfinite, columns.values())):
             raise self.failure(f"no step of epoch {epoch} was kept")
-        norms = [norm for norm, *_ in self.kept()]
         columns |= {"grad_norm_mean": mean(norms), "grad_norm_max": max(norms),
                     "clip_frac": mean([norm > self.clip_grad for norm in norms]),
                     "skipped_steps": self.taken - len(norms), "steps": self.taken}
-        looked = {"clip_factor": mean([min(1.0, self.clip_grad / norm) if norm else 1.0 for norm in norms])}
+        diagnostics = {"clip_factor": mean([min(1.0, self.clip_grad / norm) if norm else 1.0 for norm in norms])}
         self.clear()
-        return columns, looked
+        return columns, diagnostics
 
     def failure(self, reason: str) -> Failure:
-        """Names the loss that went first: the terms stand after their sum."""
-        sick = [name for name, *values in zip(self.names, *(row[3:] for row in self.rows)) if not all(map(math.isfinite, values))]
-        return Failure(DIVERGED, f"{sick[-1] if sick else 'the gradient'} is not finite ({reason})", CALMER)
+        """Names the loss that was non-finite first: the terms stand after their sum."""
+        nonfinite = [name for name, *values in zip(self.names, *(row[3:] for row in self.rows))
+                     if not all(map(math.isfinite, values))]
+        return Failure(DIVERGED, f"{nonfinite[-1] if nonfinite else 'the gradient'} is not finite ({reason})", CALMER)
 
 
-def mean(values, otherwise=None):
-    return sum(values) / len(values) if values else otherwise
+def kept(rows: list) -> list:
+    """The rows of the steps that were not skipped, without that column."""
+    return [row for skipped, *row in rows if not skipped]
+
+
+def mean(values, empty=None):
+    return sum(values) / len(values) if values else empty
+
+
+class Progress:
+    """One line per epoch; on a terminal also a live line inside the epoch, twice a second.
+
+    The time left is estimated by the median of the last epochs, so that a pause of the process or the machine is soon forgotten.
+    """
+
+    def __init__(self, epochs: int, steps_per_epoch: int, batch_size: int):
+        self.epochs, self.steps, self.batch_size = epochs, steps_per_epoch, batch_size
+        self.live, self.started, self.shown = sys.stdout.isatty(), time.perf_counter(), 0.0
+        self.took = deque(maxlen=RECENT)  # seconds of an epoch, with its evaluation
+
+    def step(self, epoch: int, step: int, lr: float, metrics: Metrics) -> None:
+        now = time.perf_counter()
+        if not self.live or now - self.shown < 0.5:
+            return
+        self.shown = now
+        done, seconds = step + 1, now - self.started
+        each = median_low(self.took) if self.took else seconds * self.steps / done
+        eta = each * (self.epochs - epoch + 1 - done / self.steps)
+        losses = " ".join(f"{name.removeprefix('train_')} {value:.3f}" for name, value in metrics.means().items())
+        rate = self.batch_size * done / seconds
+        live(f"epoch {epoch}/{self.epochs} [{step + 1}/{self.steps}] eta {clock(eta)} {rate:.0f} images/s lr {lr:.2g} {losses}")
+
+    def epoch(self, row, best: bool) -> None:
+        terms = {name: getattr(row, f"train_loss_{name}") for name in TERMS}
+        terms = " ".join(f"{name} {value:.3f}" for name, value in terms.items() if value is not None)
+        now = time.perf_counter()
+        self.took.append(now - self.started)
+        self.started, left = now, median_low(self.took) * (self.epochs - row.epoch)
+        say(f"epoch {row.epoch}/{self.epochs}  lr {row.lr:.2g}  loss {row.train_loss:.3f} ({terms})  "
+            f"train {row.train_acc1:.2f} %  val {row.val_acc1:.2f} % loss {row.val_loss:.3f}{' *' if best else '  '}  "
+            f"{row.images_per_s:.0f} images/s  eta {clock(left)}")

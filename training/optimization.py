@@ -1,4 +1,4 @@
-"""One optimizer step: learning rate, optimizer, and `Update`, which scales, clips, steps and averages.
+"""One optimizer step: the recipe, the learning rate, and `Update`, which scales, clips, steps and averages.
 
 Nothing here waits for the device inside a step: counts stay on it and are read once per epoch.
 """
@@ -15,110 +15,136 @@ SMALLEST_SCALE = 2.0**-14  # a loss that overflows FP16 at this scale is broken,
 ALIGNMENT = 16  # elements
 
 
-def build_optimizer(net, args) -> torch.optim.Optimizer:
+class Recipe(NamedTuple):
+    """How the weights are optimised, by the flags of the same names; of `milestones` and `warmup_epochs` the unit is epochs."""
+    opt: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    sched: str
+    milestones: list[int]
+    warmup_epochs: int
+    epochs: int
+    clip_grad: float
+    model_ema: float
+
+
+def build_optimizer(net, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW or SGD over all parameters, in the fused form that leaves a skipped FP16 step to the device."""
-    if args.opt == "adamw":
-        return torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
-    if args.momentum:
+    if recipe.opt == "adamw":
+        return torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay,
+                                fused=True)
+    if recipe.momentum:
         # Fused SGD allocates its momentum uninitialised; were the first step skipped (usual in FP16), the second would use it.
         for parameter in net.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
-def learning_rate(step: int, args, steps_per_epoch: int) -> float:
+def learning_rate(step: int, recipe: Recipe, steps_per_epoch: int) -> float:
     """The rate of global step `step` (from 0): linear warmup from 0, then cosine to 0 or x0.1 at every milestone epoch."""
-    warmup = args.warmup_epochs * steps_per_epoch
+    warmup = recipe.warmup_epochs * steps_per_epoch
     if step < warmup:
-        return args.lr * (step + 1) / warmup
-    if args.sched == "multistep":
-        return args.lr * 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in args.milestones)
-    progress = (step - warmup) / (args.epochs * steps_per_epoch - warmup)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return recipe.lr * (step + 1) / warmup
+    if recipe.sched == "multistep":
+        return recipe.lr * 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)
+    progress = (step - warmup) / (recipe.epochs * steps_per_epoch - warmup)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Taken(NamedTuple):
-    """A step that was taken, in 0-dim fp32 tensors.  skipped: 1 or 0.  norm: of its gradient, before clipping.  move: the norm of
-    what it changed in the weights over theirs; None where it was not looked at."""
+class StepResult(NamedTuple):
+    """0-dim fp32 tensors.  skipped: 1 or 0.  norm: the gradient's before clipping.  relative_update: norm of the change of the
+    weights over their norm; None unless it was asked for."""
     skipped: torch.Tensor
     norm: torch.Tensor
-    move: torch.Tensor | None
+    relative_update: torch.Tensor | None
 
 
 class Update:
-    """`update.backward(loss)`, once for each of the `parts` of a batch, and `update(lr)` are one optimizer step: scale, backward,
-    unscale, clip, step, average.
+    """`update.backward(loss)` for each of the `micro_batches` of a batch, then `update(lr)`: one optimizer step.
 
-    A step whose loss or gradient is not finite, in whatever precision, leaves weights, momentum and running statistics as they
-    were; it counts as skipped.  The device decides, nothing waits for it.  Of several processes all skip a step or none: they
-    see one mean gradient.
+    Scale, backward, unscale, clip, step or skip, average.  A step whose loss or gradient is not finite, in whatever precision,
+    leaves weights, momentum and running statistics as they were; it counts as skipped.  The device decides, nothing waits for
+    it.  Several processes all skip a step or none: they have the same mean gradient.
     """
 
-    def __init__(self, net, optimizer, machine: Machine, clip_grad: float, ema_decay: float, parts: int = 1):
-        self.net, self.optimizer, self.machine, self.ranks = net, optimizer, machine, machine.ranks
+    def __init__(self, net, recipe: Recipe, machine: Machine, micro_batches: int = 1):
+        self.net, self.optimizer, self.machine, self.ranks = net, build_optimizer(net, recipe), machine, machine.ranks
         self.scaler = machine.scaler()
-        self.clip_grad = clip_grad or math.inf
+        self.clip_grad, self.decay = recipe.clip_grad or math.inf, recipe.model_ema
         self.parameters = list(net.parameters())
         self.buffers = FlatBuffers(net)
-        if ema_decay:
+        self.average, self.started = None, False
+        if self.decay:
             self.average = AveragedModel(net)
             self.average_buffers = FlatBuffers(self.average.module)
             self.averages = [*self.average.module.parameters(), *self.average_buffers.floats]
-        else:
-            self.average = None
-        self.ema_decay, self.started = ema_decay, False
-        self.zero, self.share = torch.tensor([0.0, 1 / parts], device=self.parameters[0].device)
+        self.zero, self.share = torch.tensor([0.0, 1 / micro_batches], device=self.parameters[0].device)
         self.remember_buffers()
 
     @property
     def evaluated(self):
-        """The network whose weights count: the moving average where there is one."""
+        """The network to evaluate and save: the moving average where there is one."""
         return self.average.module if self.average else self.net
 
     def backward(self, loss) -> None:
-        """Add the gradient of one part's loss, the mean over its images; of the mean over all parts, that is its share."""
-        seed = torch.addcmul(self.share, loss.detach(), self.zero)  # NaN for a sick loss: then no process has a finite gradient
+        """Add the gradient of a micro-batch's loss, times its share of the batch."""
+        seed = torch.addcmul(self.share, loss.detach(), self.zero)  # NaN for a non-finite loss, in all processes: all skip
         loss.backward(self.scaler.scale(seed))
 
-    def __call__(self, lr: float | torch.Tensor, look: bool = False) -> Taken:
-        """Take the step.  look: how far it goes, too."""
-        self.set_groups(lr, isinstance(lr, torch.Tensor) and torch.cuda.is_current_stream_capturing())
+    def __call__(self, lr: float | torch.Tensor, diagnose: bool = False) -> StepResult:
+        """Take the step.  diagnose: measure the relative update, too."""
+        self.set_learning_rate(lr)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
-        before = self.copy_parameters() if look else None
-        kept = norm < math.inf
-        skipped = torch.logical_not(kept, out=torch.empty((), device=norm.device))
+        before = self.copy_parameters() if diagnose else None
+        finite = norm < math.inf
+        skipped = self.step_unless_skipped(finite)
+        self.restore_buffers(finite)
+        if self.average:
+            self.update_average()
+        if self.machine.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # the next step may overwrite what compiled networks returned in this one
+        return StepResult(skipped, norm, self.relative_update(before) if diagnose else None)
+
+    def set_learning_rate(self, lr: float | torch.Tensor) -> None:
+        """AdamW also needs to know of a CUDA graph, although its fused form keeps all on the device anyway."""
+        capturing = isinstance(lr, torch.Tensor) and torch.cuda.is_current_stream_capturing()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            if "capturable" in group:
+                group["capturable"] = capturing
+
+    def step_unless_skipped(self, finite) -> torch.Tensor:
+        """The optimizer's step, without effect where `finite` is False -> 1.0 where it was skipped, else 0.0."""
+        skipped = torch.logical_not(finite, out=torch.empty((), device=finite.device))
         self.optimizer.found_inf = skipped  # fused optimizers read it on the device; the scaler has its own for its scale
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        torch.where(kept, self.buffers.words, self.before, out=self.before)
-        self.buffers.words.copy_(self.before)
-        if self.average:
-            self.update_average()
-        return Taken(skipped, norm, self.relative_move(before) if look else None)
+        return skipped
 
-    def set_groups(self, lr: float | torch.Tensor, capturable: bool) -> None:
-        """Tell the optimizer.  AdamW wants to know of a CUDA graph, although its fused form keeps all on the device anyway."""
-        for group in self.optimizer.param_groups:
-            group |= {"lr": lr} | {name: capturable for name in ("capturable",) if name in group}
+    def restore_buffers(self, finite) -> None:
+        """Undo what the forward pass of a skipped step did to running statistics."""
+        torch.where(finite, self.buffers.words, self.before, out=self.before)
+        self.buffers.words.copy_(self.before)
 
     @torch.no_grad()
     def copy_parameters(self) -> list:
         return list(torch._foreach_mul(self.parameters, 1.0))
 
     @torch.no_grad()
-    def relative_move(self, before: list):
-        """The norm of what a step changed, over that of the weights before."""
+    def relative_update(self, before: list):
+        """The norm of the change of the weights over the norm of the weights before."""
         weights = torch.stack(torch._foreach_norm(before)).norm()
         torch._foreach_sub_(before, self.parameters)
         return torch.stack(torch._foreach_norm(before)).norm() / weights
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Weights and running statistics of the average by one call; the first step is its start, and counters are copied."""
-        share = 1 - self.ema_decay if self.started else 1.0
+        """Weights and running statistics of the average by one call; it starts as a copy after the first step."""
+        share = 1 - self.decay if self.started else 1.0
         torch._foreach_lerp_(self.averages, [*self.parameters, *self.buffers.floats], share)
         for count, now in zip(self.average_buffers.others, self.buffers.others):
             count.copy_(now)
@@ -162,7 +188,7 @@ class Update:
         """Weights, moving average, optimizer and loss scale, at the end of an epoch."""
         if self.average:
             self.average.n_averaged.fill_(self.started)
-        self.set_groups(0.0, False)  # a number, after a recorded step, too; each step is given its own
+        self.set_learning_rate(0.0)  # a number, after a captured step, too; each step sets its own
         return {"net": self.net.state_dict(), "average": self.average.state_dict() if self.average else None,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
@@ -201,9 +227,3 @@ class FlatBuffers:
                 view = part[start:start + buffer.numel()].view(buffer.shape)
                 view.copy_(buffer)
                 buffer.data = view
-
-
-def accuracy(logits, labels):
-    """0-dim fp32 tensor: the share of rows whose largest logit is their label's."""
-    best = logits.argmax(1)
-    return torch.eq(best, labels, out=torch.empty(best.shape, device=best.device)).mean()  # compared and converted by one launch

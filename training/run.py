@@ -1,4 +1,4 @@
-"""What stands around the loops of both scripts: the run directory and its lock, resuming, the log, the summary."""
+"""What both scripts do around their loops: the run directory and its lock, resuming, the data, the log, the summary."""
 import time
 from contextlib import ExitStack
 
@@ -10,18 +10,15 @@ from cli import options
 from data import datasets
 from data.split import Split
 from diagnostics.alarms import judge
-from diagnostics.gradients import Diagnostics
 from rundir import resume, run_directory
 from rundir.checkpoint import Writer
 from rundir.run_directory import EpochRow, RunDirectory
 from rundir.terminal import say
-from training.cuda_graph import Replayed, Step, captures
-from training.device import Machine, global_batch_size, parts_of, use_threads
+from training.cuda_graph import use_cuda_graph
+from training.device import Machine, global_batch_size, micro_batches, use_threads
 from training.evaluation import EarlyStop, Evaluation, evaluate
 from training.grad_checkpoint import recompute
-from training.metrics import Means
-from training.optimization import Taken, accuracy
-from training.progress import Progress
+from training.metrics import Progress
 
 CLEAN = 512  # training images, or fewer than twice as many, on which a network is also evaluated without augmentation
 
@@ -32,8 +29,8 @@ class Run:
     """One run of a script, from the lock on its directory to its summary; the script calls it, and keeps the loop.
 
     `with Run(args, config, machine) as run:` locks --output and finds what --resume continues; where `run.finished`, nothing is
-    left to do.  After `start`, `epochs` counts the epochs; in each the script calls `log_step` after every step, `end_training`,
-    and `end_epoch` with its evaluation; and after the last epoch `close`.
+    left to do.  After `start`, `epochs` counts the epochs; in each the script calls `end_training`, and `end_epoch` with its
+    evaluation; and after the last epoch `close`.
     args: of cli.options.  config: what must be the same when the run is resumed.
     """
 
@@ -69,10 +66,12 @@ class Run:
             self.data = datasets.load(**options.data(self.args), device=self.machine.device)
         resume.check_data(self.began, self.data)
         self.batch_size = global_batch_size(self.args.batch_size, self.data, self.machine)
-        self.parts = parts_of(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
+        self.micro_batches = micro_batches(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
+        self.rows_at_once = len(self.micro_batches[0])
         stride = max(1, len(self.data.train.labels) // CLEAN)
         self.clean = Split(*(part[::stride] for part in self.data.train))
-        self.captured = captures(self.args, self.machine, is_fused(self.data.train.images))
+        self.cuda_graph = use_cuda_graph(self.args.cuda_graph, self.machine, deterministic=self.args.deterministic,
+                                         grad_checkpoint=self.args.grad_checkpoint, fused=is_fused(self.data.train.images))
         return self.data
 
     def new_network(self, name: str, *, pretrained: bool, init: str | None):
@@ -88,30 +87,22 @@ class Run:
                     "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed, "amp": self.machine.precision}
         return net.to(self.machine.device)
 
-    def called(self, net):
-        """`net` as a step is to call it: compiled, if so asked; with one gradient in all processes, if it is trained."""
+    def wrap(self, net):
+        """`net` as a step calls it: compiled, where --compile says so; under DDP, where several processes train it."""
         if net.training:
             net = self.ranks.parallel(net, self.args.seed, (3, net.info["image_size"], net.info["image_size"]))
-        elif self.machine.device.type == "cuda" and not (self.captured or self.machine.compiled or self.args.cuda_graph is False):
-            return Replayed(net)
-        return self.machine.compile(net, self.captured)
+        return self.machine.compile(net, self.cuda_graph)
 
-    def step(self, function) -> Step:
-        """Decorates the function (position, lr, look) that takes a step."""
-        return Step(function, self.machine, self.captured)
-
-    def start(self, update, augmenter, teacher=None, **facts) -> None:
+    def start(self, update, metrics, diagnostics, teacher=None, **facts) -> None:
         """Write the first files, or restore what was saved.  facts: what config.json holds besides."""
-        self.update = update
+        self.update, self.metrics, self.diagnostics = update, metrics, diagnostics
         facts |= {"teacher": teacher.info["model"]} if teacher else {}
         self.directory.open(self.config | self.began | facts | {"image_size": update.net.info["image_size"]},
                             update.checkpoint_bytes, self.saved["epoch"] if self.saved else 0)
         self.state = resume.State(self.directory, self.writer, self.config, self.began, update=update, stop=self.stop,
                                   ranks=self.ranks)
         self.first = self.state.restore(self.saved)
-        self.means = Means(self.machine, augmenter.steps, self.args.clip_grad)
-        self.progress = Progress(self.args.epochs, augmenter.steps, self.batch_size)
-        self.diagnostics = Diagnostics(self.args, augmenter, self.parts[0], self.ranks)
+        self.progress = Progress(self.args.epochs, metrics.steps, self.batch_size)
 
     def epochs(self):
         """The numbers of the epochs to train, from 1 or where the run was left, up to the last or the early stop."""
@@ -119,42 +110,22 @@ class Run:
             if self.stop.stop:
                 return
             self.begun = time.perf_counter()
-            self.diagnostics.begin(self.epoch)
             yield self.epoch
 
-    def add(self, position, look: bool, targets, logits, loss, terms: dict, teacher_logits=None, numbers=None) -> None:
-        """In a step: add a part of its batch to the means of the epoch, and of the first part to its diagnostics.
+    def end_training(self, lr: float) -> None:
+        """Read the epoch's metrics: its one wait for the device.  Running statistics become the same in all processes.
 
-        terms: of the loss, by name.  numbers: of the method in this epoch.
+        lr: of the last step.
         """
-        if look and not self.means.parts:
-            self.diagnostics.look(position, targets, logits, teacher_logits, numbers)
-        self.means.add(accuracy(logits, targets.dominant), train_loss=loss,
-                       **{f"train_loss_{name}": term for name, term in terms.items()})
-
-    def end_step(self, position, taken: Taken) -> None:
-        """In a step: add how it was taken."""
-        self.means.end_step(position, taken.skipped, taken.norm)
-        if taken.move is not None:
-            self.diagnostics.end_step(taken)
-
-    def log_step(self, step: int, lr: float) -> None:
-        """After a step: show it, and end a run that skips too many; without waiting for the device."""
-        self.means.look()
-        self.progress.step(self.epoch, step, lr, self.means)
-        self.lr = lr
-
-    def end_training(self) -> None:
-        """Read the epoch's means: its one wait for the device.  All processes agree on the running statistics."""
-        self.samples = self.batch_size * self.means.steps
-        self.columns, looked = self.means.epoch_columns(self.epoch)
+        self.lr, self.samples = lr, self.batch_size * self.metrics.taken
+        self.columns, looked = self.metrics.epoch_columns(self.epoch)
         self.columns["amp_scale"] = self.update.amp_scale()
         self.looked = looked | self.diagnostics.columns()
         self.update.agree()
         self.trained = time.perf_counter()
 
     def evaluate(self, net, split) -> Evaluation:
-        return evaluate(net, split, self.data.mean, self.data.std, self.machine, len(self.parts[0]))
+        return evaluate(net, split, self.data.mean, self.data.std, self.machine, self.rows_at_once)
 
     def end_epoch(self, val: Evaluation, **more) -> None:
         """Count the epoch, save it, and say it.  more: columns of log.csv that only this script has."""
