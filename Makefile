@@ -1,22 +1,27 @@
-# make demo: the whole study in miniature on embedded data.   make test: all checks.   make torture: thousands of killed,
+# make demo: the whole study in miniature on embedded data.   make test: all checks.   make lint: style and types.   make torture: thousands of killed,
 # stopped and corrupted runs and sweeps, and each barrier of the kernels taken out, 8 to 13 minutes.   All set up .venv themselves, once.
 # make gpu: what there is to measure on a GPU, in three stages: make gpu PYTHON=python3 STAGE=2 OUTPUT=dir needs no .venv.
 # make test-export: exported files in the runtimes that `make test` does without, from requirements-export.txt.
 SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-INSTALLED := $(VENV)/installed-$(shell sha256sum requirements.txt | cut -c 1-16)
+REQUIREMENTS := requirements.txt requirements-dev.txt
+INSTALLED := $(VENV)/installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c 1-16)
 
-.PHONY: demo demo-runs test test-export torture gpu
+.PHONY: demo demo-runs lint test test-export torture gpu
 .DELETE_ON_ERROR:
 
-$(INSTALLED): requirements.txt
+$(INSTALLED): $(REQUIREMENTS)
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(addprefix -r ,$(REQUIREMENTS))
 	rm -f $(VENV)/installed-* && touch $@
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+lint: $(INSTALLED)
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m mypy
 
 test-export: $(INSTALLED)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-export.txt
