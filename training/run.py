@@ -25,7 +25,7 @@ from training.progress import Progress
 
 CLEAN = 512  # training images, or fewer than twice as many, on which a network is also evaluated without augmentation
 
-FROM_LOG = ("grad_norm_mean", "clip_frac", "amp_scale", "skipped_steps")  # which diagnostics.csv has, too
+FROM_LOG = ("grad_norm_mean", "clip_frac")  # which diagnostics.csv has, too
 
 
 class Run:
