@@ -4,7 +4,7 @@
 
 runs.csv has the run's name, its cell (the name without the seed), its seed, what differs in config.json and env.json, and
 summary.json.  settings.json has what is equal for all runs.  epochs.csv has log.csv and diagnostics.csv.  Values are copied as
-they are, without empty columns.  A run that diverged has the verdict "diverged" and no results; one that has not ended is left out.
+they are, without empty columns.  A run that diverged has the verdict "diverged" and no accuracy.  Unfinished runs are left out.
 """
 import argparse
 import csv

@@ -146,7 +146,7 @@ def test_every_command_of_the_study_is_accepted(experiment, runs):
             args = sweep_grid.parse_sweep("", "", flags)
             parsed += [sweep_grid.parse(cell, seed, output=f"{args.output}/{cell.name}-s{seed}")
                        for cell in sweep_grid.expand(args.script, args.flags) for seed in cell.seeds]
-        elif "plots" not in name:
+        elif not name.startswith(("plots/", "results/")):
             parsed.append({"train_teacher.py": teacher, "distill.py": distill}[name](*flags))
     outputs = [args.output for args in parsed]
     assert len(outputs) == len(set(outputs)) >= runs, "two runs of the study would write to one directory"
