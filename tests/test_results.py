@@ -34,7 +34,7 @@ def test_tables_hold_the_runs_that_ended(tmp_path):
         (path / "config.json").write_text(json.dumps({"method": "dkd", "beta": beta, "seed": int(name[-1]), "output": name}))
         (path / "log.csv").write_text("epoch,val_acc1,amp_scale\n1,0.30000000000000004,\n")
         if end:
-            (path / end).write_text(json.dumps({"exit_code": 6} if end == "status.json" else {"test_acc1_best": 40.1, "verdict": "x"}))
+            (path / end).write_text(json.dumps({"exit_code": 6} if beta is None else {"test_acc1_best": 40.1, "verdict": "x"}))
     (path.parent / "a-s1" / "diagnostics.csv").write_text("epoch,share_ce\n1,0.5\n")
     script("tables.py").main([str(tmp_path / "runs"), str(tmp_path)])
     assert json.loads((tmp_path / "settings.json").read_text()) == {"method": "dkd"}
@@ -46,7 +46,8 @@ def test_tables_hold_the_runs_that_ended(tmp_path):
     assert (other["cell"], other["beta"], other["test_acc1_best"], other["verdict"]) == ("b", "", "", "diverged")
 
 
-@pytest.mark.parametrize("name, flags", [("tables.py", ["nowhere", "nowhere"]), ("ablation-small/figures.py", ["--tables", "nowhere"])])
+@pytest.mark.parametrize("name, flags", [
+    ("tables.py", ["nowhere", "nowhere"]), ("ablation-small/figures.py", ["--tables", "nowhere"])])
 def test_what_is_missing_is_one_line(name, flags, capsys):
     with pytest.raises(SystemExit) as stop:
         script(name).main(flags)
