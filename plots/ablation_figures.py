@@ -10,12 +10,12 @@ Figure 9, from `usual` and `high`: what each change of a single setting does to 
 
 Runs that differ in nothing but the seed are one cell, and cells are compared over their common seeds.  A change of method counts
 as one change with all numbers of the method; so does early stopping with what it monitors.  Accuracies are those on the test set
-with the weights of the best epoch.  Runs that have not ended are left out; one that diverged has no accuracy.  Imports nothing of
-ours but make_figures.py, so that it also works on copied runs.
+with the weights of the best epoch.  Runs that have not ended are left out; one that diverged has no accuracy.
 """
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +29,10 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit  # the inverse of Student's t
 
-if __package__:  # imported from the root, as plots.ablation_figures
-    from plots import make_figures
-else:  # run as a script: Python looks beside it
-    import make_figures
-Failure = make_figures.Failure
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python plots/ablation_figures.py`
+from plots import make_figures, run_files
+from rundir import errors, files
+from rundir.errors import DATA, USAGE, Failure
 
 SWEEPS = ("usual", "high", "findings", "phase")
 DIVERGED = 6  # exit code of a run that stopped as its loss was not finite
@@ -113,16 +112,16 @@ class Cell(NamedTuple):
 def read_run(directory: Path) -> Run | None:
     """None where the run has not ended."""
     path = directory / "config.json"
-    config = make_figures.read_json(path)
+    config = files.read_json(path)
     names = ("method", "teacher", "student") if config.get("script") == "distill" else ("model",)
-    make_figures.require(path, config, dataset=str, seed=int, epochs=int, lr=float, opt=str, **dict.fromkeys(names, str),
+    run_files.require(path, config, dataset=str, seed=int, epochs=int, lr=float, opt=str, **dict.fromkeys(names, str),
                          **{name: float for name in NUMBERS if config.get(name) is not None})
     if (path := directory / "summary.json").exists():
-        summary = make_figures.read_json(path)
-        make_figures.require(path, summary, test_acc1_best=float, verdict=str)
+        summary = files.read_json(path)
+        run_files.require(path, summary, test_acc1_best=float, verdict=str)
         return Run(directory, config, summary)
     path = directory / "status.json"
-    diverged = path.exists() and make_figures.read_json(path).get("exit_code") == DIVERGED
+    diverged = path.exists() and files.read_json(path).get("exit_code") == DIVERGED
     return Run(directory, config, None) if diverged else None
 
 
@@ -144,7 +143,7 @@ def read_sweep(directory: Path) -> tuple[list[Cell], list[Path]]:
         compared, seed = settings(run.config), run.config["seed"]
         cell = cells.setdefault(json.dumps(compared, sort_keys=True), Cell(compared, {}))
         if other := cell.runs.get(seed):
-            raise Failure(make_figures.USAGE, f"two runs of one cell have seed {seed} ({other.path} and {run.path})",
+            raise Failure(USAGE, f"two runs of one cell have seed {seed} ({other.path} and {run.path})",
                           "take one of them away")
         cell.runs[seed] = run
     return list(cells.values()), unfinished
@@ -163,7 +162,7 @@ def read_shares(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         if any(np.any((values < 0) | (values > 1 + SAME)) for values in shares.values()):
             raise ValueError("a share of the gradient is not in [0, 1]")
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as reason:
-        raise make_figures.damaged(path, reason) from None
+        raise files.damaged(path, reason) from None
     return epochs, shares
 
 
@@ -283,7 +282,7 @@ def phase_rows(cells: list[Cell]) -> list[dict]:
         place = augmentation(cell), cell.get("beta")
         other = places.get(place, candidates[0])[0]
         if differ := changes(other, cell) - (set() if place in places else {"beta", *AUGMENTATION}):
-            raise Failure(make_figures.USAGE, f"figure 7 compares beta and augmentation, but its runs differ in "
+            raise Failure(USAGE, f"figure 7 compares beta and augmentation, but its runs differ in "
                           f"{', '.join(sorted(differ))} ({one_path(other)} and {one_path(cell)})", "take one of them away")
         places[place] = cell, kd
     for (level, beta), (cell, kd) in sorted(places.items(), key=lambda item: item[0]):
@@ -371,7 +370,7 @@ def share_panels(cells: list[Cell]) -> dict[str, Cell]:
 def draw_shares(sweeps: dict[str, list[Cell]]) -> Figure:
     """Per sweep a row of panels: above the stacked shares of the terms, below the validation accuracy beside that of KD."""
     panels = {sweep: share_panels(cells) for sweep, cells in sweeps.items()}
-    logs = {run.path: make_figures.read_log(run.path / "log.csv")
+    logs = {run.path: run_files.read_log(run.path / "log.csv")
             for row in panels.values() for cell in row.values() for run in cell.runs.values()
             if run.summary or (run.path / "log.csv").exists()}
     top = 1.08 * max((values.max() for _, values in logs.values() if len(values)), default=1.0)
@@ -521,7 +520,7 @@ def read_sweeps(top: Path) -> dict[str, list[Cell]]:
             print(f"{name}: {sum(len(cell.runs) for cell in cells)} runs of {len(cells)} cells"
                   + (f"; not ended, left out: {', '.join(path.name for path in unfinished)}" if unfinished else ""))
     if not sweeps:
-        raise Failure(make_figures.DATA, f"no runs of an ablation that have ended ({top})",
+        raise Failure(DATA, f"no runs of an ablation that have ended ({top})",
                       "run ./experiments.sh ablation-small first, or name another directory with --runs")
     if missing := [name for name in SWEEPS if name not in sweeps]:
         print(f"not found: {', '.join(missing)}")
@@ -542,7 +541,7 @@ def write_outputs(top: Path, output: Path) -> None:
             return
         make_figures.write_figure(figure, output / name)
         if rows:
-            make_figures.write(output / f"{name}.csv", as_csv(rows))
+            files.write_atomic(output / f"{name}.csv", as_csv(rows))
         print(f"{output / name}.png, .pdf{', .csv' if rows else ''}: {of}")
 
     bad = sum(row["collapsed"] + row["diverged"] > 0 for row in phase)
@@ -555,18 +554,17 @@ def write_outputs(top: Path, output: Path) -> None:
 
 
 def main(arguments=None) -> None:
-    parser = make_figures.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = errors.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--runs", type=Path, default=make_figures.ROOT / "runs" / "ablation", metavar="DIR",
                         help=f"the directory that holds the sweeps {', '.join(SWEEPS)}; default: runs/ablation of the repository")
     parser.add_argument("--output", type=Path, default=make_figures.ROOT / "figures", metavar="DIR",
                         help="where to write; default: figures/ of the repository")
 
-    def work():
-        args = parser.parse_args(arguments)
+    def work(args) -> None:
         with matplotlib.style.context(["default", STYLE]):
             write_outputs(args.runs, args.output)
 
-    make_figures.exit_by(work)
+    errors.run(work, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

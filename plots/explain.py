@@ -6,10 +6,8 @@
 
 Verdict, alarms, cause and advice are those of summary.json, and are printed too.  The curves are those of log.csv and
 diagnostics.csv; docs/diagnostics.md explains the columns.  Colours are runs or, for a single run, the terms of its loss.  To add
-a panel, write a function `(axis, cases) -> legend entries` and name it in PANELS.  Imports nothing of ours but make_figures.py
-beside it, so that it also works on copied run directories.
+a panel, write a function `(axis, cases) -> legend entries` and name it in PANELS.
 """
-import csv
 import io
 import math
 import sys
@@ -29,10 +27,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-if __package__:  # imported from the root, as plots.explain
-    from plots import make_figures
-else:  # run as a script: Python looks beside it
-    import make_figures
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python plots/explain.py`
+from plots import make_figures
+from plots.run_files import Run, read_columns, read_run, require
+from rundir import errors, files
+from rundir.errors import DATA, USAGE, Failure
 
 CONTROL = "kd"  # the method whose run the others are compared with
 FALL = 5.0  # percentage points of validation accuracy, in one epoch or below the control
@@ -65,7 +64,7 @@ DOTTED = {"color": "black", "linestyle": (0, (1, 1.5)), "linewidth": 1.0}
 class Case:
     """A run on the page: `columns` are those of diagnostics.csv, float64 (epochs,) with nan for an empty cell; `status` is
     status.json, empty where there is none."""
-    run: make_figures.Run
+    run: Run
     name: str
     look: make_figures.Series
     columns: dict
@@ -135,72 +134,53 @@ class Case:
         return next((found["limit"] for found in self.alarms if found["name"] == alarm), None)
 
 
-def read_columns(path: Path, epochs: int) -> dict[str, np.ndarray]:
-    """Every column of diagnostics.csv by name, (epochs,): nan for a cell that is empty or not finite, and for a missing epoch."""
-    rows = {}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file)
-            names = table.fieldnames or ()
-            if "epoch" not in names:
-                raise ValueError("no column epoch")
-            for row in table:
-                where = f"line {table.line_num}"
-                if None in row or None in row.values():
-                    raise ValueError(f"{where} does not have {len(names)} cells")
-                if not row["epoch"].isdecimal() or not max(rows, default=0) < int(row["epoch"]) <= epochs:
-                    raise ValueError(f"{where}: epoch {row['epoch']!r}")
-                try:
-                    values = [float(cell) if cell else math.nan for cell in row.values()]
-                except ValueError as reason:
-                    raise ValueError(f"{where}: {reason}") from None
-                rows[int(row["epoch"])] = [value if math.isfinite(value) else math.nan for value in values]
-        if not rows:
-            raise ValueError("no epoch")
-    except FileNotFoundError:
-        raise make_figures.Failure(make_figures.DATA, f"no diagnostics.csv ({path})", "the run has no whole epoch, or was made "
-                                   "before they were recorded; train it again, or name another run") from None
-    except (OSError, ValueError, csv.Error) as reason:
-        raise make_figures.damaged(path, reason) from None
-    cells = np.full((max(rows), len(names)), math.nan)
-    for epoch, values in rows.items():
-        cells[epoch - 1] = values
-    return dict(zip(names, cells.T))
+def read_diagnostics(path: Path, epochs: int) -> dict[str, np.ndarray]:
+    """Every column of diagnostics.csv by name, (epochs,): nan for a missing epoch, too."""
+    if not path.exists():
+        raise Failure(DATA, f"no diagnostics.csv ({path})", "the run has no whole epoch, or was made before they were recorded; "
+                      "train it again, or name another run")
+    columns = read_columns(path, "images")
+    there = columns["epoch"]
+    if not len(there) or there[-1] > epochs:
+        raise files.damaged(path, f"epoch {there[-1]:g}" if len(there) else "no epoch")
+    filled = np.full((len(columns), int(there[-1])), math.nan)
+    filled[:, there.astype(int) - 1] = [*columns.values()]
+    return dict(zip(columns, filled))
 
 
 def read_case(directory: Path, name: str, look: make_figures.Series) -> Case:
-    run = make_figures.read_run(directory)
+    run = read_run(directory)
     if not len(run.epochs):
-        raise make_figures.damaged(directory / "log.csv", "no epoch")
+        raise files.damaged(directory / "log.csv", "no epoch")
     if run.config.get("clip_grad") is not None:
-        make_figures.require(directory / "config.json", run.config, clip_grad=float)
+        require(directory / "config.json", run.config, clip_grad=float)
     path, status = directory / "status.json", {}
     if run.summary:
         require_alarms(directory / "summary.json", run.summary)
     elif path.exists():
-        status = make_figures.read_json(path)
-        make_figures.require(path, status, state=str, reason=str)
-    return Case(run, name, look, read_columns(directory / "diagnostics.csv", run.config["epochs"]), status)
+        status = files.read_json(path)
+        require(path, status, state=str, reason=str)
+    return Case(run, name, look, read_diagnostics(directory / "diagnostics.csv", run.config["epochs"]), status)
 
 
 def require_alarms(path: Path, summary: dict) -> None:
     """What a verdict says beside itself must be of its kind, where it is there."""
     for key, kind in {"health": str, "alarms": list, "cause": str, "advice": str}.items():
         if summary.get(key) is not None:
-            make_figures.require(path, summary, **{key: kind})
+            require(path, summary, **{key: kind})
     for alarm in summary.get("alarms") or ():
         if not isinstance(alarm, dict):
-            raise make_figures.damaged(path, f"an alarm is {alarm!r}")
-        make_figures.require(path, alarm, name=str, limit=float, text=str)
+            raise files.damaged(path, f"an alarm is {alarm!r}")
+        require(path, alarm, name=str, limit=float, text=str)
 
 
 def read_cases(directories: list[Path]) -> list[Case]:
     """Every run, with a name that tells it from the others, and its look."""
     places = [directory.resolve() for directory in directories]
     if len(places) > len(LOOKS):
-        raise make_figures.Failure(make_figures.USAGE, f"{len(places)} runs do not fit on a page", f"name at most {len(LOOKS)}")
+        raise Failure(USAGE, f"{len(places)} runs do not fit on a page", f"name at most {len(LOOKS)}")
     if again := next((place for place in places if places.count(place) > 1), None):
-        raise make_figures.Failure(make_figures.USAGE, f"a run is named twice ({again})", "name it once")
+        raise Failure(USAGE, f"a run is named twice ({again})", "name it once")
     parts = 1
     while len({place.parts[-parts:] for place in places}) < len(places):
         parts += 1
@@ -663,25 +643,24 @@ def spoken(cases: list[Case]) -> str:
 
 def explain(directories: list[Path], output: Path) -> None:
     if output.suffix not in (".png", ".pdf"):
-        raise make_figures.Failure(make_figures.USAGE, f"--output must end in .png or .pdf ({output})", "choose one of them")
+        raise Failure(USAGE, f"--output must end in .png or .pdf ({output})", "choose one of them")
     cases, content = read_cases(directories), io.BytesIO()
     page(cases).savefig(content, format=output.suffix[1:], metadata={"CreationDate": None} if output.suffix == ".pdf" else {})
-    make_figures.write(output, content.getvalue())
+    files.write_atomic(output, content.getvalue())
     print(spoken(cases), f"\n{output}", sep="\n")
 
 
 def main(arguments=None) -> None:
-    parser = make_figures.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = errors.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories; one of method kd is the control")
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="a .png or .pdf; default: explain.png in the directory of the first run")
 
-    def work():
-        args = parser.parse_args(arguments)
+    def work(args) -> None:
         with matplotlib.style.context(["default", STYLE]):
             explain(args.runs, args.output or args.runs[0] / "explain.png")
 
-    make_figures.exit_by(work)
+    errors.run(work, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,10 @@
 A run is a directory with config.json and log.csv; one without summary.json is unfinished and appears in curves only.  Runs that
 differ in nothing but the seed become one line: mean and sample standard deviation.  Runs of other methods join the figures of
 all students where data, networks and teacher are the study's.  To add a figure, write a function `(study, names) -> Figure` and
-name it in FIGURES.  Imports nothing of ours, so that it also works on copied run directories.
+name it in FIGURES.
 """
-import argparse
-import csv
 import io
-import json
 import math
-import os
 import re
 import sys
 import textwrap
@@ -30,9 +26,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-ROOT = Path(__file__).resolve().parent.parent
-USAGE, DATA, DISK, INTERRUPTED = 2, 4, 8, 130
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python plots/make_figures.py`
+from plots.run_files import Run, read_run
+from rundir import errors, files
+from rundir.errors import DATA, USAGE, Failure
 
+ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Series:
@@ -92,128 +91,15 @@ THIN = 0.6
 CROSS = {"linestyle": "none", "marker": "X", "markersize": 6.5, "markeredgecolor": "black", "markeredgewidth": 0.7}
 
 
-class Failure(Exception):
-    """An error that the user can mend: exit `code`, `what` went wrong and where, and the `remedy`."""
-
-    def __init__(self, code: int, what: str, remedy: str):
-        super().__init__(f"{what}. {remedy}")
-        self.code = code
-
-
 # Reading
 
-@dataclass(frozen=True)
-class Run:
-    """One run directory: `epochs` int64 (E,), `val_acc1` float64 (E,) in percent, `summary` None while the run is unfinished."""
-    path: Path
-    config: dict
-    epochs: np.ndarray
-    val_acc1: np.ndarray
-    summary: dict | None
-
-    @property
-    def distilled(self) -> bool:
-        return self.config["script"] == "distill"
-
-    @property
-    def group(self) -> str:
-        """The name under which the run is drawn: its experiment's, else its directory's without the seed."""
-        return self.config.get("experiment") or re.sub(r"-s\d+$", "", self.path.resolve().name)
-
-    @property
-    def in_study(self) -> bool:
-        return self.group in (EXPERIMENTS if self.distilled else TEACHERS | ALONE)
-
-    @property
-    def network(self) -> str:
-        """The network that was trained."""
-        return self.config["student" if self.distilled else "model"]
-
-    @property
-    def teacher(self) -> str:
-        """The network that taught; of a teacher's own run, itself."""
-        return self.config["teacher" if self.distilled else "model"]
-
-    @property
-    def on_test(self) -> bool:
-        """Whether `val_acc1` was measured on the test set."""
-        return self.summary["selected_on"].startswith("test") if self.summary else self.config.get("val_size") == 0
+def group(run: Run) -> str:
+    """The name under which the run is drawn: its experiment's, else its directory's without the seed."""
+    return run.config.get("experiment") or re.sub(r"-s\d+$", "", run.path.resolve().name)
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as reason:
-        raise damaged(path, reason) from None
-    if not isinstance(content, dict):
-        raise damaged(path, "it is not an object")
-    return content
-
-
-def require(path: Path, content: dict, **kinds) -> None:
-    """Every key of `kinds` must be in `content`, read from `path`, with a value of that type; a float must be finite."""
-    for key, kind in kinds.items():
-        value = content.get(key)
-        allowed = (int, float) if kind is float else (kind,)
-        if type(value) not in allowed or isinstance(value, float) and not math.isfinite(value):
-            raise damaged(path, f"{key} is {value!r}")
-
-
-def read_log(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Columns `epoch` and `val_acc1` of log.csv, by name; the epochs must be whole and rise, the accuracies lie in [0, 100]."""
-    epochs, accuracies = [], []
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file)
-            missing = {"epoch", "val_acc1"}.difference(table.fieldnames or ())
-            if missing:
-                raise ValueError(f"no column {min(missing)}")
-            for row in table:
-                try:
-                    epoch, accuracy = int(row["epoch"]), float(row["val_acc1"])
-                except (TypeError, ValueError):
-                    raise ValueError(f"line {table.line_num}: epoch {row['epoch']!r}, val_acc1 {row['val_acc1']!r}") from None
-                if epoch <= (epochs[-1] if epochs else 0) or not 0 <= accuracy <= 100:
-                    raise ValueError(f"line {table.line_num}: epoch {epoch}, val_acc1 {accuracy}")
-                epochs.append(epoch)
-                accuracies.append(accuracy)
-    except (OSError, ValueError, csv.Error) as reason:
-        raise damaged(path, reason) from None
-    return np.array(epochs, dtype=int), np.array(accuracies, dtype=float)
-
-
-def damaged(path: Path, reason) -> Failure:
-    reason = getattr(reason, "strerror", None) or reason
-    return Failure(DATA, f"cannot read {path.name}: {reason} ({path})", "repair the file, or take its run away")
-
-
-def read_run(directory: Path) -> Run:
-    path, log = directory / "config.json", directory / "log.csv"
-    config = read_json(path)
-    require(path, config, script=str, dataset=str, epochs=int, seed=int)
-    if config.get("experiment") is not None:
-        require(path, config, experiment=str)
-    distilled = config["script"] == "distill"
-    if distilled:
-        require(path, config, teacher=str, student=str, method=str)
-        for key in ("method_in_tables", "method_in_figures"):  # a run from before they were recorded has its method's name
-            config.setdefault(key, config["method"].upper())
-        require(path, config, method_in_tables=str, method_in_figures=str)
-    else:
-        require(path, config, model=str)
-    epochs, val_acc1 = read_log(log)
-
-    path = directory / "summary.json"
-    if not path.exists():
-        return Run(directory, config, epochs, val_acc1, None)
-    summary = read_json(path)
-    require(path, summary, test_acc1_last=float, test_acc1_best=float, best_epoch=int, params=int, flops=float, wall_s=float,
-            stopped_early=bool, selected_on=str, verdict=str)
-    if distilled:
-        require(path, summary, teacher_test_acc1=float, retention=float, compression=float)
-    if summary["best_epoch"] not in epochs:
-        raise damaged(log, f"no row of epoch {summary['best_epoch']}, the best one by summary.json")
-    return Run(directory, config, epochs, val_acc1, summary)
+def in_study(run: Run) -> bool:
+    return group(run) in (EXPERIMENTS if run.distilled else TEACHERS | ALONE)
 
 
 def run_directories(top: Path) -> list[Path]:
@@ -233,11 +119,11 @@ def read_study(directories) -> tuple[dict[str, list[Run]], list[Run], list[Failu
             runs.append(read_run(path))
         except Failure as failure:
             unreadable.append(failure)
-    known = [run for run in runs if run.in_study]
-    joining = [run for run in runs if not run.in_study and joins(run, known)]
-    groups = {name: [] for name in (*SERIES, *sorted({run.group for run in joining}))}
+    known = [run for run in runs if in_study(run)]
+    joining = [run for run in runs if not in_study(run) and joins(run, known)]
+    groups = {name: [] for name in (*SERIES, *sorted({group(run) for run in joining}))}
     for run in sorted(known + joining, key=lambda run: run.config["seed"]):
-        groups[run.group].append(run)
+        groups[group(run)].append(run)
     study = {name: members for name, members in groups.items() if members}
     refuse_mixtures(study)
     return study, [run for run in runs if run not in known and run not in joining], unreadable
@@ -245,8 +131,8 @@ def read_study(directories) -> tuple[dict[str, list[Run]], list[Run], list[Failu
 
 def joins(run, known) -> bool:
     """Whether a run outside the study is a student of a teacher of the study, comparable with its students."""
-    students = [other for other in known if other.distilled or other.group in ALONE]
-    teachers = {other.teacher for other in known if other.group not in ALONE}
+    students = [other for other in known if other.distilled or group(other) in ALONE]
+    teachers = {other.teacher for other in known if group(other) not in ALONE}
     return (run.distilled and run.teacher in teachers and run.config["dataset"] == known[0].config["dataset"]
             and all(run.network == other.network and run.config.get("image_size") == other.config.get("image_size")
                     and run.on_test == other.on_test for other in students))
@@ -627,23 +513,15 @@ def as_csv(rows, note) -> str:
 
 def csv_text(records: list[dict]) -> str:
     """A table with the columns of the first record; fractions are rounded to four decimals."""
-    content = io.StringIO()
-    table = csv.DictWriter(content, records[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows({name: round(float(value), 4) if isinstance(value, float) else value for name, value in record.items()}
-                    for record in records)
-    return content.getvalue()
+    return files.as_csv(list(records[0]), [
+        {name: round(float(value), 4) if isinstance(value, float) else value for name, value in record.items()}
+        for record in records]).decode()
 
 
 def as_markdown(rows, note) -> str:
-    """Padded, so that it reads well in a terminal too."""
-    columns = []
-    for cells in zip(*rows):
-        texts = [cells[0].header, *(cell.text.replace("|", "\\|") for cell in cells)]
-        width = max(3, *map(len, texts))
-        head, *body = [text.ljust(width) if cells[0].align == "l" else text.rjust(width) for text in texts]
-        columns.append([head, "-" * width if cells[0].align == "l" else "-" * (width - 1) + ":", *body])
-    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*columns)) + f"\n{note}\n"
+    columns = {cells[0].header: cells for cells in zip(*rows)}
+    return files.as_markdown({header: [cell.text for cell in cells] for header, cells in columns.items()},
+                             {header for header, cells in columns.items() if cells[0].align == "l"}, note)
 
 
 LATEX = {character: "\\" + character for character in "&%$#_{}"} | {
@@ -670,26 +548,12 @@ FORMATS = {"md": as_markdown, "csv": as_csv, "tex": as_latex}
 
 # Writing
 
-def write(path: Path, data: bytes) -> None:
-    """Replace `path` in one step: a reader, or a crash, sees the old file or the new one."""
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)  # a failed one would keep the space that is missing
-    except OSError as reason:
-        raise Failure(DISK, f"cannot write: {reason.strerror} ({path})", "free space, or choose another --output") from None
-
-
 def write_figure(figure: Figure, path: Path) -> None:
     """PNG and PDF, without the date, so that the same runs give the same bytes."""
     for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
         content = io.BytesIO()
         figure.savefig(content, format=suffix, dpi=300, metadata=metadata)
-        write(path.with_suffix(f".{suffix}"), content.getvalue())
+        files.write_atomic(path.with_suffix(f".{suffix}"), content.getvalue())
 
 
 def selected(study, wanted) -> dict[str, list[Run]]:
@@ -733,7 +597,7 @@ def write_outputs(directories, output: Path) -> None:
         for name, table in TABLES.items():
             rows, note = table(finished)
             for suffix, render in FORMATS.items():
-                write(output / f"{name}.{suffix}", render(rows, note).encode())
+                files.write_atomic(output / f"{name}.{suffix}", render(rows, note).encode())
             print(f"{output / name}.md, .csv, .tex")
         print("", as_markdown(*table1(finished)), sep="\n", end="")
     else:
@@ -743,37 +607,19 @@ def write_outputs(directories, output: Path) -> None:
                       "repair them, or take them away")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise Failure(USAGE, message, f"see {self.prog} --help")
-
-
-def exit_by(work) -> None:
-    """Call `work`; an error that the user can mend, or an interruption, becomes one line on stderr and an exit code."""
-    try:
-        work()
-        return
-    except Failure as failure:
-        code, message = failure.code, str(failure)
-    except KeyboardInterrupt:
-        code, message = INTERRUPTED, "interrupted. run it again"
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
 def main(arguments=None) -> None:
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = errors.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--runs", nargs="+", type=Path, default=[ROOT / "runs"], metavar="DIR",
                         help="directories that hold runs, directly or below; default: runs/ of the repository")
     parser.add_argument("--output", type=Path, default=ROOT / "figures", metavar="DIR",
                         help="where to write; default: figures/ of the repository")
 
-    def work():
-        args = parser.parse_args(arguments)
+
+    def work(args) -> None:
         with matplotlib.style.context(["default", STYLE]):
             write_outputs(args.runs, args.output)
 
-    exit_by(work)
+    errors.run(work, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

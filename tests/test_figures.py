@@ -20,6 +20,7 @@ import pytest
 from cli import method_flags
 from losses.methods import METHODS
 from plots import make_figures
+from rundir import files
 
 LARGE, SMALL = "efficientnet_v2_l", "efficientnet_v2_s"
 TRAINING = {
@@ -124,7 +125,7 @@ def table(path):
 @pytest.fixture
 def quick(monkeypatch):
     """Figures are built but not rendered, for tests that look at other things."""
-    monkeypatch.setattr(make_figures, "write_figure", lambda figure, path: make_figures.write(path.with_suffix(".png"), b""))
+    monkeypatch.setattr(make_figures, "write_figure", lambda figure, path: files.write_atomic(path.with_suffix(".png"), b""))
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +140,10 @@ def seeds(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """One seed of 8 epochs below a repository that holds nothing but the script, run from elsewhere with its defaults."""
+    """One seed of 8 epochs below a repository that holds what the script needs, run from elsewhere with its defaults."""
     top = tmp_path_factory.mktemp("repository")
-    (top / "plots").mkdir()
-    shutil.copy(make_figures.__file__, top / "plots")
+    for name in ("diagnostics", "losses", "plots", "rundir"):
+        shutil.copytree(make_figures.ROOT / name, top / name)
     runs = write_study(top / "runs" / "demo", epochs=8, stop_v3=5, dataset="synthetic")
     done = subprocess.run([sys.executable, top / "plots" / "make_figures.py"], cwd=tmp_path_factory.mktemp("elsewhere"),
                           env=os.environ | {"PYTHONPATH": "", "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
@@ -408,11 +409,11 @@ def test_nothing_to_draw_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "reason"), [
     ("log.csv", "epoch,val_loss\n1,2.0\n", "no column val_acc1"),
-    ("log.csv", "epoch,val_acc1\n1,50.0\n2,\n", "line 3"),
+    ("log.csv", "epoch,val_acc1\n1,50.0\n2,\n", "epoch 2"),
     ("log.csv", "epoch,val_acc1\n1,50.0\n2\n", "line 3"),
-    ("log.csv", "epoch,val_acc1\n1,nan\n", "line 2"),
+    ("log.csv", "epoch,val_acc1\n1,nan\n", "epoch 1"),
     ("log.csv", "epoch,val_acc1\n2,50.0\n1,51.0\n", "line 3"),
-    ("log.csv", "epoch,val_acc1\n1,500\n", "line 2"),
+    ("log.csv", "epoch,val_acc1\n1,500\n", "epoch 1"),
     ("log.csv", b"epoch,val_acc1\n1,\xff\n", "utf-8"),
     ("log.csv", "", "no column epoch"),
     ("config.json", "{\"script\": ", "line 1"),
@@ -481,7 +482,7 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
     write_run(tmp_path / "runs" / "v2", "v2", epochs=8)
     (tmp_path / "file").write_text("mine")
     code, _, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "file")
-    assert code == 8 and re.fullmatch(rf"error: cannot write: .*\({tmp_path}/file/figure1\.png\)\. .*\n", errors), errors
+    assert code == 8 and re.fullmatch(rf"error: cannot write {tmp_path}/file \(.*\)\. .*\n", errors), errors
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "out" / "figure1.png").mkdir(parents=True)
     assert run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")[0] == 8
