@@ -11,21 +11,18 @@ a panel, write a function `(axis, cases) -> legend entries` and name it in PANEL
 import io
 import math
 import sys
-from bisect import bisect
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python plots/explain.py`
 from plots import make_figures
@@ -49,12 +46,14 @@ STYLE = make_figures.STYLE | {
     "text.parse_math": False,  # a run may have a $ in its name
     "lines.markersize": 3.2, "legend.borderpad": 0, "legend.handlelength": 1.9, "legend.columnspacing": 0.9,
 }
-WIDTH, HEIGHT, DPI = 8.3, 11.0, 150  # inches: the page
+WIDTH, DPI = 8.3, 150  # inches: of the page
 EDGE = 0.35  # inches: its margin
-HEAD, FOOT, LEFT, RIGHT, LEAST = 0.5, 0.46, 0.47, 0.4, 1.05  # inches around the axes of a panel, and their least height
-GAP = 0.15  # inches: between words and panels
-TITLE, BODY = 12, 7.5  # points
-INDENT = 0.3  # inches: of the words on one run, beside which its line is shown
+PANEL = 2.2  # inches: the height of a panel, and of what is around its axes
+HEAD, FOOT, LEFT, RIGHT = 0.56, 0.46, 0.47, 0.4
+STEP, GAP = 0.13, 0.15  # inches: from line to line of the words, and between words and panels
+TITLE, BODY = 9, 7.5  # points
+CHARACTERS = 125  # of a line of BODY points
+INDENT = 0.3  # inches: of the words on several runs, beside which their lines are shown
 DOTTED = {"color": "black", "linestyle": (0, (1, 1.5)), "linewidth": 1.0}
 
 
@@ -280,77 +279,38 @@ def title(cases: list[Case]) -> tuple[str, str]:
     return names if len(names) < 60 else f"{len(cases)} runs", "; ".join(about)
 
 
-@cache
-def width(text: str, size: float, weight: str) -> float:
-    """In inches, on the page."""
-    renderer = FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
-    return renderer.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)[0] / DPI
-
-
-def wrapped(text: str, inches: float, size: float, weight: str = "normal") -> list[str]:
-    """Lines of at most that width; a word that is longer is broken."""
-    space, words = width("n n", size, weight) - 2 * width("n", size, weight), []
-    for word in text.split():
-        while width(word, size, weight) > inches:
-            length = bisect(range(1, len(word)), inches, key=lambda length: width(word[:length], size, weight))
-            words.append(word[:length])
-            word = word[length:]
-        words.append(word)
-    lines, used = [], math.inf
-    for word in words:
-        used += space + width(word, size, weight)
-        if used <= inches:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-            used = width(word, size, weight)
-    return lines
-
-
 class Line(NamedTuple):
-    """A line of text at `left` inches from the margin, `step` inches below the one above; `marks` a run."""
+    """A line of text at the top of the page; `marks`: the run whose colour and marker are shown beside it."""
     text: str
-    left: float
-    step: float
-    size: float
+    size: float = BODY
     weight: str = "normal"
     marks: Case | None = None
 
 
-def lines_of(cases: list[Case], said: list[Block], most: int) -> list[Line]:
-    """The words at the top of the page, with at most that many sentences on each run."""
+def lines_of(cases: list[Case]) -> list[Line]:
+    """The words at the top of the page."""
     head, about = title(cases)
-    width, indent = WIDTH - 2 * EDGE, INDENT if len(cases) > 1 else 0.0
-    found = [Line(text, 0.0, 0.19, TITLE, "bold") for text in wrapped(head, width, TITLE, "bold")]
-    found += [Line(text, 0.0, 0.15, BODY + 0.5) for text in wrapped(about, width, BODY + 0.5)]
-    for case, (heading, sentences) in zip(cases, said):
-        for number, text in enumerate(wrapped(heading, width - indent, BODY + 0.5, "bold")):
-            found.append(Line(text, indent, 0.13 if number else 0.2, BODY + 0.5, "bold", case if indent and not number else None))
-        for sentence in sentences[:most]:
-            for number, text in enumerate(wrapped(sentence, width - indent - 0.1, BODY)):
-                found.append(Line(text, indent + 0.1 * bool(number), 0.125, BODY))
-        if len(sentences) > most:
-            found.append(Line(f"and {len(sentences) - most} more, on standard output", indent, 0.125, BODY))
+    found = [Line(text, TITLE, "bold") for text in textwrap.wrap(head, int(CHARACTERS * BODY / TITLE))]
+    found += [Line(text) for text in textwrap.wrap(about, CHARACTERS)]
+    for case, (heading, sentences) in zip(cases, blocks(cases)):
+        found.append(Line(""))
+        for number, text in enumerate(textwrap.wrap(heading, CHARACTERS)):
+            found.append(Line(text, weight="bold", marks=None if number or len(cases) == 1 else case))
+        for sentence in sentences:
+            found += [Line(text) for text in textwrap.wrap(sentence, CHARACTERS, subsequent_indent="    ")]
     return found
 
 
-def write_words(figure: Figure, cases: list[Case], room: float) -> float:
-    """Put the words on the page in at most `room` inches, and say how many they take."""
-    said = blocks(cases)
-    for most in range(max(len(block.sentences) for block in said), -1, -1):
-        lines = lines_of(cases, said, most)
-        height = sum(line.step for line in lines)
-        if height <= room:
-            break
-    y = HEIGHT - EDGE
-    for line in lines:
-        y -= line.step
-        figure.text((EDGE + line.left) / WIDTH, y / HEIGHT, line.text, fontsize=line.size, fontweight=line.weight, va="baseline")
+def write_words(figure: Figure, lines: list[Line], several: bool) -> None:
+    """Put the lines on the page, from its top; beside those on `several` runs there is room for a mark."""
+    height = figure.get_figheight()
+    for number, line in enumerate(lines, 1):
+        y = (height - EDGE - number * STEP) / height
+        figure.text((EDGE + INDENT * several) / WIDTH, y, line.text, fontsize=line.size, fontweight=line.weight, va="baseline")
         if line.marks:
-            look, middle = line.marks.look, (y + 0.04) / HEIGHT
+            look, middle = line.marks.look, y + 0.04 / height
             figure.add_artist(Line2D([EDGE / WIDTH, (EDGE + 0.22) / WIDTH], [middle] * 2, color=look.colour, marker=look.marker,
                                      markevery=[0], markersize=4.5, linewidth=1.6))
-    return height
 
 
 # Panels
@@ -398,20 +358,12 @@ def marker_of(case: Case, cases) -> str:
 
 
 def log_axis(axis) -> None:
-    """A log axis with a few plain numbers, of which at least two are in sight."""
+    """A log axis with a few plain numbers."""
     axis.set_yscale("log")
-    values = np.concatenate([line.get_ydata() for line in axis.lines])
-    values = values[np.isfinite(values) & (values > 0)]
-    low, high = (values.min(), values.max()) if len(values) else (1.0, 1.0)
-    steps = (1, 2, 5) if high < 50 * low else (1,)
-    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
-    ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]
-    first = max(index for index, tick in enumerate(ticks) if tick < 0.95 * low)
-    last = min(index for index, tick in enumerate(ticks) if tick > 1.05 * high)
-    axis.set_ylim(ticks[first], ticks[last])
-    axis.yaxis.set_major_locator(FixedLocator(ticks[first:last + 1:math.ceil((last - first) / 6)]))
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_major_formatter("{x:g}")
 
 
 def accuracy(axis, cases) -> list[Entry]:
@@ -584,30 +536,17 @@ PANELS = (
 )
 
 
-def caption(axis, title: str, entries: list[Entry]) -> None:
-    """Title and legend from the top left corner of the panel on, above the axes, in as many columns as fit."""
-    width, height = axis.bbox.width / DPI, axis.bbox.height / DPI
-    for columns in range(max(1, len(entries)), 0, -1):
-        box = axis.legend([entry.handle for entry in entries], [entry.text for entry in entries], title=title, ncols=columns,
-                          loc="upper left", bbox_to_anchor=(-LEFT / width, 1 + HEAD / height), borderaxespad=0, alignment="left",
-                          title_fontproperties={"size": 8, "weight": "bold"})
-        if box.get_window_extent().width / DPI < LEFT + width + RIGHT - 0.12:
-            return
-
-
-def draw_panels(figure: Figure, cases: list[Case], panels: list[Panel], columns: int, top: float) -> None:
-    """The panels below `top` inches: in rows, of which the first panel fills up the first one."""
-    rows = math.ceil(len(panels) / columns)
-    widths = (WIDTH - 2 * EDGE) / columns, (top - EDGE) / rows
-    last = max(len(case.column("epoch")) for case in cases)
-    last = max(last, *(int(case.run.epochs[-1]) for case in cases))
+def draw_panels(figure: Figure, cases: list[Case], panels: list[Panel], columns: int) -> None:
+    """The panels from the bottom of the page on: in rows, of which the first panel fills up the first one."""
+    height, width, rows = figure.get_figheight(), (WIDTH - 2 * EDGE) / columns, math.ceil(len(panels) / columns)
+    last = max(max(len(case.column("epoch")), int(case.run.epochs[-1])) for case in cases)
     for number, panel in enumerate(panels):
         spare = rows * columns - len(panels)
         row, column = divmod(number + spare if number else 0, columns)
         across = 1 if number else 1 + spare
         axis = figure.add_axes((
-            (EDGE + column * widths[0] + LEFT) / WIDTH, (top - (row + 1) * widths[1] + FOOT) / HEIGHT,
-            (across * widths[0] - LEFT - RIGHT) / WIDTH, (widths[1] - HEAD - FOOT) / HEIGHT))
+            (EDGE + column * width + LEFT) / WIDTH, (EDGE + (rows - row - 1) * PANEL + FOOT) / height,
+            (across * width - LEFT - RIGHT) / WIDTH, (PANEL - HEAD - FOOT) / height))
         entries = panel.draw(axis, cases)
         if panel.by_epoch:
             for case in (case for case in cases if case.fall):
@@ -617,17 +556,20 @@ def draw_panels(figure: Figure, cases: list[Case], panels: list[Panel], columns:
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         else:
             axis.set_xlabel(panel.unit)
-        caption(axis, panel.title, entries)
+        # Title and legend begin above the axis's labels.
+        axis.legend([entry.handle for entry in entries], [entry.text for entry in entries], title=panel.title, ncols=2 * across,
+                    loc="upper left", bbox_to_anchor=(-LEFT / (across * width - LEFT - RIGHT), 1 + HEAD / (PANEL - HEAD - FOOT)),
+                    borderaxespad=0, alignment="left", title_fontproperties={"size": 8, "weight": "bold"})
 
 
 def page(cases: list[Case]) -> Figure:
-    """Words at the top; below, the panels that make sense, each in the colours of runs or terms."""
+    """Words at the top; below, the panels that make sense, each in the colours of runs or terms.  The page is as high as they."""
     panels = [panel for panel in PANELS if any(case.has(panel.column.format(largest=case.largest)) for case in cases)]
-    columns = 3 if len(panels) > 6 else 2
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI)
-    room = HEIGHT - 2 * EDGE - math.ceil(len(panels) / columns) * (HEAD + LEAST + FOOT)
-    used = write_words(figure, cases, room - GAP)
-    draw_panels(figure, cases, panels, columns, HEIGHT - EDGE - used - GAP)
+    columns, lines = 3 if len(panels) > 6 else 2, lines_of(cases)
+    height = 2 * EDGE + len(lines) * STEP + GAP + math.ceil(len(panels) / columns) * PANEL
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI)
+    write_words(figure, lines, len(cases) > 1)
+    draw_panels(figure, cases, panels, columns)
     return figure
 
 

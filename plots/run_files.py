@@ -90,7 +90,7 @@ def read_run(directory: Path) -> Run:
     path, log = directory / "config.json", directory / "log.csv"
     config = read_json(path)
     if config is None:
-        raise damaged(path, "there is no such file")
+        raise damaged(path, "no such file")
     require(path, config, script=str, dataset=str, epochs=int, seed=int)
     if config.get("experiment") is not None:
         require(path, config, experiment=str)

@@ -73,8 +73,9 @@ def read_json(path: Path) -> dict | None:
 
 
 def damaged(path: Path, reason) -> Failure:
-    """A file of a run that cannot be read."""
-    return Failure(DATA, f"cannot read {path.name}: {reason} ({path})", "repair the file, or take its run away")
+    """The error for a file of a run that cannot be read.  reason: an exception, or words."""
+    why = getattr(reason, "strerror", None) or reason
+    return Failure(DATA, f"cannot read {path.name}: {why} ({path})", "repair the file, or take its run away")
 
 
 def as_csv(names: list[str], rows: list[dict]) -> bytes:
