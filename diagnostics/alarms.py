@@ -1,20 +1,29 @@
-"""The verdict on a run: whether it collapsed, which alarms its numbers raise, and what most likely did it.
+"""The verdict on a run: whether it collapsed, and which of its numbers are beyond a limit.
 
-An alarm is a number beyond a limit, and no proof: plots/explain.py shows them beside the curves.  Where the limits are from:
-the five points, the shares and the half are what the project calls a collapse, a loud term, a lost teacher; MOVE and DEAD are set
-on the runs of STUDY.md, which no single limit separates.
+A collapse has one definition, `collapsed`.  A run alone is compared with its own best epoch; where the run of a control, plain
+KD, is at hand, as in plots/ and STUDY.md, with the last epoch of that one.  An alarm is a number beyond a limit, and not a cause:
+STUDY.md counts how often each is raised in runs that did not collapse.  MOVE and DEAD are set on those runs.  Imports no torch.
 """
 from typing import NamedTuple
 
 from losses.methods import METHODS
 
-FALL = 5.0  # percentage points of validation accuracy
+FALL = 5.0  # percentage points of validation accuracy below the reference: a collapse
+NEAR = 5.0  # percentage points above chance
 CLIPPED = 0.9  # share of the steps
 SHARE = 0.8  # of one distillation term in the logit gradient
 TEACHER = 50.0  # accuracy (%) on the images that it teaches with
 SKIPPED = 0.01  # share of the steps
 MOVE = 0.03  # what a step changes, over the norm of the weights
 DEAD = 0.1  # share of the classes that are never predicted
+
+
+def collapsed(last: float, reference: float) -> bool:
+    """Whether a run with that validation accuracy (%) in its last epoch collapsed.
+
+    reference: the last epoch's accuracy of the control, the KD run beside it, where there is one; else the run's own best.
+    """
+    return last < reference - FALL
 CAUSES = ("skipped", "move", "inverted", "clipped", "share", "teacher")  # what can ruin a run; most telling first, as below
 
 
@@ -34,7 +43,7 @@ def judge(args, rows: list, looked: list[dict], classes: int, stopped_early: boo
     """
     found = alarms(args, rows, looked, classes, stopped_early)
     names = {alarm.name for alarm in found}
-    suspects = [alarm for alarm in found if alarm.name in CAUSES] if names & {"collapse", "dead"} else []
+    suspects = [alarm for alarm in found if alarm.name in CAUSES] if names & {"collapse", "chance", "dead"} else []
     return {"verdict": "collapsed" if "collapse" in names else "early stop" if stopped_early else "completed",
             "health": f"{len(found)} alarm{'s' * (len(found) > 1)}" if found else "healthy",
             "alarms": [alarm._asdict() for alarm in found], "cause": suspects[0].text if suspects else None,
@@ -55,11 +64,12 @@ def alarms(args, rows, looked, classes: int, stopped_early: bool) -> list[Alarm]
 
     accuracy, last = [row.val_acc1 for row in rows], rows[-1].val_acc1
     best, chance = max(accuracy), 100 / classes
-    near = min(2 * chance, chance + FALL)  # twice chance would be any accuracy at all of two classes
-    check("collapse", best - last, FALL, f"validation accuracy fell from {best:.1f} % in epoch {accuracy.index(best) + 1} to "
-          f"{last:.1f} % at the end (alarm above {FALL:g} points)", rows[-1].epoch)
-    if last <= near and not found:
-        found.append(Alarm("collapse", last, near, rows[-1].epoch, f"validation accuracy is {last:.1f} % at the end, near the "
+    near = min(2 * chance, chance + NEAR)  # twice chance would be any accuracy at all of two classes
+    if collapsed(last, best):
+        found.append(Alarm("collapse", best - last, FALL, rows[-1].epoch, f"validation accuracy fell from {best:.1f} % in epoch "
+                           f"{accuracy.index(best) + 1} to {last:.1f} % at the end (alarm above {FALL:g} points)"))
+    if last <= near:
+        found.append(Alarm("chance", last, near, rows[-1].epoch, f"validation accuracy is {last:.1f} % at the end, near the "
                            f"chance of {chance:.3g} % with {classes} classes (alarm up to {near:.3g} %)"))
     dead = looked[-1]["dead_classes"] if looked else None
     if dead:

@@ -30,14 +30,13 @@ from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit  # the inverse of Student's t
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python plots/ablation_figures.py`
+from diagnostics.alarms import FALL, SHARE, collapsed
 from plots import make_figures, run_files
 from rundir import errors, files
 from rundir.errors import DATA, USAGE, Failure
 
 SWEEPS = ("usual", "high", "findings", "phase")
 DIVERGED = 6  # exit code of a run that stopped as its loss was not finite
-FALL = 5.0  # percentage points below KD that count as a collapse
-LIMIT = 0.8  # share of one term in the gradient that raises an alarm
 SAME = 1e-9  # percentage points: differences so close differ by rounding alone
 RED, BLUE, GREY = "#D55E00", "#0072B2", "#777777"
 COLOURS = ListedColormap(matplotlib.colormaps["RdBu"](np.linspace(0.12, 0.88, 256)))  # without the darkest: hatching shows
@@ -49,7 +48,7 @@ NOT_COMPARED = make_figures.MAY_DIFFER - {"amp", "patience", "teacher_sha256"} |
                                                                                   "method_in_figures"}
 OF_THE_METHOD = {"teacher", "teacher_sha256", "alpha", "beta", "gamma", "kl", "ce_weight", "temperature", "mixed_target",
                  "dkd_warmup", "dist_warmup"}
-KD = {"method": "kd", "ce_weight": 0}  # the control: with its usual weights
+KD = {"method": "kd", "ce_weight": 0, "standardize": 0}  # the control: with its usual weights
 BASE = {"method": "dkd", "beta": 8, "mixed_target": "pair", "clip_grad": 0, "dkd_warmup": 0}
 PANELS = {  # of figure 8: what distinguishes each from the base
     "KD": KD, "DKD, beta 2": {"beta": 2}, "DKD, beta 8": BASE,
@@ -63,14 +62,12 @@ TERMS = {"kl": "#56B4E9", "nckd": "#E69F00", "tckd": "#0072B2", "ce": "#DDDDDD"}
 # Reading
 
 class Run(NamedTuple):
-    """A run that has ended.  summary: None where it diverged."""
+    """A run that has ended.  summary: None where it diverged.  last, best: validation accuracy in percent."""
     path: Path
     config: dict
     summary: dict | None
-
-    @property
-    def collapsed(self) -> bool:
-        return self.summary is not None and self.summary["verdict"] == "collapsed"
+    last: float = math.nan
+    best: float = math.nan
 
 
 class Cell(NamedTuple):
@@ -95,18 +92,18 @@ class Cell(NamedTuple):
         """Test accuracy in percent by seed, of the runs that did not diverge."""
         return {seed: run.summary["test_acc1_best"] for seed, run in sorted(self.runs.items()) if run.summary}
 
-    @property
-    def ended_badly(self) -> dict[str, int]:
-        """How many runs got the verdict "collapsed", and how many diverged."""
-        runs = self.runs.values()
-        return {"collapsed": sum(run.collapsed for run in runs), "diverged": sum(run.summary is None for run in runs)}
+    def ended_badly(self, control: "Cell | None") -> dict[str, int]:
+        """How many runs collapsed, against the control's of the same seed or else their own best epoch, and how many diverged."""
+        theirs = {seed: run.last for seed, run in control.runs.items() if run.summary} if control else {}
+        ended = {seed: run for seed, run in self.runs.items() if run.summary}
+        return {"collapsed": sum(collapsed(run.last, theirs.get(seed, run.best)) for seed, run in ended.items()),
+                "diverged": len(self.runs) - len(ended)}
 
-    @property
-    def outcome(self) -> str:
+    def outcome(self, control: "Cell | None") -> str:
         """Mean accuracy and how the runs ended, in words."""
-        accuracies, n = list(self.accuracies.values()), len(self.runs)
+        accuracies, n, ends = list(self.accuracies.values()), len(self.runs), self.ended_badly(control).items()
         parts = [f"{np.mean(accuracies):.1f} %"] if accuracies else []
-        return ", ".join(parts + [how if n == 1 else f"{count} of {n} {how}" for how, count in self.ended_badly.items() if count])
+        return ", ".join(parts + [how if n == 1 else f"{count} of {n} {how}" for how, count in ends if count])
 
 
 def read_run(directory: Path) -> Run | None:
@@ -119,7 +116,8 @@ def read_run(directory: Path) -> Run | None:
     if (path := directory / "summary.json").exists():
         summary = files.read_json(path)
         run_files.require(path, summary, test_acc1_best=float, verdict=str)
-        return Run(directory, config, summary)
+        accuracies = run_files.read_log(directory / "log.csv")[1]
+        return Run(directory, config, summary, accuracies[-1], accuracies.max())
     path = directory / "status.json"
     diverged = path.exists() and files.read_json(path).get("exit_code") == DIVERGED
     return Run(directory, config, None) if diverged else None
@@ -218,6 +216,13 @@ def find_kd(base: Cell, cells: list[Cell]) -> Cell | None:
     return next((cell for cell in cells if cell.has(KD) and changes(base, cell) == {"method"}), None)
 
 
+def control_of(cell: Cell, cells: list[Cell]) -> Cell | None:
+    """KD with the same teacher, network and augmentation; None for that cell itself, and for one without a teacher."""
+    same = ("dataset", "network", "teacher", *AUGMENTATION)
+    found = next((other for other in cells if other.has(KD) and all(other.get(name) == cell.get(name) for name in same)), None)
+    return None if found is cell else found
+
+
 def paired(one: Cell, other: Cell) -> list[float]:
     """The differences in accuracy over the common seeds, in percentage points."""
     return [accuracy - other.accuracies[seed] for seed, accuracy in one.accuracies.items() if seed in other.accuracies]
@@ -287,13 +292,11 @@ def phase_rows(cells: list[Cell]) -> list[dict]:
         places[place] = cell, kd
     for (level, beta), (cell, kd) in sorted(places.items(), key=lambda item: item[0]):
         pairs = paired(cell, kd)
-        far_below = {seed for seed, value in cell.accuracies.items() if value < kd.accuracies.get(seed, -math.inf) - FALL}
-        collapsed = far_below | {seed for seed, run in cell.runs.items() if run.collapsed}
+        bad = cell.ended_badly(kd)
         rows.append({
             "augmentation": level.name.replace("\n", " "), "beta": beta, "n": len(pairs), "difference": mean(pairs),
             "accuracy": mean([*cell.accuracies.values()]), "kd_accuracy": mean([*kd.accuracies.values()]),
-            "runs": len(cell.runs), "collapsed": len(collapsed), "diverged": cell.ended_badly["diverged"],
-            "kd": f"KD: {kd.outcome}", "level": level.name})
+            "runs": len(cell.runs), **bad, "kd": f"KD: {kd.outcome(None)}", "level": level.name})
     return rows
 
 
@@ -341,7 +344,7 @@ def draw_phase(config: dict, rows: list[dict]) -> Figure:
                    "test accuracy with the weights of the best epoch", loc="left")
     if any(row["collapsed"] + row["diverged"] for row in rows):
         figure.legend([Patch(facecolor="white", edgecolor="black", hatch="////", linewidth=0.5)],
-                      [f'DKD collapsed or diverged (verdict "collapsed", or more than {FALL:g} points below KD)'],
+                      [f"DKD diverged, or collapsed: last validation accuracy more than {FALL:g} points below KD's"],
                       loc="outside lower left")
     return figure
 
@@ -378,8 +381,8 @@ def draw_shares(sweeps: dict[str, list[Cell]]) -> Figure:
     counts = [len(cell.runs) for row in panels.values() for cell in row.values()]
     some = [next(iter(row.values())).config for row in panels.values()]
     figure.suptitle(f"{setting(some[0])}; {seeds(counts)}. Test: accuracy with the weights of the best epoch.\n"
-                    f"Red: collapsed by the run's verdict, diverged, or more than {FALL:g} points below KD.", x=0.01, ha="left",
-                    fontsize=7.5)
+                    f"Red: a run diverged, or collapsed: last validation accuracy more than {FALL:g} points below KD's.",
+                    x=0.01, ha="left", fontsize=7.5)
     terms = {}
     for part, config, row in zip(np.atleast_1d(figure.subfigures(len(panels), 1)), some, panels.values()):
         part.suptitle(rate(config), x=0.01, ha="left", fontsize=8, fontweight="bold")
@@ -390,21 +393,20 @@ def draw_shares(sweeps: dict[str, list[Cell]]) -> Figure:
             if cell is None:
                 above.set_title(f"{name}\nnot run", loc="left")
                 continue
-            bad = any(cell.ended_badly.values())
-            difference = (mean(paired(cell, row["KD"])) if "KD" in row else None) or 0.0
-            fell = "" if bad or difference >= -FALL else f", {-difference:.1f} below KD"
-            above.set_title(f"{name}\n{'test ' if cell.accuracies else ''}{cell.outcome}{fell}", loc="left",
-                            color=RED if bad or fell else "black")
+            control = control_of(cell, [*row.values()])
+            bad = any(cell.ended_badly(control).values())
+            above.set_title(f"{name}\n{'test ' if cell.accuracies else ''}{cell.outcome(control)}", loc="left",
+                            color=RED if bad else "black")
             terms |= stack(above, cell)
-            draw_accuracy(below, [logs[run.path] for run in cell.runs.values() if run.path in logs], kd, bool(bad or fell))
-        axes[0, 0].set(ylim=(0, 1), yticks=(0, 0.5, LIMIT, 1), yticklabels=("0", "50", f"{100 * LIMIT:.0f}", "100"))
+            draw_accuracy(below, [logs[run.path] for run in cell.runs.values() if run.path in logs], kd, bad)
+        axes[0, 0].set(ylim=(0, 1), yticks=(0, 0.5, SHARE, 1), yticklabels=("0", "50", f"{100 * SHARE:.0f}", "100"))
         axes[0, 0].set_ylabel("share of the\nlogit gradient (%)")
         axes[1, 0].set_ylabel("validation\naccuracy (%)")
         axes[1, 0].set_ylim(0, top)
         axes[1, 0].yaxis.set_major_locator(MaxNLocator(3, steps=(1, 2, 5, 10)))
         axes[1, 0].xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=(1, 2, 2.5, 5, 10)))
     handles = [Patch(facecolor=colour, edgecolor="white", label=term.upper()) for term, colour in TERMS.items() if term in terms]
-    handles += [Line2D([], [], color="black", linestyle="dotted", label=f"alarm: KL or NCKD above {100 * LIMIT:.0f} %"),
+    handles += [Line2D([], [], color="black", linestyle="dotted", label=f"alarm: KL or NCKD above {100 * SHARE:.0f} %"),
                 Line2D([], [], color="black", label="accuracy (thin: a seed)"),
                 Line2D([], [], color=BLUE, linestyle="dashed", label="that of KD")]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
@@ -424,7 +426,7 @@ def stack(axis, cell: Cell) -> dict[str, float]:
     if len(epochs) == 1:  # without a width nothing would be seen
         epochs, areas = np.array((epochs[0] - 0.5, epochs[0] + 0.5)), [np.repeat(values, 2) for values in areas]
     axis.stackplot(epochs, areas, colors=[TERMS[term] for term in names], edgecolor="white", linewidth=0.5, zorder=2)
-    axis.axhline(LIMIT, color="black", linestyle="dotted", zorder=3)
+    axis.axhline(SHARE, color="black", linestyle="dotted", zorder=3)
     for term, share in means.items():
         if share > 0.15:
             axis.text((epochs[0] + epochs[-1]) / 2, bottom + share / 2, f"{term.upper()} {100 * share:.0f} %", ha="center",
@@ -452,14 +454,14 @@ def cause_rows(sweep: str, sweeps: dict[str, list[Cell]]) -> list[dict]:
     """Every cell of the sweeps that changes one thing against the base of `sweep`, the largest difference first."""
     base = find_base(sweeps[sweep])
     rows = []
-    for cell in (cell for cells in sweeps.values() for cell in cells):
+    for cell, cells in ((cell, cells) for cells in sweeps.values() for cell in cells):
         if base is None or cell is base or not (words := in_words(base, cell)):
             continue
         pairs = paired(cell, base)
         low, high = interval(pairs)
         rows.append({"base": sweep, "change": words, "n": len(pairs), "difference": mean(pairs), "ci_low": low, "ci_high": high,
                      "accuracy": mean([*cell.accuracies.values()]), "base_accuracy": mean([*base.accuracies.values()]),
-                     "runs": len(cell.runs), **cell.ended_badly})
+                     "runs": len(cell.runs), **cell.ended_badly(control_of(cell, cells))})
     return sorted(rows, key=lambda row: (row["n"] == 0, -(row["difference"] or 0)))
 
 
@@ -472,8 +474,8 @@ def draw_causes(sweeps: dict[str, list[Cell]], panels: dict[str, list[dict]]) ->
     figure.suptitle(setting(some[0].config), x=0.01, ha="left", fontsize=7.5)
     for axis, base, (sweep, rows) in zip(axes, some, panels.items()):
         kd = find_kd(base, sweeps[sweep])
-        axis.set_title(f"{rate(base.config)}; {seeds([len(base.runs)])}\nbase: DKD, beta 8: {base.outcome}"
-                       + (f"; KD: {kd.outcome}" if kd else ""), loc="left")
+        axis.set_title(f"{rate(base.config)}; {seeds([len(base.runs)])}\nbase: DKD, beta 8: {base.outcome(kd)}"
+                       + (f"; KD: {kd.outcome(None)}" if kd else ""), loc="left")
         notes = []
         for place, row in enumerate(rows):
             bad = ", ".join(f"{row[how]} {how}" for how in ("collapsed", "diverged") if row[how])

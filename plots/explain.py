@@ -25,17 +25,14 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python plots/explain.py`
+from diagnostics.alarms import MOVE, SHARE, TEACHER, collapsed
+from losses.methods import TERMS
 from plots import make_figures
-from plots.run_files import Run, read_columns, read_run, require
+from plots.run_files import Run, control_of, read_columns, read_run, require
 from rundir import errors, files
 from rundir.errors import DATA, USAGE, Failure
 
-CONTROL = "kd"  # the method whose run the others are compared with
-FALL = 5.0  # percentage points of validation accuracy, in one epoch or below the control
-SHARE = 80.0  # percent of the logit gradient
-SYMPTOMS = {"collapse", "dead", "early stop"}  # alarms that say what went wrong, not why
 TREATMENTS = {"all": "", "clean": "_clean", "policy": "_policy", "erased": "_erased", "mixup": "_mixup", "cutmix": "_cutmix"}
-GROUPS = (*TREATMENTS.values(), "_even", "_uneven")  # suffixes of columns
 
 SERIES = make_figures.EXPERIMENTS
 LOOKS = (SERIES["v2"], SERIES["v3.1"], SERIES["v1"], SERIES["v4"], SERIES["v3"], *make_figures.OTHERS)  # of runs
@@ -76,8 +73,7 @@ class Case:
     @property
     def terms(self) -> list[str]:
         """Those of the loss, cross-entropy first."""
-        names = [name for name in self.columns if name.startswith("share_") and not name.endswith(GROUPS[1:]) and self.has(name)]
-        return sorted((name.removeprefix("share_") for name in names), key=lambda term: term != "ce")
+        return [term for term in TERMS if self.has(f"share_{term}")]
 
     @property
     def largest(self) -> str | None:
@@ -98,24 +94,11 @@ class Case:
         """The best epoch: whose weights were kept; while the run is unfinished, that of the best validation accuracy."""
         return self.run.summary["best_epoch"] if self.run.summary else int(self.run.epochs[np.argmax(self.run.val_acc1)])
 
-    @property
-    def fall(self) -> tuple[int, float] | None:
-        """Epoch and size, in points, of the greatest fall of validation accuracy in one epoch, if it is one."""
-        falls = -np.diff(self.run.val_acc1)
-        if len(falls) and falls.max() > FALL:
-            return int(self.run.epochs[1:][falls.argmax()]), float(falls.max())
-        return None
-
     def column(self, name: str) -> np.ndarray:
         return self.columns.get(name, np.full(1, np.nan))
 
     def has(self, name: str) -> bool:
         return bool(np.isfinite(self.column(name)).any())
-
-    def at(self, name: str, epoch: int) -> float:
-        """The value in that epoch, nan where there is none."""
-        values = self.column(name)
-        return float(values[epoch - 1]) if epoch <= len(values) else math.nan
 
     def mean(self, name: str, suffix: str = "") -> float:
         """Over the epochs, each image the same; nan where there is none."""
@@ -127,10 +110,6 @@ class Case:
     def alarms(self) -> list[dict]:
         """Those of summary.json, most telling first."""
         return (self.run.summary or {}).get("alarms") or []
-
-    def limit(self, alarm: str) -> float | None:
-        """Beyond which the run has that alarm, if it has."""
-        return next((found["limit"] for found in self.alarms if found["name"] == alarm), None)
 
 
 def read_diagnostics(path: Path, epochs: int) -> dict[str, np.ndarray]:
@@ -209,38 +188,20 @@ def ending(case: Case) -> str:
     return f"unfinished after {done}, " + (f"status {status['state']}" if status else "without status.json")
 
 
-def against(case: Case, control: Case) -> list[str]:
-    """How far the run is from the control, where both trained one network on the same images; and, if far below, the most
-    telling alarm that the control does not raise."""
-    def alike(run):
-        return run.config["dataset"], run.network, run.config.get("image_size"), run.config.get("val_size")
-
-    if case is control or alike(case.run) != alike(control.run):
-        return []
-    ours, theirs = ((run.val_acc1[-1], run.val_acc1.max()) for run in (case.run, control.run))
+def against(case: Case, control: Case) -> str:
+    """How far the run is from the control, the KD run beside it, and whether it collapsed."""
+    ours, theirs = case.run.val_acc1, control.run.val_acc1
     last, best = (f"{one:.1f} %, {abs(one - other):.1f} points {'below' if one < other else 'above'}"
-                  for one, other in zip(ours, theirs))
-    if theirs[0] - ours[0] <= FALL:
-        return [f"Against the control {control.name}: last {case.measured} accuracy {last}; best {best}"]
-    shared = {alarm["name"] for alarm in control.alarms} | SYMPTOMS
-    only = next((alarm["text"] for alarm in case.alarms if alarm["name"] not in shared), None)
-    return [*([f"Unlike the control: {only}"] if only and only != case.run.summary.get("cause") else []),
-            f"Collapsed against the control {control.name}: last {case.measured} accuracy {last}; best {best}"]
+                  for one, other in ((ours[-1], theirs[-1]), (ours.max(), theirs.max())))
+    lead = "Collapsed against" if collapsed(ours[-1], theirs[-1]) else "Against"
+    return f"{lead} the control {control.name}: last {case.measured} accuracy {last}; best {best}"
 
 
-def events(case: Case) -> list[str]:
-    """What the curves say: the greatest fall with what was unusual then, the accuracies, the largest term."""
-    run, found = case.run, []
-    if case.fall:
-        epoch, points = case.fall
-        share, moved = case.at(f"share_{case.largest}", epoch), case.at("update_ratio", epoch)
-        then = [f"{str(case.largest).upper()} made {percent(share)} of the logit gradient"] * math.isfinite(share)
-        then += [f"a step changed the weights by {100 * moved:.1f} % of their norm"] * math.isfinite(moved)
-        found.append(f"Greatest fall of {case.measured} accuracy: {points:.1f} points in epoch {epoch}"
-                     + ", when " * bool(then) + " and ".join(then))
-    top = int(np.argmax(run.val_acc1))
-    found.append(f"{case.measured.capitalize()} accuracy: at most {run.val_acc1[top]:.1f} % (epoch {run.epochs[top]}), "
-                 f"{run.val_acc1[-1]:.1f} % in the last epoch ({run.epochs[-1]})")
+def curves(case: Case) -> list[str]:
+    """The accuracies, and the largest term."""
+    run, top = case.run, int(np.argmax(case.run.val_acc1))
+    found = [f"{case.measured.capitalize()} accuracy: at most {run.val_acc1[top]:.1f} % (epoch {run.epochs[top]}), "
+             f"{run.val_acc1[-1]:.1f} % in the last epoch ({run.epochs[-1]})"]
     if case.largest:
         values, mean = case.column(f"share_{case.largest}"), case.mean(f"share_{case.largest}")
         found.append(f"Largest term beside cross-entropy: {case.largest.upper()}, on average {percent(mean)} of the logit "
@@ -250,18 +211,19 @@ def events(case: Case) -> list[str]:
 
 def blocks(cases: list[Case]) -> list[Block]:
     """What is said of every run; the cause, an alarm itself, is not said again among the alarms."""
-    control = next((case for case in cases if case.run.config.get("method") == CONTROL), None) if len(cases) > 1 else None
+    runs = [case.run for case in cases]
+    controls = [next((other for other in cases if other.run is control_of(run, runs)), None) for run in runs]
     found = []
-    for case in cases:
+    for case, control in zip(cases, controls):
         summary, who = case.run.summary or {}, ", ".join((case.method, f"seed {case.run.config['seed']}"))
         said = [f"{lead}: {summary[key]}" for lead, key in (("Cause", "cause"), ("Advice", "advice")) if summary.get(key)]
-        said += against(case, control) if control else []
-        said += events(case)
+        said += [against(case, control)] if control else []
+        said += curves(case)
         told = " ".join(said)
         said += [f"Alarm: {alarm['text']}" for alarm in case.alarms if alarm["text"] not in told]
         heading = ending(case)
         if len(cases) > 1:
-            heading = f"{case.name} ({'control: ' if case is control else ''}{who}): {heading}"
+            heading = f"{case.name} ({'control: ' if case in controls else ''}{who}): {heading}"
         found.append(Block(" ".join(heading.split()), [" ".join(sentence.split()) for sentence in said]))
     return found
 
@@ -325,6 +287,11 @@ def sample(text: str, colour="black", dashes="solid", marker="", width=1.1, **mo
     return Entry(Line2D([], [], color=colour, linestyle=dashes, marker=marker, linewidth=width, **more), text)
 
 
+def limit(value: float) -> Entry:
+    """Of an alarm."""
+    return Entry(Line2D([], [], **DOTTED), f"limit {value:g} %")
+
+
 def term_look(case: Case, term: str) -> make_figures.Series:
     return CE_LOOK if term == "ce" else TERM_LOOKS[[name for name in case.terms if name != "ce"].index(term) % len(TERM_LOOKS)]
 
@@ -383,8 +350,6 @@ def accuracy(axis, cases) -> list[Entry]:
                sample("best epoch", dashes="none", marker="o", markersize=6, fillstyle="none")]
     if any(case.run.summary and case.run.summary["stopped_early"] for case in cases):
         entries.append(Entry(Line2D([], [], **make_figures.CROSS, color="white"), "early stop"))
-    if any(case.fall for case in cases):
-        entries.append(Entry(Patch(color="black", alpha=0.2, linewidth=0), "fall"))
     return entries
 
 
@@ -405,11 +370,10 @@ def shares(axis, cases) -> list[Entry]:
     else:
         plot_runs(axis, cases, lambda case: f"share_{case.largest}", factor=100)
         entries = largest_terms(cases)
-    limit = next((100 * found for case in cases if (found := case.limit("share"))), SHARE)
-    axis.axhline(limit, color="white", linewidth=2.2, alpha=0.8)
-    axis.axhline(limit, **DOTTED)
+    axis.axhline(100 * SHARE, color="white", linewidth=2.2, alpha=0.8)
+    axis.axhline(100 * SHARE, **DOTTED)
     axis.set_ylim(0, 100)
-    return [*entries, Entry(Line2D([], [], **DOTTED), f"limit {limit:g} %")]
+    return [*entries, limit(100 * SHARE)]
 
 
 def largest_terms(cases) -> list[Entry]:
@@ -439,11 +403,9 @@ def gradient_norm(axis, cases) -> list[Entry]:
 def step_size(axis, cases) -> list[Entry]:
     """How far a step moves the weights."""
     plot_runs(axis, cases, "update_ratio", factor=100)
-    limit = next((100 * found for case in cases if (found := case.limit("move"))), None)
-    if limit:
-        axis.axhline(limit, **DOTTED)
+    axis.axhline(100 * MOVE, **DOTTED)
     log_axis(axis)
-    return [Entry(Line2D([], [], **DOTTED), f"limit {limit:g} %")] if limit else []
+    return [limit(100 * MOVE)]
 
 
 def teacher(axis, cases) -> list[Entry]:
@@ -457,16 +419,14 @@ def teacher(axis, cases) -> list[Entry]:
         for column, look in (("teacher_acc1", {"facecolor": colour}), ("teacher_either", {"fill": False})):
             means = [case.mean(column, suffix) for suffix in shown.values()]
             axis.barh(places, means, thickness, edgecolor="black", linewidth=0.5, **look)
-    limit = next((found for case in taught if (found := case.limit("teacher"))), None)
-    if limit:
-        axis.axvline(limit, **DOTTED)
+    axis.axvline(TEACHER, **DOTTED)
     axis.set_yticks(range(len(shown)), list(shown))
     axis.invert_yaxis()
     axis.set_xlim(0, 100)
     axis.grid(visible=False, axis="y")
     return [Entry(Patch(facecolor="#888888", edgecolor="black", linewidth=0.5), "larger label"),
             Entry(Patch(fill=False, edgecolor="black", linewidth=0.5), "either label"),
-            *([Entry(Line2D([], [], **DOTTED), f"limit {limit:g} %")] if limit else [])]
+            limit(TEACHER)]
 
 
 def pull(axis, cases) -> list[Entry]:
@@ -549,9 +509,6 @@ def draw_panels(figure: Figure, cases: list[Case], panels: list[Panel], columns:
             (across * width - LEFT - RIGHT) / WIDTH, (PANEL - HEAD - FOOT) / height))
         entries = panel.draw(axis, cases)
         if panel.by_epoch:
-            for case in (case for case in cases if case.fall):
-                left, right = case.fall[0] - 0.5, case.fall[0] + 0.5
-                axis.axvspan(left, right, color=colour_of(case, cases), alpha=0.2, linewidth=0, zorder=3)
             axis.set(xlim=(0.5, last + 0.5), xlabel="epoch", ylabel=panel.unit)
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         else:

@@ -27,7 +27,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python plots/make_figures.py`
-from plots.run_files import Run, read_run
+from diagnostics.alarms import FALL, collapsed
+from plots.run_files import Run, control_of, read_run
 from rundir import errors, files
 from rundir.errors import DATA, USAGE, Failure
 
@@ -420,6 +421,12 @@ def augmentation(config) -> str:
     return "+".join(filter(None, parts)) or "-"
 
 
+def verdict(run: Run, others: list[Run]) -> str:
+    """That of summary.json, or "collapsed" where the run ended far below the KD run among the others."""
+    control = control_of(run, others)
+    return "collapsed" if control and collapsed(run.val_acc1[-1], control.val_acc1[-1]) else run.summary["verdict"]
+
+
 def table1(finished) -> tuple[list[list[Cell]], str]:
     """What was run and what came out, beside the report's numbers where the setting is the report's."""
     rows, reported = [], in_the_reports_setting(finished)
@@ -427,7 +434,7 @@ def table1(finished) -> tuple[list[list[Cell]], str]:
         config, distilled = runs[0].config, runs[0].distilled
         teachers = [run.summary["teacher_test_acc1"] for run in runs]
         ran, chosen = [int(run.epochs[-1]) for run in runs], [run.summary["best_epoch"] for run in runs]
-        verdicts = Counter(run.summary["verdict"] for run in runs)
+        verdicts = Counter(verdict(run, [run for others in finished.values() for run in others]) for run in runs)
         row = [
             words("exp.", "experiment", name),
             words("method", "method", config["method_in_tables"] if distilled else "labels only"),
@@ -451,7 +458,9 @@ def table1(finished) -> tuple[list[list[Cell]], str]:
     return rows, (
         "Teacher, accuracy: on the test set in percent, with the weights of the best epoch; last: with those of the last. "
         f"Retention: accuracy / teacher{'; for alone, of a teacher that it did not see' if 'alone' in finished else ''}. "
-        f"Augmentation besides crop and flip: {abbreviations or 'none'}. {provenance(finished)}"
+        f"Augmentation besides crop and flip: {abbreviations or 'none'}. "
+        f"Collapsed: the last validation accuracy is more than {FALL:g} points below that of KD on the same images or, without "
+        f"such a run, below its own best. {provenance(finished)}"
         + (" Report: accuracy / retention; one seed, selected on the test set, batch and epochs not given." if reported else ""))
 
 

@@ -41,6 +41,22 @@ class Run:
         return self.summary["selected_on"].startswith("test") if self.summary else self.config.get("val_size") == 0
 
 
+SETTING = ("dataset", "student", "teacher", "teacher_sha256", "image_size", "val_size", "policy", "random_erasing", "mixup",
+           "cutmix", "mix_prob")
+
+
+def control_of(run: Run, runs: list[Run]) -> Run | None:
+    """The KD run beside it: the first of `runs` with the same teacher, network and augmented images, if possible the same seed.
+
+    None for that run itself, and for a run without a teacher.
+    """
+    alike = [other for other in runs if other.config.get("method") == "kd" and all(
+        other.config.get(name) == run.config.get(name) for name in SETTING)]
+    same_seed = [other for other in alike if other.config["seed"] == run.config["seed"]]
+    found = next(iter(same_seed + alike), None)
+    return found if run.distilled and found is not run else None
+
+
 def require(path: Path, content: dict, **kinds) -> None:
     """Every key of `kinds` must be in `content`, read from `path`, with a value of that type; a float must be finite."""
     for key, kind in kinds.items():

@@ -278,18 +278,23 @@ def names(result):
 
 
 @pytest.mark.parametrize("accuracies, early, expected", [
-    ([10, 30, 50], False, "completed"), ([10, 50, 46], True, "early stop"), ([1, 1.2, 1.5], False, "collapsed"),
-    ([10, 60, 54.9], True, "collapsed"), ([10, 60, 55.1], False, "completed"), ([3.2, 1, 1.9], False, "collapsed")])
+    ([10, 30, 50], False, "completed"), ([10, 50, 46], True, "early stop"), ([1, 1.2, 1.5], False, "completed"),
+    ([10, 60, 54.9], True, "collapsed"), ([10, 60, 55.1], False, "completed"), ([3.2, 1, 1.9], False, "completed")])
 def test_verdict(accuracies, early, expected):
     result = judged(accuracies, early=early)
     assert result["verdict"] == expected and names(result).count("collapse") == (expected == "collapsed")
 
 
+@pytest.mark.parametrize("last, reference, expected", [(55.0, 60.0, False), (54.9, 60.0, True), (70.0, 60.0, False)])
+def test_a_collapse_is_more_than_five_points_below_the_reference(last, reference, expected):
+    assert alarms.collapsed(last, reference) == expected
+
+
 @pytest.mark.parametrize("classes, accuracy, expected", [
-    (2, 90.0, "completed"), (2, 54.0, "collapsed"), (10, 16.0, "completed"), (10, 15.0, "collapsed"), (1000, 0.2, "collapsed")])
+    (2, 90.0, []), (2, 54.0, ["chance"]), (10, 16.0, []), (10, 15.0, ["chance"]), (1000, 0.2, ["chance"])])
 def test_chance_depends_on_the_number_of_classes(classes, accuracy, expected):
     result = judged([accuracy], classes=classes)
-    assert result["verdict"] == expected
+    assert names(result) == expected and result["verdict"] == "completed"
     assert all(f"{100 / classes:g} %" in alarm["text"] for alarm in result["alarms"])
 
 

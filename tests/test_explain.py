@@ -148,8 +148,6 @@ def test_words_on_a_collapsed_run(tmp_path):
         "collapsed, 3 alarms",
         f"  Cause: {MOVE}",  # and not among the alarms again
         "  Advice: halve --lr or --beta",
-        "  Greatest fall of validation accuracy: 18.0 points in epoch 6, when NCKD made 85 % of the logit gradient "
-        "and a step changed the weights by 6.0 % of their norm",
         "  Validation accuracy: at most 60.0 % (epoch 4), 20.0 % in the last epoch (8)",
         "  Largest term beside cross-entropy: NCKD, on average 85 % of the logit gradient, at most 85 % (epoch 1)",
         "  Alarm: validation accuracy fell from 60.0 % to 20.0 %",
@@ -192,21 +190,6 @@ def test_runs_are_compared_with_plain_kd(tmp_path):
     assert "control" not in words(control) and "control" not in words(lower, within)
 
 
-def test_a_run_that_collapsed_against_the_control_is_told_by_the_alarm_that_the_control_does_not_raise(tmp_path):
-    def alarms(*named):
-        return HEALTHY | {"health": "alarms", "alarms": [{"name": name, "value": 2.0, "limit": 1.0, "epoch": 1, "text": text}
-                                                         for name, text in named]}
-
-    shared, symptom, own = ("teacher", "the teacher is lost"), ("dead", "30 dead classes"), ("move", "steps are large")
-    control = write_run(tmp_path / "kd", "kd", summary=alarms(shared))
-    lower = write_run(tmp_path / "lower", "dkd", curve=[10.0, 20.0], summary=alarms(symptom, own, shared))
-    within = write_run(tmp_path / "within", "dkd", summary=alarms(own, shared))
-    text = words(control, lower, within)
-    assert "  Unlike the control: steps are large\n  Collapsed against the control kd" in text
-    assert text.count("Unlike") == 1, "a run that is as good as the control needs no cause"
-    assert text.count("Alarm: steps are large") == 1 and text.count("Alarm: the teacher is lost") == 3
-
-
 def test_runs_of_one_name_are_told_apart(tmp_path):
     first, second = (write_run(tmp_path / study / "run", "kd") for study in ("one", "two"))
     assert words(first, second).startswith("one/run, two/run\n")
@@ -218,7 +201,7 @@ def test_the_page_of_one_run(tmp_path):
     drawn = panels(figure)
     assert set(drawn) == TITLES
     assert all(alarm["text"] in said(figure) for alarm in COLLAPSED["alarms"]) and "Advice: halve --lr or --beta" in said(figure)
-    assert legend(drawn["Accuracy"]) == ["validation", "clean training", "best epoch", "early stop", "fall"]
+    assert legend(drawn["Accuracy"]) == ["validation", "clean training", "best epoch", "early stop"]
     assert list(drawn["Accuracy"].lines[0].get_ydata()) == FALLING[:6]
     assert legend(drawn["Share of the logit gradient"]) == ["NCKD", "TCKD", "CE", "limit 80 %"]
     tops = [patch.get_data().values for patch in drawn["Share of the logit gradient"].patches[:6:2]]
@@ -227,11 +210,8 @@ def test_the_page_of_one_run(tmp_path):
     assert set(drawn["Parameter gradient before clipping"].lines[1].get_ydata()) == {1.5}
     right, = (axis for axis in figure.axes if axis.get_ylabel() == "steps clipped (%)")
     assert set(right.lines[0].get_ydata()) == {25.0}
-    assert legend(drawn["Change of the weights by a step"]) == ["limit 4 %"]
+    assert legend(drawn["Change of the weights by a step"]) == ["limit 3 %"]
     assert legend(drawn["Cosine with cross-entropy"]) == ["TCKD", "NCKD", "whole loss"]
-    for title, axis in drawn.items():
-        bands = [patch for patch in axis.patches if getattr(patch, "get_x", float)() == 5.5 and patch.get_width() == 1]
-        assert len(bands) == (title != "Teacher on the student's images"), title
 
 
 def test_the_teachers_bars_weigh_epochs_by_images(tmp_path):
