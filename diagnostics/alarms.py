@@ -24,7 +24,6 @@ def collapsed(last: float, reference: float) -> bool:
     reference: the last epoch's accuracy of the control, the KD run beside it, where there is one; else the run's own best.
     """
     return last < reference - FALL
-CAUSES = ("skipped", "move", "inverted", "clipped", "share", "teacher")  # what can ruin a run; most telling first, as below
 
 
 class Alarm(NamedTuple):
@@ -37,21 +36,22 @@ class Alarm(NamedTuple):
 
 
 def judge(args, rows: list, looked: list[dict], classes: int, stopped_early: bool) -> dict:
-    """What summary.json says of a run: verdict, health, alarms, cause, advice.
+    """What summary.json says of a run: verdict, health, alarms, advice.
 
     args: the run's flags.  rows: of log.csv.  looked: rows of diagnostics.csv.  classes: their number.
+    advice: of a run that went wrong, what lowers each number beyond its limit; None of others.
     """
     found = alarms(args, rows, looked, classes, stopped_early)
-    names = {alarm.name for alarm in found}
-    suspects = [alarm for alarm in found if alarm.name in CAUSES] if names & {"collapse", "chance", "dead"} else []
+    names = [alarm.name for alarm in found]
+    remedies = [f"{name}: {remedy}" for name, remedy in advice(args, looked).items() if name in names]
     return {"verdict": "collapsed" if "collapse" in names else "early stop" if stopped_early else "completed",
             "health": f"{len(found)} alarm{'s' * (len(found) > 1)}" if found else "healthy",
-            "alarms": [alarm._asdict() for alarm in found], "cause": suspects[0].text if suspects else None,
-            "advice": advice(args, suspects[0], looked) if suspects else None}
+            "alarms": [alarm._asdict() for alarm in found],
+            "advice": "; ".join(remedies) or None if {"collapse", "chance", "dead"} & {*names} else None}
 
 
 def alarms(args, rows, looked, classes: int, stopped_early: bool) -> list[Alarm]:
-    """Every alarm that the numbers of a run raise: what went wrong, then what can have done it; arguments as above."""
+    """Every number of a run that is beyond its limit; arguments as above."""
     found, steps, loud = [], sum(row.steps for row in rows), shares(args, looked)
 
     def check(name: str, value, limit: float, text: str, epoch=None) -> None:
@@ -90,8 +90,7 @@ def alarms(args, rows, looked, classes: int, stopped_early: bool) -> list[Alarm]
         row.skipped_steps for row in rows))
     factors = [row["clip_factor"] for row in looked if row["clip_factor"]]
     check("clipped", clipped, CLIPPED, f"{clipped:.0%} of the steps were clipped (alarm above {CLIPPED:.0%}), to "
-          f"{sum(factors) / max(1, len(factors)):.0%} of the gradient on average: --clip-grad {args.clip_grad:g} sets the step, "
-          "and CE's part of it shrinks as the other terms grow")
+          f"{sum(factors) / max(1, len(factors)):.0%} of the gradient on average")
     for term, share in loud.items():
         check("share", share, SHARE, f"{term.upper()} makes {share:.0%} of the logit gradient (alarm above {SHARE:.0%})")
     teacher = mean(looked, "teacher_acc1")
@@ -118,16 +117,16 @@ def shares(args, looked: list[dict]) -> dict:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def advice(args, suspect: Alarm, looked: list[dict]) -> str:
-    """What to change, for the most likely cause."""
+def advice(args, looked: list[dict]) -> dict[str, str]:
+    """What to change, by alarm."""
     weights = METHODS[args.method].weighed_by if "method" in args else {}
     loudest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(args, looked))[:1] if term in weights]
     quieter = "".join(f" or {flag}" for flag in loudest)
     return {
         "skipped": f"lower --lr{quieter}, or use --amp bf16",
-        "move": f"halve --lr{quieter}, or clip the gradient (--clip-grad 1); change one at a time",
+        "move": f"halve --lr{quieter}, or clip the gradient (--clip-grad 1), one at a time",
         "inverted": "use --mixed-target pair, or less mixing (--mix-prob)",
         "clipped": " or ".join(["raise --clip-grad", *(f"lower {flag}" for flag in loudest)]),
         "share": ", or ".join([*(f"lower {flag}" for flag in loudest), "raise --ce-weight"]),
         "teacher": "train the teacher under the same augmentation, or weaken it (--policy none, a lower --mix-prob)",
-    }[suspect.name]
+    }

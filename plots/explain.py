@@ -1,10 +1,10 @@
-"""One page on one or more runs (PNG or PDF): what happened, when, and which term of the loss did it.
+"""One page on one or more runs (PNG or PDF): how they ended, their alarms, and the curves of what was logged.
 
     python plots/explain.py runs/v3-s1                        -> runs/v3-s1/explain.png
-    python plots/explain.py runs/v3-s1 runs/v2-s1             two runs; plain KD is the control of the other one
+    python plots/explain.py runs/v3-s1 runs/v2-s1             two runs; the one of KD is the control of the other
     python plots/explain.py runs/v3-s1 --output v3.pdf
 
-Verdict, alarms, cause and advice are those of summary.json, and are printed too.  The curves are those of log.csv and
+Verdict, alarms and advice are those of summary.json, and are printed too.  The curves are those of log.csv and
 diagnostics.csv; docs/diagnostics.md explains the columns.  Colours are runs or, for a single run, the terms of its loss.  To add
 a panel, write a function `(axis, cases) -> legend entries` and name it in PANELS.
 """
@@ -108,7 +108,7 @@ class Case:
 
     @property
     def alarms(self) -> list[dict]:
-        """Those of summary.json, most telling first."""
+        """Those of summary.json."""
         return (self.run.summary or {}).get("alarms") or []
 
 
@@ -142,14 +142,14 @@ def read_case(directory: Path, name: str, look: make_figures.Series) -> Case:
 
 
 def require_alarms(path: Path, summary: dict) -> None:
-    """What a verdict says beside itself must be of its kind, where it is there."""
-    for key, kind in {"health": str, "alarms": list, "cause": str, "advice": str}.items():
+    """What summary.json says beside the verdict must be of its kind, where it is there."""
+    for key, kind in {"health": str, "alarms": list, "advice": str}.items():
         if summary.get(key) is not None:
             require(path, summary, **{key: kind})
     for alarm in summary.get("alarms") or ():
         if not isinstance(alarm, dict):
             raise files.damaged(path, f"an alarm is {alarm!r}")
-        require(path, alarm, name=str, limit=float, text=str)
+        require(path, alarm, name=str, value=float, limit=float, text=str)
 
 
 def read_cases(directories: list[Path]) -> list[Case]:
@@ -169,7 +169,7 @@ def read_cases(directories: list[Path]) -> list[Case]:
 # Words
 
 class Block(NamedTuple):
-    """What is said of a run: a heading and, most telling first, sentences."""
+    """What is said of a run: a heading and sentences."""
     heading: str
     sentences: list[str]
 
@@ -210,20 +210,19 @@ def curves(case: Case) -> list[str]:
 
 
 def blocks(cases: list[Case]) -> list[Block]:
-    """What is said of every run; the cause, an alarm itself, is not said again among the alarms."""
-    runs = [case.run for case in cases]
+    """What is said of every run."""
+    runs, found = [case.run for case in cases], []
     controls = [next((other for other in cases if other.run is control_of(run, runs)), None) for run in runs]
-    found = []
     for case, control in zip(cases, controls):
-        summary, who = case.run.summary or {}, ", ".join((case.method, f"seed {case.run.config['seed']}"))
-        said = [f"{lead}: {summary[key]}" for lead, key in (("Cause", "cause"), ("Advice", "advice")) if summary.get(key)]
-        said += [against(case, control)] if control else []
+        said = [against(case, control)] if control else []
         said += curves(case)
-        told = " ".join(said)
-        said += [f"Alarm: {alarm['text']}" for alarm in case.alarms if alarm["text"] not in told]
+        said += ["Alarm: {name} {value:.3g}, limit {limit:.3g}: {text}".format_map(alarm) for alarm in case.alarms]
+        if advice := (case.run.summary or {}).get("advice"):
+            said.append(f"Advice: {advice}")
         heading = ending(case)
         if len(cases) > 1:
-            heading = f"{case.name} ({'control: ' if case in controls else ''}{who}): {heading}"
+            heading = (f"{case.name} ({'control: ' if case in controls else ''}{case.method}, seed {case.run.config['seed']}): "
+                       f"{heading}")
         found.append(Block(" ".join(heading.split()), [" ".join(sentence.split()) for sentence in said]))
     return found
 

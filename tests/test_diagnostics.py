@@ -300,7 +300,7 @@ def test_chance_depends_on_the_number_of_classes(classes, accuracy, expected):
 
 def test_a_healthy_run_raises_no_alarm():
     result = judged([10, 30, 50])
-    assert result == {"verdict": "completed", "health": "healthy", "alarms": [], "cause": None, "advice": None}
+    assert result == {"verdict": "completed", "health": "healthy", "alarms": [], "advice": None}
 
 
 @pytest.mark.parametrize("name, values, words", [
@@ -312,7 +312,7 @@ def test_each_alarm_has_its_number(name, values, words):
     result = judged([10, 30, 50], **values)
     assert names(result) == [name] and result["health"] == "1 alarm" and result["verdict"] == "completed"
     assert all(word in result["alarms"][0]["text"] for word in words), result["alarms"][0]["text"]
-    assert result["cause"] is None, "an alarm alone is no collapse"
+    assert result["advice"] is None, "an alarm alone is no collapse"
 
 
 def test_early_stopping_on_the_loss_while_accuracy_rises():
@@ -322,15 +322,17 @@ def test_early_stopping_on_the_loss_while_accuracy_rises():
     assert names(judged([10, 50, 46], early=True, log={"best_epoch": 2})) == []
 
 
-def test_the_cause_of_a_collapse_is_the_most_telling_alarm():
+def test_a_run_that_went_wrong_gets_advice_for_each_alarm():
     result = judged([10, 60, 20], update_ratio=0.09, teacher_acc1=30.0)
-    assert names(result) == ["collapse", "move", "teacher"] and result["cause"].startswith("steps are large")
-    assert "--lr or --beta" in result["advice"] and "--clip-grad 1" in result["advice"]
-    assert judged([10, 60, 20], share_nckd=0.9)["advice"] == "lower --beta, or raise --ce-weight"
-    assert judged([10, 60, 20], log={"clip_frac": 0.95})["advice"] == "raise --clip-grad or lower --beta"
+    assert names(result) == ["collapse", "move", "teacher"] and "cause" not in result
+    move, teacher = result["advice"].split("; ")
+    assert move.startswith("move: ") and "--lr or --beta" in move and "--clip-grad 1" in move and teacher.startswith("teacher: ")
+    assert judged([10, 60, 20], share_nckd=0.9)["advice"] == "share: lower --beta, or raise --ce-weight"
+    assert judged([10, 60, 20], log={"clip_frac": 0.95})["advice"] == "clipped: raise --clip-grad or lower --beta"
     assert "--alpha" in judged([10, 60, 20], "--method kd", update_ratio=0.09, share_kl=0.5)["advice"]
-    assert judged([10, 60, 20])["cause"] is None, "no alarm, no cause"
-    assert judged([10, 60, 20], pull_minor_whole=0.6)["advice"].startswith("use --mixed-target pair")
+    assert judged([10, 60, 20], pull_minor_whole=0.6)["advice"].startswith("inverted: use --mixed-target pair")
+    assert judged([10, 60, 20])["advice"] is None
+    assert judged([10, 20, 30], dead_classes=40, update_ratio=0.09)["advice"].startswith("move: ")
 
 
 def test_a_teacher_is_judged_too():
@@ -338,5 +340,5 @@ def test_a_teacher_is_judged_too():
     rows = [row(1, 50.0), row(2, 10.0)]
     without = {"epoch": 1, "images": 100, "clip_factor": 1.0, "update_ratio": 0.2, "dead_classes": None, "share_ce": 1.0}
     result = alarms.judge(args, rows, [without], 100, False)
-    assert names(result) == ["collapse", "move"] and result["advice"].startswith("halve --lr, or clip")
+    assert names(result) == ["collapse", "move"] and result["advice"].startswith("move: halve --lr, or clip")
     assert alarms.judge(args, rows, [], 100, False)["verdict"] == "collapsed", "a run from before diagnostics"
