@@ -252,7 +252,10 @@ def draw_curves(study, names, first_epoch=1):
         epochs, mean, deviation, present = (column[curve[0] >= first_epoch] for column in curve)
         text = label(study, name) + (f" (n = {len(runs)})" if unequal else "")
         text += "" if all(run.summary for run in runs) else ", unfinished"
-        text += "" if len(epochs) else f", ends at {curve[0][-1]}"
+        if stops := early_stops(runs):
+            text += f", stopped at {extent([epoch for epoch, _ in stops])}"
+        elif not len(epochs):
+            text += f", ends at {curve[0][-1]}"
         complete, spacing = int(np.sum(present == len(runs))), max(1, len(epochs) // 7)
         axis.plot(epochs[:complete], mean[:complete], label=text, color=series.colour, linestyle=series.dashes,
                   marker=series.marker, markevery=(spacing * index // len(names), spacing))
@@ -260,8 +263,8 @@ def draw_curves(study, names, first_epoch=1):
             rest = slice(max(complete - 1, 0), None)
             axis.plot(epochs[rest], mean[rest], color=series.colour, linestyle=series.dashes, linewidth=THIN)
         axis.fill_between(epochs, mean - deviation, mean + deviation, color=series.colour, alpha=0.2, linewidth=0)
-        if ends := [end for end in early_stops(runs) if end[0] >= first_epoch]:
-            axis.plot(*zip(*ends), **CROSS, color=series.colour, zorder=4)
+        if in_sight := [stop for stop in stops if stop[0] >= first_epoch]:
+            axis.plot(*zip(*in_sight), **CROSS, color=series.colour, zorder=4)
     axis.set_xlabel("epoch")
     axis.set_ylabel("test accuracy (%),\nused for selection" if study[names[0]][0].on_test else "validation accuracy (%)")
     # By default the number of ticks depends on the size of the axis, which depends on the room for the ticks' labels.
@@ -273,37 +276,6 @@ def draw_curves(study, names, first_epoch=1):
 def early_stops(runs) -> list[tuple[int, float]]:
     """Last epoch, and validation accuracy there, of each seed that stopped early; in the order of epochs."""
     return sorted((int(run.epochs[-1]), float(run.val_acc1[-1])) for run in runs if run.summary and run.summary["stopped_early"])
-
-
-def label_stops(axis, study, names) -> None:
-    """Say at which epoch each curve stopped early: beside its last cross, where the label covers the least."""
-    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    width, height, gap = 0.36 * (right - left), 0.19 * (top - bottom), 0.05 * (top - bottom)  # of two lines of text, roughly
-    grid = np.linspace(left, right, 200)
-    lines = [(line.get_transform() - axis.transData).transform(line.get_xydata()).T for line in axis.lines]
-    taken = [np.column_stack((grid, np.interp(grid, *line, left=np.nan, right=np.nan))) for line in lines]  # each (points, 2)
-    for name in names:
-        if not (ends := early_stops(study[name])):
-            continue
-        epochs, accuracies = zip(*ends)
-        places = []
-        for above, y in ((False, min(accuracies)), (True, max(accuracies))):
-            low = y + gap if above else y - gap - height
-            for side, start in (("left", epochs[-1]), ("right", epochs[-1] - width)):
-                corner, size = np.array((start, low)), np.array((width, height))
-                if left <= start <= right - width and low >= bottom:
-                    covered = sum(np.all((points > corner) & (points < corner + size), axis=1).sum() for points in taken)
-                    places.append((int(covered), above, side, y, start, low))
-        _, above, side, y, start, low = min(places)
-        who = f"{len(ends)} of {len(study[name])} stop early" if len(study[name]) > 1 else "early stop"
-        axis.annotate(
-            f"{who}\nepoch {extent(epochs)}", (epochs[-1], y), xytext=(0, 7 if above else -7), textcoords="offset points",
-            va="bottom" if above else "top", ha=side, linespacing=1.1,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
-        columns, rows = np.meshgrid(np.linspace(start, start + width, 20), np.linspace(low, low + height, 10))
-        taken.append(np.column_stack((columns.ravel(), rows.ravel())))
-        top = max(top, low + height)
-    axis.set_ylim(bottom, top)
 
 
 def legend(axis) -> Figure:
@@ -326,11 +298,9 @@ def legend(axis) -> Figure:
     return figure
 
 
-def comparison(study, names) -> Figure:
-    """Figures 1 and 3: two experiments, with the epoch of an early stop."""
-    axis = draw_curves(study, names)
-    label_stops(axis, study, names)
-    return legend(axis)
+def all_curves(study, names) -> Figure:
+    """Figures 1, 3 and 4: the experiments by epoch."""
+    return legend(draw_curves(study, names))
 
 
 def teacher_comparison(study, names) -> Figure:
@@ -342,13 +312,7 @@ def teacher_comparison(study, names) -> Figure:
             best = np.mean([run.val_acc1[run.epochs == run.summary["best_epoch"]] for run in comparable])
             text = f"{series.remark}: {best:.1f} %"
             axis.axhline(best, color=series.colour, linestyle=series.dashes, linewidth=0.9, label=text)
-    label_stops(axis, study, names)
     return legend(axis)
-
-
-def all_curves(study, names) -> Figure:
-    """Figure 4: every experiment, and the student without a teacher."""
-    return legend(draw_curves(study, names))
 
 
 def retention_bars(study, names) -> Figure:
@@ -380,9 +344,9 @@ def last_epochs(study, names) -> Figure:
 
 # How each figure is drawn, of which runs, and whether it needs the summary of finished runs.  To STUDENTS all others are added.
 FIGURES = {
-    "figure1": (comparison, ("v2", "v3"), False),
+    "figure1": (all_curves, ("v2", "v3"), False),
     "figure2": (teacher_comparison, ("v2", "v4"), False),
-    "figure3": (comparison, ("v3", "v3.1"), False),
+    "figure3": (all_curves, ("v3", "v3.1"), False),
     "figure4": (all_curves, STUDENTS, False),
     "figure5": (retention_bars, STUDENTS, True),
     "figure6": (last_epochs, STUDENTS, False),

@@ -3,11 +3,9 @@ import csv
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import command
 import matplotlib.image
@@ -156,14 +154,11 @@ def test_words_on_a_collapsed_run_name_each_alarm_with_value_and_limit(tmp_path)
     ({"state": "failed", "reason": "out of\nmemory", "exit_code": 7}, "failed after epoch 8 of 20: out of memory (exit code 7)"),
     ({"state": "stopped", "reason": "SIGTERM", "exit_code": 75}, "stopped after epoch 8 of 20: SIGTERM (exit code 75)"),
     (None, "unfinished after epoch 8 of 20, without status.json"),
+    ("older", "completed, made before alarms were recorded"),
 ])
-def test_words_on_a_run_without_a_result(tmp_path, status, expected):
-    assert words(write_run(tmp_path / "run", "kd", epochs=20, summary=None, status=status)).splitlines()[3] == expected
-
-
-def test_words_on_a_run_from_before_alarms(tmp_path):
-    text = words(write_run(tmp_path / "run", "kd", summary=OLDER))
-    assert text.splitlines()[3] == "completed, made before alarms were recorded"
+def test_words_on_a_run_without_a_result_or_alarms(tmp_path, status, expected):
+    result = {"summary": OLDER} if status == "older" else {"summary": None, "status": status}
+    assert words(write_run(tmp_path / "run", "kd", epochs=20, **result)).splitlines()[3] == expected
 
 
 def test_words_on_a_teacher_name_no_term(tmp_path):
@@ -248,18 +243,13 @@ def test_the_page_of_a_teacher_has_no_panels_about_teaching_and_no_hole(tmp_path
     assert len(widths) == 5 and widths[0] > 2 * widths[1], "the first panel fills the row"
 
 
-def test_the_page_of_as_many_runs_as_fit(tmp_path):
-    runs = [write_run(tmp_path / f"a run with a name of some length {number}", "dkd", curve=FALLING, summary=COLLAPSED,
+def test_as_many_runs_as_fit_with_many_alarms_and_long_names(tmp_path):
+    alarms = [*COLLAPSED["alarms"], COLLAPSED["alarms"][2] | {"text": "words " * 60 + "x" * 100}]
+    runs = [write_run(tmp_path / f"{'long-' * 40}{number}", "dkd", curve=FALLING, summary=COLLAPSED | {"alarms": alarms},
                       clip_grad=1.0) for number in range(len(explain.LOOKS))]
     figure = draw(*runs)
     check_layout(figure)
-    assert said(figure).count("teacher 30, limit 50") == len(runs)
-    assert words(*runs).count("teacher 30, limit 50") == len(runs)
-
-
-def test_many_alarms_and_long_names_stay_on_the_page(tmp_path):
-    alarms = [COLLAPSED["alarms"][2] | {"text": f"{number} " + "words " * 60 + "x" * 100} for number in range(9)]
-    check_layout(draw(write_run(tmp_path / ("long-" * 40), "dkd", summary=COLLAPSED | {"alarms": alarms})))
+    assert said(figure).count("teacher 30, limit 50") == words(*runs).count("teacher 30, limit 50") == 2 * len(runs)
 
 
 def test_a_run_of_one_epoch_has_markers(tmp_path):
@@ -290,36 +280,25 @@ def test_empty_cells_are_gaps(tmp_path):
 def test_a_method_without_gradients_of_terms_has_no_panels_of_them(tmp_path):
     def whole_only(rows):
         for row in rows:
-            for name in [name for name in row if name.startswith(("share_", "cos_")) or re.match("pull.*_(ce|kl)", name)]:
+            for name in [name for name in row if name.startswith(("share_", "cos_")) or name.endswith(("_ce", "_kl"))]:
                 del row[name]
 
     figure = draw(write_run(tmp_path / "run", "kd", change=whole_only))
-    check_layout(figure)
     assert set(panels(figure)) == TITLES - {"Share of the logit gradient", "Cosine with cross-entropy"}
 
 
-@pytest.mark.parametrize("suffix", ["png", "pdf"])
-def test_main_prints_the_words_and_draws_the_same_bytes_again(tmp_path, suffix):
+def test_the_script_runs_from_anywhere_prints_the_words_and_draws_the_same_bytes_again(tmp_path):
     run = write_run(tmp_path / "run", "dkd", curve=FALLING, summary=COLLAPSED)
-    outputs = [tmp_path / f"{name}.{suffix}" for name in ("one", "two")]
-    for output in outputs:
-        assert run_main(run, "--output", output) == (0, f"{words(run)}\n\n{output}\n", "")
-    assert outputs[0].read_bytes() == outputs[1].read_bytes()
-    if suffix == "png":
-        image = matplotlib.image.imread(outputs[0])
-        assert image.shape[1] == 1245
-        dark = image[..., :3].mean(axis=2) < 0.5
-        thirds = [part.mean() for part in np.array_split(dark, 3)]
-        assert min(thirds) > 0.005, "neither the words nor a row of panels is blank"
-
-
-def test_the_script_runs_alone_and_writes_beside_the_first_run(tmp_path):
-    run, script = write_run(tmp_path / "run", "kd"), Path(explain.__file__)
-    done = subprocess.run([sys.executable, script, run], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, explain.__file__, run], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": "", "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, ""), done
-    assert done.stdout.endswith(f"\n{run / 'explain.png'}\n") and (run / "explain.png").stat().st_size > 50_000
-    assert not list(run.glob("*.tmp"))
+    assert done.stdout.endswith(f"\n{run / 'explain.png'}\n")
+    assert run_main(run, "--output", tmp_path / "page.png") == (0, f"{words(run)}\n\n{tmp_path / 'page.png'}\n", "")
+    assert (run / "explain.png").read_bytes() == (tmp_path / "page.png").read_bytes()
+    image = matplotlib.image.imread(run / "explain.png")
+    assert image.shape[1] == 1245
+    thirds = [part.mean() for part in np.array_split(image[..., :3].mean(axis=2) < 0.5, 3)]
+    assert min(thirds) > 0.005, "neither the words nor a row of panels is blank"
 
 
 def test_errors_of_usage(tmp_path):
@@ -337,15 +316,11 @@ def test_errors_of_usage(tmp_path):
     ("diagnostics.csv", "epoch,images\n1,many\n", "line 2: could not convert string to float: 'many'"),
     ("diagnostics.csv", "epoch,images\n1\n", "line 2: "),
     ("diagnostics.csv", "epoch,images\n1,2,3\n", "line 2: "),
-    ("diagnostics.csv", "epoch,images\n2,5\n2,5\n", "line 3: epoch 2"),
     ("diagnostics.csv", "epoch,images\n999999999,5\n", "epoch 1e+09"),
     ("diagnostics.csv", "images\n5\n", "no column epoch"),
     ("diagnostics.csv", "epoch,images\n", "no epoch"),
     ("log.csv", "epoch,val_acc1\n", "no epoch"),
-    ("log.csv", "epoch,val_acc1\n1,nan\n", "val_acc1 nan"),
     ("config.json", None, "no such file"),
-    ("config.json", "{", "cannot read config.json"),
-    ("summary.json", "[]", "it is not an object"),
     ("status.json", '{"state": 3}', "state is 3"),
 ])
 def test_damaged_files(tmp_path, name, content, expected):
