@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import table
-from cli.flag_types import Parser, positive
+from cli.flag_types import positive
 from cli.options import debug_flag
 from data import datasets
 from rundir import errors
@@ -290,7 +290,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = errors.Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("task", choices=("variants", "unpack", "runs"))
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="FILE", help="an archive of train/CLASS/*.jpg and test/CLASS/*.jpg")

@@ -22,7 +22,7 @@ ALLOWED = {
     "training": {"augment", "cli", "data", "diagnostics", "kernels", "losses", "models", "rundir"},
     "deploy": {"cli", "data", "models", "rundir", "training"},
     "benchmarks": {"augment", "cli", "data", "deploy", "diagnostics", "kernels", "losses", "models", "rundir", "training"},
-    "plots": set(),
+    "plots": {"diagnostics", "losses", "rundir"},
 }
 
 
@@ -80,3 +80,9 @@ def test_help_answers_without_torch(script):
     assert result.returncode == 0 and "usage:" in result.stdout
     assert "torch" not in result.stderr, "torch was imported before the flags were checked"
     assert time.perf_counter() - started < 5  # the absence of torch is the check; this only catches a hang
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "plots").glob("*.py")))
+def test_plots_import_no_torch(name):
+    program = f"import sys; sys.modules['torch'] = None; import plots.{name}"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -25,9 +25,8 @@ from scipy import stats
 from test_scripts import make_images
 
 from cli import options, sweep_grid, sweep_jobs, sweep_table
-from cli.flag_types import Parser
 from rundir import files
-from rundir.errors import Failure
+from rundir.errors import Failure, Parser
 
 ROOT = Path(__file__).parent.parent
 DRAW = random.Random(time.time_ns())  # other moments in every test run: each of them has to do

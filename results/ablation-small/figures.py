@@ -8,13 +8,15 @@ Figure 8, from `usual` and `high`: each term's share of the gradient with respec
 Figure 9, from `usual` and `high`: the effect of each change of a single setting on DKD with beta 8, with intervals.
 
 Runs that differ in the seed alone are one cell.  Cells are compared over their common seeds.  Accuracies are those on the test
-set with the weights of the best epoch; a run that diverged has none.
+set with the weights of the best epoch; a run that diverged has none.  A run collapsed by diagnostics.alarms.collapsed: against KD
+of the same sweep, teacher, augmentation and seed or, without it, against its own best epoch.
 """
 import argparse
 import csv
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -29,8 +31,10 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit  # the inverse of Student's t
 
-FALL = 5.0  # percentage points below KD that count as a collapse
-LIMIT = 0.8  # share of one term in the gradient that raises an alarm
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's root
+from diagnostics.alarms import FALL, SHARE, collapsed
+
+AUGMENTATION = ("policy", "random_erasing", "mix_prob", "mixup", "cutmix")
 SAME = 1e-9  # percentage points: differences so close differ by rounding alone
 RED, BLUE, GREY = "#D55E00", "#0072B2", "#777777"
 COLOURS = ListedColormap(matplotlib.colormaps["RdBu"](np.linspace(0.12, 0.88, 256)))  # without the darkest: hatching shows
@@ -72,15 +76,23 @@ class Cell(NamedTuple):
         """Test accuracy in percent by seed."""
         return {run["seed"]: run["test_acc1_best"] for run in self.runs if run["test_acc1_best"] is not None}
 
-    def ended(self, verdict: str) -> int:
-        return sum(run["verdict"] == verdict for run in self.runs)
-
     @property
-    def outcome(self) -> str:
+    def val(self) -> dict[int, list[float]]:
+        """Validation accuracy (%) of every epoch by seed, of the runs that did not diverge."""
+        return {run["seed"]: [row["val_acc1"] for row in self.epochs[run["run"]]] for run in self.runs
+                if run["verdict"] != "diverged"}
+
+    def ended_badly(self, control: "Cell | None") -> dict[str, int]:
+        """How many runs collapsed, against the control's of the same seed or else their own best epoch, and how many diverged."""
+        theirs = {seed: values[-1] for seed, values in control.val.items()} if control else {}
+        return {"collapsed": sum(collapsed(values[-1], theirs.get(seed, max(values))) for seed, values in self.val.items()),
+                "diverged": len(self.runs) - len(self.val)}
+
+    def outcome(self, control: "Cell | None") -> str:
         """Mean accuracy, and how many runs collapsed or diverged, in words."""
         parts = [f"{fmean(self.accuracies.values()):.1f} %"] if self.accuracies else []
-        return ", ".join(parts + [f"{count} of {len(self.runs)} {how}" for how in ("collapsed", "diverged")
-                                  if (count := self.ended(how))])
+        return ", ".join(parts + [f"{count} of {len(self.runs)} {how}" for how, count in self.ended_badly(control).items()
+                                  if count])
 
     def by_epoch(self, column: str) -> tuple[list[int], list[float]]:
         """Epochs, and at each the mean over the runs that have a value there."""
@@ -117,6 +129,14 @@ def read_sweep(directory: Path) -> dict[str, Cell]:
 
 
 # Comparing
+
+def control_of(cell: Cell, cells: dict[str, Cell]) -> Cell | None:
+    """KD with alpha 0.7, the same teacher and augmentation; None for that cell itself and for one without a teacher."""
+    found = next((other for other in cells.values() if other.flags["method"] == "kd" and not other.flags.get("ce_weight")
+                  and not other.flags.get("standardize")
+                  and all(other.flags.get(name) == cell.flags.get(name) for name in ("teacher", *AUGMENTATION))), None)
+    return None if found is cell else found
+
 
 def paired(one: Cell, other: Cell) -> list[float]:
     """The differences in accuracy over the common seeds, in percentage points."""
@@ -166,13 +186,10 @@ def phase_rows(cells: dict[str, Cell]) -> list[dict]:
     for cell in sorted(dkd, key=lambda cell: (level(cell), cell.flags["beta"])):
         kd = controls[level(cell)]
         names = [name for name, on in zip(("AutoAugment", "Random Erasing", "Mixup/CutMix"), level(cell)) if on]
-        far_below = {seed for seed, accuracy in cell.accuracies.items() if accuracy < kd.accuracies.get(seed, -math.inf) - FALL}
         rows.append({
             "augmentation": " + ".join(names) or "none", "beta": cell.flags["beta"], "n": len(pairs := paired(cell, kd)),
             "difference": mean(pairs), "accuracy": mean(cell.accuracies.values()), "kd_accuracy": mean(kd.accuracies.values()),
-            "runs": len(cell.runs),
-            "collapsed": len(far_below | {run["seed"] for run in cell.runs if run["verdict"] == "collapsed"}),
-            "diverged": cell.ended("diverged")})
+            "runs": len(cell.runs), **cell.ended_badly(kd)})
     return rows
 
 
@@ -206,7 +223,7 @@ def draw_phase(flags: dict, rows: list[dict]) -> Figure:
     axis.set_title(f"{setting(flags)}\n{rate(flags)}; {seeds(rows[0]['n'])}\ntest accuracy with the weights of the best epoch",
                    loc="left")
     figure.legend([Patch(facecolor="white", edgecolor="black", hatch="////", linewidth=0.5)],
-                  [f'DKD collapsed or diverged (verdict "collapsed", or more than {FALL:g} points below KD)'],
+                  [f"DKD diverged, or collapsed: last validation accuracy more than {FALL:g} points below KD's"],
                   loc="outside lower left")
     return figure
 
@@ -220,26 +237,25 @@ def draw_shares(sweeps: list[dict[str, Cell]]) -> Figure:
     figure = Figure(figsize=(7.2, 0.67 + 2.5 * len(sweeps)), layout="constrained")
     figure.suptitle(f"{setting(shown[0].flags)}; {seeds(len(shown[0].runs))}. "
                     "Test: accuracy with the weights of the best epoch.\n"
-                    f"Red: collapsed by the run's verdict, diverged, or more than {FALL:g} points below KD.", x=0.01, ha="left",
-                    fontsize=7.5)
+                    f"Red: a run diverged, or collapsed: last validation accuracy more than {FALL:g} points below KD's.",
+                    x=0.01, ha="left", fontsize=7.5)
     for part, cells in zip(figure.subfigures(len(sweeps), 1), sweeps):
         part.suptitle(rate(cells[KD].flags), x=0.01, ha="left", fontsize=8, fontweight="bold")
         axes = part.subplots(2, len(PANELS), sharex=True, sharey="row", height_ratios=(1.5, 1))
         for (above, below), (title, name) in zip(axes.T, PANELS.items()):
-            cell, kd = cells[name], cells[KD]
-            bad, difference = cell.ended("collapsed") + cell.ended("diverged"), mean(paired(cell, kd)) or 0.0
-            fell = "" if bad or difference >= -FALL else f", {-difference:.1f} below KD"
-            colour = RED if bad or fell else "black"
-            above.set_title(f"{title}\n{'test ' if cell.accuracies else ''}{cell.outcome}{fell}", loc="left", color=colour)
+            cell = cells[name]
+            control = control_of(cell, cells)
+            colour = RED if any(cell.ended_badly(control).values()) else "black"
+            above.set_title(f"{title}\n{'test ' if cell.accuracies else ''}{cell.outcome(control)}", loc="left", color=colour)
             stack(above, cell)
-            draw_accuracy(below, cell, kd, colour)
-        axes[0, 0].set(ylim=(0, 1), yticks=(0, 0.5, LIMIT, 1), yticklabels=("0", "50", f"{100 * LIMIT:.0f}", "100"),
+            draw_accuracy(below, cell, cells[KD], colour)
+        axes[0, 0].set(ylim=(0, 1), yticks=(0, 0.5, SHARE, 1), yticklabels=("0", "50", f"{100 * SHARE:.0f}", "100"),
                        ylabel="share of the\nlogit gradient (%)")
         axes[1, 0].set(ylim=(0, 1.08 * top), ylabel="validation\naccuracy (%)")
         axes[1, 0].yaxis.set_major_locator(MaxNLocator(3, steps=(1, 2, 5, 10)))
         axes[1, 0].xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=(1, 2, 2.5, 5, 10)))
     handles = [Patch(facecolor=colour, edgecolor="white", label=term.upper()) for term, colour in TERMS.items()]
-    handles += [Line2D([], [], color="black", linestyle="dotted", label=f"alarm: KL or NCKD above {100 * LIMIT:.0f} %"),
+    handles += [Line2D([], [], color="black", linestyle="dotted", label=f"alarm: KL or NCKD above {100 * SHARE:.0f} %"),
                 Line2D([], [], color="black", label="accuracy (thin: a seed)"),
                 Line2D([], [], color=BLUE, linestyle="dashed", label="that of KD")]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
@@ -249,7 +265,7 @@ def draw_shares(sweeps: list[dict[str, Cell]]) -> Figure:
 def stack(axis, cell: Cell) -> None:
     """Stacked shares by epoch; the largest have their name and mean over the epochs in their area."""
     curves = {term: curve for term in TERMS if (curve := cell.by_epoch(f"share_{term}"))[0]}
-    axis.axhline(LIMIT, color="black", linestyle="dotted", zorder=3)
+    axis.axhline(SHARE, color="black", linestyle="dotted", zorder=3)
     axis.grid(visible=False)
     if not curves:  # all runs diverged in the first epoch
         return
@@ -280,12 +296,12 @@ def cause_rows(sweep: str, sweeps: dict[str, dict[str, Cell]]) -> list[dict]:
     compared = {f"learning rate {base.flags['lr']:g} to {other.flags['lr']:g}": other}
     for name, cell in sweeps[sweep].items():
         compared |= {re.sub(pattern, words, name): cell for pattern, words in CHANGES.items() if re.fullmatch(pattern, name)}
-    rows = []
+    rows, controls = [], {id(cell): control_of(cell, cells) for cells in sweeps.values() for cell in cells.values()}
     for words, cell in compared.items():
         low, high = interval(pairs := paired(cell, base))
         rows.append({"base": sweep, "change": words, "n": len(pairs), "difference": mean(pairs), "ci_low": low, "ci_high": high,
                      "accuracy": mean(cell.accuracies.values()), "base_accuracy": mean(base.accuracies.values()),
-                     "runs": len(cell.runs), "collapsed": cell.ended("collapsed"), "diverged": cell.ended("diverged")})
+                     "runs": len(cell.runs), **cell.ended_badly(controls[id(cell)])})
     return sorted(rows, key=lambda row: (row["n"] == 0, -(row["difference"] or 0)))
 
 
@@ -295,10 +311,10 @@ def draw_causes(sweeps: dict[str, dict[str, Cell]], panels: dict[str, list[dict]
     figure = Figure(figsize=(6.0, sum(heights) + 0.45), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axis, (sweep, rows) in zip(axes, panels.items()):
-        base = sweeps[sweep][BASE]
+        base, kd = sweeps[sweep][BASE], sweeps[sweep][KD]
         figure.suptitle(setting(base.flags), x=0.01, ha="left", fontsize=7.5)
-        axis.set_title(f"{rate(base.flags)}; {seeds(len(base.runs))}\nbase: DKD, beta 8: {base.outcome}; "
-                       f"KD: {sweeps[sweep][KD].outcome}", loc="left")
+        axis.set_title(f"{rate(base.flags)}; {seeds(len(base.runs))}\nbase: DKD, beta 8: {base.outcome(kd)}; "
+                       f"KD: {kd.outcome(None)}", loc="left")
         notes = []
         for place, row in enumerate(rows):
             bad = "".join(f", {row[how]} {how}" for how in ("collapsed", "diverged") if row[how])
