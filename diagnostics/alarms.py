@@ -1,8 +1,9 @@
 """The verdict on a run: whether it collapsed, and which of its numbers are beyond a limit.
 
 A collapse has one definition, `collapsed`.  A run alone is compared with its own best epoch; where the run of a control, plain
-KD, is at hand, as in plots/ and STUDY.md, with the last epoch of that one.  An alarm is a number beyond a limit, and not a cause:
-STUDY.md counts how often each is raised in runs that did not collapse.  MOVE and DEAD are set on those runs.  Imports no torch.
+KD, is at hand, as in plots/ and STUDY.md, with the last epoch of that one.  A run alone that ends near chance collapsed, too.
+An alarm is a number beyond a limit, and not a cause: STUDY.md counts how often each is raised in runs that did not collapse.
+MOVE and DEAD are set on those runs.  Imports no torch.
 """
 from typing import NamedTuple
 
@@ -42,12 +43,13 @@ def judge(args, rows: list, looked: list[dict], classes: int, stopped_early: boo
     advice: of a run that went wrong, what lowers each number beyond its limit; None of others.
     """
     found = alarms(args, rows, looked, classes, stopped_early)
-    names = [alarm.name for alarm in found]
+    names = {alarm.name for alarm in found}
     remedies = [f"{name}: {remedy}" for name, remedy in advice(args, looked).items() if name in names]
-    return {"verdict": "collapsed" if "collapse" in names else "early stop" if stopped_early else "completed",
+    verdict = "collapsed" if names & {"collapse", "chance"} else "early stop" if stopped_early else "completed"
+    return {"verdict": verdict,
             "health": f"{len(found)} alarm{'s' * (len(found) > 1)}" if found else "healthy",
             "alarms": [alarm._asdict() for alarm in found],
-            "advice": "; ".join(remedies) or None if {"collapse", "chance", "dead"} & {*names} else None}
+            "advice": "; ".join(remedies) or None if verdict == "collapsed" or "dead" in names else None}
 
 
 def alarms(args, rows, looked, classes: int, stopped_early: bool) -> list[Alarm]:

@@ -231,25 +231,23 @@ def names(result):
     return [alarm["name"] for alarm in result["alarms"]]
 
 
-@pytest.mark.parametrize("accuracies, early, expected", [
-    ([10, 30, 50], False, "completed"), ([10, 50, 46], True, "early stop"), ([1, 1.2, 1.5], False, "completed"),
-    ([10, 60, 54.9], True, "collapsed"), ([10, 60, 55.1], False, "completed"), ([3.2, 1, 1.9], False, "completed")])
-def test_verdict(accuracies, early, expected):
-    result = judged(accuracies, early=early)
-    assert result["verdict"] == expected and names(result).count("collapse") == (expected == "collapsed")
+@pytest.mark.parametrize("accuracies, early, classes, expected, raised", [
+    ([10, 30, 50], False, 100, "completed", []), ([10, 50, 46], True, 100, "early stop", []),
+    ([10, 60, 54.9], True, 100, "collapsed", ["collapse"]), ([10, 60, 55.1], False, 100, "completed", []),
+    ([1, 1.2, 1.5], False, 100, "collapsed", ["chance"]), ([3.2, 1, 1.9], True, 100, "collapsed", ["chance"]),
+    ([10, 60, 1.0], False, 100, "collapsed", ["collapse", "chance"]), ([90.0], False, 2, "completed", []),
+    ([54.0], False, 2, "collapsed", ["chance"]), ([16.0], False, 10, "completed", []),
+    ([15.0], False, 10, "collapsed", ["chance"]), ([0.2], False, 1000, "collapsed", ["chance"])])
+def test_verdict(accuracies, early, classes, expected, raised):
+    """A fall, or an accuracy near chance, which depends on the number of classes."""
+    result = judged(accuracies, early=early, classes=classes)
+    assert result["verdict"] == expected and [name for name in names(result) if name != "early stop"] == raised
+    assert all(f"{100 / classes:g} %" in alarm["text"] for alarm in result["alarms"] if alarm["name"] == "chance")
 
 
 @pytest.mark.parametrize("last, reference, expected", [(55.0, 60.0, False), (54.9, 60.0, True), (70.0, 60.0, False)])
 def test_a_collapse_is_more_than_five_points_below_the_reference(last, reference, expected):
     assert alarms.collapsed(last, reference) == expected
-
-
-@pytest.mark.parametrize("classes, accuracy, expected", [
-    (2, 90.0, []), (2, 54.0, ["chance"]), (10, 16.0, []), (10, 15.0, ["chance"]), (1000, 0.2, ["chance"])])
-def test_chance_depends_on_the_number_of_classes(classes, accuracy, expected):
-    result = judged([accuracy], classes=classes)
-    assert names(result) == expected and result["verdict"] == "completed"
-    assert all(f"{100 / classes:g} %" in alarm["text"] for alarm in result["alarms"])
 
 
 def test_a_healthy_run_raises_no_alarm():
