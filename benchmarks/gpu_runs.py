@@ -82,10 +82,8 @@ def run(command: str, output: Path, end: float, kill_after: int | None = None) -
 
 def log_of(output: Path) -> list[dict]:
     """The rows of log.csv."""
-    if not (output / "log.csv").exists():
-        return []
-    with open(output / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    path = output / "log.csv"
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,8 @@ def test_early_stops_are_crossed_and_labelled_and_the_rest_is_thin(seeds):
     figure = draw(seeds[0], "figure1")
     logs = [curve(67, 84 + 5 * index, 200, seed) for index, seed in enumerate((1, 2, 3))]
     assert crosses(figure) == [(len(log), log[-1]) for log in logs]
-    assert line(figure, "v3: DKD β\xa0=\xa08, stopped at 84–94").get_xdata()[-1] == 84, "the full line ends where the first seed does"
+    full = line(figure, "v3: DKD β\xa0=\xa08, stopped at 84–94").get_xdata()
+    assert full[-1] == 84, "the full line ends where the first seed does"
     rest, = [line for line in figure.axes[0].lines if line.get_linewidth() == make_figures.THIN]
     np.testing.assert_allclose(rest.get_xydata()[3], (87, statistics.mean(log[86] for log in logs[1:])))
     np.testing.assert_allclose(rest.get_xydata()[-1], (94, logs[2][-1]))

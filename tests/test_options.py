@@ -52,8 +52,8 @@ def test_presets_set_defaults_and_flags_win(experiment, expected):
 def test_a_preset_of_one_method_can_be_run_with_the_other():
     args = distill("--experiment", "v3", "--method", "kd")
     assert (args.method, args.beta, args.alpha, args.mixed_target) == ("kd", None, 0.7, None)
-    assert method_flags.numbers(args) == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward", "standardize": False,
-                                    "label_smoothing": 0.1}
+    assert method_flags.numbers(args) == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward",
+                                          "standardize": False, "label_smoothing": 0.1}
 
 
 def test_short_forms_and_names():
