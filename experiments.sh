@@ -71,7 +71,10 @@ ablation() {
         -- --method kd dkd --beta 1 2 4 8 16 --policy none --random-erasing 0 --mix-prob 1 \
         -- --method kd dkd --beta 1 2 4 8 16 --policy autoaugment --random-erasing 0.25 --mix-prob 0 \
         -- --method kd dkd --beta 1 2 4 8 16 --policy autoaugment --random-erasing 0.25 --mix-prob 1
-    python plots/ablation_figures.py --runs "runs/$ablation" --output figures
+    for name in usual high findings phase; do
+        python results/tables.py "runs/$ablation/$name" "runs/$ablation/$name"
+    done
+    python results/ablation-small/figures.py --tables "runs/$ablation" --output figures
 }
 
 published() {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cli import sweep_grid, sweep_jobs
 from rundir import errors
-from rundir.files import as_csv, write_atomic, write_json
+from rundir.files import as_csv, damaged, read_json, write_atomic, write_json
 from rundir.terminal import clock
 
 ROOT = Path(__file__).resolve().parent
@@ -57,9 +57,9 @@ def main(args):
 
 def record(jobs, path: Path) -> None:
     """Check what earlier runs left, before any is started; and note with which flags each was begun."""
-    recorded = sweep_jobs.read_json(path) or {}
+    recorded = read_json(path) or {}
     if not all(isinstance(flags, dict) for flags in recorded.values()):
-        raise sweep_jobs.damaged(path, "not the flags of runs")
+        raise damaged(path, "not the flags of runs")
     others = recorded.keys() - {each.directory.name for each in jobs}
     if others:
         print(f"the tables there will be of this sweep; {len(others)} runs of another are left out: {min(others)}, ...")

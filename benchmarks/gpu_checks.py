@@ -29,7 +29,6 @@ import kernels
 from augment import POLICIES, BatchAugmenter
 from benchmarks import loss, table
 from benchmarks.augmentation_rivals import MEAN, STD
-from cli.flag_types import Parser
 from cli.options import debug_flag
 from kernels.softmax_kl import Weights, hyperparameters, softmax_kl
 from losses import Targets
@@ -260,7 +259,7 @@ CHECKS = {"machine": check_machine, "kernels": check_kernels, "augmentation": ch
           "bounds": check_bounds}
 
 if __name__ == "__main__":
-    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = errors.Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--device", type=table.device, default="auto")

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import table
-from cli.flag_types import Parser, positive
+from cli.flag_types import positive
 from cli.options import debug_flag
-from rundir.errors import STOPPED, USAGE, Failure, Stopped, run, stopping_on_signals
+from rundir.errors import STOPPED, USAGE, Failure, Parser, Stopped, run, stopping_on_signals
 from rundir.files import as_csv, make_directory, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent

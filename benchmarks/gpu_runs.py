@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import table
-from cli.flag_types import Parser, positive
+from cli.flag_types import positive
 from cli.options import debug_flag
 from data import datasets
 from rundir import errors
@@ -82,10 +82,8 @@ def run(command: str, output: Path, end: float, kill_after: int | None = None) -
 
 def log_of(output: Path) -> list[dict]:
     """The rows of log.csv."""
-    if not (output / "log.csv").exists():
-        return []
-    with open(output / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    path = output / "log.csv"
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 @dataclass(frozen=True)
@@ -290,7 +288,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = errors.Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("task", choices=("variants", "unpack", "runs"))
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="FILE", help="an archive of train/CLASS/*.jpg and test/CLASS/*.jpg")

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from cli import flag_types
-from cli.flag_types import Parser, positive
+from cli.flag_types import positive
 from cli.options import debug_flag
-from rundir.errors import USAGE, Failure, Unwritable
+from rundir.errors import USAGE, Failure, Parser, Unwritable
 from rundir.files import make_directory
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -1,18 +1,7 @@
-"""What a flag may be: argparse types that say what they want, and a parser that says what is wrong in one line."""
+"""What a flag may be: argparse types that say what they want."""
 import argparse
 import math
-import os
 import re
-import sys
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr, also where torchrun starts several processes, and exit code 2."""
-
-    def error(self, message):
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"error: {message}. see {self.prog} --help\n")
-        raise SystemExit(2)
 
 
 def number(kind, at_least=None, above=None, at_most=None, below=None):

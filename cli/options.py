@@ -6,8 +6,9 @@ a flag beside it wins.
 import argparse
 
 from cli import method_flags
-from cli.flag_types import Parser, count, device, nonempty, nonnegative, number, png, positive, probability, seed, whole
+from cli.flag_types import count, device, nonempty, nonnegative, number, png, positive, probability, seed, whole
 from losses.methods import METHODS
+from rundir.errors import Parser
 
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
 POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "randaugment", "trivialaugment")

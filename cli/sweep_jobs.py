@@ -1,6 +1,5 @@
 """One run of a sweep: its command, its process, and what it left in its directory.  Imports no torch."""
 import fcntl
-import json
 import os
 import shlex
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from cli import sweep_grid
 from rundir.errors import BUG, DATA, DIVERGED, IN_USE, STOPPED, USAGE, Failure
-from rundir.files import digest, holds, make_directory
+from rundir.files import damaged, digest, holds, make_directory, read_json
 from rundir.identity import NON_EXPERIMENT_FLAGS
 
 RESOLVED = (None, "auto")  # flags that a run decides itself; config.json then says what it decided
@@ -192,20 +191,3 @@ def fingerprint(dataset: str, data_dir: str, image_size: int | None) -> str:
     """Of the images that these flags name; reads them, and imports torch for it."""
     from data import datasets
     return datasets.load(dataset, data_dir, val_size=0, image_size=image_size).fingerprint
-
-
-def read_json(path: Path) -> dict | None:
-    """An object of a JSON file; None where there is no file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as failure:
-        raise damaged(path, failure) from None
-    if not isinstance(content, dict):
-        raise damaged(path, "it is not an object")
-    return content
-
-
-def damaged(path: Path, reason) -> Failure:
-    return Failure(DATA, f"cannot read {path.name}: {reason} ({path})", "repair the file, or take its run away")

@@ -8,6 +8,8 @@ from statistics import fmean, stdev
 
 from scipy.special import stdtr, stdtrit  # Student's t of n degrees of freedom, and its inverse
 
+from rundir import files
+
 SAME = 1e-9  # percent: values so close differ by rounding alone
 
 
@@ -65,7 +67,7 @@ COLUMNS = {  # header: the text of a row's cell
     "verdicts": lambda row: row["verdicts"] or "-",
     "minutes": lambda row: shown(row["minutes"], ".1f"),
 }
-LEFT = ("flags", "verdicts")
+LEFT = {"flags", "verdicts"}
 
 
 def table(results: dict[str, dict[int, dict]], control: str, metric: str, missing: int) -> tuple[list[dict], str]:
@@ -90,11 +92,4 @@ def table(results: dict[str, dict[int, dict]], control: str, metric: str, missin
 
 
 def as_markdown(rows: list[dict], note: str) -> str:
-    """Padded, so that it reads well in a terminal too."""
-    columns = []
-    for header, text in COLUMNS.items():
-        texts = [header, *(text(row).replace("|", "\\|") for row in rows)]
-        width, left = max(3, *map(len, texts)), header in LEFT
-        head, *body = [each.ljust(width) if left else each.rjust(width) for each in texts]
-        columns.append([head, "-" * width if left else "-" * (width - 1) + ":", *body])
-    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*columns)) + f"\n{note}\n"
+    return files.as_markdown({header: [text(row) for row in rows] for header, text in COLUMNS.items()}, LEFT, note)

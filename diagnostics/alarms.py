@@ -1,21 +1,30 @@
-"""The verdict on a run: whether it collapsed, which alarms its numbers raise, and what most likely did it.
+"""The verdict on a run: whether it collapsed, and which of its numbers are beyond a limit.
 
-An alarm is a number beyond a limit, and no proof: plots/explain.py shows them beside the curves.  Where the limits are from:
-the five points, the shares and the half are what the project calls a collapse, a loud term, a lost teacher; MOVE and DEAD are set
-on the runs of STUDY.md, which no single limit separates.
+A collapse has one definition, `collapsed`.  A run alone is compared with its own best epoch; where the run of a control, plain
+KD, is at hand, as in plots/ and STUDY.md, with the last epoch of that one.  A run alone that ends near chance collapsed, too.
+An alarm is a number beyond a limit, and not a cause: STUDY.md counts how often each is raised in runs that did not collapse.
+MOVE and DEAD are set on those runs.  Imports no torch.
 """
 from typing import NamedTuple
 
 from losses.methods import METHODS
 
-FALL = 5.0  # percentage points of validation accuracy
+FALL = 5.0  # percentage points of validation accuracy below the reference: a collapse
+NEAR = 5.0  # percentage points above chance
 CLIPPED = 0.9  # share of the steps
 SHARE = 0.8  # of one distillation term in the logit gradient
 TEACHER = 50.0  # accuracy (%) on the images that it teaches with
 SKIPPED = 0.01  # share of the steps
 MOVE = 0.03  # what a step changes, over the norm of the weights
 DEAD = 0.1  # share of the classes that are never predicted
-CAUSES = ("skipped", "move", "inverted", "clipped", "share", "teacher")  # what can ruin a run; most telling first, as below
+
+
+def collapsed(last: float, reference: float) -> bool:
+    """Whether a run with that validation accuracy (%) in its last epoch collapsed.
+
+    reference: the last epoch's accuracy of the control, the KD run beside it, where there is one; else the run's own best.
+    """
+    return last < reference - FALL
 
 
 class Alarm(NamedTuple):
@@ -28,21 +37,23 @@ class Alarm(NamedTuple):
 
 
 def judge(args, rows: list, looked: list[dict], classes: int, stopped_early: bool) -> dict:
-    """What summary.json says of a run: verdict, health, alarms, cause, advice.
+    """What summary.json says of a run: verdict, health, alarms, advice.
 
     args: the run's flags.  rows: of log.csv.  looked: rows of diagnostics.csv.  classes: their number.
+    advice: of a run that went wrong, what lowers each number beyond its limit; None of others.
     """
     found = alarms(args, rows, looked, classes, stopped_early)
     names = {alarm.name for alarm in found}
-    suspects = [alarm for alarm in found if alarm.name in CAUSES] if names & {"collapse", "dead"} else []
-    return {"verdict": "collapsed" if "collapse" in names else "early stop" if stopped_early else "completed",
+    remedies = [f"{name}: {remedy}" for name, remedy in advice(args, looked).items() if name in names]
+    verdict = "collapsed" if names & {"collapse", "chance"} else "early stop" if stopped_early else "completed"
+    return {"verdict": verdict,
             "health": f"{len(found)} alarm{'s' * (len(found) > 1)}" if found else "healthy",
-            "alarms": [alarm._asdict() for alarm in found], "cause": suspects[0].text if suspects else None,
-            "advice": advice(args, suspects[0], looked) if suspects else None}
+            "alarms": [alarm._asdict() for alarm in found],
+            "advice": "; ".join(remedies) or None if verdict == "collapsed" or "dead" in names else None}
 
 
 def alarms(args, rows, looked, classes: int, stopped_early: bool) -> list[Alarm]:
-    """Every alarm that the numbers of a run raise: what went wrong, then what can have done it; arguments as above."""
+    """Every number of a run that is beyond its limit; arguments as above."""
     found, steps, loud = [], sum(row.steps for row in rows), shares(args, looked)
 
     def check(name: str, value, limit: float, text: str, epoch=None) -> None:
@@ -55,11 +66,12 @@ def alarms(args, rows, looked, classes: int, stopped_early: bool) -> list[Alarm]
 
     accuracy, last = [row.val_acc1 for row in rows], rows[-1].val_acc1
     best, chance = max(accuracy), 100 / classes
-    near = min(2 * chance, chance + FALL)  # twice chance would be any accuracy at all of two classes
-    check("collapse", best - last, FALL, f"validation accuracy fell from {best:.1f} % in epoch {accuracy.index(best) + 1} to "
-          f"{last:.1f} % at the end (alarm above {FALL:g} points)", rows[-1].epoch)
-    if last <= near and not found:
-        found.append(Alarm("collapse", last, near, rows[-1].epoch, f"validation accuracy is {last:.1f} % at the end, near the "
+    near = min(2 * chance, chance + NEAR)  # twice chance would be any accuracy at all of two classes
+    if collapsed(last, best):
+        found.append(Alarm("collapse", best - last, FALL, rows[-1].epoch, f"validation accuracy fell from {best:.1f} % in epoch "
+                           f"{accuracy.index(best) + 1} to {last:.1f} % at the end (alarm above {FALL:g} points)"))
+    if last <= near:
+        found.append(Alarm("chance", last, near, rows[-1].epoch, f"validation accuracy is {last:.1f} % at the end, near the "
                            f"chance of {chance:.3g} % with {classes} classes (alarm up to {near:.3g} %)"))
     dead = looked[-1]["dead_classes"] if looked else None
     if dead:
@@ -80,8 +92,7 @@ def alarms(args, rows, looked, classes: int, stopped_early: bool) -> list[Alarm]
         row.skipped_steps for row in rows))
     factors = [row["clip_factor"] for row in looked if row["clip_factor"]]
     check("clipped", clipped, CLIPPED, f"{clipped:.0%} of the steps were clipped (alarm above {CLIPPED:.0%}), to "
-          f"{sum(factors) / max(1, len(factors)):.0%} of the gradient on average: --clip-grad {args.clip_grad:g} sets the step, "
-          "and CE's part of it shrinks as the other terms grow")
+          f"{sum(factors) / max(1, len(factors)):.0%} of the gradient on average")
     for term, share in loud.items():
         check("share", share, SHARE, f"{term.upper()} makes {share:.0%} of the logit gradient (alarm above {SHARE:.0%})")
     teacher = mean(looked, "teacher_acc1")
@@ -108,16 +119,16 @@ def shares(args, looked: list[dict]) -> dict:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def advice(args, suspect: Alarm, looked: list[dict]) -> str:
-    """What to change, for the most likely cause."""
+def advice(args, looked: list[dict]) -> dict[str, str]:
+    """What to change, by alarm."""
     weights = METHODS[args.method].weighed_by if "method" in args else {}
     loudest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(args, looked))[:1] if term in weights]
     quieter = "".join(f" or {flag}" for flag in loudest)
     return {
         "skipped": f"lower --lr{quieter}, or use --amp bf16",
-        "move": f"halve --lr{quieter}, or clip the gradient (--clip-grad 1); change one at a time",
+        "move": f"halve --lr{quieter}, or clip the gradient (--clip-grad 1), one at a time",
         "inverted": "use --mixed-target pair, or less mixing (--mix-prob)",
         "clipped": " or ".join(["raise --clip-grad", *(f"lower {flag}" for flag in loudest)]),
         "share": ", or ".join([*(f"lower {flag}" for flag in loudest), "raise --ce-weight"]),
         "teacher": "train the teacher under the same augmentation, or weaken it (--policy none, a lower --mix-prob)",
-    }[suspect.name]
+    }

@@ -1,8 +1,7 @@
-"""What diagnostics.csv says of an epoch: which term makes the gradient, what the teacher says of the images that it is given, and
-how far student and teacher are apart; for all images, and split by what was done to them.
+"""The columns of diagnostics.csv: the logit gradient of each loss term, and the accuracy and certainty of the teacher.
 
-Every 40th step is looked at more closely, from its logits alone: a term's gradient with respect to the student's logits is that
-of the method with all other weights at 0.  The step adds sums to a table on the device, and the table is read once per epoch.
+They are means over every 40th step, taken from its logits alone.  The gradient of a term with respect to the student's logits is
+that of the method with all other weights at 0.  A step adds sums to a table on the device, which is read once per epoch.
 docs/diagnostics.md explains every column.
 """
 import math
@@ -13,83 +12,71 @@ from cli import method_flags
 from losses import mixed_ce
 from losses.methods import METHODS, resolved
 
-LOG_EVERY = 40  # steps, one of which is a diagnostics step
-GROUPS = ("all", "clean", "policy", "erased", "mixup", "cutmix", "even", "uneven")
-UNEVEN = 0.75  # what the larger label of a mix is worth from where on it counts as uneven
+LOG_EVERY = 40  # steps from one diagnostics step to the next
+TREATMENTS = ("all", "clean", "policy", "erased", "mixup", "cutmix")  # groups of images, by their augmentation
+BY_TREATMENT = ("images", "teacher_acc1", "teacher_either")  # columns of each group; the others are of all images
 WHOLE = "whole"  # the gradient of all terms together
-PERCENT = ("student_acc1", "teacher_acc1", "teacher_either")
 
 
 class Diagnostics:
-    """Sums over the images of the steps that are looked at, of one epoch at a time.
+    """Sums over the images of an epoch's diagnostics steps.
 
-    In such a step `look` takes the logits, and `end_step` adds what it saw to the sums on the device; a CUDA graph may hold both.
-    args: of cli.options.  augmenter: makes the batches, of which these `rows` are looked at.  ranks: of
-    training.distributed.  steps: those that are looked at, every 40th where they are not given.
+    `add` adds such a step to the sums on the device, also in a CUDA graph.
+    args: of cli.options.  augmenter: makes the batches, of which this process takes these `rows`.  ranks: of
+    training.distributed.  steps: the diagnostics steps of an epoch; default: every 40th.
     """
 
     def __init__(self, args, augmenter, rows: range, ranks, steps: range | None = None):
         self.args, self.augmenter, self.rows, self.ranks = args, augmenter, rows, ranks
         self.function = method_flags.function(args) if "method" in args else None
         self.steps = range(0, augmenter.steps, LOG_EVERY) if steps is None else steps
-        self.treated, self.sums = None, []
+        self.treatments, self.sums = None, None
 
     def set_epoch(self, epoch: int) -> None:
-        """Forget the last epoch, and draw what is done to the images of this one."""
+        """Clear the sums, and draw the augmentation of this epoch's images."""
         policy, erased, mixup, cutmix = self.augmenter.treatments(epoch, self.steps, self.rows)
         clean = ~(policy | erased | mixup | cutmix)
-        treated = torch.stack([torch.ones_like(policy), clean, policy, erased, mixup, cutmix], 1).float()  # (steps, groups, rows)
-        if self.treated is None:
-            self.treated, self.all = treated, torch.ones_like(policy[0])
-        else:  # where a captured step reads and adds
-            self.treated.copy_(treated)
-            for sums in self.sums:
-                sums.zero_()
+        drawn = torch.stack([torch.ones_like(policy), clean, policy, erased, mixup, cutmix], 1).float()  # (steps, groups, rows)
+        if self.treatments is None:
+            self.treatments = drawn
+        else:
+            self.treatments.copy_(drawn)  # in place: a CUDA graph reads it
+        if self.sums is not None:
+            self.sums.zero_()
 
     @torch.no_grad()
     def add(self, position: int | torch.Tensor, result, targets, logits, teacher_logits=None, numbers: dict | None = None):
-        """Add the step at `position` of the epoch, one of `steps`, unless it was skipped: then its numbers may not be finite.
+        """Add the diagnostics step at `position` of the epoch, unless it was skipped: its numbers may not be finite.
 
-        Waits for nothing.  result: a training.optimization.StepResult with its relative update.  logits, teacher_logits: (N, C),
-        of `rows`.  numbers: of the method, as they are in this epoch.
+        Waits for nothing.  result: a training.optimization.StepResult with its relative update.
+        logits, teacher_logits: (N, C), of `rows`.  numbers: of the method, as they are in this epoch.
         """
         index = (position - self.steps.start) // self.steps.step
-        treated = self.treated[index] if isinstance(index, int) else self.treated.index_select(0, index.view(1))[0]
-        z, larger = logits.detach().float(), targets.lam >= 0.5
-        ends = torch.stack([targets.dominant, torch.where(larger, targets.other, targets.label)], 1)
-        dominant, mixed = ends[:, 0], ends[:, 0] != ends[:, 1]
-        uneven = mixed & (torch.where(larger, targets.lam, 1 - targets.lam) >= UNEVEN)
-        groups = torch.cat([treated, torch.stack([mixed & ~uneven, uneven]).float()])
-
-        best, log_q = z.argmax(1), z.log_softmax(1)
-        booleans = {"images": self.all, "mixed": mixed, "student_acc1": best == dominant}
-        floats = {"student_entropy": -(log_q.exp() * log_q).sum(1), "student_scale": z.std(1, correction=0)}
-        predictions = []
+        groups = self.treatments[index] if isinstance(index, int) else self.treatments.index_select(0, index.view(1))[0]
+        z, mixed = logits.detach().float(), (targets.label != targets.other).float()
+        labels = torch.stack([targets.dominant, torch.where(targets.lam >= 0.5, targets.other, targets.label)], 1)
+        values = {"images": groups[0], "mixed": mixed, "student_entropy": entropy(z),  # name -> (N,)
+                  "student_scale": z.std(1, correction=0)}
         if teacher_logits is not None:
-            v, said = teacher_logits.float(), teacher_logits.argmax(1)
-            log_p = v.log_softmax(1)
-            p, at_T = log_p.exp(), (v / numbers.get("temperature", 1.0)).softmax(1).gather(1, ends)
-            booleans |= {"teacher_acc1": said == dominant, "teacher_either": (said[:, None] == ends).any(1),
-                         "agree": said == best}
-            floats |= {"teacher_target": p.gather(1, ends[:, :1])[:, 0], "teacher_target_T": at_T[:, 0],
-                       "teacher_outside_T": 1 - at_T[:, 0] - at_T[:, 1] * mixed, "teacher_entropy": -(p * log_p).sum(1),
-                       "teacher_scale": v.std(1, correction=0), "teacher_square": p.square().sum(1)}
-            predictions = [groups @ p]
+            v = teacher_logits.float()
+            right, at_T = v.argmax(1, keepdim=True) == labels, (v / numbers.get("temperature", 1.0)).softmax(1).gather(1, labels)
+            values |= {
+                "teacher_acc1": 100.0 * right[:, 0], "teacher_either": 100.0 * right.any(1),
+                "teacher_target": v.softmax(1).gather(1, labels[:, :1])[:, 0], "teacher_target_T": at_T[:, 0],
+                "teacher_outside_T": 1 - at_T[:, 0] - at_T[:, 1] * mixed,
+                "teacher_entropy": entropy(v), "teacher_scale": v.std(1, correction=0)}
         terms = self.gradients(z, teacher_logits, targets, numbers)
         gradients = torch.stack(list(terms.values())) * len(z)  # of each image, not of their mean
-        of_ce = gradients[list(terms).index("ce")] if "ce" in terms else torch.zeros_like(z)
-        pulls = gradients.gather(2, ends.expand(len(terms), -1, -1)) * -mixed.float()[:, None]
-        parts = torch.cat([gradients.square().sum(2), (gradients * of_ce).sum(2), pulls[..., 0], pulls[..., 1]])
-        self.names = (*booleans, *floats,
-                      *(f"{what}_{term}" for what in ("grad", "cos", "pull", "pull_minor") for term in terms))
-        values = torch.cat([torch.stack(list(booleans.values())).float(), torch.stack(list(floats.values())), parts])
-        update = torch.stack([result.relative_update, torch.ones_like(result.relative_update)])
-        seen = [each.masked_fill_(result.skipped.bool(), 0.0) for each in (groups @ values.T, *predictions, update)]
-        if self.sums:
-            for sums, each in zip(self.sums, seen):
-                sums += each
-        else:
-            self.sums = seen
+        pulls = gradients.gather(2, labels.expand(len(terms), -1, -1)) * -mixed[:, None]
+        measured = {"grad": gradients.square().sum(2), "pull": pulls[..., 0], "pull_minor": pulls[..., 1]}
+        if "ce" in terms:
+            measured["cos"] = (gradients * gradients[list(terms).index("ce")]).sum(2)
+        for name, rows in measured.items():
+            values |= {f"{name}_{term}": row for term, row in zip(terms, rows) if (name, term) != ("cos", "ce")}
+        values["update_ratio"] = result.relative_update.expand_as(mixed)
+        sums = groups @ torch.stack(list(values.values()), 1)  # (groups, names)
+        sums.masked_fill_(result.skipped.bool(), 0.0)
+        self.names, self.sums = tuple(values), sums if self.sums is None else self.sums.add_(sums)
 
     def gradients(self, z, v, targets, numbers) -> dict:
         """term -> (N, C): the gradient of its part of the loss with respect to the logits z."""
@@ -117,40 +104,39 @@ class Diagnostics:
 
     def columns(self) -> dict:
         """The epoch's columns of diagnostics.csv, None where there is nothing to average; waits for the device."""
-        sums, *predictions, moves = (self.ranks.sum(sums.double()) for sums in self.sums)
-        squares = predictions[0].square().sum(1).tolist() if predictions else [None] * len(GROUPS)
-        move, steps = moves.tolist()
-        found = {"looked_at": len(self.steps), "update_ratio": move / steps if steps else None}
-        for group, row, square in zip(GROUPS, sums.tolist(), squares):
-            suffix = "" if group == "all" else f"_{group}"
-            found |= {name + suffix: value for name, value in averaged(dict(zip(self.names, row)), square).items()}
+        every, *groups = (dict(zip(self.names, row)) for row in self.ranks.sum(self.sums.double()).tolist())
+        found = averages(every)
+        for treatment, sums in zip(TREATMENTS[1:], groups):
+            own = averages({name: sums[name] for name in BY_TREATMENT if name in sums})
+            found |= {f"{name}_{treatment}": value for name, value in own.items()}
         return found
 
 
-def averaged(sums: dict, square: float | None) -> dict:
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """(N, C) -> (N,): that of the softmax, in nats."""
+    log_p = logits.log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def averages(sums: dict) -> dict:
     """The columns of a group of images.
 
-    sums: over them, by name.  square: the squared norm of the teacher's predictions, summed over them.
+    sums: over them, by name; of squared norms for `grad_<term>`, of products with the gradient of cross-entropy for `cos_<term>`.
     """
-    images, mixed, squares = sums.pop("images"), sums.pop("mixed"), sums.pop("teacher_square", None)
+    images, mixed = sums["images"], sums.get("mixed")
 
-    def mean(value, count=images):
-        return value / count if count else None
+    def mean(total, count=images):
+        return total / count if count else None
 
-    found = {"images": round(images)}
+    found = {name: mean(total, mixed if name.startswith("pull_") else images) for name, total in sums.items() if name != "mixed"}
+    found["images"] = round(images)
     terms = [name.removeprefix("grad_") for name in sums if name.startswith("grad_")]
-    found |= {name: mean(100 * value if name in PERCENT else value) for name, value in sums.items()
-              if not name.startswith(("grad_", "cos_", "pull_"))}
-    if squares is not None:
-        found["teacher_spread"] = math.sqrt(max(0.0, squares / images - square / images ** 2)) if images else None
-    norms = {term: math.sqrt(sums[f"grad_{term}"] / images) if images else 0.0 for term in terms}
+    norms = {term: math.sqrt(mean(sums[f"grad_{term}"]) or 0.0) for term in terms}
     together = sum(norm for term, norm in norms.items() if term != WHOLE)
-    for term in terms:
-        found |= {f"grad_{term}": norms[term] if images else None,
-                  f"pull_{term}": mean(sums[f"pull_{term}"], mixed),
-                  f"pull_minor_{term}": mean(sums[f"pull_minor_{term}"], mixed)}
+    for term, norm in norms.items():
+        found[f"grad_{term}"] = norm if images else None
         if term != WHOLE:
-            found[f"share_{term}"] = mean(norms[term], together)
-        if term != "ce":
-            found[f"cos_{term}"] = mean(sums[f"cos_{term}"], images * norms[term] * norms.get("ce", 0.0))
+            found[f"share_{term}"] = mean(norm, together)
+        if f"cos_{term}" in found:
+            found[f"cos_{term}"] = mean(sums[f"cos_{term}"], images * norm * norms["ce"])
     return found

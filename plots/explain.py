@@ -1,45 +1,38 @@
-"""One page on one or more runs (PNG or PDF): what happened, when, and which term of the loss did it.
+"""One page on one or more runs (PNG or PDF): how they ended, their alarms, and the curves of what was logged.
 
     python plots/explain.py runs/v3-s1                        -> runs/v3-s1/explain.png
-    python plots/explain.py runs/v3-s1 runs/v2-s1             two runs; plain KD is the control of the other one
+    python plots/explain.py runs/v3-s1 runs/v2-s1             two runs; the one of KD is the control of the other
     python plots/explain.py runs/v3-s1 --output v3.pdf
 
-Verdict, alarms, cause and advice are those of summary.json, and are printed too.  The curves are those of log.csv and
+Verdict, alarms and advice are those of summary.json, and are printed too.  The curves are those of log.csv and
 diagnostics.csv; docs/diagnostics.md explains the columns.  Colours are runs or, for a single run, the terms of its loss.  To add
-a panel, write a function `(axis, cases) -> legend entries` and name it in PANELS.  Imports nothing of ours but make_figures.py
-beside it, so that it also works on copied run directories.
+a panel, write a function `(axis, cases) -> legend entries` and name it in PANELS.
 """
-import csv
 import io
 import math
 import sys
-from bisect import bisect
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-if __package__:  # imported from the root, as plots.explain
-    from plots import make_figures
-else:  # run as a script: Python looks beside it
-    import make_figures
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python plots/explain.py`
+from diagnostics.alarms import MOVE, SHARE, TEACHER, collapsed
+from losses.methods import TERMS
+from plots import make_figures
+from plots.run_files import Run, control_of, read_columns, read_run, require
+from rundir import errors, files
+from rundir.errors import DATA, USAGE, Failure
 
-CONTROL = "kd"  # the method whose run the others are compared with
-FALL = 5.0  # percentage points of validation accuracy, in one epoch or below the control
-SHARE = 80.0  # percent of the logit gradient
-SYMPTOMS = {"collapse", "dead", "early stop"}  # alarms that say what went wrong, not why
 TREATMENTS = {"all": "", "clean": "_clean", "policy": "_policy", "erased": "_erased", "mixup": "_mixup", "cutmix": "_cutmix"}
-GROUPS = (*TREATMENTS.values(), "_even", "_uneven")  # suffixes of columns
 
 SERIES = make_figures.EXPERIMENTS
 LOOKS = (SERIES["v2"], SERIES["v3.1"], SERIES["v1"], SERIES["v4"], SERIES["v3"], *make_figures.OTHERS)  # of runs
@@ -50,12 +43,14 @@ STYLE = make_figures.STYLE | {
     "text.parse_math": False,  # a run may have a $ in its name
     "lines.markersize": 3.2, "legend.borderpad": 0, "legend.handlelength": 1.9, "legend.columnspacing": 0.9,
 }
-WIDTH, HEIGHT, DPI = 8.3, 11.0, 150  # inches: the page
+WIDTH, DPI = 8.3, 150  # inches: of the page
 EDGE = 0.35  # inches: its margin
-HEAD, FOOT, LEFT, RIGHT, LEAST = 0.5, 0.46, 0.47, 0.4, 1.05  # inches around the axes of a panel, and their least height
-GAP = 0.15  # inches: between words and panels
-TITLE, BODY = 12, 7.5  # points
-INDENT = 0.3  # inches: of the words on one run, beside which its line is shown
+PANEL = 2.2  # inches: the height of a panel, and of what is around its axes
+HEAD, FOOT, LEFT, RIGHT = 0.56, 0.46, 0.47, 0.4
+STEP, GAP = 0.13, 0.15  # inches: from line to line of the words, and between words and panels
+TITLE, BODY = 9, 7.5  # points
+CHARACTERS = 125  # of a line of BODY points
+INDENT = 0.3  # inches: of the words on several runs, beside which their lines are shown
 DOTTED = {"color": "black", "linestyle": (0, (1, 1.5)), "linewidth": 1.0}
 
 
@@ -65,7 +60,7 @@ DOTTED = {"color": "black", "linestyle": (0, (1, 1.5)), "linewidth": 1.0}
 class Case:
     """A run on the page: `columns` are those of diagnostics.csv, float64 (epochs,) with nan for an empty cell; `status` is
     status.json, empty where there is none."""
-    run: make_figures.Run
+    run: Run
     name: str
     look: make_figures.Series
     columns: dict
@@ -78,8 +73,7 @@ class Case:
     @property
     def terms(self) -> list[str]:
         """Those of the loss, cross-entropy first."""
-        names = [name for name in self.columns if name.startswith("share_") and not name.endswith(GROUPS[1:]) and self.has(name)]
-        return sorted((name.removeprefix("share_") for name in names), key=lambda term: term != "ce")
+        return [term for term in TERMS if self.has(f"share_{term}")]
 
     @property
     def largest(self) -> str | None:
@@ -100,24 +94,11 @@ class Case:
         """The best epoch: whose weights were kept; while the run is unfinished, that of the best validation accuracy."""
         return self.run.summary["best_epoch"] if self.run.summary else int(self.run.epochs[np.argmax(self.run.val_acc1)])
 
-    @property
-    def fall(self) -> tuple[int, float] | None:
-        """Epoch and size, in points, of the greatest fall of validation accuracy in one epoch, if it is one."""
-        falls = -np.diff(self.run.val_acc1)
-        if len(falls) and falls.max() > FALL:
-            return int(self.run.epochs[1:][falls.argmax()]), float(falls.max())
-        return None
-
     def column(self, name: str) -> np.ndarray:
         return self.columns.get(name, np.full(1, np.nan))
 
     def has(self, name: str) -> bool:
         return bool(np.isfinite(self.column(name)).any())
-
-    def at(self, name: str, epoch: int) -> float:
-        """The value in that epoch, nan where there is none."""
-        values = self.column(name)
-        return float(values[epoch - 1]) if epoch <= len(values) else math.nan
 
     def mean(self, name: str, suffix: str = "") -> float:
         """Over the epochs, each image the same; nan where there is none."""
@@ -127,80 +108,57 @@ class Case:
 
     @property
     def alarms(self) -> list[dict]:
-        """Those of summary.json, most telling first."""
+        """Those of summary.json."""
         return (self.run.summary or {}).get("alarms") or []
 
-    def limit(self, alarm: str) -> float | None:
-        """Beyond which the run has that alarm, if it has."""
-        return next((found["limit"] for found in self.alarms if found["name"] == alarm), None)
 
-
-def read_columns(path: Path, epochs: int) -> dict[str, np.ndarray]:
-    """Every column of diagnostics.csv by name, (epochs,): nan for a cell that is empty or not finite, and for a missing epoch."""
-    rows = {}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file)
-            names = table.fieldnames or ()
-            if "epoch" not in names:
-                raise ValueError("no column epoch")
-            for row in table:
-                where = f"line {table.line_num}"
-                if None in row or None in row.values():
-                    raise ValueError(f"{where} does not have {len(names)} cells")
-                if not row["epoch"].isdecimal() or not max(rows, default=0) < int(row["epoch"]) <= epochs:
-                    raise ValueError(f"{where}: epoch {row['epoch']!r}")
-                try:
-                    values = [float(cell) if cell else math.nan for cell in row.values()]
-                except ValueError as reason:
-                    raise ValueError(f"{where}: {reason}") from None
-                rows[int(row["epoch"])] = [value if math.isfinite(value) else math.nan for value in values]
-        if not rows:
-            raise ValueError("no epoch")
-    except FileNotFoundError:
-        raise make_figures.Failure(make_figures.DATA, f"no diagnostics.csv ({path})", "the run has no whole epoch, or was made "
-                                   "before they were recorded; train it again, or name another run") from None
-    except (OSError, ValueError, csv.Error) as reason:
-        raise make_figures.damaged(path, reason) from None
-    cells = np.full((max(rows), len(names)), math.nan)
-    for epoch, values in rows.items():
-        cells[epoch - 1] = values
-    return dict(zip(names, cells.T))
+def read_diagnostics(path: Path, epochs: int) -> dict[str, np.ndarray]:
+    """Every column of diagnostics.csv by name, (epochs,): nan for a missing epoch, too."""
+    if not path.exists():
+        raise Failure(DATA, f"no diagnostics.csv ({path})", "the run has no whole epoch, or was made before they were recorded; "
+                      "train it again, or name another run")
+    columns = read_columns(path, "images")
+    there = columns["epoch"]
+    if not len(there) or there[-1] > epochs:
+        raise files.damaged(path, f"epoch {there[-1]:g}" if len(there) else "no epoch")
+    filled = np.full((len(columns), int(there[-1])), math.nan)
+    filled[:, there.astype(int) - 1] = [*columns.values()]
+    return dict(zip(columns, filled))
 
 
 def read_case(directory: Path, name: str, look: make_figures.Series) -> Case:
-    run = make_figures.read_run(directory)
+    run = read_run(directory)
     if not len(run.epochs):
-        raise make_figures.damaged(directory / "log.csv", "no epoch")
+        raise files.damaged(directory / "log.csv", "no epoch")
     if run.config.get("clip_grad") is not None:
-        make_figures.require(directory / "config.json", run.config, clip_grad=float)
+        require(directory / "config.json", run.config, clip_grad=float)
     path, status = directory / "status.json", {}
     if run.summary:
         require_alarms(directory / "summary.json", run.summary)
     elif path.exists():
-        status = make_figures.read_json(path)
-        make_figures.require(path, status, state=str, reason=str)
-    return Case(run, name, look, read_columns(directory / "diagnostics.csv", run.config["epochs"]), status)
+        status = files.read_json(path)
+        require(path, status, state=str, reason=str)
+    return Case(run, name, look, read_diagnostics(directory / "diagnostics.csv", run.config["epochs"]), status)
 
 
 def require_alarms(path: Path, summary: dict) -> None:
-    """What a verdict says beside itself must be of its kind, where it is there."""
-    for key, kind in {"health": str, "alarms": list, "cause": str, "advice": str}.items():
+    """What summary.json says beside the verdict must be of its kind, where it is there."""
+    for key, kind in {"health": str, "alarms": list, "advice": str}.items():
         if summary.get(key) is not None:
-            make_figures.require(path, summary, **{key: kind})
+            require(path, summary, **{key: kind})
     for alarm in summary.get("alarms") or ():
         if not isinstance(alarm, dict):
-            raise make_figures.damaged(path, f"an alarm is {alarm!r}")
-        make_figures.require(path, alarm, name=str, limit=float, text=str)
+            raise files.damaged(path, f"an alarm is {alarm!r}")
+        require(path, alarm, name=str, value=float, limit=float, text=str)
 
 
 def read_cases(directories: list[Path]) -> list[Case]:
     """Every run, with a name that tells it from the others, and its look."""
     places = [directory.resolve() for directory in directories]
     if len(places) > len(LOOKS):
-        raise make_figures.Failure(make_figures.USAGE, f"{len(places)} runs do not fit on a page", f"name at most {len(LOOKS)}")
+        raise Failure(USAGE, f"{len(places)} runs do not fit on a page", f"name at most {len(LOOKS)}")
     if again := next((place for place in places if places.count(place) > 1), None):
-        raise make_figures.Failure(make_figures.USAGE, f"a run is named twice ({again})", "name it once")
+        raise Failure(USAGE, f"a run is named twice ({again})", "name it once")
     parts = 1
     while len({place.parts[-parts:] for place in places}) < len(places):
         parts += 1
@@ -211,7 +169,7 @@ def read_cases(directories: list[Path]) -> list[Case]:
 # Words
 
 class Block(NamedTuple):
-    """What is said of a run: a heading and, most telling first, sentences."""
+    """What is said of a run: a heading and sentences."""
     heading: str
     sentences: list[str]
 
@@ -230,38 +188,20 @@ def ending(case: Case) -> str:
     return f"unfinished after {done}, " + (f"status {status['state']}" if status else "without status.json")
 
 
-def against(case: Case, control: Case) -> list[str]:
-    """How far the run is from the control, where both trained one network on the same images; and, if far below, the most
-    telling alarm that the control does not raise."""
-    def alike(run):
-        return run.config["dataset"], run.network, run.config.get("image_size"), run.config.get("val_size")
-
-    if case is control or alike(case.run) != alike(control.run):
-        return []
-    ours, theirs = ((run.val_acc1[-1], run.val_acc1.max()) for run in (case.run, control.run))
+def against(case: Case, control: Case) -> str:
+    """How far the run is from the control, the KD run beside it, and whether it collapsed."""
+    ours, theirs = case.run.val_acc1, control.run.val_acc1
     last, best = (f"{one:.1f} %, {abs(one - other):.1f} points {'below' if one < other else 'above'}"
-                  for one, other in zip(ours, theirs))
-    if theirs[0] - ours[0] <= FALL:
-        return [f"Against the control {control.name}: last {case.measured} accuracy {last}; best {best}"]
-    shared = {alarm["name"] for alarm in control.alarms} | SYMPTOMS
-    only = next((alarm["text"] for alarm in case.alarms if alarm["name"] not in shared), None)
-    return [*([f"Unlike the control: {only}"] if only and only != case.run.summary.get("cause") else []),
-            f"Collapsed against the control {control.name}: last {case.measured} accuracy {last}; best {best}"]
+                  for one, other in ((ours[-1], theirs[-1]), (ours.max(), theirs.max())))
+    lead = "Collapsed against" if collapsed(ours[-1], theirs[-1]) else "Against"
+    return f"{lead} the control {control.name}: last {case.measured} accuracy {last}; best {best}"
 
 
-def events(case: Case) -> list[str]:
-    """What the curves say: the greatest fall with what was unusual then, the accuracies, the largest term."""
-    run, found = case.run, []
-    if case.fall:
-        epoch, points = case.fall
-        share, moved = case.at(f"share_{case.largest}", epoch), case.at("update_ratio", epoch)
-        then = [f"{str(case.largest).upper()} made {percent(share)} of the logit gradient"] * math.isfinite(share)
-        then += [f"a step changed the weights by {100 * moved:.1f} % of their norm"] * math.isfinite(moved)
-        found.append(f"Greatest fall of {case.measured} accuracy: {points:.1f} points in epoch {epoch}"
-                     + ", when " * bool(then) + " and ".join(then))
-    top = int(np.argmax(run.val_acc1))
-    found.append(f"{case.measured.capitalize()} accuracy: at most {run.val_acc1[top]:.1f} % (epoch {run.epochs[top]}), "
-                 f"{run.val_acc1[-1]:.1f} % in the last epoch ({run.epochs[-1]})")
+def curves(case: Case) -> list[str]:
+    """The accuracies, and the largest term."""
+    run, top = case.run, int(np.argmax(case.run.val_acc1))
+    found = [f"{case.measured.capitalize()} accuracy: at most {run.val_acc1[top]:.1f} % (epoch {run.epochs[top]}), "
+             f"{run.val_acc1[-1]:.1f} % in the last epoch ({run.epochs[-1]})"]
     if case.largest:
         values, mean = case.column(f"share_{case.largest}"), case.mean(f"share_{case.largest}")
         found.append(f"Largest term beside cross-entropy: {case.largest.upper()}, on average {percent(mean)} of the logit "
@@ -270,19 +210,19 @@ def events(case: Case) -> list[str]:
 
 
 def blocks(cases: list[Case]) -> list[Block]:
-    """What is said of every run; the cause, an alarm itself, is not said again among the alarms."""
-    control = next((case for case in cases if case.run.config.get("method") == CONTROL), None) if len(cases) > 1 else None
-    found = []
-    for case in cases:
-        summary, who = case.run.summary or {}, ", ".join((case.method, f"seed {case.run.config['seed']}"))
-        said = [f"{lead}: {summary[key]}" for lead, key in (("Cause", "cause"), ("Advice", "advice")) if summary.get(key)]
-        said += against(case, control) if control else []
-        said += events(case)
-        told = " ".join(said)
-        said += [f"Alarm: {alarm['text']}" for alarm in case.alarms if alarm["text"] not in told]
+    """What is said of every run."""
+    runs, found = [case.run for case in cases], []
+    controls = [next((other for other in cases if other.run is control_of(run, runs)), None) for run in runs]
+    for case, control in zip(cases, controls):
+        said = [against(case, control)] if control else []
+        said += curves(case)
+        said += ["Alarm: {name} {value:.3g}, limit {limit:.3g}: {text}".format_map(alarm) for alarm in case.alarms]
+        if advice := (case.run.summary or {}).get("advice"):
+            said.append(f"Advice: {advice}")
         heading = ending(case)
         if len(cases) > 1:
-            heading = f"{case.name} ({'control: ' if case is control else ''}{who}): {heading}"
+            heading = (f"{case.name} ({'control: ' if case in controls else ''}{case.method}, seed {case.run.config['seed']}): "
+                       f"{heading}")
         found.append(Block(" ".join(heading.split()), [" ".join(sentence.split()) for sentence in said]))
     return found
 
@@ -300,77 +240,38 @@ def title(cases: list[Case]) -> tuple[str, str]:
     return names if len(names) < 60 else f"{len(cases)} runs", "; ".join(about)
 
 
-@cache
-def width(text: str, size: float, weight: str) -> float:
-    """In inches, on the page."""
-    renderer = FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
-    return renderer.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)[0] / DPI
-
-
-def wrapped(text: str, inches: float, size: float, weight: str = "normal") -> list[str]:
-    """Lines of at most that width; a word that is longer is broken."""
-    space, words = width("n n", size, weight) - 2 * width("n", size, weight), []
-    for word in text.split():
-        while width(word, size, weight) > inches:
-            length = bisect(range(1, len(word)), inches, key=lambda length: width(word[:length], size, weight))
-            words.append(word[:length])
-            word = word[length:]
-        words.append(word)
-    lines, used = [], math.inf
-    for word in words:
-        used += space + width(word, size, weight)
-        if used <= inches:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-            used = width(word, size, weight)
-    return lines
-
-
 class Line(NamedTuple):
-    """A line of text at `left` inches from the margin, `step` inches below the one above; `marks` a run."""
+    """A line of text at the top of the page; `marks`: the run whose colour and marker are shown beside it."""
     text: str
-    left: float
-    step: float
-    size: float
+    size: float = BODY
     weight: str = "normal"
     marks: Case | None = None
 
 
-def lines_of(cases: list[Case], said: list[Block], most: int) -> list[Line]:
-    """The words at the top of the page, with at most that many sentences on each run."""
+def lines_of(cases: list[Case]) -> list[Line]:
+    """The words at the top of the page."""
     head, about = title(cases)
-    width, indent = WIDTH - 2 * EDGE, INDENT if len(cases) > 1 else 0.0
-    found = [Line(text, 0.0, 0.19, TITLE, "bold") for text in wrapped(head, width, TITLE, "bold")]
-    found += [Line(text, 0.0, 0.15, BODY + 0.5) for text in wrapped(about, width, BODY + 0.5)]
-    for case, (heading, sentences) in zip(cases, said):
-        for number, text in enumerate(wrapped(heading, width - indent, BODY + 0.5, "bold")):
-            found.append(Line(text, indent, 0.13 if number else 0.2, BODY + 0.5, "bold", case if indent and not number else None))
-        for sentence in sentences[:most]:
-            for number, text in enumerate(wrapped(sentence, width - indent - 0.1, BODY)):
-                found.append(Line(text, indent + 0.1 * bool(number), 0.125, BODY))
-        if len(sentences) > most:
-            found.append(Line(f"and {len(sentences) - most} more, on standard output", indent, 0.125, BODY))
+    found = [Line(text, TITLE, "bold") for text in textwrap.wrap(head, int(CHARACTERS * BODY / TITLE))]
+    found += [Line(text) for text in textwrap.wrap(about, CHARACTERS)]
+    for case, (heading, sentences) in zip(cases, blocks(cases)):
+        found.append(Line(""))
+        for number, text in enumerate(textwrap.wrap(heading, CHARACTERS)):
+            found.append(Line(text, weight="bold", marks=None if number or len(cases) == 1 else case))
+        for sentence in sentences:
+            found += [Line(text) for text in textwrap.wrap(sentence, CHARACTERS, subsequent_indent="    ")]
     return found
 
 
-def write_words(figure: Figure, cases: list[Case], room: float) -> float:
-    """Put the words on the page in at most `room` inches, and say how many they take."""
-    said = blocks(cases)
-    for most in range(max(len(block.sentences) for block in said), -1, -1):
-        lines = lines_of(cases, said, most)
-        height = sum(line.step for line in lines)
-        if height <= room:
-            break
-    y = HEIGHT - EDGE
-    for line in lines:
-        y -= line.step
-        figure.text((EDGE + line.left) / WIDTH, y / HEIGHT, line.text, fontsize=line.size, fontweight=line.weight, va="baseline")
+def write_words(figure: Figure, lines: list[Line], several: bool) -> None:
+    """Put the lines on the page, from its top; beside those on `several` runs there is room for a mark."""
+    height = figure.get_figheight()
+    for number, line in enumerate(lines, 1):
+        y = (height - EDGE - number * STEP) / height
+        figure.text((EDGE + INDENT * several) / WIDTH, y, line.text, fontsize=line.size, fontweight=line.weight, va="baseline")
         if line.marks:
-            look, middle = line.marks.look, (y + 0.04) / HEIGHT
+            look, middle = line.marks.look, y + 0.04 / height
             figure.add_artist(Line2D([EDGE / WIDTH, (EDGE + 0.22) / WIDTH], [middle] * 2, color=look.colour, marker=look.marker,
                                      markevery=[0], markersize=4.5, linewidth=1.6))
-    return height
 
 
 # Panels
@@ -383,6 +284,11 @@ class Entry(NamedTuple):
 
 def sample(text: str, colour="black", dashes="solid", marker="", width=1.1, **more) -> Entry:
     return Entry(Line2D([], [], color=colour, linestyle=dashes, marker=marker, linewidth=width, **more), text)
+
+
+def limit(value: float) -> Entry:
+    """Of an alarm."""
+    return Entry(Line2D([], [], **DOTTED), f"limit {value:g} %")
 
 
 def term_look(case: Case, term: str) -> make_figures.Series:
@@ -418,20 +324,12 @@ def marker_of(case: Case, cases) -> str:
 
 
 def log_axis(axis) -> None:
-    """A log axis with a few plain numbers, of which at least two are in sight."""
+    """A log axis with a few plain numbers."""
     axis.set_yscale("log")
-    values = np.concatenate([line.get_ydata() for line in axis.lines])
-    values = values[np.isfinite(values) & (values > 0)]
-    low, high = (values.min(), values.max()) if len(values) else (1.0, 1.0)
-    steps = (1, 2, 5) if high < 50 * low else (1,)
-    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
-    ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]
-    first = max(index for index, tick in enumerate(ticks) if tick < 0.95 * low)
-    last = min(index for index, tick in enumerate(ticks) if tick > 1.05 * high)
-    axis.set_ylim(ticks[first], ticks[last])
-    axis.yaxis.set_major_locator(FixedLocator(ticks[first:last + 1:math.ceil((last - first) / 6)]))
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_major_formatter("{x:g}")
 
 
 def accuracy(axis, cases) -> list[Entry]:
@@ -451,8 +349,6 @@ def accuracy(axis, cases) -> list[Entry]:
                sample("best epoch", dashes="none", marker="o", markersize=6, fillstyle="none")]
     if any(case.run.summary and case.run.summary["stopped_early"] for case in cases):
         entries.append(Entry(Line2D([], [], **make_figures.CROSS, color="white"), "early stop"))
-    if any(case.fall for case in cases):
-        entries.append(Entry(Patch(color="black", alpha=0.2, linewidth=0), "fall"))
     return entries
 
 
@@ -473,11 +369,10 @@ def shares(axis, cases) -> list[Entry]:
     else:
         plot_runs(axis, cases, lambda case: f"share_{case.largest}", factor=100)
         entries = largest_terms(cases)
-    limit = next((100 * found for case in cases if (found := case.limit("share"))), SHARE)
-    axis.axhline(limit, color="white", linewidth=2.2, alpha=0.8)
-    axis.axhline(limit, **DOTTED)
+    axis.axhline(100 * SHARE, color="white", linewidth=2.2, alpha=0.8)
+    axis.axhline(100 * SHARE, **DOTTED)
     axis.set_ylim(0, 100)
-    return [*entries, Entry(Line2D([], [], **DOTTED), f"limit {limit:g} %")]
+    return [*entries, limit(100 * SHARE)]
 
 
 def largest_terms(cases) -> list[Entry]:
@@ -507,11 +402,9 @@ def gradient_norm(axis, cases) -> list[Entry]:
 def step_size(axis, cases) -> list[Entry]:
     """How far a step moves the weights."""
     plot_runs(axis, cases, "update_ratio", factor=100)
-    limit = next((100 * found for case in cases if (found := case.limit("move"))), None)
-    if limit:
-        axis.axhline(limit, **DOTTED)
+    axis.axhline(100 * MOVE, **DOTTED)
     log_axis(axis)
-    return [Entry(Line2D([], [], **DOTTED), f"limit {limit:g} %")] if limit else []
+    return [limit(100 * MOVE)]
 
 
 def teacher(axis, cases) -> list[Entry]:
@@ -525,16 +418,14 @@ def teacher(axis, cases) -> list[Entry]:
         for column, look in (("teacher_acc1", {"facecolor": colour}), ("teacher_either", {"fill": False})):
             means = [case.mean(column, suffix) for suffix in shown.values()]
             axis.barh(places, means, thickness, edgecolor="black", linewidth=0.5, **look)
-    limit = next((found for case in taught if (found := case.limit("teacher"))), None)
-    if limit:
-        axis.axvline(limit, **DOTTED)
+    axis.axvline(TEACHER, **DOTTED)
     axis.set_yticks(range(len(shown)), list(shown))
     axis.invert_yaxis()
     axis.set_xlim(0, 100)
     axis.grid(visible=False, axis="y")
     return [Entry(Patch(facecolor="#888888", edgecolor="black", linewidth=0.5), "larger label"),
             Entry(Patch(fill=False, edgecolor="black", linewidth=0.5), "either label"),
-            *([Entry(Line2D([], [], **DOTTED), f"limit {limit:g} %")] if limit else [])]
+            limit(TEACHER)]
 
 
 def pull(axis, cases) -> list[Entry]:
@@ -604,50 +495,37 @@ PANELS = (
 )
 
 
-def caption(axis, title: str, entries: list[Entry]) -> None:
-    """Title and legend from the top left corner of the panel on, above the axes, in as many columns as fit."""
-    width, height = axis.bbox.width / DPI, axis.bbox.height / DPI
-    for columns in range(max(1, len(entries)), 0, -1):
-        box = axis.legend([entry.handle for entry in entries], [entry.text for entry in entries], title=title, ncols=columns,
-                          loc="upper left", bbox_to_anchor=(-LEFT / width, 1 + HEAD / height), borderaxespad=0, alignment="left",
-                          title_fontproperties={"size": 8, "weight": "bold"})
-        if box.get_window_extent().width / DPI < LEFT + width + RIGHT - 0.12:
-            return
-
-
-def draw_panels(figure: Figure, cases: list[Case], panels: list[Panel], columns: int, top: float) -> None:
-    """The panels below `top` inches: in rows, of which the first panel fills up the first one."""
-    rows = math.ceil(len(panels) / columns)
-    widths = (WIDTH - 2 * EDGE) / columns, (top - EDGE) / rows
-    last = max(len(case.column("epoch")) for case in cases)
-    last = max(last, *(int(case.run.epochs[-1]) for case in cases))
+def draw_panels(figure: Figure, cases: list[Case], panels: list[Panel], columns: int) -> None:
+    """The panels from the bottom of the page on: in rows, of which the first panel fills up the first one."""
+    height, width, rows = figure.get_figheight(), (WIDTH - 2 * EDGE) / columns, math.ceil(len(panels) / columns)
+    last = max(max(len(case.column("epoch")), int(case.run.epochs[-1])) for case in cases)
     for number, panel in enumerate(panels):
         spare = rows * columns - len(panels)
         row, column = divmod(number + spare if number else 0, columns)
         across = 1 if number else 1 + spare
         axis = figure.add_axes((
-            (EDGE + column * widths[0] + LEFT) / WIDTH, (top - (row + 1) * widths[1] + FOOT) / HEIGHT,
-            (across * widths[0] - LEFT - RIGHT) / WIDTH, (widths[1] - HEAD - FOOT) / HEIGHT))
+            (EDGE + column * width + LEFT) / WIDTH, (EDGE + (rows - row - 1) * PANEL + FOOT) / height,
+            (across * width - LEFT - RIGHT) / WIDTH, (PANEL - HEAD - FOOT) / height))
         entries = panel.draw(axis, cases)
         if panel.by_epoch:
-            for case in (case for case in cases if case.fall):
-                left, right = case.fall[0] - 0.5, case.fall[0] + 0.5
-                axis.axvspan(left, right, color=colour_of(case, cases), alpha=0.2, linewidth=0, zorder=3)
             axis.set(xlim=(0.5, last + 0.5), xlabel="epoch", ylabel=panel.unit)
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         else:
             axis.set_xlabel(panel.unit)
-        caption(axis, panel.title, entries)
+        # Title and legend begin above the axis's labels.
+        axis.legend([entry.handle for entry in entries], [entry.text for entry in entries], title=panel.title, ncols=2 * across,
+                    loc="upper left", bbox_to_anchor=(-LEFT / (across * width - LEFT - RIGHT), 1 + HEAD / (PANEL - HEAD - FOOT)),
+                    borderaxespad=0, alignment="left", title_fontproperties={"size": 8, "weight": "bold"})
 
 
 def page(cases: list[Case]) -> Figure:
-    """Words at the top; below, the panels that make sense, each in the colours of runs or terms."""
+    """Words at the top; below, the panels that make sense, each in the colours of runs or terms.  The page is as high as they."""
     panels = [panel for panel in PANELS if any(case.has(panel.column.format(largest=case.largest)) for case in cases)]
-    columns = 3 if len(panels) > 6 else 2
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI)
-    room = HEIGHT - 2 * EDGE - math.ceil(len(panels) / columns) * (HEAD + LEAST + FOOT)
-    used = write_words(figure, cases, room - GAP)
-    draw_panels(figure, cases, panels, columns, HEIGHT - EDGE - used - GAP)
+    columns, lines = 3 if len(panels) > 6 else 2, lines_of(cases)
+    height = 2 * EDGE + len(lines) * STEP + GAP + math.ceil(len(panels) / columns) * PANEL
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI)
+    write_words(figure, lines, len(cases) > 1)
+    draw_panels(figure, cases, panels, columns)
     return figure
 
 
@@ -663,25 +541,24 @@ def spoken(cases: list[Case]) -> str:
 
 def explain(directories: list[Path], output: Path) -> None:
     if output.suffix not in (".png", ".pdf"):
-        raise make_figures.Failure(make_figures.USAGE, f"--output must end in .png or .pdf ({output})", "choose one of them")
+        raise Failure(USAGE, f"--output must end in .png or .pdf ({output})", "choose one of them")
     cases, content = read_cases(directories), io.BytesIO()
     page(cases).savefig(content, format=output.suffix[1:], metadata={"CreationDate": None} if output.suffix == ".pdf" else {})
-    make_figures.write(output, content.getvalue())
+    files.write_atomic(output, content.getvalue())
     print(spoken(cases), f"\n{output}", sep="\n")
 
 
 def main(arguments=None) -> None:
-    parser = make_figures.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = errors.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories; one of method kd is the control")
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="a .png or .pdf; default: explain.png in the directory of the first run")
 
-    def work():
-        args = parser.parse_args(arguments)
+    def work(args) -> None:
         with matplotlib.style.context(["default", STYLE]):
             explain(args.runs, args.output or args.runs[0] / "explain.png")
 
-    make_figures.exit_by(work)
+    errors.run(work, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

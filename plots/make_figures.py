@@ -7,14 +7,10 @@
 A run is a directory with config.json and log.csv; one without summary.json is unfinished and appears in curves only.  Runs that
 differ in nothing but the seed become one line: mean and sample standard deviation.  Runs of other methods join the figures of
 all students where data, networks and teacher are the study's.  To add a figure, write a function `(study, names) -> Figure` and
-name it in FIGURES.  Imports nothing of ours, so that it also works on copied run directories.
+name it in FIGURES.
 """
-import argparse
-import csv
 import io
-import json
 import math
-import os
 import re
 import sys
 import textwrap
@@ -30,9 +26,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-ROOT = Path(__file__).resolve().parent.parent
-USAGE, DATA, DISK, INTERRUPTED = 2, 4, 8, 130
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python plots/make_figures.py`
+from diagnostics.alarms import FALL, collapsed
+from plots.run_files import Run, control_of, read_run
+from rundir import errors, files
+from rundir.errors import DATA, USAGE, Failure
 
+ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Series:
@@ -92,128 +92,15 @@ THIN = 0.6
 CROSS = {"linestyle": "none", "marker": "X", "markersize": 6.5, "markeredgecolor": "black", "markeredgewidth": 0.7}
 
 
-class Failure(Exception):
-    """An error that the user can mend: exit `code`, `what` went wrong and where, and the `remedy`."""
-
-    def __init__(self, code: int, what: str, remedy: str):
-        super().__init__(f"{what}. {remedy}")
-        self.code = code
-
-
 # Reading
 
-@dataclass(frozen=True)
-class Run:
-    """One run directory: `epochs` int64 (E,), `val_acc1` float64 (E,) in percent, `summary` None while the run is unfinished."""
-    path: Path
-    config: dict
-    epochs: np.ndarray
-    val_acc1: np.ndarray
-    summary: dict | None
-
-    @property
-    def distilled(self) -> bool:
-        return self.config["script"] == "distill"
-
-    @property
-    def group(self) -> str:
-        """The name under which the run is drawn: its experiment's, else its directory's without the seed."""
-        return self.config.get("experiment") or re.sub(r"-s\d+$", "", self.path.resolve().name)
-
-    @property
-    def in_study(self) -> bool:
-        return self.group in (EXPERIMENTS if self.distilled else TEACHERS | ALONE)
-
-    @property
-    def network(self) -> str:
-        """The network that was trained."""
-        return self.config["student" if self.distilled else "model"]
-
-    @property
-    def teacher(self) -> str:
-        """The network that taught; of a teacher's own run, itself."""
-        return self.config["teacher" if self.distilled else "model"]
-
-    @property
-    def on_test(self) -> bool:
-        """Whether `val_acc1` was measured on the test set."""
-        return self.summary["selected_on"].startswith("test") if self.summary else self.config.get("val_size") == 0
+def group(run: Run) -> str:
+    """The name under which the run is drawn: its experiment's, else its directory's without the seed."""
+    return run.config.get("experiment") or re.sub(r"-s\d+$", "", run.path.resolve().name)
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as reason:
-        raise damaged(path, reason) from None
-    if not isinstance(content, dict):
-        raise damaged(path, "it is not an object")
-    return content
-
-
-def require(path: Path, content: dict, **kinds) -> None:
-    """Every key of `kinds` must be in `content`, read from `path`, with a value of that type; a float must be finite."""
-    for key, kind in kinds.items():
-        value = content.get(key)
-        allowed = (int, float) if kind is float else (kind,)
-        if type(value) not in allowed or isinstance(value, float) and not math.isfinite(value):
-            raise damaged(path, f"{key} is {value!r}")
-
-
-def read_log(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Columns `epoch` and `val_acc1` of log.csv, by name; the epochs must be whole and rise, the accuracies lie in [0, 100]."""
-    epochs, accuracies = [], []
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file)
-            missing = {"epoch", "val_acc1"}.difference(table.fieldnames or ())
-            if missing:
-                raise ValueError(f"no column {min(missing)}")
-            for row in table:
-                try:
-                    epoch, accuracy = int(row["epoch"]), float(row["val_acc1"])
-                except (TypeError, ValueError):
-                    raise ValueError(f"line {table.line_num}: epoch {row['epoch']!r}, val_acc1 {row['val_acc1']!r}") from None
-                if epoch <= (epochs[-1] if epochs else 0) or not 0 <= accuracy <= 100:
-                    raise ValueError(f"line {table.line_num}: epoch {epoch}, val_acc1 {accuracy}")
-                epochs.append(epoch)
-                accuracies.append(accuracy)
-    except (OSError, ValueError, csv.Error) as reason:
-        raise damaged(path, reason) from None
-    return np.array(epochs, dtype=int), np.array(accuracies, dtype=float)
-
-
-def damaged(path: Path, reason) -> Failure:
-    reason = getattr(reason, "strerror", None) or reason
-    return Failure(DATA, f"cannot read {path.name}: {reason} ({path})", "repair the file, or take its run away")
-
-
-def read_run(directory: Path) -> Run:
-    path, log = directory / "config.json", directory / "log.csv"
-    config = read_json(path)
-    require(path, config, script=str, dataset=str, epochs=int, seed=int)
-    if config.get("experiment") is not None:
-        require(path, config, experiment=str)
-    distilled = config["script"] == "distill"
-    if distilled:
-        require(path, config, teacher=str, student=str, method=str)
-        for key in ("method_in_tables", "method_in_figures"):  # a run from before they were recorded has its method's name
-            config.setdefault(key, config["method"].upper())
-        require(path, config, method_in_tables=str, method_in_figures=str)
-    else:
-        require(path, config, model=str)
-    epochs, val_acc1 = read_log(log)
-
-    path = directory / "summary.json"
-    if not path.exists():
-        return Run(directory, config, epochs, val_acc1, None)
-    summary = read_json(path)
-    require(path, summary, test_acc1_last=float, test_acc1_best=float, best_epoch=int, params=int, flops=float, wall_s=float,
-            stopped_early=bool, selected_on=str, verdict=str)
-    if distilled:
-        require(path, summary, teacher_test_acc1=float, retention=float, compression=float)
-    if summary["best_epoch"] not in epochs:
-        raise damaged(log, f"no row of epoch {summary['best_epoch']}, the best one by summary.json")
-    return Run(directory, config, epochs, val_acc1, summary)
+def in_study(run: Run) -> bool:
+    return group(run) in (EXPERIMENTS if run.distilled else TEACHERS | ALONE)
 
 
 def run_directories(top: Path) -> list[Path]:
@@ -233,11 +120,11 @@ def read_study(directories) -> tuple[dict[str, list[Run]], list[Run], list[Failu
             runs.append(read_run(path))
         except Failure as failure:
             unreadable.append(failure)
-    known = [run for run in runs if run.in_study]
-    joining = [run for run in runs if not run.in_study and joins(run, known)]
-    groups = {name: [] for name in (*SERIES, *sorted({run.group for run in joining}))}
+    known = [run for run in runs if in_study(run)]
+    joining = [run for run in runs if not in_study(run) and joins(run, known)]
+    groups = {name: [] for name in (*SERIES, *sorted({group(run) for run in joining}))}
     for run in sorted(known + joining, key=lambda run: run.config["seed"]):
-        groups[run.group].append(run)
+        groups[group(run)].append(run)
     study = {name: members for name, members in groups.items() if members}
     refuse_mixtures(study)
     return study, [run for run in runs if run not in known and run not in joining], unreadable
@@ -245,8 +132,8 @@ def read_study(directories) -> tuple[dict[str, list[Run]], list[Run], list[Failu
 
 def joins(run, known) -> bool:
     """Whether a run outside the study is a student of a teacher of the study, comparable with its students."""
-    students = [other for other in known if other.distilled or other.group in ALONE]
-    teachers = {other.teacher for other in known if other.group not in ALONE}
+    students = [other for other in known if other.distilled or group(other) in ALONE]
+    teachers = {other.teacher for other in known if group(other) not in ALONE}
     return (run.distilled and run.teacher in teachers and run.config["dataset"] == known[0].config["dataset"]
             and all(run.network == other.network and run.config.get("image_size") == other.config.get("image_size")
                     and run.on_test == other.on_test for other in students))
@@ -365,7 +252,10 @@ def draw_curves(study, names, first_epoch=1):
         epochs, mean, deviation, present = (column[curve[0] >= first_epoch] for column in curve)
         text = label(study, name) + (f" (n = {len(runs)})" if unequal else "")
         text += "" if all(run.summary for run in runs) else ", unfinished"
-        text += "" if len(epochs) else f", ends at {curve[0][-1]}"
+        if stops := early_stops(runs):
+            text += f", stopped at {extent([epoch for epoch, _ in stops])}"
+        elif not len(epochs):
+            text += f", ends at {curve[0][-1]}"
         complete, spacing = int(np.sum(present == len(runs))), max(1, len(epochs) // 7)
         axis.plot(epochs[:complete], mean[:complete], label=text, color=series.colour, linestyle=series.dashes,
                   marker=series.marker, markevery=(spacing * index // len(names), spacing))
@@ -373,8 +263,8 @@ def draw_curves(study, names, first_epoch=1):
             rest = slice(max(complete - 1, 0), None)
             axis.plot(epochs[rest], mean[rest], color=series.colour, linestyle=series.dashes, linewidth=THIN)
         axis.fill_between(epochs, mean - deviation, mean + deviation, color=series.colour, alpha=0.2, linewidth=0)
-        if ends := [end for end in early_stops(runs) if end[0] >= first_epoch]:
-            axis.plot(*zip(*ends), **CROSS, color=series.colour, zorder=4)
+        if in_sight := [stop for stop in stops if stop[0] >= first_epoch]:
+            axis.plot(*zip(*in_sight), **CROSS, color=series.colour, zorder=4)
     axis.set_xlabel("epoch")
     axis.set_ylabel("test accuracy (%),\nused for selection" if study[names[0]][0].on_test else "validation accuracy (%)")
     # By default the number of ticks depends on the size of the axis, which depends on the room for the ticks' labels.
@@ -386,37 +276,6 @@ def draw_curves(study, names, first_epoch=1):
 def early_stops(runs) -> list[tuple[int, float]]:
     """Last epoch, and validation accuracy there, of each seed that stopped early; in the order of epochs."""
     return sorted((int(run.epochs[-1]), float(run.val_acc1[-1])) for run in runs if run.summary and run.summary["stopped_early"])
-
-
-def label_stops(axis, study, names) -> None:
-    """Say at which epoch each curve stopped early: beside its last cross, where the label covers the least."""
-    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    width, height, gap = 0.36 * (right - left), 0.19 * (top - bottom), 0.05 * (top - bottom)  # of two lines of text, roughly
-    grid = np.linspace(left, right, 200)
-    lines = [(line.get_transform() - axis.transData).transform(line.get_xydata()).T for line in axis.lines]
-    taken = [np.column_stack((grid, np.interp(grid, *line, left=np.nan, right=np.nan))) for line in lines]  # each (points, 2)
-    for name in names:
-        if not (ends := early_stops(study[name])):
-            continue
-        epochs, accuracies = zip(*ends)
-        places = []
-        for above, y in ((False, min(accuracies)), (True, max(accuracies))):
-            low = y + gap if above else y - gap - height
-            for side, start in (("left", epochs[-1]), ("right", epochs[-1] - width)):
-                corner, size = np.array((start, low)), np.array((width, height))
-                if left <= start <= right - width and low >= bottom:
-                    covered = sum(np.all((points > corner) & (points < corner + size), axis=1).sum() for points in taken)
-                    places.append((int(covered), above, side, y, start, low))
-        _, above, side, y, start, low = min(places)
-        who = f"{len(ends)} of {len(study[name])} stop early" if len(study[name]) > 1 else "early stop"
-        axis.annotate(
-            f"{who}\nepoch {extent(epochs)}", (epochs[-1], y), xytext=(0, 7 if above else -7), textcoords="offset points",
-            va="bottom" if above else "top", ha=side, linespacing=1.1,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
-        columns, rows = np.meshgrid(np.linspace(start, start + width, 20), np.linspace(low, low + height, 10))
-        taken.append(np.column_stack((columns.ravel(), rows.ravel())))
-        top = max(top, low + height)
-    axis.set_ylim(bottom, top)
 
 
 def legend(axis) -> Figure:
@@ -439,11 +298,9 @@ def legend(axis) -> Figure:
     return figure
 
 
-def comparison(study, names) -> Figure:
-    """Figures 1 and 3: two experiments, with the epoch of an early stop."""
-    axis = draw_curves(study, names)
-    label_stops(axis, study, names)
-    return legend(axis)
+def all_curves(study, names) -> Figure:
+    """Figures 1, 3 and 4: the experiments by epoch."""
+    return legend(draw_curves(study, names))
 
 
 def teacher_comparison(study, names) -> Figure:
@@ -455,13 +312,7 @@ def teacher_comparison(study, names) -> Figure:
             best = np.mean([run.val_acc1[run.epochs == run.summary["best_epoch"]] for run in comparable])
             text = f"{series.remark}: {best:.1f} %"
             axis.axhline(best, color=series.colour, linestyle=series.dashes, linewidth=0.9, label=text)
-    label_stops(axis, study, names)
     return legend(axis)
-
-
-def all_curves(study, names) -> Figure:
-    """Figure 4: every experiment, and the student without a teacher."""
-    return legend(draw_curves(study, names))
 
 
 def retention_bars(study, names) -> Figure:
@@ -493,9 +344,9 @@ def last_epochs(study, names) -> Figure:
 
 # How each figure is drawn, of which runs, and whether it needs the summary of finished runs.  To STUDENTS all others are added.
 FIGURES = {
-    "figure1": (comparison, ("v2", "v3"), False),
+    "figure1": (all_curves, ("v2", "v3"), False),
     "figure2": (teacher_comparison, ("v2", "v4"), False),
-    "figure3": (comparison, ("v3", "v3.1"), False),
+    "figure3": (all_curves, ("v3", "v3.1"), False),
     "figure4": (all_curves, STUDENTS, False),
     "figure5": (retention_bars, STUDENTS, True),
     "figure6": (last_epochs, STUDENTS, False),
@@ -534,6 +385,12 @@ def augmentation(config) -> str:
     return "+".join(filter(None, parts)) or "-"
 
 
+def verdict(run: Run, others: list[Run]) -> str:
+    """That of summary.json, or "collapsed" where the run ended far below the KD run among the others."""
+    control = control_of(run, others)
+    return "collapsed" if control and collapsed(run.val_acc1[-1], control.val_acc1[-1]) else run.summary["verdict"]
+
+
 def table1(finished) -> tuple[list[list[Cell]], str]:
     """What was run and what came out, beside the report's numbers where the setting is the report's."""
     rows, reported = [], in_the_reports_setting(finished)
@@ -541,7 +398,7 @@ def table1(finished) -> tuple[list[list[Cell]], str]:
         config, distilled = runs[0].config, runs[0].distilled
         teachers = [run.summary["teacher_test_acc1"] for run in runs]
         ran, chosen = [int(run.epochs[-1]) for run in runs], [run.summary["best_epoch"] for run in runs]
-        verdicts = Counter(run.summary["verdict"] for run in runs)
+        verdicts = Counter(verdict(run, [run for others in finished.values() for run in others]) for run in runs)
         row = [
             words("exp.", "experiment", name),
             words("method", "method", config["method_in_tables"] if distilled else "labels only"),
@@ -565,7 +422,9 @@ def table1(finished) -> tuple[list[list[Cell]], str]:
     return rows, (
         "Teacher, accuracy: on the test set in percent, with the weights of the best epoch; last: with those of the last. "
         f"Retention: accuracy / teacher{'; for alone, of a teacher that it did not see' if 'alone' in finished else ''}. "
-        f"Augmentation besides crop and flip: {abbreviations or 'none'}. {provenance(finished)}"
+        f"Augmentation besides crop and flip: {abbreviations or 'none'}. "
+        f"Collapsed: the last validation accuracy is more than {FALL:g} points below that of KD on the same images or, without "
+        f"such a run, below its own best. {provenance(finished)}"
         + (" Report: accuracy / retention; one seed, selected on the test set, batch and epochs not given." if reported else ""))
 
 
@@ -627,23 +486,15 @@ def as_csv(rows, note) -> str:
 
 def csv_text(records: list[dict]) -> str:
     """A table with the columns of the first record; fractions are rounded to four decimals."""
-    content = io.StringIO()
-    table = csv.DictWriter(content, records[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows({name: round(float(value), 4) if isinstance(value, float) else value for name, value in record.items()}
-                    for record in records)
-    return content.getvalue()
+    return files.as_csv(list(records[0]), [
+        {name: round(float(value), 4) if isinstance(value, float) else value for name, value in record.items()}
+        for record in records]).decode()
 
 
 def as_markdown(rows, note) -> str:
-    """Padded, so that it reads well in a terminal too."""
-    columns = []
-    for cells in zip(*rows):
-        texts = [cells[0].header, *(cell.text.replace("|", "\\|") for cell in cells)]
-        width = max(3, *map(len, texts))
-        head, *body = [text.ljust(width) if cells[0].align == "l" else text.rjust(width) for text in texts]
-        columns.append([head, "-" * width if cells[0].align == "l" else "-" * (width - 1) + ":", *body])
-    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*columns)) + f"\n{note}\n"
+    columns = {cells[0].header: cells for cells in zip(*rows)}
+    return files.as_markdown({header: [cell.text for cell in cells] for header, cells in columns.items()},
+                             {header for header, cells in columns.items() if cells[0].align == "l"}, note)
 
 
 LATEX = {character: "\\" + character for character in "&%$#_{}"} | {
@@ -670,26 +521,12 @@ FORMATS = {"md": as_markdown, "csv": as_csv, "tex": as_latex}
 
 # Writing
 
-def write(path: Path, data: bytes) -> None:
-    """Replace `path` in one step: a reader, or a crash, sees the old file or the new one."""
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)  # a failed one would keep the space that is missing
-    except OSError as reason:
-        raise Failure(DISK, f"cannot write: {reason.strerror} ({path})", "free space, or choose another --output") from None
-
-
 def write_figure(figure: Figure, path: Path) -> None:
     """PNG and PDF, without the date, so that the same runs give the same bytes."""
     for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
         content = io.BytesIO()
         figure.savefig(content, format=suffix, dpi=300, metadata=metadata)
-        write(path.with_suffix(f".{suffix}"), content.getvalue())
+        files.write_atomic(path.with_suffix(f".{suffix}"), content.getvalue())
 
 
 def selected(study, wanted) -> dict[str, list[Run]]:
@@ -733,7 +570,7 @@ def write_outputs(directories, output: Path) -> None:
         for name, table in TABLES.items():
             rows, note = table(finished)
             for suffix, render in FORMATS.items():
-                write(output / f"{name}.{suffix}", render(rows, note).encode())
+                files.write_atomic(output / f"{name}.{suffix}", render(rows, note).encode())
             print(f"{output / name}.md, .csv, .tex")
         print("", as_markdown(*table1(finished)), sep="\n", end="")
     else:
@@ -743,37 +580,19 @@ def write_outputs(directories, output: Path) -> None:
                       "repair them, or take them away")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise Failure(USAGE, message, f"see {self.prog} --help")
-
-
-def exit_by(work) -> None:
-    """Call `work`; an error that the user can mend, or an interruption, becomes one line on stderr and an exit code."""
-    try:
-        work()
-        return
-    except Failure as failure:
-        code, message = failure.code, str(failure)
-    except KeyboardInterrupt:
-        code, message = INTERRUPTED, "interrupted. run it again"
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
 def main(arguments=None) -> None:
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = errors.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--runs", nargs="+", type=Path, default=[ROOT / "runs"], metavar="DIR",
                         help="directories that hold runs, directly or below; default: runs/ of the repository")
     parser.add_argument("--output", type=Path, default=ROOT / "figures", metavar="DIR",
                         help="where to write; default: figures/ of the repository")
 
-    def work():
-        args = parser.parse_args(arguments)
+
+    def work(args) -> None:
         with matplotlib.style.context(["default", STYLE]):
             write_outputs(args.runs, args.output)
 
-    exit_by(work)
+    errors.run(work, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

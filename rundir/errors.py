@@ -3,6 +3,7 @@
 Every expected error is one line on stderr, `error: what (path or value). what to do`, and one of the exit codes below;
 anything else is a bug and keeps its traceback.  Imports no torch.
 """
+import argparse
 import errno
 import os
 import signal
@@ -24,6 +25,15 @@ class Failure(Exception):
     def __init__(self, code: int, what: str, remedy: str):
         super().__init__(f"{what}. {remedy}")
         self.code = code
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on stderr, also where torchrun starts several processes, and exit code 2."""
+
+    def error(self, message):
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"error: {message}. see {self.prog} --help\n")
+        raise SystemExit(USAGE)
 
 
 class Unwritable(OSError):
@@ -87,7 +97,7 @@ def expected(failure: BaseException, batch_size: int | None = None, resumes: boo
 
 
 def run(main, args) -> None:
-    """Run `main(args)` and exit by the rules above; `--debug` shows the traceback of an expected error too.
+    """Run `main(args)` and exit by the rules above; `--debug`, where there is one, shows the traceback of an expected error too.
 
     Of several processes on one run only the first to fail says why: the others fail because of it, or as it did.
     """
@@ -106,7 +116,7 @@ def ended_by_the_rules(main, args) -> None:
             # Whatever the interrupted code made of the exception, the signal is what ended the run.
             outcome = expected(stopped[0] if stopped else failure, vars(args).get("batch_size"), "resume" in vars(args))
             first = first_to_fail()
-            if first and (outcome is None or args.debug):
+            if first and (outcome is None or vars(args).get("debug")):
                 raise
             if isinstance(failure, BrokenPipeError):  # else Python would fail once more, when it empties stdout at the end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

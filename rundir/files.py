@@ -1,4 +1,4 @@
-"""Files that are replaced in one step: a reader, or a crash, sees the old one or the new one."""
+"""Files of JSON, CSV and Markdown, replaced in one step: a reader, or a crash, sees the old one or the new one."""
 import csv
 import hashlib
 import io
@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from rundir.errors import CHECKPOINT, Failure, Unwritable
+from rundir.errors import CHECKPOINT, DATA, Failure, Unwritable
 
 
 def write_atomic(path, content, previous=None) -> None:
@@ -59,6 +59,25 @@ def write_json(path, content: dict) -> None:
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def read_json(path: Path) -> dict | None:
+    """An object of a JSON file; None where there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as failure:
+        raise damaged(path, failure) from None
+    if not isinstance(content, dict):
+        raise damaged(path, "it is not an object")
+    return content
+
+
+def damaged(path: Path, reason) -> Failure:
+    """The error for a file of a run that cannot be read.  reason: an exception, or words."""
+    why = getattr(reason, "strerror", None) or reason
+    return Failure(DATA, f"cannot read {path.name}: {why} ({path})", "repair the file, or take its run away")
+
+
 def as_csv(names: list[str], rows: list[dict]) -> bytes:
     """A table with these columns; None is an empty cell."""
     text = io.StringIO()
@@ -66,6 +85,20 @@ def as_csv(names: list[str], rows: list[dict]) -> bytes:
     table.writeheader()
     table.writerows(rows)
     return text.getvalue().encode()
+
+
+def as_markdown(columns: dict[str, list[str]], left: set[str], note: str) -> str:
+    """A table that reads well in a terminal too, and below it the note.
+
+    columns: header -> cells.  left: the headers of columns aligned to the left.
+    """
+    padded = []
+    for header, cells in columns.items():
+        texts = [header, *(cell.replace("|", "\\|") for cell in cells)]
+        width = max(3, *map(len, texts))
+        head, *body = [text.ljust(width) if header in left else text.rjust(width) for text in texts]
+        padded.append([head, "-" * width if header in left else "-" * (width - 1) + ":", *body])
+    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*padded)) + f"\n{note}\n"
 
 
 def holds(path, sha256: str | None) -> bool:

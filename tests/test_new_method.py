@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from test_scripts import SMALL, make_images
+from test_structure import ALLOWED
 
 ROOT = Path(__file__).parent.parent
 FILE = '''"""The squared distance of the logits: a loss for the test."""
@@ -34,7 +35,7 @@ LINE = 'METHODS = {"kd": KD, "dkd": DKD, "dist": DIST, "square": SQUARE}'
 
 def test_a_file_a_record_and_a_line_make_a_method(tmp_path):
     copy = tmp_path / "project"
-    for name in ("augment", "kernels", "losses", "plots", "training"):
+    for name in ALLOWED:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("distill.py", "train_teacher.py"):
         shutil.copy(ROOT / name, copy)

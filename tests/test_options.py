@@ -52,8 +52,8 @@ def test_presets_set_defaults_and_flags_win(experiment, expected):
 def test_a_preset_of_one_method_can_be_run_with_the_other():
     args = distill("--experiment", "v3", "--method", "kd")
     assert (args.method, args.beta, args.alpha, args.mixed_target) == ("kd", None, 0.7, None)
-    assert method_flags.numbers(args) == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward", "standardize": False,
-                                    "label_smoothing": 0.1}
+    assert method_flags.numbers(args) == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward",
+                                          "standardize": False, "label_smoothing": 0.1}
 
 
 def test_short_forms_and_names():
@@ -146,7 +146,7 @@ def test_every_command_of_the_study_is_accepted(experiment, runs):
             args = sweep_grid.parse_sweep("", "", flags)
             parsed += [sweep_grid.parse(cell, seed, output=f"{args.output}/{cell.name}-s{seed}")
                        for cell in sweep_grid.expand(args.script, args.flags) for seed in cell.seeds]
-        elif "plots" not in name:
+        elif not name.startswith(("plots/", "results/")):
             parsed.append({"train_teacher.py": teacher, "distill.py": distill}[name](*flags))
     outputs = [args.output for args in parsed]
     assert len(outputs) == len(set(outputs)) >= runs, "two runs of the study would write to one directory"

@@ -82,7 +82,7 @@ def test_our_first_step_has_the_loss_of_a_direct_computation(machine, data):
     loss.backward()
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in before.parameters()])
     assert columns["grad_norm_mean"] == pytest.approx(norm.item(), **close)
-    assert columns["steps"] == 1 and columns["looked_at"] == 1
+    assert columns["steps"] == 1 and columns["images"] == BATCH
     assert any(not torch.equal(*pair) for pair in zip(before.parameters(), student.parameters()))
 
 

@@ -23,11 +23,11 @@ from pathlib import Path
 import pytest
 from scipy import stats
 from test_scripts import make_images
+from test_structure import ALLOWED
 
 from cli import options, sweep_grid, sweep_jobs, sweep_table
-from cli.flag_types import Parser
 from rundir import files
-from rundir.errors import Failure
+from rundir.errors import Failure, Parser
 
 ROOT = Path(__file__).parent.parent
 DRAW = random.Random(time.time_ns())  # other moments in every test run: each of them has to do
@@ -272,7 +272,7 @@ errors.run(main, (options.parse_distill if NAME == "distill" else options.parse_
 def place(tmp_path, monkeypatch):
     """A folder with sweep.py and stubs of the scripts that it starts; the current one."""
     shutil.copy(ROOT / "sweep.py", tmp_path)
-    for name in ("training", "losses"):
+    for name in ALLOWED:
         (tmp_path / name).symlink_to(ROOT / name)
     for name in ("distill.py", "train_teacher.py"):
         (tmp_path / name).write_text(STUB)
@@ -410,7 +410,8 @@ def test_the_content_of_files_decides_and_not_their_path(place):
     line = "--output s train_teacher.py --dataset imagefolder --data-dir {} --init {}"
     assert sweep(line.format("one", "start.pt"))[0] == 0
     path = Path("s/train_teacher-s42/config.json")
-    known = {"data_sha256": sweep_jobs.fingerprint("imagefolder", "one", None), "init_sha256": sweep_jobs.digest_once(Path("start.pt"))}
+    known = {"data_sha256": sweep_jobs.fingerprint("imagefolder", "one", None),
+             "init_sha256": sweep_jobs.digest_once(Path("start.pt"))}
     path.write_text(json.dumps(json.loads(path.read_text()) | known))
     assert sweep(line.format("./two/", "moved.pt"))[0] == 0 and len(times()) == 1
     for other, said in ((line.format("one", "lost.pt"), "init start.pt -> lost.pt"), (line.format("lost", "start.pt"), "lost")):

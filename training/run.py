@@ -22,7 +22,7 @@ from training.metrics import Progress
 
 CLEAN = 512  # training images, or fewer than twice as many, on which a network is also evaluated without augmentation
 
-FROM_LOG = ("grad_norm_mean", "clip_frac", "amp_scale", "skipped_steps")  # which diagnostics.csv has, too
+FROM_LOG = ("grad_norm_mean", "clip_frac")  # which diagnostics.csv has, too
 
 
 class Run:

@@ -1,0 +1,55 @@
+"""results/: the study's figures come from its committed tables, and the tables from run directories."""
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location("script", RESULTS / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_figures_come_from_the_tables(tmp_path, monkeypatch):
+    """Laid out and not written, which takes longest; their numbers are the committed ones."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (figure.draw_without_rendering(), drawn.append(path.name)))
+    script("ablation-small/figures.py").main(["--output", str(tmp_path)])
+    assert drawn == [f"figure{number}.{suffix}" for number in (7, 8, 9) for suffix in ("png", "pdf")]
+    for name in ("figure7.csv", "figure9.csv"):
+        assert (tmp_path / name).read_bytes() == (RESULTS / "ablation-small" / name).read_bytes()
+
+
+def test_tables_hold_the_runs_that_ended(tmp_path):
+    for name, beta, end in (("a-s1", 8.0, "summary.json"), ("b-s0", None, "status.json"), ("b-s1", None, None)):
+        path = tmp_path / "runs" / name
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps({"method": "dkd", "beta": beta, "seed": int(name[-1]), "output": name}))
+        (path / "log.csv").write_text("epoch,val_acc1,amp_scale\n1,0.30000000000000004,\n")
+        if end:
+            (path / end).write_text(json.dumps({"exit_code": 6} if beta is None else {"test_acc1_best": 40.1, "verdict": "x"}))
+    (path.parent / "a-s1" / "diagnostics.csv").write_text("epoch,share_ce\n1,0.5\n")
+    script("tables.py").main([str(tmp_path / "runs"), str(tmp_path)])
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"method": "dkd"}
+    assert (tmp_path / "epochs.csv").read_text() == (
+        "run,epoch,val_acc1,share_ce\na-s1,1,0.30000000000000004,0.5\nb-s0,1,0.30000000000000004,\n")
+    with open(tmp_path / "runs.csv", newline="") as file:
+        one, other = csv.DictReader(file)
+    assert one == {"run": "a-s1", "cell": "a", "seed": "1", "beta": "8.0", "test_acc1_best": "40.1", "verdict": "x"}
+    assert (other["cell"], other["beta"], other["test_acc1_best"], other["verdict"]) == ("b", "", "", "diverged")
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("tables.py", ["nowhere", "nowhere"]), ("ablation-small/figures.py", ["--tables", "nowhere"])])
+def test_what_is_missing_is_one_line(name, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script(name).main(flags)
+    err = capsys.readouterr().err
+    assert stop.value.code == 4 and err.startswith("error: ") and err.count("\n") == 1 and "nowhere" in err
