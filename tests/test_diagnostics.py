@@ -52,7 +52,7 @@ def look(looking, position, skipped, targets, *both):
 
 
 @pytest.mark.parametrize("policy", ["autoaugment", "none"])
-@pytest.mark.parametrize("mix_mode, batch_size", [("batch", 12), ("pair", 13), ("elem", 13)])
+@pytest.mark.parametrize("mix_mode, batch_size", [("batch", 12), ("batch", 13), ("elem", 13)])
 def test_treatments_are_what_describe_says(mix_mode, batch_size, policy):
     augment, seen = augmenter(mix_mode, batch_size, policy=policy), set()
     for epoch in range(6):
