@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 
 import kernels
+from augment.cpu import CpuBatches
+from augment.fused import FusedBatches
 from augment.policy import build_tables
-from augment.reference import Reference
 from augment.sampling import Sampler
 from kernels.augment_constants import WARPS
 from losses.targets import Targets
@@ -35,7 +36,8 @@ class BatchAugmenter:
     images: uint8 (N, size, size, 3), size >= 8, on any device; labels: int64 (N,), on the same.  An epoch is a permutation of the
     images without the last incomplete batch.  What is drawn depends on (seed, epoch, position in the epoch) alone, on no global
     generator and not on the order of the calls; the bytes after the policy are those of torchvision's v1 transforms on tensors.
-    Where kernels.use_triton(images) and size is 32 or 64, one launch makes the batch, elsewhere plain PyTorch makes the same.
+    Where kernels.use_triton(images) and size is 32 or 64, one launch makes the batch (fused.py), else plain PyTorch (cpu.py);
+    both equal the specification in naive.py bit for bit.
 
     policy: a key of POLICIES.  crop_pad: pixels of zeros around the image that is cropped.  flip: mirror half of the images.
     random_erasing: share of the images with a box of zeros after normalising (Zhong et al. 2017, arXiv 1708.04896).
@@ -59,19 +61,18 @@ class BatchAugmenter:
         self.batch_size, self.steps, self.mix_each = batch_size, len(images) // batch_size, mix_mode == "elem"
         self.sampler = Sampler(size, build_tables(policy, size).to(images.device), seed=seed, crop_pad=crop_pad, flip=flip,
                                random_erasing=random_erasing, mixup=mixup, cutmix=cutmix, mix_prob=mix_prob)
-        self.fused = is_fused(images)
+        self.fused, self._images = is_fused(images), images
         if kernels.use_triton(images) and not self.fused:
-            _say_once(f"images of {size}x{size} are augmented in plain PyTorch: the fused kernel takes "
-                      + " and ".join(f"{size}x{size}" for size in WARPS))
-        self._maker = (_fused() if self.fused else Reference)(
+            _print_once(f"images of {size}x{size} are augmented in plain PyTorch: the fused kernel takes "
+                        + " and ".join(f"{size}x{size}" for size in WARPS))
+        self._batches = (FusedBatches if self.fused else CpuBatches)(
             images, labels, self.sampler, batch_size=batch_size, mix_each=self.mix_each, mean=mean, std=std, dtype=dtype)
-        self._images = images
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of `epoch`; may wait for the device.  A captured CUDA graph follows, too, where the kernel runs."""
         self.epoch = epoch
-        self._maker.set_epoch(epoch, self.sampler.order(epoch, len(self._images)))
+        self._batches.set_epoch(epoch, self.sampler.order(epoch, len(self._images)))
 
     def __call__(self, step: int | torch.Tensor, rows: range | None = None) -> Batch:
         """Batch `step`, or some `rows` of it, such as a shard or a micro-batch, just as they are in the whole batch.
@@ -90,7 +91,7 @@ class BatchAugmenter:
         whole_pairs = rows.start % 2 == 0 and (rows.stop % 2 == 0 or rows.stop == self.batch_size)
         if rows.step != 1 or not whole_pairs or rows.start < 0 or rows.stop > self.batch_size:
             raise ValueError(f"cannot take {rows} of a batch of {self.batch_size}. give rows in a row, in whole pairs (2k, 2k+1)")
-        return Batch(*self._maker.batch(step, rows))
+        return Batch(*self._batches.batch(step, rows))
 
     def treatments(self, epoch: int, steps: range, rows: range) -> Treatments:
         """What is done to `rows` of the batches `steps` of an epoch, which need not be the one that is set."""
@@ -120,11 +121,6 @@ def is_fused(images) -> bool:
     return kernels.use_triton(images) and images.shape[1] in WARPS
 
 
-def _fused():
-    from augment.fused import Fused  # which needs Triton
-    return Fused
-
-
 @functools.cache
-def _say_once(sentence: str) -> None:
+def _print_once(sentence: str) -> None:
     print(sentence)

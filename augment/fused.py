@@ -1,4 +1,4 @@
-"""The batches by kernels/augment.py, one launch each: the same bytes as those of the reference."""
+"""The fused path: batches by kernels/augment.py, one launch each.  naive.py says what it computes."""
 import torch
 
 from augment import ops
@@ -8,7 +8,7 @@ from kernels.augment_constants import CONTRAST, KINDS, SHARPNESS
 from losses.targets import Targets
 
 
-class Fused:
+class FusedBatches:
     """Makes batches of `images` on their device; the arguments are those of BatchAugmenter."""
 
     def __init__(self, images, labels, sampler: Sampler, *, batch_size, mix_each, mean, std, dtype):

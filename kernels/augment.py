@@ -12,10 +12,10 @@ under a 64-bit seed and with the counter (position in the epoch, epoch, stream, 
     normalise  (x / 255 - mean) / std, by a table;   erase   zeros in a box
     mix        w * row + (1-w) * partner, where w is 0 inside of a pasted box and lam outside
 
-The reference is augment/reference.py in plain PyTorch: ops.py has its arithmetic, sampling.py the draws, and policy.py fills the
-tables.  The two agree bit for bit, since both take whole numbers and tables, and round every product and every sum by itself: the
-kernel is compiled without fused multiply-adds.  (For sm_120 the assembler in Triton 3.6 fuses some all the same; that in 3.8 does
-not.)
+The specification is augment/naive.py.  The CPU path is augment/cpu.py: ops.py has its arithmetic, sampling.py the draws, and
+policy.py fills the tables.  All agree bit for bit, since they take whole numbers and tables, and round every product and sum
+by itself: the kernel is compiled without fused multiply-adds.  (For sm_120 the assembler in Triton 3.6 fuses some all the same;
+that in 3.8 does not.)
 """
 from typing import NamedTuple
 

@@ -275,8 +275,8 @@ def test_parts_of_a_batch_equal_the_whole(mode, batch_size, cuts):
 def test_large_images_and_batches_are_worked_on_in_blocks(monkeypatch):
     ours = augmenter(pictures(40), batch_size=39)
     whole = ours(0)
-    monkeypatch.setattr("augment.reference.CPU_BLOCK", 10 * 32 * 32)
-    assert len(ours._maker._blocks(range(39))) == 4
+    monkeypatch.setattr("augment.cpu.CPU_BLOCK", 10 * 32 * 32)
+    assert len(ours._batches._blocks(range(39))) == 4
     assert torch.equal(ours(0).images, whole.images)
 
 

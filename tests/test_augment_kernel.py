@@ -164,14 +164,14 @@ def test_a_step_may_be_a_tensor(kernel):
 
 def test_an_epoch_is_only_uploaded(monkeypatch):
     ours = make("triton", pictures(16))
-    tables, before = ours._maker.tables, [table.clone() for table in ours._maker.tables]
+    tables, before = ours._batches.tables, [table.clone() for table in ours._batches.tables]
     for drawn in ("images", "mixes"):
         monkeypatch.setattr(ours.sampler, drawn, lambda *arguments: pytest.fail("drawn on the host"))
     ours.set_epoch(4)
     ours(1)
-    changed = [name for name, old, new in zip(tables._fields, before, ours._maker.tables) if not torch.equal(old, new)]
+    changed = [name for name, old, new in zip(tables._fields, before, ours._batches.tables) if not torch.equal(old, new)]
     assert changed == ["order", "numbers"] and tables.numbers[op.EPOCH.value] == 4
-    assert all(old is new for old, new in zip(tables, ours._maker.tables)), "a captured graph would not follow"
+    assert all(old is new for old, new in zip(tables, ours._batches.tables)), "a captured graph would not follow"
 
 
 def test_descriptions_are_those_of_the_reference():

@@ -29,9 +29,9 @@ def cases():
 
 def make(policy, size, mode, kind, batch_size):
     """The kernel's and the reference's makers of the same batches."""
-    from augment.fused import Fused
+    from augment.cpu import CpuBatches
+    from augment.fused import FusedBatches
     from augment.policy import build_tables
-    from augment.reference import Reference
     from augment.sampling import Sampler
     g = torch.Generator().manual_seed(size)
     sampler = Sampler(size, build_tables(policy, size), seed=3, crop_pad=4, flip=True, random_erasing=0.5, mixup=0.8, cutmix=1.0,
@@ -42,7 +42,7 @@ def make(policy, size, mode, kind, batch_size):
     labels, order = torch.randint(100, (count,), generator=g), torch.randperm(count, generator=g)
     options = {"batch_size": batch_size, "mix_each": mode == "elem", "mean": (0.5, 0.48, 0.44),
                "std": (0.2, 0.25, 0.27), "dtype": TYPES[kind]}
-    makers = [maker(images, labels, sampler, **options) for maker in (Fused, Reference)]
+    makers = [maker(images, labels, sampler, **options) for maker in (FusedBatches, CpuBatches)]
     for maker in makers:
         maker.set_epoch(5, order)
     return makers

@@ -1,4 +1,4 @@
-"""The batches in plain PyTorch: the reference of kernels/augment.py, and what runs where the kernel cannot."""
+"""The CPU path: batches in plain PyTorch, on CPUs, and on GPUs where the kernel does not run.  naive.py says what it computes."""
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class _Plan(NamedTuple):
     moves: list[torch.Tensor]  # per slot int64 (S, R): where in this order each row of the next one is
 
 
-class Reference:
+class CpuBatches:
     """Makes batches of `images` on their device; the arguments are those of BatchAugmenter."""
 
     def __init__(self, images, labels, sampler: Sampler, *, batch_size, mix_each, mean, std, dtype):
