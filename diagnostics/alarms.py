@@ -110,7 +110,7 @@ def shares(args, looked: list[dict]) -> dict:
 
 def advice(args, suspect: Alarm, looked: list[dict]) -> str:
     """What to change, for the most likely cause."""
-    weights = METHODS[args.method].weighed_by if "method" in args else {}
+    weights = METHODS[args.method].weight_of if "method" in args else {}
     loudest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(args, looked))[:1] if term in weights]
     quieter = "".join(f" or {flag}" for flag in loudest)
     return {

@@ -76,9 +76,9 @@ def by_hand(args, steps, numbers):
     for (z, v), targets, treated in steps:
         z, v = z.double(), v.double()
         gradients = {}
-        for term, number in record.weighed_by.items():
+        for term, number in record.weight_of.items():
             leaf = z.float().requires_grad_()
-            others = {other: 0.0 for other in record.weighed_by.values() if other != number}
+            others = {other: 0.0 for other in record.weight_of.values() if other != number}
             function(leaf, v.float(), targets, **numbers | others)[0].backward()
             gradients[term] = leaf.grad.double() * BATCH
         leaf = z.float().requires_grad_()
@@ -166,12 +166,12 @@ def test_a_method_without_weights_has_the_gradient_of_the_whole(monkeypatch):
     """And where one term has no weight of its own, it is what is left when all others are off."""
     args, augment = student("--method kd"), augmenter()
     shares = {}
-    for weighed_by in ({}, {"kl": "alpha"}, {"ce": "ce_weight", "kl": "alpha"}):
-        monkeypatch.setitem(METHODS, "kd", METHODS["kd"]._replace(weighed_by=weighed_by))
+    for weight_of in ({}, {"kl": "alpha"}, {"ce": "ce_weight", "kl": "alpha"}):
+        monkeypatch.setitem(METHODS, "kd", METHODS["kd"]._replace(weight_of=weight_of))
         looking = Diagnostics(args, augment, range(BATCH), Ranks())
         looking.begin(1)
         look(looking, 0, NO, augment(0).targets, *logits(0), method_flags.numbers(args))
-        shares[len(weighed_by)] = looking.columns()
+        shares[len(weight_of)] = looking.columns()
     assert "grad_ce" not in shares[0]
     for name in ("grad_kl", "grad_ce", "share_kl", "cos_kl"):
         assert shares[1][name] == pytest.approx(shares[2][name], rel=1e-4), name

@@ -162,7 +162,7 @@ def test_dominant_label():
 
 def test_flags_and_functions_have_the_same_defaults():
     for name, method in METHODS.items():
-        numbers = {key: number.default for key, number in method.numbers.items()}
+        numbers = {key: number.default for key, number in method.hyperparameters.items()}
         signature = inspect.signature(function_of(name)).parameters
         assert numbers == {key: parameter.default for key, parameter in signature.items() if key in numbers}
         assert list(signature)[:3] == ["student_logits", "teacher_logits", "targets"]

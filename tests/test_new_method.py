@@ -25,16 +25,16 @@ def square_loss(student_logits, teacher_logits, targets, *, strength=2.0, centre
 '''
 RECORD = '''SQUARE = Method(
     function="losses.square:square_loss",
-    numbers={"strength": Number(2.0, "weight of the squared distance"), "centred": Number(False, "subtract each row's mean")},
+    hyperparameters={"strength": Hyperparameter(2.0, "weight of the squared distance"), "centred": Hyperparameter(False, "subtract each row's mean")},
     terms=("ce", "distance"), run="square-strength{strength:g}", table="SQUARE strength {strength:g}", figure="SQUARE",
-    formula=lambda numbers, ce, ramp: f"{ce} + {numbers['strength']:g} |z - v|^2 / C{ramp}", ramped=("strength",))
+    formula=lambda numbers, ce, ramp: f"{ce} + {numbers['strength']:g} |z - v|^2 / C{ramp}", warmed_up=("strength",))
 '''
 LINE = 'METHODS = {"kd": KD, "dkd": DKD, "dist": DIST, "square": SQUARE}'
 
 
 def test_a_file_a_record_and_a_line_make_a_method(tmp_path):
     copy = tmp_path / "project"
-    for name in ("augment", "kernels", "losses", "plots", "training"):
+    for name in ("augment", "cli", "data", "diagnostics", "kernels", "losses", "models", "plots", "rundir", "training"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("distill.py", "train_teacher.py"):
         shutil.copy(ROOT / name, copy)
