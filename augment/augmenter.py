@@ -6,11 +6,14 @@ from typing import NamedTuple
 import torch
 
 import kernels
+from augment.cpu import CpuBatches
+from augment.fused import FusedBatches
 from augment.policy import build_tables
-from augment.reference import Reference
 from augment.sampling import Sampler
 from kernels.augment_constants import WARPS
 from losses.targets import Targets
+
+MIX_MODES = "batch", "elem"
 
 
 class Batch(NamedTuple):
@@ -33,14 +36,15 @@ class BatchAugmenter:
     images: uint8 (N, size, size, 3), size >= 8, on any device; labels: int64 (N,), on the same.  An epoch is a permutation of the
     images without the last incomplete batch.  What is drawn depends on (seed, epoch, position in the epoch) alone, on no global
     generator and not on the order of the calls; the bytes after the policy are those of torchvision's v1 transforms on tensors.
-    Where kernels.use_triton(images) and size is 32 or 64, one launch makes the batch, elsewhere plain PyTorch makes the same.
+    Where kernels.use_triton(images) and size is 32 or 64, one launch makes the batch (fused.py), else plain PyTorch (cpu.py);
+    both equal the specification in naive.py bit for bit.
 
     policy: a key of POLICIES.  crop_pad: pixels of zeros around the image that is cropped.  flip: mirror half of the images.
     random_erasing: share of the images with a box of zeros after normalising (Zhong et al. 2017, arXiv 1708.04896).
     mixup, cutmix: alpha of Beta(alpha, alpha) (Zhang et al. 2017, arXiv 1710.09412; Yun et al. 2019, arXiv 1905.04899); 0 is off;
     with both on, each draw is one of them with probability one half.  mix_prob: share of the draws that mix at all.
-    mix_mode: rows 2k and 2k+1 are mixed with one draw for the "batch", for each "pair" or for each row ("elem"); an odd last row
-    stays unmixed.  mean, std: three floats each, for images in [0, 1].  dtype: of the result, fp32, fp16 or bf16; rounded once.
+    mix_mode: rows 2k and 2k+1 are mixed, by one draw for the "batch" or one for each row ("elem"); an odd last row stays unmixed.
+    mean, std: three floats each, for images in [0, 1].  dtype: of the result, fp32, fp16 or bf16; rounded once.
     ValueError: images of another shape or type, an unknown name, fewer images than one batch.
     """
 
@@ -49,28 +53,26 @@ class BatchAugmenter:
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[2:] != (images.shape[1], 3) or images.shape[1] < 8:
             raise ValueError(f"cannot augment images ({images.dtype} {tuple(images.shape)}). "
                              "give torch.uint8 (N, size, size, 3), size >= 8")
-        rows_per_mix = {"batch": batch_size, "pair": 2, "elem": 1}
-        if mix_mode not in rows_per_mix:
-            raise ValueError(f"unknown mix_mode ({mix_mode}). choose one of {', '.join(rows_per_mix)}")
+        if mix_mode not in MIX_MODES:
+            raise ValueError(f"unknown mix_mode ({mix_mode}). choose one of {', '.join(MIX_MODES)}")
         if len(images) < batch_size:
             raise ValueError(f"fewer images than one batch ({len(images)} < {batch_size}). use a smaller batch, or more images")
         size = images.shape[1]
-        self.batch_size, self.steps, self.rows_per_mix = batch_size, len(images) // batch_size, rows_per_mix[mix_mode]
+        self.batch_size, self.steps, self.mix_each = batch_size, len(images) // batch_size, mix_mode == "elem"
         self.sampler = Sampler(size, build_tables(policy, size).to(images.device), seed=seed, crop_pad=crop_pad, flip=flip,
                                random_erasing=random_erasing, mixup=mixup, cutmix=cutmix, mix_prob=mix_prob)
-        self.fused = is_fused(images)
+        self.fused, self._images = is_fused(images), images
         if kernels.use_triton(images) and not self.fused:
-            _say_once(f"images of {size}x{size} are augmented in plain PyTorch: the fused kernel takes "
-                      + " and ".join(f"{size}x{size}" for size in WARPS))
-        self._maker = (_fused() if self.fused else Reference)(
-            images, labels, self.sampler, batch_size=batch_size, rows_per_mix=self.rows_per_mix, mean=mean, std=std, dtype=dtype)
-        self._images = images
+            _print_once(f"images of {size}x{size} are augmented in plain PyTorch: the fused kernel takes "
+                        + " and ".join(f"{size}x{size}" for size in WARPS))
+        self._batches = (FusedBatches if self.fused else CpuBatches)(
+            images, labels, self.sampler, batch_size=batch_size, mix_each=self.mix_each, mean=mean, std=std, dtype=dtype)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of `epoch`; may wait for the device.  A captured CUDA graph follows, too, where the kernel runs."""
         self.epoch = epoch
-        self._maker.set_epoch(epoch, self.sampler.order(epoch, len(self._images)))
+        self._batches.set_epoch(epoch, self.sampler.order(epoch, len(self._images)))
 
     def __call__(self, step: int | torch.Tensor, rows: range | None = None) -> Batch:
         """Batch `step`, or some `rows` of it, such as a shard or a micro-batch, just as they are in the whole batch.
@@ -89,30 +91,28 @@ class BatchAugmenter:
         whole_pairs = rows.start % 2 == 0 and (rows.stop % 2 == 0 or rows.stop == self.batch_size)
         if rows.step != 1 or not whole_pairs or rows.start < 0 or rows.stop > self.batch_size:
             raise ValueError(f"cannot take {rows} of a batch of {self.batch_size}. give rows in a row, in whole pairs (2k, 2k+1)")
-        return Batch(*self._maker.batch(step, rows))
+        return Batch(*self._batches.batch(step, rows))
 
     def treatments(self, epoch: int, steps: range, rows: range) -> Treatments:
         """What is done to `rows` of the batches `steps` of an epoch, which need not be the one that is set."""
         first = torch.tensor(steps, device=self._images.device)[:, None] * self.batch_size
-        draws = self.sampler.images(epoch, first + torch.arange(rows.start, rows.stop, device=first.device))
-        mixes = self.sampler.mixes(epoch, first + torch.arange(0, self.batch_size, self.rows_per_mix, device=first.device))
-        mixed, cut = ((drawn.repeat_interleave(self.rows_per_mix, 1)[:, :self.batch_size]) for drawn in
-                      (mixes.share < 1, mixes.lam == 1))
-        mixed[:, self.batch_size // 2 * 2:] = False  # an odd last row has no partner
-        mixed, cut = mixed[:, rows.start:rows.stop], cut[:, rows.start:rows.stop]
+        own = torch.arange(rows.start, rows.stop, device=first.device)
+        draws = self.sampler.images(epoch, first + own)
+        mixes = self.sampler.mixes(epoch, first + own * self.mix_each)
+        mixed, cut = (mixes.share < 1) & ((own ^ 1) < self.batch_size), mixes.lam == 1  # an odd last row has no partner
         return Treatments((draws.codes != 0).any(2), draws.erased[..., 2] > draws.erased[..., 0], mixed & ~cut, mixed & cut)
 
     def describe(self, step: int) -> list[str]:
         """What is drawn for each row of batch `step`, such as "shear y, posterize | cutmix 0.63": 0.63 of it is its own."""
         positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size, device=self._images.device)
         draws = self.sampler.images(self.epoch, positions)
-        mixes = self.sampler.mixes(self.epoch, positions[::self.rows_per_mix])
+        mixes = self.sampler.mixes(self.epoch, positions if self.mix_each else positions[:1].expand(self.batch_size))
         names = [re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower() for name, _ in self.sampler.policy.operations]
         done = [[names[code] for code in codes if code] + ["erase"] * (bottom > top)
                 for codes, (top, _, bottom, _) in zip(draws.codes.tolist(), draws.erased.tolist())]
         mixed = [f" | {'mixup' if lam < 1 else 'cutmix'} {share:.2f}" if share < 1 else ""
                  for lam, share in zip(mixes.lam.tolist(), mixes.share.tolist())]
-        return [(", ".join(words) or "as it is") + (mixed[row // self.rows_per_mix] if row ^ 1 < self.batch_size else "")
+        return [(", ".join(words) or "as it is") + (mixed[row] if row ^ 1 < self.batch_size else "")
                 for row, words in enumerate(done)]
 
 
@@ -121,11 +121,6 @@ def is_fused(images) -> bool:
     return kernels.use_triton(images) and images.shape[1] in WARPS
 
 
-def _fused():
-    from augment.fused import Fused  # which needs Triton
-    return Fused
-
-
 @functools.cache
-def _say_once(sentence: str) -> None:
+def _print_once(sentence: str) -> None:
     print(sentence)

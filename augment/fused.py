@@ -1,4 +1,4 @@
-"""The batches by kernels/augment.py, one launch each: the same bytes as those of the reference."""
+"""The fused path: batches by kernels/augment.py, one launch each.  naive.py says what it computes."""
 import torch
 
 from augment import ops
@@ -8,16 +8,16 @@ from kernels.augment_constants import CONTRAST, KINDS, SHARPNESS
 from losses.targets import Targets
 
 
-class Fused:
+class FusedBatches:
     """Makes batches of `images` on their device; the arguments are those of BatchAugmenter."""
 
-    def __init__(self, images, labels, sampler: Sampler, *, batch_size, rows_per_mix, mean, std, dtype):
+    def __init__(self, images, labels, sampler: Sampler, *, batch_size, mix_each, mean, std, dtype):
         policy, device, images = sampler.policy, images.device, images.contiguous()
         if images.storage_offset() % 4:  # a part of other memory; the kernel reads whole words
             images = images.clone()
         numbers = kernel.Numbers(
             seed=(sampler.seed + 2 ** 63 & 2 ** 64 - 1) - 2 ** 63,  # its low 64 bits, as a signed number
-            epoch=0, batch_size=batch_size, rows_per_mix=rows_per_mix, crop_pad=sampler.crop_pad, flip=int(sampler.flip),
+            epoch=0, batch_size=batch_size, mix_each=int(mix_each), crop_pad=sampler.crop_pad, flip=int(sampler.flip),
             subpolicies=len(policy.codes), erase=sampler.erase_threshold, mix=sampler.mix_threshold,
             cutmix=sampler.cutmix_threshold)
         blended = (policy.kind >= SHARPNESS) & (policy.kind <= CONTRAST)

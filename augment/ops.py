@@ -138,13 +138,13 @@ def erase(images: torch.Tensor, boxes: torch.Tensor) -> None:
 def mix(images: torch.Tensor, lam: torch.Tensor, boxes: torch.Tensor) -> None:
     """lam * image + (1 - lam) * partner, in place, where rows 2k and 2k+1 are partners and lam counts as 0 inside of `boxes`.
 
-    images: float32 (rows, size, 3*size), rows even; lam: float32 (groups,), boxes: (groups, 4), each for rows / groups images.
+    images: float32 (rows, size, 3*size), rows even; lam: float32 (rows,), boxes: (rows, 4), or one for all rows.
     Mixup: Zhang et al. 2017, arXiv 1710.09412.  CutMix: Yun et al. 2019, arXiv 1905.04899.
     """
     lines, columns = (outside * lam.view(-1, 1, 1) for outside in _outside(boxes, images.shape[1]))
-    weights = torch.maximum(lines, columns).unsqueeze(1)
-    partners = images.unflatten(0, (-1, 2)).flip(1).view(len(lam), -1, *images.shape[1:])
-    images.view_as(partners).mul_(weights).add_(partners.mul_(1 - weights))
+    weights = torch.maximum(lines, columns)
+    partners = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    images.mul_(weights).add_(partners.mul_(1 - weights))
 
 
 def _outside(boxes, size):

@@ -10,10 +10,10 @@ def add_flags(parser) -> None:
     add = parser.add_argument_group("numbers of the method").add_argument
     owners = {}
     for method in METHODS.values():
-        for name in method.numbers:
-            owners.setdefault(name, [key for key, other in METHODS.items() if name in other.numbers])
+        for name in method.hyperparameters:
+            owners.setdefault(name, [key for key, other in METHODS.items() if name in other.hyperparameters])
     for name, keys in owners.items():
-        numbers = {key: METHODS[key].numbers[name] for key in keys}
+        numbers = {key: METHODS[key].hyperparameters[name] for key in keys}
         first = numbers[keys[0]]
         if first.default is False:
             how = {"action": "store_const", "const": True}
@@ -23,13 +23,13 @@ def add_flags(parser) -> None:
             how = {"type": number(float, at_least=first.at_least, above=first.above), "metavar": "X"}
         said = {}  # what the help says: of which methods
         for key, each in numbers.items():
-            default = f", default {plain(each.shown or each.default)}" if each.default is not False else ""
+            default = f", default {plain(each.default_text or each.default)}" if each.default is not False else ""
             said.setdefault(each.help, []).append(key + default)
         add(flag(name), help="; ".join(f"{text} ({'; '.join(of)})" for text, of in said.items()), **how)
     for key, method in METHODS.items():
-        if method.ramped:
+        if method.warmed_up:
             add(flag(f"{key}_warmup"), type=whole, default=0, metavar="EPOCHS",
-                help=f"raise {' and '.join(method.ramped)} of {key} from 0 over so many epochs; default: %(default)s")
+                help=f"raise {' and '.join(method.warmed_up)} of {key} from 0 over so many epochs; default: %(default)s")
 
 
 def flag(name: str) -> str:
@@ -42,8 +42,8 @@ def plain(value) -> str:
 
 def fill_in(parser, args, of_preset: set) -> None:
     """Defaults of the chosen method; a flag of another method is refused rather than ignored, unless a preset set it."""
-    numbers = METHODS[args.method].numbers
-    for name in sorted({name for method in METHODS.values() for name in method.numbers}):
+    numbers = METHODS[args.method].hyperparameters
+    for name in sorted({name for method in METHODS.values() for name in method.hyperparameters}):
         value = getattr(args, name)
         if name in numbers:
             setattr(args, name, numbers[name].default if value is None else value)
@@ -52,19 +52,19 @@ def fill_in(parser, args, of_preset: set) -> None:
         else:
             parser.error(f"{flag(name)} does not belong to --method {args.method} ({value})")
     for key, method in METHODS.items():
-        if method.ramped and key != args.method and getattr(args, f"{key}_warmup"):
+        if method.warmed_up and key != args.method and getattr(args, f"{key}_warmup"):
             parser.error(f"{flag(key)}-warmup does not belong to --method {args.method} ({getattr(args, f'{key}_warmup')})")
     method = METHODS[args.method]
-    weights = [resolved(method, own_numbers(args))[name] for name in method.weighed_by.values()]
+    weights = [resolved(method, own_numbers(args))[name] for name in method.weight_of.values()]
     if len(weights) == len(method.terms) and not any(weights):
-        parser.error(f"every weight of the loss is 0 ({', '.join(map(flag, method.weighed_by.values()))})")
-    reason = method.refused(own_numbers(args))
+        parser.error(f"every weight of the loss is 0 ({', '.join(map(flag, method.weight_of.values()))})")
+    reason = method.validate(own_numbers(args))
     if reason:
         parser.error(reason)
 
 
 def own_numbers(args) -> dict:
-    return {name: getattr(args, name) for name in METHODS[args.method].numbers}
+    return {name: getattr(args, name) for name in METHODS[args.method].hyperparameters}
 
 
 def named(template: str, args, separator: str) -> str:
@@ -99,7 +99,7 @@ def numbers(args, device="cpu") -> dict:
     found = own_numbers(args) | {"label_smoothing": args.label_smoothing}
     if warmup(args):
         import torch
-        found |= {name: torch.tensor(float(found[name]), device=device) for name in METHODS[args.method].ramped}
+        found |= {name: torch.tensor(float(found[name]), device=device) for name in METHODS[args.method].warmed_up}
     return found
 
 
@@ -107,7 +107,7 @@ def ramp(numbers: dict, args, epoch: int) -> None:
     """Before an epoch (from 1): fill the `numbers` that the method's warm-up raises."""
     if warmup(args):
         factor = min(epoch / warmup(args), 1)
-        for name in METHODS[args.method].ramped:
+        for name in METHODS[args.method].warmed_up:
             numbers[name].fill_(factor * getattr(args, name))
 
 

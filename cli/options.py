@@ -40,7 +40,7 @@ def augmentation_flags(parser) -> None:
     add("--mixup", type=nonnegative, default=0.8, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of Mixup, 0 is off; " + DEFAULT)
     add("--cutmix", type=nonnegative, default=1.0, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of CutMix, 0 is off; " + DEFAULT)
     add("--mix-prob", type=probability, default=1.0, metavar="P", help="share of draws that mix at all; " + DEFAULT)
-    add("--mix-mode", choices=("batch", "pair", "elem"), default="batch", help="one draw per batch, pair or image; " + DEFAULT)
+    add("--mix-mode", choices=("batch", "elem"), default="batch", help="one draw per batch or image; " + DEFAULT)
 
 
 def batch_size_flag(add, default: int) -> None:

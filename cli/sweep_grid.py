@@ -144,7 +144,7 @@ def foreign_numbers(flags: dict) -> set[str]:
     chosen = (flags.get("--method") or (preset.get("method", DEFAULTS["distill.py"].method),))[0]
     if chosen not in METHODS:
         return set()  # the parser will say so
-    numbers = {key: {*map(method_flags.flag, each.numbers), f"--{key}-warmup"} for key, each in METHODS.items()}
+    numbers = {key: {*map(method_flags.flag, each.hyperparameters), f"--{key}-warmup"} for key, each in METHODS.items()}
     return set(flags) & set.union(*numbers.values()) - numbers[chosen]
 
 

@@ -121,7 +121,7 @@ def shares(args, looked: list[dict]) -> dict:
 
 def advice(args, looked: list[dict]) -> dict[str, str]:
     """What to change, by alarm."""
-    weights = METHODS[args.method].weighed_by if "method" in args else {}
+    weights = METHODS[args.method].weight_of if "method" in args else {}
     loudest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(args, looked))[:1] if term in weights]
     quieter = "".join(f" or {flag}" for flag in loudest)
     return {

@@ -91,12 +91,12 @@ class Diagnostics:
         if self.function is None:
             return dict.fromkeys(("ce", WHOLE), gradient(mixed_ce, targets, label_smoothing=self.args.label_smoothing))
         record = METHODS[self.args.method]
-        numbers, off = resolved(record, numbers), dict.fromkeys(record.weighed_by.values(), 0.0)
-        rest = [term for term in record.terms if term not in record.weighed_by]
+        numbers, off = resolved(record, numbers), dict.fromkeys(record.weight_of.values(), 0.0)
+        rest = [term for term in record.terms if term not in record.weight_of]
         if len(rest) > 1:
             return {WHOLE: gradient(self.function, v, targets, **numbers)}
         found = {term: gradient(self.function, v, targets, **numbers | off | {number: numbers[number]})
-                 for term, number in record.weighed_by.items()}
+                 for term, number in record.weight_of.items()}
         if rest:  # in each of those, too
             own = gradient(self.function, v, targets, **numbers | off)
             found = {term: each - own for term, each in found.items()} | {rest[0]: own}

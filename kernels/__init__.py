@@ -1,4 +1,4 @@
-"""The Triton kernels, a file each.  Here: whether they run, or their references in plain PyTorch."""
+"""The Triton kernels, a file each.  Here: whether they run, or their CPU paths in plain PyTorch ("reference")."""
 import os
 
 import torch
@@ -21,5 +21,5 @@ def interpreted() -> bool:
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
-    """Whether the fused kernel handles this tensor; the plain-PyTorch reference handles the others."""
+    """Whether the fused kernel handles this tensor; the CPU path handles the others."""
     return _choice != "reference" and (tensor.is_cuda or _choice == "triton" and interpreted())

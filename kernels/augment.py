@@ -12,10 +12,10 @@ under a 64-bit seed and with the counter (position in the epoch, epoch, stream, 
     normalise  (x / 255 - mean) / std, by a table;   erase   zeros in a box
     mix        w * row + (1-w) * partner, where w is 0 inside of a pasted box and lam outside
 
-The reference is augment/reference.py in plain PyTorch: ops.py has its arithmetic, sampling.py the draws, and policy.py fills the
-tables.  The two agree bit for bit, since both take whole numbers and tables, and round every product and every sum by itself: the
-kernel is compiled without fused multiply-adds.  (For sm_120 the assembler in Triton 3.6 fuses some all the same; that in 3.8 does
-not.)
+The specification is augment/naive.py.  The CPU path is augment/cpu.py: ops.py has its arithmetic, sampling.py the draws, and
+policy.py fills the tables.  All agree bit for bit, since they take whole numbers and tables, and round every product and sum
+by itself: the kernel is compiled without fused multiply-adds.  (For sm_120 the assembler in Triton 3.6 fuses some all the same;
+that in 3.8 does not.)
 """
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ class Numbers(NamedTuple):
     seed: int
     epoch: int
     batch_size: int
-    rows_per_mix: int  # how many rows share a draw
+    mix_each: int  # 1: each row has its own draw; 0: the batch has one
     crop_pad: int
     flip: int  # 0 or 1
     subpolicies: int
@@ -45,7 +45,7 @@ class Numbers(NamedTuple):
     cutmix: int  # of one random bit
 
 
-SEED, EPOCH, BATCH_SIZE, ROWS_PER_MIX, CROP_PAD, FLIP, SUBPOLICIES, ERASE_BELOW, MIX_BELOW, CUTMIX_BELOW = map(
+SEED, EPOCH, BATCH_SIZE, MIX_EACH, CROP_PAD, FLIP, SUBPOLICIES, ERASE_BELOW, MIX_BELOW, CUTMIX_BELOW = map(
     tl.constexpr, range(len(Numbers._fields)))
 
 
@@ -359,8 +359,7 @@ def _augment_kernel(step, first, rows, tables, out, out_label, out_other, out_la
     position = start + in_batch
     source = tl.load(tables.order + position)
 
-    rows_per_mix = tl.load(tables.numbers + ROWS_PER_MIX).to(tl.int32)
-    words = _draw_words(position, position - in_batch % rows_per_mix, tables)
+    words = _draw_words(position, start + in_batch * tl.load(tables.numbers + MIX_EACH), tables)
     index, next_index = _both(source)
     top, left, mirror = _draw_window(words, tables)
     top, next_top = _both(top)

@@ -1,4 +1,4 @@
-"""What the augmentation kernel and its plain-PyTorch reference agree on, as plain numbers, for which Triton need not be there."""
+"""Numbers that the augmentation kernel and its CPU path share; kernels/augment.py makes them constants of Triton."""
 KINDS = NOTHING, GEOMETRY, SHARPNESS, COLOR, CONTRAST, EQUALIZE, AUTOCONTRAST, LOOKUP = range(8)  # of policy operations
 STREAMS = CROP, POLICY, ERASE, MIX = range(4)  # of random words
 QUANTILE_BITS = 12  # of the tables that stand for the distributions of Mixup and CutMix

@@ -31,6 +31,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -148,7 +149,7 @@ _library.define("softmax_kl(Tensor student, Tensor? teacher, Tensor label, Tenso
 
 def _softmax_kl(student, teacher, label, other, lam, hyper, terms, split, reverse):
     """-> fp32 (5,): the weighted sum, CE, KL, TCKD, NCKD; and the gradient, fp32 (N, C), contiguous.  terms: names of Weights."""
-    implementation = softmax_kl_triton if use_triton(student) else softmax_kl_reference
+    implementation = softmax_kl_triton if use_triton(student) else softmax_kl_cpu
     with torch._C._AutoDispatchBelowAutograd():  # every operation inside starts sooner, as in PyTorch's own operators
         return implementation(student, teacher, label, other, lam, hyper, terms=terms, split=split, reverse=reverse)
 
@@ -162,13 +163,52 @@ def _(student, teacher, label, other, lam, hyper, terms, split, reverse):
     return student.new_empty(5, dtype=torch.float32), student.new_empty(student.shape, dtype=torch.float32)
 
 
-# --- the reference ----------------------------------------------------------------------------------------------------
+# --- the specification ------------------------------------------------------------------------------------------------
+
+def softmax_kl_naive(z, v, label, other, lam, *, temperature, label_smoothing=0.0, split="pair", reverse=False,
+                     standardize=False):
+    """CE, KL, TCKD and NCKD of the module docstring as (4,), row by row, for reading and for tests: best in float64.
+
+    z, v: logits (N, C) of student and teacher; autograd gives the gradient.  standardize: z-scored logits except in CE
+    (losses/standardize.py).  The other arguments are those of `softmax_kl`.
+    """
+    classes, lam = z.shape[1], lam.to(z.dtype)
+    soft_label = lam[:, None] * F.one_hot(label, classes) + (1 - lam)[:, None] * F.one_hot(other, classes)
+    terms = [_expected((1 - label_smoothing) * soft_label + label_smoothing / classes, -z.log_softmax(1)).mean()]
+    if standardize:
+        z, v = ((x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True, correction=min(1, classes - 1)) + 1e-7) for x in (z, v))
+    student, teacher = (z / temperature).log_softmax(1), (v / temperature).log_softmax(1)
+    q, p = (teacher, student) if reverse else (student, teacher)
+    rows = []
+    for i, (a, b, share) in enumerate(zip(label.tolist(), other.tolist(), lam.tolist())):
+        if share in (0, 1):
+            targets = {a if share else b}
+        else:
+            targets = {"pair": {a, b}, "dominant": {a if share >= 0.5 else b}, "first": {a}}[split]
+        rest = sorted({*range(classes)} - targets)
+        log_q, log_p = (torch.stack([*x[i, list(targets)], x[i, rest].logsumexp(0)]) for x in (q, p))
+        inside_q, inside_p = (x[i, rest].log_softmax(0) for x in (q, p))
+        rows.append(torch.stack([_divergence(p[i], q[i]), _divergence(log_p, log_q), _divergence(inside_p, inside_q)]))
+    return torch.cat([torch.stack(terms), temperature**2 * torch.stack(rows).mean(0)])
+
+
+def _expected(p, values):
+    """The sum of p * values over the last dimension, where an impossible class counts as 0 even if its value is infinite."""
+    return torch.where(p > 0, p * torch.where(p > 0, values, 0.0), 0.0).sum(-1)
+
+
+def _divergence(log_p, log_q):
+    """KL(p || q)."""
+    return _expected(log_p.exp(), log_p - log_q)
+
+
+# --- the CPU path -----------------------------------------------------------------------------------------------------
 
 # It computes what has a weight, in few operations and in place: on a CPU it is what people train with, and there a small batch
 # takes as long as PyTorch takes to start the operations.
 
-class Numbers(NamedTuple):
-    """What tensors are multiplied by, 0-dim fp32: a number of Python's would be converted in every operation that it enters."""
+class Scalars(NamedTuple):
+    """The factors of the formulas, 0-dim fp32: a Python number would be converted in every operation that it enters."""
     one: torch.Tensor
     inverse_T: torch.Tensor
     mean: torch.Tensor  # 1 / n
@@ -193,42 +233,42 @@ class Numbers(NamedTuple):
 
 
 def _derived(hyper, n, classes) -> tuple:
-    """What Numbers holds, from `hyperparameters`."""
+    """The values of Scalars, from those of `hyperparameters`."""
     w_ce, *weights, T, eps = hyper
     return 1.0, 1 / T, 1 / n, T * T / n, eps / classes, eps - 1, w_ce / n, *(weight * T / n for weight in weights)
 
 
-def softmax_kl_reference(z, v, label, other, lam, hyper, *, terms: str, split: str, reverse: bool):
+def softmax_kl_cpu(z, v, label, other, lam, hyper, *, terms: str, split: str, reverse: bool):
     """The formulas of the module docstring in fp32 PyTorch; arguments and results of the operator."""
-    wanted, z, numbers = terms.split(), z.float(), Numbers.of(hyper, *z.shape)
+    wanted, z, scalars = terms.split(), z.float(), Scalars.of(hyper, *z.shape)
     means, grad = dict.fromkeys(Weights._fields, hyper.new_full((), torch.nan)), None
     log_softmax = z.log_softmax(1) if "ce" in wanted else None
     whole = wanted[-1] == "kl" and not reverse  # without a split
     if whole:
-        means["kl"], grad = _kl(_from_top(z) if log_softmax is None else log_softmax, v.float(), numbers)
-    labels, shares = torch.stack([label, other]).t(), torch.stack([lam, numbers.one - lam]).t()
+        means["kl"], grad = _forward_kl(_from_top(z) if log_softmax is None else log_softmax, v.float(), scalars)
+    labels, shares = torch.stack([label, other]).t(), torch.stack([lam, scalars.one - lam]).t()
     if not whole and wanted != ["ce"]:
         targets = _targets(labels, shares, split)
-        divergences, grad = _divergences(z, v.float(), targets, numbers, reverse, with_kl="kl" in wanted)
+        divergences, grad = _divergences(z, v.float(), targets, scalars, reverse, with_kl="kl" in wanted)
         means |= {name: mean for name, mean in divergences.items() if name in wanted}
     if log_softmax is not None:
-        means["ce"], on_logits = _cross_entropy(log_softmax, labels, shares, numbers)
-        grad = on_logits.mul_(numbers.ce) if grad is None else grad.addcmul_(on_logits, numbers.ce)
+        means["ce"], on_logits = _cross_entropy(log_softmax, labels, shares, scalars)
+        grad = on_logits.mul_(scalars.ce) if grad is None else grad.addcmul_(on_logits, scalars.ce)
     means = torch.stack(list(means.values()))
     weighted = hyper[:4] * means  # a term of weight 0 does not count, even if it is infinite or NaN: nansum leaves it out
     losses = torch.cat([weighted.nansum(0, keepdim=True), means])
     return losses.add_(grad.sum(), alpha=0), grad  # NaN where the gradient is: the sums above leave out a row that diverged
 
 
-def _cross_entropy(log_softmax, labels, shares, numbers):
+def _cross_entropy(log_softmax, labels, shares, scalars):
     """Mean CE, and the gradient of the sum of CE over the rows, in the memory of the logarithms.
 
     The gradient is exact to 1e-7 absolute; the kernel's is so relatively, also where a softmax is near 1.
     """
-    less = shares * numbers.minus_hard
-    spread = (log_softmax.sum() * numbers.uniform).nan_to_num_(nan=0.0, neginf=-math.inf)
+    less = shares * scalars.minus_hard
+    spread = (log_softmax.sum() * scalars.uniform).nan_to_num_(nan=0.0, neginf=-math.inf)
     ce = (less * log_softmax.gather(1, labels)).nansum() - spread
-    return ce * numbers.mean, log_softmax.exp_().sub_(numbers.uniform).scatter_add_(1, labels, less)
+    return ce * scalars.mean, log_softmax.exp_().sub_(scalars.uniform).scatter_add_(1, labels, less)
 
 
 def _finite(products):
@@ -236,12 +276,12 @@ def _finite(products):
     return products.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
 
-def _kl(z, v, numbers):
+def _forward_kl(z, v, scalars):
     """Mean of the forward KL, T^2 included, and its weighted gradient; z must be near 0 at its maximum before T rounds it."""
-    log_q, log_p = (z * numbers.inverse_T).log_softmax(1), _from_top(v).mul_(numbers.inverse_T).log_softmax(1)
+    log_q, log_p = (z * scalars.inverse_T).log_softmax(1), _from_top(v).mul_(scalars.inverse_T).log_softmax(1)
     p = log_p.exp()
-    kl = log_p.sub_(log_q).mul_(p).nansum() * numbers.square_mean
-    return kl, _of_zero_sum(log_q.exp_().sub_(p), p.round_()).mul_(numbers.kl)
+    kl = log_p.sub_(log_q).mul_(p).nansum() * scalars.square_mean
+    return kl, _of_zero_sum(log_q.exp_().sub_(p), p.round_()).mul_(scalars.kl)
 
 
 def _from_top(x):
@@ -264,7 +304,7 @@ def _targets(labels, shares, split):
     return targets if split == "pair" else targets[:, :1]
 
 
-def _divergences(z, v, targets, numbers, reverse, with_kl):
+def _divergences(z, v, targets, scalars, reverse, with_kl):
     """Means of TCKD, NCKD and KL, T^2 included, and the gradient of their weighted sum, from the split into targets and R."""
     x, both = torch.stack([z, v]), targets.expand(2, -1, -1)  # (2, N, ...): student and teacher are split together
     groups = x.gather(2, both)  # the targets, and later R as the last one
@@ -273,7 +313,7 @@ def _divergences(z, v, targets, numbers, reverse, with_kl):
         groups[..., 1].masked_fill_(a == b, -torch.inf)
     top = x.scatter_(2, both, -torch.inf).amax(2, keepdim=True).nan_to_num_(neginf=0.0)  # over R
     for part in (x, groups):  # small numbers in R, however large the logits are; of a target, anything
-        part.sub_(top).mul_(numbers.inverse_T)
+        part.sub_(top).mul_(scalars.inverse_T)
     inside = x.exp()
     total = inside.sum(2, keepdim=True)  # 0 where R is empty
     groups = torch.cat([groups, total.log()], 2)
@@ -291,10 +331,10 @@ def _divergences(z, v, targets, numbers, reverse, with_kl):
         distance = y.sub_(x).mul_(p_inside).nansum(1, keepdim=True)
         nckd = constant.addcdiv_(distance, p_total)
         delta = _of_zero_sum(q - p, p.round())
-        of_q, of_p, on_targets = torch.addcmul(numbers.nckd, delta[:, -1:], numbers.tckd), numbers.nckd, numbers.tckd
+        of_q, of_p, on_targets = torch.addcmul(scalars.nckd, delta[:, -1:], scalars.tckd), scalars.nckd, scalars.tckd
         if with_kl:
-            of_q, of_p = of_q.addcmul_(q[:, -1:], numbers.kl), torch.addcmul(of_p, p[:, -1:], numbers.kl)
-            on_targets = on_targets + numbers.kl
+            of_q, of_p = of_q.addcmul_(q[:, -1:], scalars.kl), torch.addcmul(of_p, p[:, -1:], scalars.kl)
+            on_targets = on_targets + scalars.kl
         on_targets = delta[:, :-1] * on_targets
         on_rest = q_inside.mul_(of_q / q_total).addcmul_(p_inside, of_p / p_total, value=-1)
     else:
@@ -306,13 +346,13 @@ def _divergences(z, v, targets, numbers, reverse, with_kl):
         nckd = (mean_distance - constant - base).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
         level = torch.cat([log_ratio[:, :-1], log_ratio[:, -1:] + nckd], 1)  # the mean of L_i over each group
         above = torch.cat([(q * (one - level)).nansum(1, keepdim=True) for one in level.split(1, 1)], 1)
-        on_targets = _finite(q * above)[:, :-1] * numbers.kl
-        on_rest = distance.addcmul_(q_inside, above[:, -1:] - mean_distance).mul_(q[:, -1:] / q_total * numbers.kl)
+        on_targets = _finite(q * above)[:, :-1] * scalars.kl
+        on_rest = distance.addcmul_(q_inside, above[:, -1:] - mean_distance).mul_(q[:, -1:] / q_total * scalars.kl)
         on_rest.add_(v.amax(1, keepdim=True), alpha=0)  # NaN for a sick teacher, which the sums above leave out
     sums = {"tckd": tckd, "nckd": nckd.nansum()}
     if with_kl:
         sums["kl"] = tckd + ((q if reverse else p)[:, -1:] * nckd).nansum()
-    return {name: value * numbers.square_mean for name, value in sums.items()}, on_rest.scatter_add_(1, targets, on_targets)
+    return {name: value * scalars.square_mean for name, value in sums.items()}, on_rest.scatter_add_(1, targets, on_targets)
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------

@@ -192,14 +192,13 @@ def test_normalise_and_erase_equal_torchvision_bit_for_bit():
     assert 0.3 < (draws.erased[:, 2] > draws.erased[:, 0]).float().mean() < 0.7
 
 
-@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("mode", ["batch", "elem"])
 @pytest.mark.parametrize("kind", [{"mixup": 0.8, "cutmix": 0.0}, {"mixup": 0.0, "cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
 @pytest.mark.parametrize("batch_size", [8, 7])
 def test_mixing_is_lam_times_image_plus_rest_times_partner(mode, kind, batch_size):
     images = pictures(64)
     plain = epoch(augmenter(images, batch_size=batch_size, **UNMIXED))[0]
     mixed = augmenter(images, batch_size=batch_size, mix_mode=mode, **kind)
-    first_of_group = {"batch": lambda row: 0, "pair": lambda row: row - row % 2, "elem": lambda row: row}[mode]
     for position, (result, label, other, lam) in enumerate(zip(*epoch(mixed))):
         step, row = divmod(position, batch_size)
         image, own = plain[position], mixed.sampler.order(0, 64)[position]
@@ -207,7 +206,7 @@ def test_mixing_is_lam_times_image_plus_rest_times_partner(mode, kind, batch_siz
             assert torch.equal(result, image) and label == other == own and lam == 1, "an odd last row stays as it is"
             continue
         partner = step * batch_size + (row ^ 1)
-        draw = mixed.sampler.mixes(0, torch.tensor(step * batch_size + first_of_group(row)))
+        draw = mixed.sampler.mixes(0, torch.tensor(step * batch_size + row * (mode == "elem")))
         top, left, bottom, right = draw.pasted.tolist()
         expected = draw.lam * image + (1 - draw.lam) * plain[partner]
         expected[:, top:bottom, left:right] = plain[partner][:, top:bottom, left:right]
@@ -233,7 +232,7 @@ def test_label_weight_is_the_share_of_pixels():
 def test_rows_mixed_with_their_own_class_count_as_unmixed():
     images = pictures(64)
     labels = torch.arange(64) % 2
-    _, label, other, lam = epoch(augmenter(images, labels, mix_mode="pair"))
+    _, label, other, lam = epoch(augmenter(images, labels, mix_mode="elem"))
     same = labels[augmenter(images).sampler.order(0, 64)].view(-1, 2).diff().flatten() == 0
     same = same.repeat_interleave(2)
     assert 10 < same.sum() < 54
@@ -243,27 +242,25 @@ def test_rows_mixed_with_their_own_class_count_as_unmixed():
 def test_weight_zero_leaves_the_partner_and_its_label():
     images = pictures(256)
     plain = epoch(augmenter(images, **UNMIXED))[0]
-    mixed = augmenter(images, mix_mode="pair", mixup=0.01, cutmix=0.0)  # so small an alpha draws lam = 0 or 1, rounded
+    mixed = augmenter(images, mix_mode="elem", mixup=0.01, cutmix=0.0)  # so small an alpha draws lam = 0 or 1, rounded
     result, label, other, lam = epoch(mixed)
     order = mixed.sampler.order(0, 256)
-    swapped = mixed.sampler.mixes(0, torch.arange(0, 256, 2)).lam.repeat_interleave(2) == 0
+    swapped = mixed.sampler.mixes(0, torch.arange(256)).lam == 0
     partner = torch.arange(256) ^ 1
-    assert 20 < swapped.sum() < 200
+    assert 20 < swapped.sum() < 236
     assert torch.equal(label[swapped], order[partner][swapped]) and torch.equal(result[swapped], plain[partner][swapped])
     assert (lam[swapped] == 1).all() and torch.equal(other[swapped], label[swapped])
 
 
-@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("mode", ["batch", "elem"])
 def test_mode_decides_who_shares_a_draw(mode):
     lam = epoch(augmenter(pictures(320), mix_mode=mode, cutmix=0.0))[3].view(-1, 16)
-    within_pair = (lam[:, 0::2] == lam[:, 1::2]).all()
-    within_batch = (lam == lam[:, :1]).all()
-    assert (bool(within_pair), bool(within_batch)) == {"batch": (True, True), "pair": (True, False), "elem": (False, False)}[mode]
-    draws = {"batch": 20, "pair": 160, "elem": 320}[mode]
+    assert bool((lam == lam[:, :1]).all()) == (mode == "batch")
+    draws = {"batch": 20, "elem": 320}[mode]
     assert 0.9 * draws < len(lam.unique()) <= draws
 
 
-@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("mode", ["batch", "elem"])
 @pytest.mark.parametrize("batch_size, cuts", [(64, [0, 32, 64]), (21, [0, 2, 20, 21])])
 def test_parts_of_a_batch_equal_the_whole(mode, batch_size, cuts):
     parts = [range(start, stop) for start, stop in zip(cuts, cuts[1:])]
@@ -278,8 +275,8 @@ def test_parts_of_a_batch_equal_the_whole(mode, batch_size, cuts):
 def test_large_images_and_batches_are_worked_on_in_blocks(monkeypatch):
     ours = augmenter(pictures(40), batch_size=39)
     whole = ours(0)
-    monkeypatch.setattr("augment.reference.CPU_BLOCK", 10 * 32 * 32)
-    assert len(ours._maker._blocks(range(39))) == 4
+    monkeypatch.setattr("augment.cpu.CPU_BLOCK", 10 * 32 * 32)
+    assert len(ours._batches._blocks(range(39))) == 4
     assert torch.equal(ours(0).images, whole.images)
 
 
@@ -481,7 +478,7 @@ def test_draws_of_neighbours_epochs_and_seeds_are_unrelated():
 
 def test_describe_names_what_was_done():
     images = pictures(96)
-    ours = augmenter(images, batch_size=9, mix_mode="pair")
+    ours = augmenter(images, batch_size=9, mix_mode="elem")
     lams, texts = epoch(ours)[3], [text for step in range(ours.steps) for text in ours.describe(step)]
     unmixed = augmenter(images, batch_size=9, crop_pad=0, flip=False, **UNMIXED)
     unmixed_images, unmixed_texts = epoch(unmixed)[0], [text for step in range(ours.steps) for text in unmixed.describe(step)]
@@ -498,7 +495,7 @@ def test_describe_names_what_was_done():
 
 @pytest.mark.parametrize("change, message", [
     ({"policy": "autoaugmnet"}, "unknown policy .autoaugmnet.. choose one of none, autoaugment"),
-    ({"mix_mode": "row"}, "unknown mix_mode .row.. choose one of batch, pair, elem"),
+    ({"mix_mode": "row"}, "unknown mix_mode .row.. choose one of batch, elem"),
     ({"batch_size": 33}, "fewer images than one batch .32 < 33.. use a smaller batch"),
     ({"images": torch.zeros(32, 3, 32, 32, dtype=torch.uint8)}, "torch.uint8 .32, 3, 32, 32"),
     ({"images": torch.zeros(32, 32, 32, 3)}, "torch.float32 .32, 32, 32, 3"),

@@ -59,7 +59,7 @@ def diagnose(args, augment, skipped=(), count=1, every=1, rows=slice(0, BATCH)):
 
 
 @pytest.mark.parametrize("policy", ["autoaugment", "none"])
-@pytest.mark.parametrize("mix_mode, batch_size", [("batch", 12), ("pair", 13), ("elem", 13)])
+@pytest.mark.parametrize("mix_mode, batch_size", [("batch", 12), ("batch", 13), ("elem", 13)])
 def test_treatments_are_what_describe_says(mix_mode, batch_size, policy):
     augment, seen = augmenter(mix_mode, batch_size, policy=policy), set()
     for epoch in range(6):
@@ -82,8 +82,8 @@ def by_hand(args, augment, steps):
     treatments = augment.treatments(1, steps, range(BATCH))
     for index, step in enumerate(steps):
         (z, v), targets, gradients = logits(step), augment(step).targets, {}
-        for term, number in {**record.weighed_by, "whole": None}.items():
-            leaf, off = z.clone().requires_grad_(), {other: 0.0 for other in record.weighed_by.values() if other != number}
+        for term, number in {**record.weight_of, "whole": None}.items():
+            leaf, off = z.clone().requires_grad_(), {other: 0.0 for other in record.weight_of.values() if other != number}
             function(leaf, v, targets, **numbers | (off if number else {}))[0].backward()
             gradients[term] = BATCH * leaf.grad.double()
         assert torch.allclose(gradients["whole"], sum(gradients[term] for term in record.terms), atol=1e-5), "terms add up"
@@ -144,8 +144,8 @@ def test_a_teacher_has_cross_entropy_alone_and_an_empty_group_is_empty():
 def test_a_method_without_weights_has_the_gradient_of_the_whole(monkeypatch):
     """And where one term has no weight of its own, it is what is left when all others are off."""
     args, augment, found = student("--method kd"), augmenter(), []
-    for weighed_by in ({}, {"kl": "alpha"}, {"ce": "ce_weight", "kl": "alpha"}):
-        monkeypatch.setitem(METHODS, "kd", METHODS["kd"]._replace(weighed_by=weighed_by))
+    for weight_of in ({}, {"kl": "alpha"}, {"ce": "ce_weight", "kl": "alpha"}):
+        monkeypatch.setitem(METHODS, "kd", METHODS["kd"]._replace(weight_of=weight_of))
         found.append(diagnose(args, augment, count=3).columns())
     none, one, both = found
     assert "grad_ce" not in none and none["grad_whole"] == pytest.approx(both["grad_whole"], rel=1e-4)

@@ -56,7 +56,7 @@ def write_run(path, name, *, seed=1, ran=None, finished=True, summary=(), **flag
         config |= {"experiment": name, "temperature": 4.0, "teacher": LARGE, "student": SMALL}
     config |= special | flags
     if distilled:
-        config |= method_flags.labels(SimpleNamespace(**dict.fromkeys(METHODS[config["method"]].numbers) | config)) | flags
+        config |= method_flags.labels(SimpleNamespace(**dict.fromkeys(METHODS[config["method"]].hyperparameters) | config)) | flags
     accuracies = curve(plateau, ran or config["epochs"], config["epochs"], seed)
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))

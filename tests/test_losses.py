@@ -5,8 +5,9 @@ from pkgutil import resolve_name
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import rows, soft_label, true_terms
+from kernel_cases import rows
 
+from kernels.softmax_kl import softmax_kl_naive
 from losses import Targets, dist_loss, dkd_loss, kd_loss, mixed_ce
 from losses.methods import METHODS
 from losses.standardize import standardized
@@ -29,17 +30,35 @@ def test_upstream_gradient_reaches_the_student_alone(method):
     assert all(term.ndim == 0 and term.dtype == torch.float32 and not term.requires_grad for term in terms.values())
 
 
-def test_kd_is_its_formula():
+@pytest.mark.parametrize("classes", [2, 10, 100])
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("method, flags, names", [
+    (kd_loss, {}, ("ce", "kl")), (kd_loss, {"kl": "reverse", "ce_weight": 2.0}, ("ce", "kl")),
+    *((dkd_loss, {"beta": 2.0, "mixed_target": rule}, ("ce", "tckd", "nckd")) for rule in ("pair", "dominant", "first"))])
+def test_kd_and_dkd_equal_the_specification(method, flags, names, standardize, classes):
+    """Loss, terms and gradient against float64, with mixed labels and smoothing."""
+    z, v, targets = rows(16, classes)
+    student, exact = z.clone().requires_grad_(), z.double().requires_grad_()
+    loss, found = method(student, v, targets, standardize=standardize, label_smoothing=0.1, **flags)
+    loss.backward()
+    terms = softmax_kl_naive(exact, v.double(), *targets, temperature=4.0, label_smoothing=0.1, standardize=standardize,
+                             split=flags.get("mixed_target", "pair"), reverse="kl" in flags)
+    expected = dict(zip(("ce", "kl", "tckd", "nckd"), terms))
+    weights = (flags.get("ce_weight", 0.3), 0.7) if method is kd_loss else (1.0, 1.0, 2.0)
+    total = sum(weight * expected[name] for weight, name in zip(weights, names, strict=True))
+    total.backward()
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(
+        {name: expected[name].item() for name in names}, rel=1e-5, abs=1e-6)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    # Two z-scores are always +-0.7: their gradient is 0, and what is left of it grows as the logits' deviation falls.
+    tolerance = 1e-4 if standardize and classes == 2 else 2e-5
+    assert (student.grad - exact.grad).abs().max() <= tolerance * exact.grad.abs().max().clamp(min=0.01)
+
+
+def test_kd_has_the_direction_of_kl_div():
     z, v, targets = rows(16, 10)
-    expected = true_terms(z.double(), v.double(), targets, 4.0, smoothing=0.1)
-    loss, terms = kd_loss(z, v, targets, alpha=0.7, label_smoothing=0.1)
-    assert set(terms) == {"ce", "kl"}
-    assert loss.item() == pytest.approx((0.3 * expected[0] + 0.7 * expected[1]).item(), rel=1e-6)
-    assert kd_loss(z, v, targets, alpha=0.7, ce_weight=2.0)[0].item() == pytest.approx(
-        (2 * true_terms(z.double(), v.double(), targets, 4.0)[0] + 0.7 * expected[1]).item(), rel=1e-6)
     expected = F.kl_div((z / 4).log_softmax(1), (v / 4).softmax(1), reduction="batchmean") * 16
-    assert terms["kl"].item() == pytest.approx(expected.item(),
-                                               rel=1e-5), "the direction of F.kl_div(student, teacher): teacher first"
+    assert kd_loss(z, v, targets)[1]["kl"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_dkd_on_unmixed_rows_is_the_published_formula():
@@ -68,47 +87,16 @@ def test_label_and_other_are_not_interchangeable_but_equivalent_when_swapped_wit
 
 def test_mixed_ce_is_cross_entropy_with_the_dense_soft_label():
     z, _, targets = rows(40, 10)
+    hot, other = F.one_hot(targets.label, 10), F.one_hot(targets.other, 10)
+    soft_label = targets.lam[:, None] * hot + (1 - targets.lam[:, None]) * other
     for smoothing in (0.0, 0.1):
         one, two = z.clone().requires_grad_(), z.clone().requires_grad_()
         loss = mixed_ce(one, targets, label_smoothing=smoothing)
-        dense = F.cross_entropy(two, soft_label(targets, 10, smoothing).float())
+        dense = F.cross_entropy(two, soft_label, label_smoothing=smoothing)
         torch.testing.assert_close(loss, dense, rtol=1e-5, atol=1e-6)
         loss.backward(torch.tensor(0.37))
         dense.backward(torch.tensor(0.37))
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-7)
-        assert kd_loss(z, z, targets, alpha=0.0, label_smoothing=smoothing)[0].item() == pytest.approx(loss.item(), rel=1e-5)
-
-
-def z_scored(x):
-    """In float64, by numpy's definition of the deviation."""
-    return torch.from_numpy((x.numpy() - x.numpy().mean(1, keepdims=True)) / (x.numpy().std(1, ddof=1, keepdims=True) + 1e-7))
-
-
-@pytest.mark.parametrize("classes", [2, 10, 100])
-@pytest.mark.parametrize("method, flags, terms", [
-    (kd_loss, {}, (0, 1)), (kd_loss, {"kl": "reverse"}, (0, 1)), (dkd_loss, {"beta": 2.0}, (0, 2, 3)),
-    (dkd_loss, {"mixed_target": "dominant"}, (0, 2, 3)), (dkd_loss, {"mixed_target": "first"}, (0, 2, 3))])
-def test_standardised_logits_have_the_formula_of_z_scores_and_leave_the_labels_alone(method, flags, terms, classes):
-    """Loss, terms and gradient against float64, mixed labels and smoothing included."""
-    z, v, targets = rows(16, classes)
-    student = z.clone().requires_grad_()
-    loss, found = method(student, v, targets, standardize=True, label_smoothing=0.1, **flags)
-    loss.backward()
-    wanted = z.double().requires_grad_()
-    scores = (wanted - wanted.mean(1, keepdim=True)) / (wanted.std(1, keepdim=True) + 1e-7)
-    torch.testing.assert_close(scores.detach(), z_scored(z.double()), rtol=1e-9, atol=1e-9)
-    how = {"split": flags.get("mixed_target", "pair"), "reverse": "kl" in flags}
-    ce = true_terms(wanted, v.double(), targets, 4.0, smoothing=0.1)[0]
-    expected = [ce, *true_terms(scores, z_scored(v.double()), targets, 4.0, **how)[1:]]
-    weights = (0.3, 0.7) if method is kd_loss else (1.0, 1.0, flags.get("beta", 8.0))
-    total = sum(weight * expected[term] for weight, term in zip(weights, terms))
-    total.backward()
-    for value, term in zip(found.values(), terms):
-        assert value.item() == pytest.approx(expected[term].item(), rel=1e-5, abs=1e-6)
-    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
-    # Two z-scores are always +-0.7: their gradient is 0, and what is left of it grows as the logits' deviation falls.
-    exact = 2e-5 if classes > 2 else 1e-4
-    assert (student.grad - wanted.grad).abs().max() <= exact * wanted.grad.abs().max().clamp(min=0.01)
 
 
 def test_standardised_logits_ignore_the_range_of_the_teacher_and_stay_finite():
@@ -139,7 +127,7 @@ def test_dist_is_its_formula(size, temperature):
     q, p = (wanted / temperature).softmax(1), (v.double() / temperature).softmax(1)
     inter, intra = (temperature ** 2 * (1 - torch.stack([pearson(x, y) for x, y in zip(one, two)]).mean())
                     for one, two in ((q, p), (q.T, p.T)))
-    ce = true_terms(wanted, v.double(), targets, 4.0, smoothing=0.1)[0]
+    ce = softmax_kl_naive(wanted, v.double(), *targets, temperature=4.0, label_smoothing=0.1)[0]
     total = 0.5 * ce + 2 * inter + 3 * intra
     total.backward()
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(
@@ -174,18 +162,17 @@ def test_dominant_label():
 
 def test_flags_and_functions_have_the_same_defaults():
     for name, method in METHODS.items():
-        numbers = {key: number.default for key, number in method.numbers.items()}
+        numbers = {key: number.default for key, number in method.hyperparameters.items()}
         signature = inspect.signature(function_of(name)).parameters
         assert numbers == {key: parameter.default for key, parameter in signature.items() if key in numbers}
-        assert list(signature)[:3] == ["student_logits", "teacher_logits",
-                                       "targets"] and set(numbers) | {"label_smoothing"} == set(list(signature)[3:])
+        assert list(signature)[:3] == ["student_logits", "teacher_logits", "targets"]
+        assert set(numbers) | {"label_smoothing"} == set(list(signature)[3:])
 
 
 @pytest.mark.parametrize("call", [
-    lambda z, v, t: kd_loss(z, v[:, :-1], t), lambda z, v, t: kd_loss(z[0], v[0], t), lambda z, v,
-    t: kd_loss(z, v, Targets(*(x[:-1] for x in t))),
-    lambda z, v, t: dkd_loss(z, v, t, mixed_target="both"), lambda z, v, t: kd_loss(z, v, t, kl="sideways"), lambda z, v,
-    t: kd_loss(z[:0], v[:0], t)])
+    lambda z, v, t: kd_loss(z, v[:, :-1], t), lambda z, v, t: kd_loss(z[0], v[0], t), lambda z, v, t: kd_loss(z[:0], v[:0], t),
+    lambda z, v, t: kd_loss(z, v, Targets(*(x[:-1] for x in t))), lambda z, v, t: kd_loss(z, v, t, kl="sideways"),
+    lambda z, v, t: dkd_loss(z, v, t, mixed_target="both")])
 def test_what_does_not_fit_is_refused(call):
     with pytest.raises(ValueError):
         call(*rows(4, 5))

@@ -87,8 +87,8 @@ def test_choices_are_those_of_the_code():
             BatchAugmenter(images, labels, batch_size=2, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3)
     with pytest.raises(SystemExit):
         options.parse_teacher("", "", ["--image-size", str(datasets.SMALLEST - 1)])
-    assert METHODS["dkd"].numbers["mixed_target"].choices == softmax_kl.SPLITS
-    assert METHODS["kd"].numbers["kl"].choices == kd.DIRECTIONS
+    assert METHODS["dkd"].hyperparameters["mixed_target"].choices == softmax_kl.SPLITS
+    assert METHODS["kd"].hyperparameters["kl"].choices == kd.DIRECTIONS
     assert [options.parse_teacher("", "", ["--kernels", name]).kernels for name in kernels.CHOICES] == list(kernels.CHOICES)
 
 

@@ -4,7 +4,7 @@ import pytest
 import sass
 import torch
 
-from augment.fused import Fused
+from augment.fused import FusedBatches
 from augment.policy import build_tables
 from augment.sampling import Sampler
 from kernels import augment as op
@@ -19,7 +19,7 @@ def launches():
         sampler = Sampler(size, build_tables(policy, size), seed=0, crop_pad=4, flip=True, random_erasing=0.25, mixup=0.8,
                           cutmix=1.0, mix_prob=1.0)
         images, labels = torch.empty(64, size, size, 3, dtype=torch.uint8), torch.empty(64, dtype=torch.int64)
-        ours = Fused(images, labels, sampler, batch_size=32, rows_per_mix=32, mean=(0.5,) * 3, std=(0.25,) * 3, dtype=dtype)
+        ours = FusedBatches(images, labels, sampler, batch_size=32, mix_each=False, mean=(0.5,) * 3, std=(0.25,) * 3, dtype=dtype)
         yield ({"size": size, "dtype": str(dtype), "policy": policy}, op._augment_kernel, lambda: ours.batch(1, range(32)))
 
 

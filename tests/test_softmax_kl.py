@@ -5,7 +5,7 @@ Without a GPU the kernel runs in Triton's interpreter on CPU tensors; where ther
 import mpmath
 import pytest
 import torch
-from oracle import rows, truth
+from kernel_cases import rows, truth
 
 import kernels
 from kernels import softmax_kl as op
@@ -59,7 +59,7 @@ def assert_grad(grad, expected, label=""):
 def test_terms_and_gradient_match_float64_sums(kernel, classes, split):
     for temperature, scale, smoothing in ((4.0, 3.0, 0.0), (1.0, 10.0, 0.1)):
         z, v, targets = rows(37, classes, scale, seed=classes)
-        expected, expected_grad = truth(z, v, targets, MIX, temperature, smoothing=smoothing, split=split)
+        expected, expected_grad = truth(z, v, targets, MIX, temperature=temperature, label_smoothing=smoothing, split=split)
         loss, terms, grad = run(z, v, targets, MIX, temperature, smoothing, split)
         assert_terms(terms, expected, f"C={classes} T={temperature}")
         assert_terms(loss, (torch.tensor(MIX).double() * expected).sum())
@@ -68,7 +68,7 @@ def test_terms_and_gradient_match_float64_sums(kernel, classes, split):
 
 def test_a_row_wider_than_a_tile(kernel):
     z, v, targets = rows(3, 5000)
-    expected, expected_grad = truth(z, v, targets, MIX, 4.0, smoothing=0.1)
+    expected, expected_grad = truth(z, v, targets, MIX, temperature=4.0, label_smoothing=0.1)
     _, terms, grad = run(z, v, targets, MIX, 4.0, 0.1)
     assert_terms(terms, expected)
     assert_grad(grad, expected_grad)
@@ -78,7 +78,7 @@ def test_a_row_wider_than_a_tile(kernel):
 def test_reverse_kl_matches_float64_sums(kernel, classes):
     z, v, targets = rows(19, classes, 5.0)
     weights = Weights(ce=0.2, kl=1.5)
-    expected, expected_grad = truth(z, v, targets, weights, 3.0, reverse=True)
+    expected, expected_grad = truth(z, v, targets, weights, temperature=3.0, reverse=True)
     _, terms, grad = run(z, v, targets, weights, 3.0, reverse=True)
     assert_terms(terms, expected)
     assert_grad(grad, expected_grad)
@@ -109,7 +109,7 @@ def test_cross_entropy_alone_reads_no_teacher(kernel):
     leaf = z.to(DEVICE).requires_grad_()
     targets = tuple(part.to(DEVICE) for part in targets)
     loss, terms = softmax_kl(leaf, None, *targets, Weights(ce=2.0), temperature=4.0, label_smoothing=0.1)
-    expected, expected_grad = truth(z, z, rows(37, 10)[2], Weights(2.0, 0.0, 0.0, 0.0), 4.0, smoothing=0.1)
+    expected, expected_grad = truth(z, z, rows(37, 10)[2], Weights(2.0, 0.0, 0.0, 0.0), temperature=4.0, label_smoothing=0.1)
     assert_terms(torch.stack(terms).cpu(), expected)
     assert_grad(torch.autograd.grad(loss, leaf)[0].cpu(), expected_grad)
     with pytest.raises(ValueError, match="kl needs the teacher's logits"):
@@ -145,7 +145,7 @@ def test_extreme_logits_stay_finite_and_exact(kernel, name, split):
     flags = {"reverse": True} if split == "reverse" else {"split": split}
     weights = MIX if split != "reverse" else Weights(0.5, 0.5)
     smoothing = 0.0 if "masked" in name else 0.1  # smoothing towards an impossible class is infinite by definition
-    expected, expected_grad = truth(z, v, targets, weights, 4.0, smoothing=smoothing, **flags)
+    expected, expected_grad = truth(z, v, targets, weights, temperature=4.0, label_smoothing=smoothing, **flags)
     _, terms, grad = run(z, v, targets, weights, 4.0, smoothing, **flags)
     assert_terms(terms, expected, name)
     assert_grad(grad, expected_grad, name)
@@ -176,7 +176,7 @@ def test_16_bit_gradient_is_the_float64_gradient_rounded_once(kernel, dtype):
     """It is kept in fp32 until the upstream gradient, the loss scale, has multiplied it: nothing underflows."""
     z, v, targets = rows(64, 100, dtype=dtype)
     scale = torch.tensor(65536.0, device=DEVICE)
-    _, expected = truth(z, v, targets, Weights(1.0, 0, 1.0, 8.0), 4.0)
+    _, expected = truth(z, v, targets, Weights(1.0, 0, 1.0, 8.0), temperature=4.0)
     exact = expected * 65536
     # The interpreter truncates to bf16 where a GPU rounds.
     rounding = torch.finfo(dtype).eps / (1 if dtype == torch.bfloat16 and DEVICE == "cpu" else 2)

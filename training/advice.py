@@ -82,7 +82,7 @@ def suggested(args, seen: dict, norm: float, entropies: list[float], classes: in
     """Numbers to try, with the reason.  norm: of a new student's gradient.  entropies: of the teacher at TEMPERATURES."""
     record, numbers = METHODS[args.method], resolved(METHODS[args.method], method_flags.own_numbers(args))
     lines = []
-    weighed = {term: number for term, number in record.weighed_by.items() if term != "ce" and seen.get(f"grad_{term}")}
+    weighed = {term: number for term, number in record.weight_of.items() if term != "ce" and seen.get(f"grad_{term}")}
     if weighed and seen.get("grad_ce"):
         loudest = max(weighed, key=lambda term: seen[f"grad_{term}"])
         number = weighed[loudest]

@@ -1,4 +1,4 @@
-"""The batches in plain PyTorch: the reference of kernels/augment.py, and what runs where the kernel cannot."""
+"""The CPU path: batches in plain PyTorch, on CPUs, and on GPUs where the kernel does not run.  naive.py says what it computes."""
 from typing import NamedTuple
 
 import torch
@@ -26,12 +26,12 @@ class _Plan(NamedTuple):
     moves: list[torch.Tensor]  # per slot int64 (S, R): where in this order each row of the next one is
 
 
-class Reference:
+class CpuBatches:
     """Makes batches of `images` on their device; the arguments are those of BatchAugmenter."""
 
-    def __init__(self, images, labels, sampler: Sampler, *, batch_size, rows_per_mix, mean, std, dtype):
+    def __init__(self, images, labels, sampler: Sampler, *, batch_size, mix_each, mean, std, dtype):
         self.images, self.labels, self.sampler, self.batch_size, self.dtype = images, labels, sampler, batch_size, dtype
-        self.size, self.steps, self.rows_per_mix = sampler.size, len(images) // batch_size, rows_per_mix
+        self.size, self.steps, self.mix_each = sampler.size, len(images) // batch_size, mix_each
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32).repeat(self.size ** 2).to(images.device)
                               for values in (mean, std))
 
@@ -40,10 +40,10 @@ class Reference:
         positions = torch.arange(self.steps * self.batch_size, device=self.images.device).view(self.steps, self.batch_size)
         self._sources = order[:positions.numel()].to(self.images.device).view_as(positions)
         self._draws = self.sampler.images(epoch, positions)
-        self._mixes = self.sampler.mixes(epoch, positions[:, ::self.rows_per_mix])
+        self._mixes = self.sampler.mixes(epoch, positions if self.mix_each else positions[:, :1])
 
         paired = self.batch_size // 2 * 2
-        share = self._mixes.share.repeat_interleave(self.rows_per_mix, 1)[:, :self.batch_size]
+        share = self._mixes.share.expand_as(positions)
         label = self.labels[self._sources]
         other = label.clone()  # an odd last row is its own partner
         other[:, :paired] = label[:, :paired].unflatten(1, (-1, 2)).flip(2).flatten(1)
@@ -82,7 +82,7 @@ class Reference:
             ops.erase(images, self._draws.erased[step, rows.start:rows.stop])
         paired = len(rows) // 2 * 2
         if self.sampler.mix_threshold and paired:
-            mixes = slice(rows.start // self.rows_per_mix, -(-(rows.start + paired) // self.rows_per_mix))
+            mixes = slice(rows.start, rows.start + paired) if self.mix_each else slice(1)
             ops.mix(images[:paired], self._mixes.lam[step, mixes], self._mixes.pasted[step, mixes])
         return images
 
