@@ -28,7 +28,7 @@ def main(args):
     control, output = sweep_grid.find_control(cells, args.control), Path(args.output)
     repeats = range(max(len(cell.seeds) for cell in cells))  # a seed of every cell before the next: pairs are complete early
     jobs = [sweep_jobs.Job(cell, cell.seeds[at], output, ROOT) for at in repeats for cell in cells if at < len(cell.seeds)]
-    print(f"{len(jobs)} runs of {len(cells)} cells, {args.jobs} at once, compared with {control.words} -> {output}", flush=True)
+    print(f"{len(jobs)} runs of {len(cells)} cells, {args.jobs} at once, compared with {control.label} -> {output}", flush=True)
     if args.dry_run:
         print(*(each.shown() for each in jobs), sep="\n")
         return
@@ -40,7 +40,7 @@ def main(args):
             run(jobs, args.jobs, args.metric)
             failed = [each for each in jobs if each.code]
             results = sweep_jobs.results([each for each in jobs if each not in failed], cells)
-            rows, note = sweep_table.table(results, control.words, args.metric, len(failed))
+            rows, note = sweep_table.table(results, control.label, args.metric, len(failed))
             write_atomic(output / "table.csv", as_csv(list(rows[0]), rows))
             write_atomic(output / "table.md", sweep_table.as_markdown(rows, note).encode())
             print("", sweep_table.as_markdown(rows, note), sep="\n", end="", flush=True)

@@ -37,7 +37,7 @@ class Job:
         self.process, self.code, self.seconds, self.pause_ends = None, 0, 0.0, 0.0
 
     def __str__(self) -> str:
-        return f"{self.cell.words} seed {self.seed}"
+        return f"{self.cell.label} seed {self.seed}"
 
     def shown(self) -> str:
         return shlex.join(["python", self.cell.script, *self.command[1:]])
@@ -153,7 +153,7 @@ def results(jobs: list[Job], cells: list) -> dict[str, dict[int, dict]]:
         if images and first[0] and images != first[0]:
             raise Failure(DATA, f"runs of one table saw different images ({first[1].directory} and {each.directory})",
                           "bring the images back, or take the runs away that saw the others")
-    return {cell.words: {each.seed: each.result() for each in jobs if each.cell is cell} for cell in cells}
+    return {cell.label: {each.seed: each.result() for each in jobs if each.cell is cell} for cell in cells}
 
 
 @contextmanager
