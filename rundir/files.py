@@ -68,11 +68,6 @@ def as_csv(names: list[str], rows: list[dict]) -> bytes:
     return text.getvalue().encode()
 
 
-def holds(path, sha256: str | None) -> bool:
-    """Whether there is a file `path`, and this is its SHA-256."""
-    return bool(path and sha256) and os.path.isfile(path) and digest(path) == sha256
-
-
 def digest(path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     try:
@@ -80,3 +75,8 @@ def digest(path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as failure:
         raise Failure(CHECKPOINT, f"cannot read ({path}: {failure.strerror})", "check the path and its permissions") from failure
+
+
+def existing_digest(path) -> str | None:
+    """`digest` of a file; None where there is none."""
+    return digest(path) if path and os.path.isfile(path) else None

@@ -11,12 +11,12 @@ import torch
 from rundir import checkpoint
 from rundir.checkpoint import on_cpu
 from rundir.errors import CHECKPOINT, DATA, USAGE, Failure
-from rundir.files import holds, write_atomic
-from rundir.identity import NON_EXPERIMENT_FLAGS
+from rundir.files import existing_digest, write_atomic
+from rundir.identity import NON_EXPERIMENT_FLAGS, same_flag
 from rundir.run_directory import EpochRow
 
-FREE = NON_EXPERIMENT_FLAGS | {"epochs", "patience"}  # what a resumed run may change
-NO_FLAGS = {"script", "teacher_sha256", "processes"}
+MAY_CHANGE_ON_RESUME = NON_EXPERIMENT_FLAGS | {"epochs", "patience"}
+DERIVED = {"script", "teacher_sha256", "processes"}  # of a configuration: no flags
 
 
 def read_run(path) -> dict:
@@ -67,33 +67,26 @@ def is_finished(saved: dict | None, epochs: int, stop) -> bool:
 
 
 def compare(run, old: dict, new: dict, began: dict) -> None:
-    """Refuse flags that differ from those of the run; shows both in a table.  began: what the run began with, see State.
+    """Refuse flags that make another experiment than the run's; prints both in a table.  began: see State."""
+    def sha256_of(name):
+        if name == "data_dir":
+            return began.get("data_sha256")  # compared when the images are loaded
+        return new["teacher_sha256"] if name == "teacher_checkpoint" else existing_digest(new[name])
 
-    Of a file, and of a folder of images, the content counts and not the path.
-    """
-    old = {key: value for key, value in new.items() if not value} | old  # a flag that is newer than the run was off
-    same = {"data_dir": "data_sha256" in began,  # which is compared when the images are there
-            "teacher_checkpoint": old.get("teacher_sha256") == new.get("teacher_sha256"),
-            **{key: holds(new.get(key), began.get("init_sha256")) for key in ("init", "student_init")},
-            **dict.fromkeys(("batch_size", "processes"), images_a_step(old) == images_a_step(new))}
-    changed = sorted(key for key in old.keys() | new.keys()
-                     if key not in FREE and old.get(key) != new.get(key)
-                     and not same.get(key))
+    changed = sorted(name for name in (old.keys() | new.keys()) - MAY_CHANGE_ON_RESUME
+                     if not same_flag(name, began | old, new, sha256_of))
     if new["epochs"] < old["epochs"]:
         changed.append("epochs")
     if not changed:
         return
     rows = [("flag", "its run", "now")]
-    rows += [(key if key in NO_FLAGS else f"--{key.replace('_', '-')}", str(old.get(key)), str(new.get(key))) for key in changed]
+    rows += [(name if name in DERIVED else f"--{name.replace('_', '-')}", str(old.get(name)), str(new.get(name)))
+             for name in changed]
     widths = [max(map(len, column)) for column in zip(*rows)]
     print(*("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows), sep="\n")
     both = ", ".join(f"{name} {before} -> {now}" for name, before, now in rows[1:])
-    raise Failure(USAGE, f"these flags make another experiment than the run to continue ({run.last.parent}: {both})",
-                  "give it the flags that it had, or start another run in another --output")
-
-
-def images_a_step(config: dict) -> int:
-    return config["batch_size"] * config.get("processes", 1)
+    raise Failure(USAGE, f"these flags differ from those of the run to continue ({run.last.parent}: {both})",
+                  "repeat its flags, or start another run in another --output")
 
 
 def check_data(began: dict, data) -> None:

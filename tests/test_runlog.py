@@ -67,8 +67,8 @@ def test_a_used_directory_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(errors.Failure, match="not a directory"):
         run_directory.RunDirectory(tmp_path / "file", overwrite=True)
     with run_directory.RunDirectory(tmp_path / "new", overwrite=False):
-        with pytest.raises(errors.Failure, match="in use") as failure, run_directory.RunDirectory(tmp_path / "new", overwrite=True):
-            pass
+        with pytest.raises(errors.Failure, match="in use") as failure:
+            run_directory.RunDirectory(tmp_path / "new", overwrite=True).__enter__()
         assert failure.value.code == errors.IN_USE
     assert not (tmp_path / "new").exists(), "a run that fails before its start leaves no directory behind"
 

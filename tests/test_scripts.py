@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_images
 from PIL import Image
 
 import models
@@ -33,17 +34,6 @@ def run(capsys, script, line):
     finally:
         sys.argv = argv
     return (code, *capsys.readouterr())
-
-
-def make_images(folder, classes, each, seed, size=16):
-    """Noisy images of one colour and stripe direction per class."""
-    g = torch.Generator().manual_seed(seed)
-    for index, name in enumerate(classes):
-        (folder / name).mkdir(parents=True)
-        base = torch.tensor([(index * 83) % 256, (index * 151 + 40) % 256, (index * 47 + 90) % 256])
-        for number in range(each):
-            noise = torch.randint(-40, 40, (size, size, 3), generator=g)
-            Image.fromarray((base + noise).clamp(0, 255).byte().numpy()).save(folder / name / f"{number:03d}.png")
 
 
 @pytest.fixture(scope="module")

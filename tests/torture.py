@@ -111,7 +111,7 @@ class Workplace:
     """A folder with images and a trained teacher, in which commands run in processes of their own."""
 
     def __init__(self, folder):
-        from test_scripts import make_images
+        from helpers import make_images
         self.folder, self.usual = Path(folder), {}  # usual: seconds that a whole run of each kind takes
         self.one_at_a_time = threading.Lock()  # multiprocessing looks at all children whenever one starts
         classes = [f"class{index}" for index in range(4)]
