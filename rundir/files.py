@@ -1,4 +1,4 @@
-"""Files that are replaced in one step: a reader, or a crash, sees the old one or the new one."""
+"""Atomic writing, JSON, CSV and digests of files."""
 import csv
 import hashlib
 import io
@@ -13,8 +13,8 @@ from rundir.errors import CHECKPOINT, Failure, Unwritable
 def write_atomic(path, content, previous=None) -> None:
     """Replace `path` by `content` in one step: a reader, or a crash, sees the old file or the new one, never half of it.
 
-    content: bytes, or what writes to the open file that it is called with, and has a length, then or after a failure.
-    previous: a name under which the old file is kept.
+    content: bytes, or a callable that writes to an open file, and has a length, at the latest when it fails.
+    previous: a name under which the old file is kept.  Raises Unwritable.
     """
     path = Path(path)
     partial, link = (Path(f"{name}.tmp") for name in (path, previous or path))

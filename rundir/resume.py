@@ -1,7 +1,7 @@
-"""How a run goes on: what --resume finds, whether it may be continued, and all that decides its next epoch.
+"""Resuming: finding the state of a run, comparing its flags, saving and restoring it.
 
-A run keeps all that it needs to go on in last.pt, replaced after every epoch, and the one before it in prev.pt.  Whatever
-is lost in a crash is the epoch in flight and the one being written; both are computed again, to the same bits on a CPU.
+last.pt holds the whole state of a run.  It is replaced after every epoch; prev.pt is the one before.  A crash loses the epoch in
+flight and the one being written; both are computed again, to the same bits on a CPU.
 """
 import sys
 from dataclasses import asdict
@@ -28,7 +28,7 @@ def read_run(path) -> dict:
 
 
 def find(run, config: dict) -> dict | None:
-    """What `--resume` asks to continue, None to start; prints which.
+    """The state that `--resume` continues, None to start; prints which.
 
     run: the entered RunDirectory.  A damaged last.pt gives way to prev.pt, with a warning; a run is never silently started
     again.  Failure CHECKPOINT: nothing readable.  Failure USAGE: flags that make another experiment than the run's.
@@ -97,10 +97,10 @@ def check_data(began: dict, data) -> None:
 
 
 class State:
-    """All that decides how a run goes on: saved after every epoch, restored from what `find` found.
+    """The state of a run: saved after every epoch, restored from the result of `find`.
 
-    config: what must be the same when it is resumed.  began: what it began with, the SHA-256 of its images and of the weights
-    that --init or --student-init named, and the number of threads.
+    config: flags, and what else must be the same in a resumed run.  began: the SHA-256 of its images and of the weights of --init
+    or --student-init, and the number of threads.
     update, stop: have state_dict() and load_state_dict() of plain types.
     ranks: training.distributed's; all processes restore and save together, the first one writes.
     """
@@ -142,13 +142,13 @@ class State:
             checkpoint.write(self.run / "best.pt", **best)
         return saved["epoch"] + 1
 
-    def save(self, row: EpochRow, looked: dict, card: dict | None) -> None:
+    def save(self, row: EpochRow, diagnostics_row: dict, card: dict | None) -> None:
         """End an epoch: last.pt, then best.pt where `card` says what is in it (None: not the best epoch), then the tables.
 
-        looked: the row of diagnostics.csv.
+        diagnostics_row: of diagnostics.csv.
         """
         self.run.rows.append(row)
-        self.run.looked.append(looked)
+        self.run.diagnostics_rows.append(diagnostics_row)
         generators = {"cpu": self.ranks.gather(torch.get_rng_state())}
         if torch.cuda.is_initialized():
             generators["cuda"] = self.ranks.gather(torch.cuda.get_rng_state())
@@ -158,7 +158,7 @@ class State:
         content = on_cpu({
             "kind": "run", "epoch": row.epoch, "config": self.config, "began": self.began, "best": best,
             "rng": generators,
-            "rows": list(map(asdict, self.run.rows)), "looked": list(self.run.looked),
+            "rows": list(map(asdict, self.run.rows)), "looked": list(self.run.diagnostics_rows),
             "update": self.update.state_dict(), "stop": self.stop.state_dict()})
         weights = on_cpu(self.update.evaluated.state_dict()) if best else None
         tables, previous, self.previous = self.run.tables(), self.previous, self.run / "prev.pt"

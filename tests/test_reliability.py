@@ -582,7 +582,7 @@ def test_no_process_of_a_pair_ends_before_all_are_connected(place):
     ("", partial(torture.on_rank, 1, run_out_of_memory), 7, ["out of GPU memory", "--batch-size 4"]),
     ("", partial(torture.on_rank, 1, drift), 1, ["ranks diverged", "2 processes", "--resume auto"]),
     ("", partial(torture.on_rank, 1, partial(torture.poison, "kl", range(1000))), 6, ["train_loss_kl is not finite"]),
-    ("", hang, 1, ["another process of this run does not answer", "--resume auto"]),
+    ("", hang, 1, ["another process of this run stopped responding", "--resume auto"]),
     ("--batch-size 7", None, 2, ["odd --batch-size", "7"]),
     ("--batch-size 40", None, 2, ["2 times 40 of 76 images"]),
     ("--device cuda:1", None, 2, ["every process needs a GPU of its own"]),

@@ -139,7 +139,7 @@ def test_statistics_by_hand_and_by_scipy():
     """Of 50, 52, 54: SD 2, standard error 2 / sqrt(3), and t(0.975; 2) = 4.302653.  Of the differences 1, 2, 3: t = 2 sqrt(3)."""
     mean, sd, low, high, _ = sweep_table.spread(ONE)
     assert (mean, sd, (low + high) / 2) == (52, 2, 52) and high - mean == pytest.approx(4.302653 * 2 / math.sqrt(3), rel=1e-6)
-    row = sweep_table.numbers("", *({seed: summary(value) for seed, value in enumerate(values)} for values in (OTHER, ONE)),
+    row = sweep_table.row_of("", *({seed: summary(value) for seed, value in enumerate(values)} for values in (OTHER, ONE)),
                              "test_acc1_best")
     test = stats.ttest_rel(OTHER, ONE)
     assert row["difference"] == 2 and row["p"] == pytest.approx(test.pvalue) == pytest.approx(0.0741799, rel=1e-5)
@@ -153,13 +153,13 @@ def test_undefined_numbers_are_empty_without_a_warning():
         assert sweep_table.spread([]) == (None,) * 5 and sweep_table.spread([3.0]) == (3.0, *[None] * 4)
         assert sweep_table.spread([1.0, 1.0]) == (1.0, 0.0, None, None, None)
         assert sweep_table.spread([53.1 - 52.9, 51.3 - 51.1, 0.7 - 0.5])[1:] == (0.0, None, None, None), "rounding is no variance"
-        row = sweep_table.numbers("", {0: DIVERGED}, {0: summary(1.0)}, "test_acc1_best")
+        row = sweep_table.row_of("", {0: DIVERGED}, {0: summary(1.0)}, "test_acc1_best")
         assert (row["n"], row["diverged"], row["pairs"], row["verdicts"]) == (0, 1, 0, "1 diverged")
         assert all(row[name] is None for name in ("mean", "sd", "ci_low", "difference", "p", "last", "minutes"))
 
 
 def test_differences_are_over_common_seeds():
-    row = sweep_table.numbers("", {0: summary(51.0), 1: DIVERGED, 2: summary(56.0), 7: summary(90.0)},
+    row = sweep_table.row_of("", {0: summary(51.0), 1: DIVERGED, 2: summary(56.0), 7: summary(90.0)},
                              {0: summary(50.0), 1: summary(50.0), 2: summary(53.0), 3: DIVERGED}, "test_acc1_best")
     assert (row["n"], row["diverged"], row["pairs"], row["difference"], row["mean"]) == (3, 1, 2, 2.0, pytest.approx(197 / 3))
 

@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from rundir.errors import CALMER, DIVERGED, Failure
+from rundir.errors import DIVERGED, NONFINITE_HINT, Failure
 from training.device import Machine
 
 SKIPS = 20  # optimizer steps in a row that a healthy run may skip: FP16's first scale of 2^16 finds its level in fewer
@@ -103,7 +103,7 @@ class Means:
     def failure(self, reason: str) -> Failure:
         """Names the loss that went first: the terms stand after their sum."""
         sick = [name for name, *values in zip(self.names, *(row[3:] for row in self.rows)) if not all(map(math.isfinite, values))]
-        return Failure(DIVERGED, f"{sick[-1] if sick else 'the gradient'} is not finite ({reason})", CALMER)
+        return Failure(DIVERGED, f"{sick[-1] if sick else 'the gradient'} is not finite ({reason})", NONFINITE_HINT)
 
 
 def mean(values, otherwise=None):
