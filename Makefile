@@ -1,5 +1,6 @@
-# make demo: the whole study in miniature on embedded data.   make test: all checks.   make lint: style and types.   make torture: thousands of killed,
-# stopped and corrupted runs and sweeps, and each barrier of the kernels taken out, 8 to 13 minutes.   All set up .venv themselves, once.
+# make demo: the whole study in miniature on embedded data.   make test: all checks.   make lint: style and types.
+# make torture: thousands of killed, stopped and corrupted runs, and each barrier of the kernels taken out, 8 to 13 minutes.
+# All set up .venv themselves, once.
 # make gpu: what there is to measure on a GPU, in three stages: make gpu PYTHON=python3 STAGE=2 OUTPUT=dir needs no .venv.
 # make test-export: exported files in the runtimes that `make test` does without, from requirements-export.txt.
 SHELL := /bin/bash
@@ -34,8 +35,7 @@ gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(INSTALLED))
 
 torture: $(INSTALLED)
 	$(PYTHON) tests/torture.py
-	TORTURE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/test_ptx_augment.py tests/test_ptx_softmax_kl.py \
-	    tests/test_sweep.py
+	TORTURE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/test_ptx_augment.py tests/test_ptx_softmax_kl.py
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
 # Two one-thread processes side by side finish sooner than one with two threads.  What was interrupted goes on, what is finished stays:

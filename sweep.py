@@ -1,4 +1,4 @@
-"""Run a grid of flags times seeds, and make one table of it, each cell compared with a control.
+"""Run a grid of flags times seeds, and make one table of it, with each cell compared to a control.
 
     python sweep.py distill.py --method dkd --beta 1 2 4 8 --mixed-target pair dominant --seed 0 1 2       8 cells, 24 runs
     python sweep.py distill.py --method kd dkd --beta 2 8 --seed 0 1 2                3 cells: KD has no beta, and is the control
@@ -7,20 +7,21 @@
     python sweep.py --dry-run distill.py --method dkd --beta 1 2 4 8                  lists the runs
 
 A flag with several values is an axis of the grid; -- separates grids that share the flags before the first --.  Every run is a
-process of its own.  Killed or stopped, the same command goes on; what has finished, or diverged, is not run again.
+process of its own.  Killed or stopped, the same command continues; runs that finished or diverged are not run again.
 Leaves the runs, logs/, table.md and table.csv in --output.
 """
-import signal
-import time
+import os
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from signal import SIGTERM
+from statistics import median_low
 
 from cli import sweep_grid, sweep_jobs
 from rundir import errors
-from rundir.files import as_csv, damaged, read_json, write_atomic, write_json
+from rundir.files import as_csv, write_atomic
 from rundir.terminal import clock
 
 ROOT = Path(__file__).resolve().parent
-LOOK = 0.1  # seconds between two looks at the processes
 
 
 def main(args):
@@ -28,61 +29,42 @@ def main(args):
     control, output = sweep_grid.find_control(cells, args.control), Path(args.output)
     repeats = range(max(len(cell.seeds) for cell in cells))  # a seed of every cell before the next: pairs are complete early
     jobs = [sweep_jobs.Job(cell, cell.seeds[at], output, ROOT) for at in repeats for cell in cells if at < len(cell.seeds)]
-    print(f"{len(jobs)} runs of {len(cells)} cells, {args.jobs} at once, compared with {control.words} -> {output}", flush=True)
+    print(f"{len(jobs)} runs of {len(cells)} cells, {args.jobs} at once, compared with {control.label} -> {output}", flush=True)
     if args.dry_run:
-        print(*(each.shown() for each in jobs), sep="\n")
+        print(*(job.shown() for job in jobs), sep="\n")
         return
 
-    with sweep_jobs.alone(output), errors.stopping_on_signals():
-        try:
-            record(jobs, output / "sweep.json")
-            from cli import sweep_table  # not before: SciPy takes its time
-            run(jobs, args.jobs, args.metric)
-            failed = [each for each in jobs if each.code]
-            results = sweep_jobs.results([each for each in jobs if each not in failed], cells)
-            rows, note = sweep_table.table(results, control.words, args.metric, len(failed))
-            write_atomic(output / "table.csv", as_csv(list(rows[0]), rows))
-            write_atomic(output / "table.md", sweep_table.as_markdown(rows, note).encode())
-            print("", sweep_table.as_markdown(rows, note), sep="\n", end="", flush=True)
-        except BaseException as failure:
-            signalled = getattr(failure, "number", None)
-            sweep_jobs.stop(jobs, signalled or signal.SIGTERM)
-            if signalled:
-                raise errors.Failure(errors.STOPPED + signalled, f"stopped ({failure})", "the same command goes on") from None
-            raise
+    with sweep_jobs.exclusive_lock(output):
+        sweep_jobs.record(jobs, output / "sweep.json")
+        from cli import sweep_table  # not before: importing SciPy takes its time
+        run(jobs, args.jobs, args.metric)
+        failed = [job for job in jobs if job.code]
+        results = sweep_jobs.results([job for job in jobs if not job.code], cells)
+        rows, note = sweep_table.table(results, control.label, args.metric, len(failed))
+        write_atomic(output / "table.csv", as_csv(list(rows[0]), rows))
+        write_atomic(output / "table.md", sweep_table.as_markdown(rows, note).encode())
+        print("", sweep_table.as_markdown(rows, note), sep="\n", end="", flush=True)
     if failed:
         raise errors.Failure(failed[0].code, f"{len(failed)} of {len(jobs)} runs failed ({failed[0].log}: {failed[0].reason()})",
-                             "mend it, and the same command goes on")
-
-
-def record(jobs, path: Path) -> None:
-    """Check what earlier runs left, before any is started; and note with which flags each was begun."""
-    recorded = read_json(path) or {}
-    if not all(isinstance(flags, dict) for flags in recorded.values()):
-        raise damaged(path, "not the flags of runs")
-    others = recorded.keys() - {each.directory.name for each in jobs}
-    if others:
-        print(f"the tables there will be of this sweep; {len(others)} runs of another are left out: {min(others)}, ...")
-    for each in jobs:
-        recorded[each.directory.name] = each.compare(recorded.get(each.directory.name))
-        each.result()
-    write_json(path, recorded)
+                             "fix it and repeat the command")
 
 
 def run(jobs, at_once: int, metric: str) -> None:
-    """Run what has not ended, `at_once` at a time, and say how each ended."""
-    waiting, active, ended, took = list(jobs), [], 0, []
-    while waiting or active:
-        active += [waiting.pop(0) for _ in range(min(at_once - len(active), len(waiting)))]
-        over = [each for each in active if each.ended(at_once)]
-        for each in over:
-            active.remove(each)
-            ended, took = ended + 1, took + [each.seconds] * (each.seconds > 0)
-            left = f", eta {clock(sorted(took)[(len(took) - 1) // 2] * (len(jobs) - ended) / at_once)}" if took else ""
-            print(f"[{ended}/{len(jobs)}] {each}: {each.outcome(metric)}  "
-                  f"({clock(each.seconds) if each.seconds else 'it was there'}{left})", flush=True)
-        if not over:
-            time.sleep(LOOK)
+    """Run the jobs without a result, `at_once` at a time, and print how each ended."""
+    waiting = [job for job in jobs if not job.result()]
+    done, seconds, threads = len(jobs) - len(waiting), [], max(1, len(os.sched_getaffinity(0)) // at_once)
+    print(f"{done} of them are done already", flush=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for ended in as_completed([pool.submit(job.run, threads) for job in waiting]):
+                job, done = ended.result(), done + 1
+                seconds.append(job.seconds)
+                left = clock(median_low(seconds) * (len(jobs) - done) / at_once)
+                print(f"[{done}/{len(jobs)}] {job}: {job.outcome(metric)}  ({clock(job.seconds)}, eta {left})", flush=True)
+        except BaseException as failure:
+            for job in waiting:
+                job.stop(getattr(failure, "number", SIGTERM))
+            raise
 
 
 if __name__ == "__main__":

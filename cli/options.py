@@ -100,14 +100,14 @@ def machine_flags(parser, output) -> None:
     debug_flag(add)
 
 
-def new_parser(description, usage_lines) -> Parser:
-    return Parser(description=description, epilog=usage_lines, allow_abbrev=False,
+def new_parser(description=None, usage_lines=None, prog=None) -> Parser:
+    return Parser(prog=prog, description=description, epilog=usage_lines, allow_abbrev=False,
                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def parse_teacher(description, usage_lines, argv=None):
+def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
     """The checked flags of train_teacher.py; exits with 2 and one line otherwise."""
-    parser = new_parser(description, usage_lines)
+    parser = new_parser(description, usage_lines, prog)
     add = parser.add_argument_group("network").add_argument
     add("--model", type=nonempty, default="efficientnet_v2_l", metavar="NAME",
         help="a torchvision classifier, a CIFAR network or v2_*; " + DEFAULT)
@@ -126,13 +126,13 @@ def parse_teacher(description, usage_lines, argv=None):
     return args
 
 
-def parse_distill(description, usage_lines, argv=None):
+def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     """The checked flags of distill.py, with the numbers of the chosen method filled in; exits with 2 and one line otherwise."""
-    first = Parser(add_help=False, allow_abbrev=False)
+    first = Parser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--experiment", choices=EXPERIMENTS)
     preset = EXPERIMENTS.get(first.parse_known_args(argv)[0].experiment, {})
 
-    parser = new_parser(description, usage_lines)
+    parser = new_parser(description, usage_lines, prog)
     add = parser.add_argument_group("distillation").add_argument
     add("--experiment", choices=EXPERIMENTS, help="a preset of the study: sets defaults, flags beside it win")
     add("--method", choices=METHODS, default="kd", help=DEFAULT)

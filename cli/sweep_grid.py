@@ -5,8 +5,7 @@ Imports no torch.  All errors are one line and exit code 2.
 import itertools
 import re
 import shlex
-import sys
-from argparse import Namespace
+from argparse import REMAINDER, Namespace
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -16,57 +15,53 @@ from losses.methods import METHODS
 from rundir.errors import USAGE, Failure
 
 PARSERS = {"distill.py": options.parse_distill, "train_teacher.py": options.parse_teacher}
-DEFAULTS = {script: parse("", "", []) for script, parse in PARSERS.items()}
-SET_HERE = ("--output", "--resume", "--overwrite", "--dry-run")
-SHORT = {"-b": "--batch-size"}
+DEFAULTS = {script: parse(argv=[]) for script, parse in PARSERS.items()}
+SET_BY_SWEEP = ("--output", "--resume", "--overwrite", "--dry-run")
+LONG_FORM = {"-b": "--batch-size"}
 METRICS = ("test_acc1_best", "test_acc1_last")
-LONGEST = 120  # characters of a run's name, before the seed
+LONGEST_NAME = 120  # characters of a run's name, before the seed
 
 
 @dataclass
 class Cell:
     """A script and the flags with which it is run once for every seed.
 
-    flags: flag -> its values, none for a switch; "--seed" is not among them.  left_out: flags of the command that this script or
-    method does not have.  shown: those of `flags` in which it differs from the other cells; words: as they are typed; name: as a
-    part of a path.
+    flags: flag -> its values, none for a switch; without "--seed".  left_out: flags of the command that this script or method
+    does not have.  differing: those of `flags` in which it differs from the other cells; label: `differing` as typed; name:
+    `differing` as part of a path.
     """
     script: str
     flags: dict[str, tuple[str, ...]]
     left_out: set[str]
     seeds: list[int]
-    shown: dict[str, tuple[str, ...]] = None
-    words: str = ""
+    differing: dict[str, tuple[str, ...]] = None
+    label: str = ""
     name: str = ""
 
 
-def parse_sweep(description, usage_lines, argv=None) -> Namespace:
-    """The checked flags of sweep.py; `flags` is what stands behind the script's name, unchecked."""
+def parse_sweep(description=None, usage_lines=None, argv=None) -> Namespace:
+    """The checked flags of sweep.py, the `script`, and the words after its name, unchecked, in `flags`."""
     parser = options.new_parser(description, usage_lines)
     add = parser.add_argument_group("before the script").add_argument
     add("--jobs", type=count, default=1, metavar="N", help="runs at once, on one GPU or CPU; " + options.DEFAULT)
     add("--output", type=nonempty, default="runs/sweep", metavar="DIR", help="of the runs and the table; " + options.DEFAULT)
-    add("--control", metavar="FLAGS", help="the cell that others are compared with, by the flags in which it differs, as "
-        "\"--method kd\"; default: the first one")
+    add("--control", metavar="FLAGS", help="the cell that the others are compared with, by the flags in which it differs, as in "
+        "--control=\"--method kd\"; default: the first one")
     add("--metric", choices=METRICS, default=METRICS[0], help="the best epoch's or the last one's; " + options.DEFAULT)
     add("--dry-run", action="store_true", help="list the runs, then stop")
     options.debug_flag(add)
     add = parser.add_argument_group("what to run").add_argument
-    add("script", choices=PARSERS, help="distill.py or train_teacher.py")
-    add("flags", nargs="*", help="the script's; several values make an axis of the grid, those of --seed are repeats; "
-        "-- separates grids that share the flags before the first --")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--control" in argv[:-1]:  # else argparse would take its value for a flag, and so might we for the script
-        at = argv.index("--control")
-        argv[at:at + 2] = [f"--control={argv[at + 1]}"]
-    end = next((at for at, word in enumerate(argv, 1) if word in PARSERS), len(argv))
-    args = parser.parse_args(argv[:end])
-    args.flags = argv[end:]
+    add("command", nargs=REMAINDER, metavar="script flags", help="distill.py or train_teacher.py, and its flags; several values "
+        "make an axis of the grid, those of --seed are repeats; -- separates grids that share the flags before the first --")
+    args = parser.parse_args(argv)
+    args.script, *args.flags = args.command or [None]
+    if args.script not in PARSERS:
+        parser.error(f"the script must be {' or '.join(PARSERS)} ({args.script})")
     return args
 
 
 def expand(script: str, words: list[str]) -> list[Cell]:
-    """All cells of a command, named, in its order; equal ones are one.  Every flag is checked by its script's parser."""
+    """All cells of a command, named, in its order; equal cells are merged.  Every flag is checked by its script's parser."""
     first, *others = split(words)
     common, cells, different = read_flags(first), [], {}
     for words in others or [[]]:
@@ -106,8 +101,8 @@ def read_flags(words: list[str]) -> dict[str, tuple[str, ...]]:
             values.append(word)
             continue
         flag, equals, value = word.partition("=")
-        flag = SHORT.get(flag, flag)
-        if flag in SET_HERE:
+        flag = LONG_FORM.get(flag, flag)
+        if flag in SET_BY_SWEEP:
             raise Failure(USAGE, f"the sweep itself sets {flag} of its runs ({word})",
                           "leave it out; the sweep's own --output and --dry-run stand before the script")
         if flag in flags:
@@ -162,31 +157,29 @@ def command(cell: Cell) -> list[str]:
 
 def parse(cell: Cell, *seed, output: str = "-") -> Namespace:
     """The checked flags of a run; where one is wrong, that script's line on stderr and exit code 2."""
-    name, sys.argv[0] = sys.argv[0], cell.script  # argparse calls the program by it
-    try:
-        return PARSERS[cell.script]("", "", [*command(cell), "--seed", *map(str, seed or cell.seeds[:1]), "--output", output])
-    finally:
-        sys.argv[0] = name
+    argv = [*command(cell), "--seed", *map(str, seed or cell.seeds[:1]), "--output", output]
+    return PARSERS[cell.script](argv=argv, prog=cell.script)
 
 
 def name_cells(script: str, cells: list[Cell]) -> None:
-    """Say in which flags the cells differ; one without any, or of the other script, has its script's name before them.
+    """Set `differing`, `label` and `name` of the cells.
 
-    A flag counts as different where a cell does without it, unless it was left out there.
+    A cell without differing flags, or of another script than `script`, is named by its script.
+    A flag that only some cells have counts as differing, unless the others had to leave it out.
     """
     every = dict.fromkeys(flag for cell in cells for flag in cell.flags)
-    differing = [flag for flag in every if len({cell.flags.get(flag) for cell in cells if flag not in cell.left_out}) > 1]
+    varied = [flag for flag in every if len({cell.flags.get(flag) for cell in cells if flag not in cell.left_out}) > 1]
     for cell in cells:
-        cell.shown = {flag: cell.flags[flag] for flag in differing if flag in cell.flags}
-        prefix = [cell.script] if cell.script != script or not cell.shown else []
-        cell.words = shlex.join([*prefix, *(word for flag, values in cell.shown.items() for word in (flag, *values))])
-        parts = [*(word.removesuffix(".py") for word in prefix), *("-".join((flag[2:], *values))
-                                                                   for flag, values in cell.shown.items())]
+        cell.differing = {flag: cell.flags[flag] for flag in varied if flag in cell.flags}
+        prefix = [cell.script] if cell.script != script or not cell.differing else []
+        cell.label = shlex.join([*prefix, *(word for flag, values in cell.differing.items() for word in (flag, *values))])
+        parts = [*(word.removesuffix(".py") for word in prefix),
+                 *("-".join((flag[2:], *values)) for flag, values in cell.differing.items())]
         cell.name = "_".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.") for part in parts)
     names = [cell.name for cell in cells]
     for cell in cells:
-        if len(cell.name) > LONGEST or names.count(cell.name) > 1:
-            cell.name = f"{cell.name[:LONGEST]}-{crc32(cell.words.encode()):08x}"
+        if len(cell.name) > LONGEST_NAME or names.count(cell.name) > 1:
+            cell.name = f"{cell.name[:LONGEST_NAME]}-{crc32(cell.label.encode()):08x}"
 
 
 def find_control(cells: list[Cell], text: str | None) -> Cell:
@@ -200,8 +193,8 @@ def find_control(cells: list[Cell], text: str | None) -> Cell:
     script = words.pop(0) if words and words[0] in PARSERS else None
     flags = read_flags(words)
     having = [cell for cell in cells if script in (None, cell.script) and flags.items() <= cell.flags.items()]
-    chosen = [cell for cell in having if cell.shown == flags] or having
+    chosen = [cell for cell in having if cell.differing == flags] or having
     if len(chosen) != 1:
         raise Failure(USAGE, f"--control describes {len(chosen)} of the {len(cells)} cells ({text})",
-                      f"name one of: {'; '.join(cell.words for cell in cells)}")
+                      f"name one of: {'; '.join(cell.label for cell in cells)}")
     return chosen[0]

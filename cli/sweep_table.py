@@ -1,7 +1,7 @@
 """The table of a sweep: one row per cell, with intervals, and each cell compared with the control.  Imports no torch.
 
-Accuracies and differences are in percent.  None, an empty cell of the CSV, is a number that is not defined: a standard deviation
-of one value, or an interval and a p-value where all values are equal, as Student's t would make them certain.
+Accuracies and differences are in percent.  None, an empty cell of the CSV, is an undefined number: the standard deviation of one
+value, or the interval and the p-value of equal values, which Student's t would make certain.
 """
 from collections import Counter
 from statistics import fmean, stdev
@@ -26,8 +26,8 @@ def spread(values: list[float]) -> tuple[float | None, float | None, float | Non
     return mean, deviation, mean - half, mean + half, 2 * float(stdtr(n - 1, -abs(mean) / error))
 
 
-def numbers(words: str, results: dict[int, dict], control: dict[int, dict] | None, metric: str) -> dict:
-    """A row by CSV column.  results: seed -> summary, or a verdict alone.  control: that of the control; None for its own row."""
+def row_of(label: str, results: dict[int, dict], control: dict[int, dict] | None, metric: str) -> dict:
+    """The row of a cell, by CSV column.  results: seed -> summary, or a verdict alone; control: its; None in its own row."""
     finished, others = ({seed: summary for seed, summary in each.items() if metric in summary}
                         for each in (results, control or {}))
     mean, deviation, low, high, _ = spread([summary[metric] for summary in finished.values()])
@@ -35,7 +35,7 @@ def numbers(words: str, results: dict[int, dict], control: dict[int, dict] | Non
     difference, _, difference_low, difference_high, p = spread(pairs)
     verdicts = Counter(summary["verdict"] for summary in results.values())
     return {
-        "flags": words, "n": len(finished), "diverged": verdicts["diverged"],
+        "flags": label, "n": len(finished), "diverged": verdicts["diverged"],
         "mean": mean, "sd": deviation, "ci_low": low, "ci_high": high, "pairs": None if control is None else len(pairs),
         "difference": difference, "difference_ci_low": difference_low, "difference_ci_high": difference_high, "p": p,
         "last": fmean(summary["test_acc1_last"] for summary in finished.values()) if finished else None,
@@ -73,9 +73,9 @@ LEFT = {"flags", "verdicts"}
 def table(results: dict[str, dict[int, dict]], control: str, metric: str, missing: int) -> tuple[list[dict], str]:
     """The rows, and the note below them.
 
-    results: words of a cell -> seed -> summary of a run that has ended.  control: words of a cell.  missing: runs that failed.
+    results: label of a cell -> seed -> summary, or a verdict alone.  control: label of a cell.  missing: how many runs failed.
     """
-    rows = [numbers(words, each, None if words == control else results[control], metric) for words, each in results.items()]
+    rows = [row_of(label, each, None if label == control else results[control], metric) for label, each in results.items()]
     runs = [summary for each in results.values() for summary in each.values()]
     seeds = sorted({seed for each in results.values() for seed in each})
     selected = ", ".join(sorted({summary["selected_on"] for summary in runs if "selected_on" in summary})) or "nothing yet"

@@ -14,13 +14,13 @@ from datetime import timedelta
 from rundir.terminal import say
 
 DONE, BUG, USAGE, IN_USE, DATA, CHECKPOINT, DIVERGED, OUT_OF_MEMORY, DISK = range(9)
-CALMER = "lower --lr or the weights of the loss, or use --amp bf16"  # the remedy where numbers are no longer finite
+NONFINITE_HINT = "lower --lr or the weights of the loss, or use --amp bf16"
 STOPPED = 128  # plus the signal's number: 130 is SIGINT, 143 SIGTERM
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR)
 
 
 class Failure(Exception):
-    """An error that the user can mend: exit `code`, `what` went wrong and with which file or value, and the `remedy`."""
+    """An error that the user can fix: exit `code`, `what` went wrong and with which file or value, and the `remedy`."""
 
     def __init__(self, code: int, what: str, remedy: str):
         super().__init__(f"{what}. {remedy}")
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Unwritable(OSError):
-    """A file or directory of ours that cannot be written, for whatever reason the system gives.
+    """A file or directory of a run that cannot be written, for any reason that the system gives.
 
     `needed` and `free` are bytes, `saved` the epoch of the last good checkpoint; 0 where there is none.
     """
@@ -45,7 +45,7 @@ class Unwritable(OSError):
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM asked the process to end."""
+    """The process got SIGINT or SIGTERM."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -53,47 +53,53 @@ class Stopped(KeyboardInterrupt):
 
 
 def first_line(failure: BaseException) -> str:
-    """What others' code says of its failure, without the lines that come after."""
+    """The message of other software's error, without the lines that follow the first."""
     return str(failure).strip().partition("\n")[0]
 
 
 def expected(failure: BaseException, batch_size: int | None = None, resumes: bool = True) -> tuple[int, str] | None:
     """The exit code and the line of an error that is not a bug; None for one that is.  resumes: whether there is a --resume."""
+    names, message = [kind.__name__ for kind in type(failure).__mro__], str(failure)  # torch's by name: it is not imported
     if isinstance(failure, Stopped):
         remedy = "the same command with --resume auto continues" if resumes else "run it again"
         return STOPPED + failure.number, f"stopped ({failure}). {remedy}"
     if isinstance(failure, Failure):
-        return failure.code, str(failure)
+        return failure.code, message
     if isinstance(failure, BrokenPipeError):
         return STOPPED + signal.SIGPIPE, "nobody reads what is printed (broken pipe). send it to a file"
-    if isinstance(failure, PermissionError) and not isinstance(failure, Unwritable):
-        return DISK, f"no access to {failure.filename or 'a file'} ({failure.strerror}). check its permissions"
     if isinstance(failure, Unwritable) or isinstance(failure, OSError) and failure.errno in DISK_ERRORS:
-        room, remedy = "", "free space, or choose another --output"
-        if getattr(failure, "needed", 0):
-            room = f"; needs {failure.needed / 1e6:.1f} MB, {failure.free / 1e6:.1f} MB free"
-        if getattr(failure, "saved", 0):
-            remedy = f"free space and continue with --resume auto: the last good checkpoint is of epoch {failure.saved}"
-        return DISK, f"cannot write {failure.filename or 'a file'} ({failure.strerror}{room}). {remedy}"
-    if isinstance(failure, MemoryError) or isinstance(failure, RuntimeError) and "can't allocate memory" in str(failure):
+        return DISK, unwritable_line(failure)
+    if isinstance(failure, PermissionError):
+        return DISK, f"no access to {failure.filename or 'a file'} ({failure.strerror}). check its permissions"
+    if isinstance(failure, MemoryError) or "can't allocate memory" in message:
         return OUT_OF_MEMORY, f"out of memory (--batch-size {batch_size}). try a smaller --image-size or --batch-size"
-    if type(failure).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
-        from torch import cuda
-        used = f"--batch-size {batch_size}"
-        if cuda.is_available():
-            peak, total = cuda.max_memory_allocated() / 2**30, cuda.mem_get_info()[1] / 2**30
-            used += f", {peak:.1f} of {total:.1f} GiB at the peak"
-        half = max(2, (batch_size or 0) // 2)
-        remedy = f"try --grad-checkpoint, --grad-accum 2, --batch-size {half}, or a smaller --image-size"
-        return OUT_OF_MEMORY, f"out of GPU memory ({used}). {remedy}"
-    if type(failure).__name__.startswith("Dist") or isinstance(failure, RuntimeError) and "gloo/transport" in str(failure):
-        reason = str(failure).partition(". ")[0].rpartition("] ")[2]
-        return BUG, f"another process of this run does not answer ({reason}). the same command with --resume auto continues"
+    if "OutOfMemoryError" in names:
+        return OUT_OF_MEMORY, gpu_memory_line(batch_size or 0)
+    if "DistError" in names or "gloo/transport" in message:
+        reason = message.partition(". ")[0].rpartition("] ")[2]
+        return BUG, f"another process of this run stopped responding ({reason}). the same command with --resume auto continues"
     if type(failure).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return USAGE, f"the networks cannot be compiled ({type(failure).__name__}: {first_line(failure)}). leave out --compile"
-    if isinstance(failure, RuntimeError) and "does not have a deterministic implementation" in str(failure):
-        return USAGE, f"an operation without a deterministic form here ({str(failure).split()[0]}). leave out --deterministic"
+    if "does not have a deterministic implementation" in message:
+        return USAGE, f"an operation without a deterministic form here ({message.split()[0]}). leave out --deterministic"
     return None
+
+
+def unwritable_line(failure: OSError) -> str:
+    room, remedy = "", "free space, or choose another --output"
+    if getattr(failure, "needed", 0):
+        room = f"; needs {failure.needed / 1e6:.1f} MB, {failure.free / 1e6:.1f} MB free"
+    if getattr(failure, "saved", 0):
+        remedy = f"free space and continue with --resume auto: the last good checkpoint is of epoch {failure.saved}"
+    return f"cannot write {failure.filename or 'a file'} ({failure.strerror}{room}). {remedy}"
+
+
+def gpu_memory_line(batch_size: int) -> str:
+    from torch import cuda
+    used, half = f"--batch-size {batch_size}", max(2, batch_size // 2)
+    if cuda.is_available():
+        used += f", {cuda.max_memory_allocated() / 2**30:.1f} of {cuda.mem_get_info()[1] / 2**30:.1f} GiB at the peak"
+    return f"out of GPU memory ({used}). try --grad-checkpoint, --grad-accum 2, --batch-size {half}, or a smaller --image-size"
 
 
 def run(main, args) -> None:

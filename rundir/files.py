@@ -13,8 +13,8 @@ from rundir.errors import CHECKPOINT, DATA, Failure, Unwritable
 def write_atomic(path, content, previous=None) -> None:
     """Replace `path` by `content` in one step: a reader, or a crash, sees the old file or the new one, never half of it.
 
-    content: bytes, or what writes to the open file that it is called with, and has a length, then or after a failure.
-    previous: a name under which the old file is kept.
+    content: bytes, or a callable that writes to an open file, and has a length, at the latest when it fails.
+    previous: a name under which the old file is kept.  Raises Unwritable.
     """
     path = Path(path)
     partial, link = (Path(f"{name}.tmp") for name in (path, previous or path))
@@ -101,11 +101,6 @@ def as_markdown(columns: dict[str, list[str]], left: set[str], note: str) -> str
     return "".join(f"| {' | '.join(line)} |\n" for line in zip(*padded)) + f"\n{note}\n"
 
 
-def holds(path, sha256: str | None) -> bool:
-    """Whether there is a file `path`, and this is its SHA-256."""
-    return bool(path and sha256) and os.path.isfile(path) and digest(path) == sha256
-
-
 def digest(path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     try:
@@ -113,3 +108,8 @@ def digest(path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as failure:
         raise Failure(CHECKPOINT, f"cannot read ({path}: {failure.strerror})", "check the path and its permissions") from failure
+
+
+def existing_digest(path) -> str | None:
+    """`digest` of a file; None where there is none."""
+    return digest(path) if path and os.path.isfile(path) else None

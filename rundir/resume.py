@@ -1,7 +1,7 @@
-"""How a run goes on: what --resume finds, whether it may be continued, and all that decides its next epoch.
+"""Resuming: finding the state of a run, comparing its flags, saving and restoring it.
 
-A run keeps all that it needs to go on in last.pt, replaced after every epoch, and the one before it in prev.pt.  Whatever
-is lost in a crash is the epoch in flight and the one being written; both are computed again, to the same bits on a CPU.
+last.pt holds the whole state of a run.  It is replaced after every epoch; prev.pt is the one before.  A crash loses the epoch in
+flight and the one being written; both are computed again, to the same bits on a CPU.
 """
 import sys
 from dataclasses import asdict
@@ -11,12 +11,12 @@ import torch
 from rundir import checkpoint
 from rundir.checkpoint import on_cpu
 from rundir.errors import CHECKPOINT, DATA, USAGE, Failure
-from rundir.files import holds, write_atomic
-from rundir.identity import NON_EXPERIMENT_FLAGS
+from rundir.files import existing_digest, write_atomic
+from rundir.identity import NON_EXPERIMENT_FLAGS, same_flag
 from rundir.run_directory import EpochRow
 
-FREE = NON_EXPERIMENT_FLAGS | {"epochs", "patience"}  # what a resumed run may change
-NO_FLAGS = {"script", "teacher_sha256", "processes"}
+MAY_CHANGE_ON_RESUME = NON_EXPERIMENT_FLAGS | {"epochs", "patience"}
+DERIVED = {"script", "teacher_sha256", "processes"}  # of a configuration: no flags
 
 
 def read_run(path) -> dict:
@@ -28,7 +28,7 @@ def read_run(path) -> dict:
 
 
 def find(run, config: dict) -> dict | None:
-    """What `--resume` asks to continue, None to start; prints which.
+    """The state that `--resume` continues, None to start; prints which.
 
     run: the entered RunDirectory.  A damaged last.pt gives way to prev.pt, with a warning; a run is never silently started
     again.  Failure CHECKPOINT: nothing readable.  Failure USAGE: flags that make another experiment than the run's.
@@ -67,33 +67,26 @@ def is_finished(saved: dict | None, epochs: int, stop) -> bool:
 
 
 def compare(run, old: dict, new: dict, began: dict) -> None:
-    """Refuse flags that differ from those of the run; shows both in a table.  began: what the run began with, see State.
+    """Refuse flags that make another experiment than the run's; prints both in a table.  began: see State."""
+    def sha256_of(name):
+        if name == "data_dir":
+            return began.get("data_sha256")  # compared when the images are loaded
+        return new["teacher_sha256"] if name == "teacher_checkpoint" else existing_digest(new[name])
 
-    Of a file, and of a folder of images, the content counts and not the path.
-    """
-    old = {key: value for key, value in new.items() if not value} | old  # a flag that is newer than the run was off
-    same = {"data_dir": "data_sha256" in began,  # which is compared when the images are there
-            "teacher_checkpoint": old.get("teacher_sha256") == new.get("teacher_sha256"),
-            **{key: holds(new.get(key), began.get("init_sha256")) for key in ("init", "student_init")},
-            **dict.fromkeys(("batch_size", "processes"), images_a_step(old) == images_a_step(new))}
-    changed = sorted(key for key in old.keys() | new.keys()
-                     if key not in FREE and old.get(key) != new.get(key)
-                     and not same.get(key))
+    changed = sorted(name for name in (old.keys() | new.keys()) - MAY_CHANGE_ON_RESUME
+                     if not same_flag(name, began | old, new, sha256_of))
     if new["epochs"] < old["epochs"]:
         changed.append("epochs")
     if not changed:
         return
     rows = [("flag", "its run", "now")]
-    rows += [(key if key in NO_FLAGS else f"--{key.replace('_', '-')}", str(old.get(key)), str(new.get(key))) for key in changed]
+    rows += [(name if name in DERIVED else f"--{name.replace('_', '-')}", str(old.get(name)), str(new.get(name)))
+             for name in changed]
     widths = [max(map(len, column)) for column in zip(*rows)]
     print(*("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows), sep="\n")
     both = ", ".join(f"{name} {before} -> {now}" for name, before, now in rows[1:])
-    raise Failure(USAGE, f"these flags make another experiment than the run to continue ({run.last.parent}: {both})",
-                  "give it the flags that it had, or start another run in another --output")
-
-
-def images_a_step(config: dict) -> int:
-    return config["batch_size"] * config.get("processes", 1)
+    raise Failure(USAGE, f"these flags differ from those of the run to continue ({run.last.parent}: {both})",
+                  "repeat its flags, or start another run in another --output")
 
 
 def check_data(began: dict, data) -> None:
@@ -104,10 +97,10 @@ def check_data(began: dict, data) -> None:
 
 
 class State:
-    """All that decides how a run goes on: saved after every epoch, restored from what `find` found.
+    """The state of a run: saved after every epoch, restored from the result of `find`.
 
-    config: what must be the same when it is resumed.  began: what it began with, the SHA-256 of its images and of the weights
-    that --init or --student-init named, and the number of threads.
+    config: flags, and what else must be the same in a resumed run.  began: the SHA-256 of its images and of the weights of --init
+    or --student-init, and the number of threads.
     update, stop: have state_dict() and load_state_dict() of plain types.
     ranks: training.distributed's; all processes restore and save together, the first one writes.
     """
@@ -149,13 +142,13 @@ class State:
             checkpoint.write(self.run / "best.pt", **best)
         return saved["epoch"] + 1
 
-    def save(self, row: EpochRow, looked: dict, card: dict | None) -> None:
+    def save(self, row: EpochRow, diagnostics_row: dict, card: dict | None) -> None:
         """End an epoch: last.pt, then best.pt where `card` says what is in it (None: not the best epoch), then the tables.
 
-        looked: the row of diagnostics.csv.
+        diagnostics_row: of diagnostics.csv.
         """
         self.run.rows.append(row)
-        self.run.looked.append(looked)
+        self.run.diagnostics_rows.append(diagnostics_row)
         generators = {"cpu": self.ranks.gather(torch.get_rng_state())}
         if torch.cuda.is_initialized():
             generators["cuda"] = self.ranks.gather(torch.cuda.get_rng_state())
@@ -165,7 +158,7 @@ class State:
         content = on_cpu({
             "kind": "run", "epoch": row.epoch, "config": self.config, "began": self.began, "best": best,
             "rng": generators,
-            "rows": list(map(asdict, self.run.rows)), "looked": list(self.run.looked),
+            "rows": list(map(asdict, self.run.rows)), "looked": list(self.run.diagnostics_rows),
             "update": self.update.state_dict(), "stop": self.stop.state_dict()})
         weights = on_cpu(self.update.evaluated.state_dict()) if best else None
         tables, previous, self.previous = self.run.tables(), self.previous, self.run / "prev.pt"

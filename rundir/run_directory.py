@@ -37,15 +37,14 @@ class RunDirectory:
 
     `with RunDirectory(...) as run:` locks the directory and checks that it may be used, writes nothing before `run.open`, and
     leaves in status.json how the run ended.  The kernel frees the lock however the process ends.
-    rows, looked: of log.csv and diagnostics.csv, an epoch each.  saved: the epoch of the last checkpoint that is safely on disk,
-    0 where there is none.
-    writes: whether this is the process that writes; of several on one run the others neither lock nor touch anything.
+    rows, diagnostics_rows: of log.csv and diagnostics.csv, one per epoch.  saved: the epoch of the last checkpoint on disk, or 0.
+    writes: whether this process writes; of several on one run the others neither lock nor touch anything.
     """
 
     def __init__(self, path, *, overwrite: bool, resume: str | None = None, writes: bool = True):
-        self.path, self.overwrite, self.rows, self.looked, self.saved, self.opened = Path(path), overwrite, [], [], 0, None
-        self.writes = writes
-        self.config, self.last = {}, None
+        self.path, self.overwrite, self.writes = Path(path), overwrite, writes
+        self.rows, self.diagnostics_rows, self.saved = [], [], 0
+        self.config, self.last, self.opened = {}, None, None
         if resume:  # the last.pt to continue from
             source = self.path if resume == "auto" else Path(resume)
             self.last = source / "last.pt" if resume == "auto" or source.is_dir() else source
@@ -126,18 +125,21 @@ class RunDirectory:
         """Seconds that the run has taken, those before an interruption included as far as they were logged."""
         return time.perf_counter() - self.opened
 
-    def restore(self, rows: list, looked: list) -> None:
+    def restore(self, rows: list, diagnostics_rows: list) -> None:
         """Take over the epochs of an interrupted run; its tables are derived from them."""
-        self.rows, self.looked, self.saved, self.opened = (
-            rows, looked, len(rows) if self.continues else 0, self.opened - rows[-1].total_s)
+        self.rows, self.diagnostics_rows = rows, diagnostics_rows
+        self.saved = len(rows) if self.continues else 0
+        self.opened -= rows[-1].total_s  # the clock of a resumed run goes on
         if self.writes:
             for name, content in self.tables().items():
                 write_atomic(self / name, content)
 
     def tables(self) -> dict[str, bytes]:
         """The content of log.csv and diagnostics.csv: always the whole file, so that it never holds half a line."""
-        looked = {"diagnostics.csv": as_csv(list(self.looked[0]), self.looked)} if self.looked else {}
-        return looked | {"log.csv": as_csv([field.name for field in fields(EpochRow)], list(map(asdict, self.rows)))}
+        tables, rows = {}, self.diagnostics_rows
+        if rows:
+            tables["diagnostics.csv"] = as_csv(list(rows[0]), rows)
+        return tables | {"log.csv": as_csv([field.name for field in fields(EpochRow)], list(map(asdict, self.rows)))}
 
     def status(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         write_json(self / "status.json", {"state": state, "reason": reason, "exit_code": exit_code, "epoch": len(self.rows)})

@@ -6,6 +6,8 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -180,3 +182,17 @@ def test_environment_is_enough_to_repeat_and_holds_nothing_private():
     assert environment["torch"] == torch.__version__ and {"git_commit", "gpu", "driver", "python"} <= set(environment)
     text = json.dumps(environment)
     assert socket.gethostname() not in text and str(Path.home()) not in text and getpass.getuser() not in text
+
+
+def test_a_reader_that_goes_is_one_line():
+    """As `head` does."""
+    code = """if 1:
+        from types import SimpleNamespace
+        from rundir import errors
+        errors.run(lambda args: [print("line") for _ in range(10**6)], SimpleNamespace(debug=False))"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "line\n"
+    process.stdout.close()
+    assert process.stderr.read() == "error: nobody reads what is printed (broken pipe). send it to a file\n"
+    assert process.wait() == 141

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import models
-from rundir.errors import CALMER, DIVERGED, USAGE, Failure
+from rundir.errors import DIVERGED, NONFINITE_HINT, USAGE, Failure
 from training.device import Machine
 
 ECE_BINS = 15
@@ -86,7 +86,7 @@ class EarlyStop:
         """Count an epoch; True where it is the best so far."""
         value = -evaluation.loss if self.monitor == "val_loss" else evaluation.acc1
         if not math.isfinite(evaluation.loss):
-            raise Failure(DIVERGED, f"val_loss is not finite in epoch {epoch} ({evaluation.loss})", CALMER)
+            raise Failure(DIVERGED, f"val_loss is not finite in epoch {epoch} ({evaluation.loss})", NONFINITE_HINT)
         self.best_loss = min(self.best_loss, evaluation.loss)
         if value > self.best_value:
             self.best_value, self.best_epoch, self.bad_epochs = value, epoch, 0

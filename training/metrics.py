@@ -8,7 +8,7 @@ from statistics import median_low
 import torch
 
 from losses.methods import TERMS
-from rundir.errors import CALMER, DIVERGED, Failure
+from rundir.errors import DIVERGED, NONFINITE_HINT, Failure
 from rundir.terminal import clock, live, say
 
 MAX_SKIPPED = 20  # optimizer steps in a row that a healthy run may skip: FP16's first scale of 2^16 finds its level in fewer
@@ -107,7 +107,7 @@ class Metrics:
         """Names the loss that was non-finite first: the terms stand after their sum."""
         nonfinite = [name for name, *values in zip(self.names, *(row[3:] for row in self.rows))
                      if not all(map(math.isfinite, values))]
-        return Failure(DIVERGED, f"{nonfinite[-1] if nonfinite else 'the gradient'} is not finite ({reason})", CALMER)
+        return Failure(DIVERGED, f"{nonfinite[-1] if nonfinite else 'the gradient'} is not finite ({reason})", NONFINITE_HINT)
 
 
 def kept(rows: list) -> list:

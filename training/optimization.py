@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from rundir.errors import BUG, CALMER, DIVERGED, Failure
+from rundir.errors import BUG, DIVERGED, NONFINITE_HINT, Failure
 from training.device import Machine
 
 SMALLEST_SCALE = 2.0**-14  # a loss that overflows FP16 at this scale is broken, not large
@@ -174,7 +174,7 @@ class Update:
             return None
         scale = self.scaler.get_scale()
         if scale < SMALLEST_SCALE:
-            raise Failure(DIVERGED, f"the gradient overflows FP16 at any loss scale (now {scale:.3g})", CALMER)
+            raise Failure(DIVERGED, f"the gradient overflows FP16 at any loss scale (now {scale:.3g})", NONFINITE_HINT)
         return scale
 
     @property

@@ -161,5 +161,5 @@ class Run:
             "test_acc1_last": last, "test_acc1_best": chosen, "best_epoch": self.stop.best_epoch, "epochs": len(rows),
             "stopped_early": stopped, "selected_on": self.data.selected_on,
             "params": params, "flops": models.flops(net, net.info["image_size"]), **of_teacher,
-            **judge(self.args, rows, self.directory.looked, len(self.data.classes), stopped), "note": note,
+            **judge(self.args, rows, self.directory.diagnostics_rows, len(self.data.classes), stopped), "note": note,
         })
