@@ -26,10 +26,10 @@ def main(args):
     from training.run import Run
 
     machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
-    config = vars(args) | {"script": "distill"} | machine.describe()
-    announce(config, method_flags.objective(args))
+    config, method = vars(args) | {"script": "distill"} | machine.describe(), method_flags.chosen(args)
+    announce(config, method.objective)
     if args.dry_run:
-        return print(*advise(args, machine), sep="\n")
+        return print(*advise(args, method, machine), sep="\n")
 
     checkpoint = models.read(args.teacher_checkpoint, missing="train a teacher first: python train_teacher.py, or name one with "
                                                               "--teacher-checkpoint")
@@ -37,7 +37,7 @@ def main(args):
     with Run(args, config, machine) as run:
         if run.finished:
             return
-        data, criterion, recipe = run.load_data(), method_flags.function(args), Recipe(**options.recipe(args))
+        data, criterion, recipe = run.load_data(), method.criterion(machine.device), Recipe(**options.recipe(args))
         teacher = models.load(checkpoint, machine.device, machine.dtype, folded=True)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
@@ -46,8 +46,8 @@ def main(args):
                                    batch_size=run.batch_size)
         update = Update(student, recipe, machine, len(run.micro_batches))
         metrics = Metrics(machine.ranks, augmenter.steps, args.clip_grad)
-        diagnostics = Diagnostics(args, augmenter, run.micro_batches[-1], machine.ranks)
-        model, teach, numbers = run.wrap(student), run.wrap(teacher), method_flags.numbers(args, machine.device)
+        diagnostics = Diagnostics(method, augmenter, run.micro_batches[-1], machine.ranks)
+        model, teach = run.wrap(student), run.wrap(teacher)
         print(f"{data}\nteacher {teacher.info['model']}: {teacher.size / 1e6:.2f} M parameters, "
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
@@ -58,21 +58,21 @@ def main(args):
                 with machine.autocast:
                     teacher_logits = teach(batch.images)  # it is frozen: nothing is kept for a backward pass
                     logits = model(batch.images)
-                loss, terms = criterion(logits, teacher_logits, batch.targets, **numbers)
+                loss, terms = criterion(logits, teacher_logits, batch.targets)
                 update.backward(loss)
                 metrics.add(logits, batch.targets, loss, terms)
             result = update(lr, diagnose)
             metrics.end_step(position, result)
             if diagnose:
-                diagnostics.add(position, result, batch.targets, logits, teacher_logits, numbers)
+                diagnostics.add(position, result, batch.targets, logits, teacher_logits)
 
         step = CudaGraph(step, machine.device) if run.cuda_graph else step
-        run.start(update, metrics, diagnostics, teacher, **method_flags.labels(args))
+        run.start(update, metrics, diagnostics, teacher, **method.labels)
         for epoch in run.epochs():
             student.train()
             augmenter.set_epoch(epoch)
             diagnostics.set_epoch(epoch)
-            method_flags.ramp(numbers, args, epoch)
+            method.set_epoch(epoch)
             for position in range(augmenter.steps):
                 lr = learning_rate((epoch - 1) * augmenter.steps + position, recipe, augmenter.steps)
                 step(position, lr, position % LOG_EVERY == 0)

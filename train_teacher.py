@@ -28,7 +28,8 @@ def main(args):
     machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
     pretrained = models.is_torchvision(args.model) and not args.init if args.pretrained is None else args.pretrained
     config = vars(args) | {"script": "train_teacher", "pretrained": pretrained} | machine.describe()
-    announce(config, method_flags.objective(args))
+    method = method_flags.chosen(args)
+    announce(config, method.objective)
     if args.dry_run:
         return
 
@@ -41,7 +42,7 @@ def main(args):
                                    batch_size=run.batch_size)
         update = Update(net, recipe, machine, len(run.micro_batches))
         metrics = Metrics(machine.ranks, augmenter.steps, args.clip_grad)
-        diagnostics = Diagnostics(args, augmenter, run.micro_batches[-1], machine.ranks)
+        diagnostics = Diagnostics(method, augmenter, run.micro_batches[-1], machine.ranks)
         model = run.wrap(net)
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")
 

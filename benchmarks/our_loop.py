@@ -44,6 +44,7 @@ class Ours:
     workers = 0
 
     def __init__(self, teacher, student, args, machine, images, labels, *, captured: bool = False):
+        method = method_flags.chosen(args)
         self.recipe, self.machine, self.epoch, self.lap = Recipe(**options.recipe(args)), machine, 0, lambda phase: None
         with TemporaryDirectory() as folder:
             models.save(Path(folder, "best.pt"), teacher, **teacher.info)
@@ -52,8 +53,8 @@ class Ours:
                                         mean=MEAN, std=STD, dtype=machine.dtype, batch_size=args.batch_size)
         self.update = Update(student, self.recipe, machine)
         self.metrics = Metrics(machine.ranks, self.augmenter.steps, args.clip_grad)
-        self.diagnostics = Diagnostics(args, self.augmenter, range(args.batch_size), machine.ranks)
-        self.criterion, self.numbers = method_flags.function(args), method_flags.numbers(args, machine.device)
+        self.diagnostics = Diagnostics(method, self.augmenter, range(args.batch_size), machine.ranks)
+        self.criterion = method.criterion(machine.device)
         self.teach, self.model = machine.compile(teacher, captured), machine.compile(student, captured)
         self.take = CudaGraph(self.step, machine.device) if captured else self.step
         first = next(student.parameters())  # its gradient comes last
@@ -67,7 +68,7 @@ class Ours:
             self.lap("teacher")
             logits = self.model(batch.images)
         self.lap("student")
-        loss, terms = self.criterion(logits, teacher_logits, batch.targets, **self.numbers)
+        loss, terms = self.criterion(logits, teacher_logits, batch.targets)
         self.lap("objective")
         self.update.backward(loss)
         self.metrics.add(logits, batch.targets, loss, terms)
@@ -76,7 +77,7 @@ class Ours:
         self.lap("update")
         self.metrics.end_step(position, result)
         if diagnose:
-            self.diagnostics.add(position, result, batch.targets, logits, teacher_logits, self.numbers)
+            self.diagnostics.add(position, result, batch.targets, logits, teacher_logits)
         self.lap("bookkeeping")
 
     def run(self, steps: int) -> dict:

@@ -1,7 +1,6 @@
-"""The chosen method by its record in losses/methods.py: flags, numbers, names and formula.  Imports no torch."""
-from pkgutil import resolve_name
-
+"""The flags of the methods, by their records in losses/methods.py.  Imports no torch."""
 from cli.flag_types import number, whole
+from losses.chosen_method import ChosenMethod
 from losses.methods import METHODS, resolved
 
 
@@ -54,67 +53,17 @@ def fill_in(parser, args, of_preset: set) -> None:
     for key, method in METHODS.items():
         if method.warmed_up and key != args.method and getattr(args, f"{key}_warmup"):
             parser.error(f"{flag(key)}-warmup does not belong to --method {args.method} ({getattr(args, f'{key}_warmup')})")
-    method = METHODS[args.method]
-    weights = [resolved(method, own_numbers(args))[name] for name in method.weight_of.values()]
-    if len(weights) == len(method.terms) and not any(weights):
-        parser.error(f"every weight of the loss is 0 ({', '.join(map(flag, method.weight_of.values()))})")
-    reason = method.validate(own_numbers(args))
+    record, hyperparameters = METHODS[args.method], {name: getattr(args, name) for name in numbers}
+    weights = [resolved(record, hyperparameters)[name] for name in record.weight_of.values()]
+    if len(weights) == len(record.terms) and not any(weights):
+        parser.error(f"every weight of the loss is 0 ({', '.join(map(flag, record.weight_of.values()))})")
+    reason = record.validate(hyperparameters)
     if reason:
         parser.error(reason)
 
 
-def own_numbers(args) -> dict:
-    return {name: getattr(args, name) for name in METHODS[args.method].hyperparameters}
-
-
-def named(template: str, args, separator: str) -> str:
-    """A name of the method with its numbers, and which of its switches are on."""
-    numbers = own_numbers(args)
-    return separator.join([template.format(**numbers), *(name for name, value in numbers.items() if value is True)])
-
-
-def run_name(args) -> str:
-    """The method with the numbers that tell its runs apart: kd-alpha0.7-T4, dkd-beta8-T4-standardize."""
-    return named(METHODS[args.method].run, args, "-")
-
-
-def labels(args) -> dict:
-    """How tables and figures, which know no methods, call a run of this one; for its config.json."""
-    method = METHODS[args.method]
-    return {"method_in_tables": named(method.table, args, " "), "method_in_figures": named(method.figure, args, " ")}
-
-
-def function(args):
-    """The method's function in losses/."""
-    return resolve_name(METHODS[args.method].function)
-
-
-def warmup(args) -> int:
-    return getattr(args, f"{args.method}_warmup", 0)
-
-
-def numbers(args, device="cpu") -> dict:
-    """Its keyword arguments.  Those that its warm-up raises are 0-dim fp32 tensors on `device`, which `ramp` fills: a recorded
-    step reads them there."""
-    found = own_numbers(args) | {"label_smoothing": args.label_smoothing}
-    if warmup(args):
-        import torch
-        found |= {name: torch.tensor(float(found[name]), device=device) for name in METHODS[args.method].warmed_up}
-    return found
-
-
-def ramp(numbers: dict, args, epoch: int) -> None:
-    """Before an epoch (from 1): fill the `numbers` that the method's warm-up raises."""
-    if warmup(args):
-        factor = min(epoch / warmup(args), 1)
-        for name in METHODS[args.method].warmed_up:
-            numbers[name].fill_(factor * getattr(args, name))
-
-
-def objective(args) -> str:
-    """What is minimised, as a formula with its numbers; one for both scripts."""
-    ce = f"CE(label smoothing {args.label_smoothing:g})"
-    if "method" in args:
-        ramp = f" * min(epoch / {warmup(args)}, 1)" if warmup(args) else ""
-        return f"loss = {METHODS[args.method].formula(own_numbers(args), ce, ramp)}"
-    return f"loss = {ce}"
+def chosen(args) -> ChosenMethod:
+    """The method of checked flags; that of train_teacher.py is the training on labels alone."""
+    name = getattr(args, "method", None)
+    hyperparameters = {each: getattr(args, each) for each in METHODS[name].hyperparameters} if name else {}
+    return ChosenMethod(name, hyperparameters, args.label_smoothing, getattr(args, f"{name}_warmup", 0))

@@ -148,7 +148,7 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     args = parser.parse_args(argv)
     method_flags.fill_in(parser, args, of_preset=set(preset) if args.method != preset.get("method") else set())
     check_schedule(parser, args)
-    args.output = args.output or f"runs/{args.experiment or method_flags.run_name(args)}-s{args.seed}"
+    args.output = args.output or f"runs/{args.experiment or method_flags.chosen(args).run_name}-s{args.seed}"
     return args
 
 

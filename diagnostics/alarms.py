@@ -7,8 +7,6 @@ MOVE and DEAD are set on those runs.  Imports no torch.
 """
 from typing import NamedTuple
 
-from losses.methods import METHODS
-
 FALL = 5.0  # percentage points of validation accuracy below the reference: a collapse
 NEAR = 5.0  # percentage points above chance
 CLIPPED = 0.9  # share of the steps
@@ -36,15 +34,16 @@ class Alarm(NamedTuple):
     text: str
 
 
-def judge(args, rows: list, looked: list[dict], classes: int, stopped_early: bool) -> dict:
+def judge(method, monitor: str, rows: list, looked: list[dict], classes: int, stopped_early: bool) -> dict:
     """What summary.json says of a run: verdict, health, alarms, advice.
 
-    args: the run's flags.  rows: of log.csv.  looked: rows of diagnostics.csv.  classes: their number.
+    method: a losses.chosen_method.ChosenMethod.  monitor: the flag.  rows: of log.csv.  looked: rows of
+    diagnostics.csv.  classes: their number.
     advice: of a run that went wrong, what lowers each number beyond its limit; None of others.
     """
-    found = alarms(args, rows, looked, classes, stopped_early)
+    found = alarms(method, monitor, rows, looked, classes, stopped_early)
     names = {alarm.name for alarm in found}
-    remedies = [f"{name}: {remedy}" for name, remedy in advice(args, looked).items() if name in names]
+    remedies = [f"{name}: {remedy}" for name, remedy in advice(method, looked).items() if name in names]
     verdict = "collapsed" if names & {"collapse", "chance"} else "early stop" if stopped_early else "completed"
     return {"verdict": verdict,
             "health": f"{len(found)} alarm{'s' * (len(found) > 1)}" if found else "healthy",
@@ -52,9 +51,9 @@ def judge(args, rows: list, looked: list[dict], classes: int, stopped_early: boo
             "advice": "; ".join(remedies) or None if verdict == "collapsed" or "dead" in names else None}
 
 
-def alarms(args, rows, looked, classes: int, stopped_early: bool) -> list[Alarm]:
+def alarms(method, monitor, rows, looked, classes: int, stopped_early: bool) -> list[Alarm]:
     """Every number of a run that is beyond its limit; arguments as above."""
-    found, steps, loud = [], sum(row.steps for row in rows), shares(args, looked)
+    found, steps, loud = [], sum(row.steps for row in rows), shares(method, looked)
 
     def check(name: str, value, limit: float, text: str, epoch=None) -> None:
         if value is not None and value > limit:
@@ -102,7 +101,7 @@ def alarms(args, rows, looked, classes: int, stopped_early: bool) -> list[Alarm]
     if stopped_early:
         kept = accuracy[rows[-1].best_epoch - 1]
         check("early stop", last - kept, 0.0, "early stopping ended the run while validation accuracy was rising: "
-              f"{kept:.1f} % in the best epoch by --monitor {args.monitor}, {last:.1f} % in the last")
+              f"{kept:.1f} % in the best epoch by --monitor {monitor}, {last:.1f} % in the last")
     return found
 
 
@@ -112,17 +111,16 @@ def mean(looked: list[dict], column: str) -> float | None:
     return sum(value * images for value, images in there) / sum(images for _, images in there) if there else None
 
 
-def shares(args, looked: list[dict]) -> dict:
+def shares(method, looked: list[dict]) -> dict:
     """Each distillation term's part of the logit gradient over the run, the largest first; empty for a teacher."""
-    names = METHODS[args.method].terms if "method" in args else ()
-    found = {term: mean(looked, f"share_{term}") or 0.0 for term in names if term != "ce"}
+    found = {term: mean(looked, f"share_{term}") or 0.0 for term in method.terms if term != "ce"}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def advice(args, looked: list[dict]) -> dict[str, str]:
+def advice(method, looked: list[dict]) -> dict[str, str]:
     """What to change, by alarm."""
-    weights = METHODS[args.method].weight_of if "method" in args else {}
-    loudest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(args, looked))[:1] if term in weights]
+    weights = method.weight_of
+    loudest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(method, looked))[:1] if term in weights]
     quieter = "".join(f" or {flag}" for flag in loudest)
     return {
         "skipped": f"lower --lr{quieter}, or use --amp bf16",

@@ -5,12 +5,12 @@ that of the method with all other weights at 0.  A step adds sums to a table on 
 docs/diagnostics.md explains every column.
 """
 import math
+from functools import partial
 
 import torch
 
-from cli import method_flags
 from losses import mixed_ce
-from losses.methods import METHODS, resolved
+from losses.methods import resolved
 
 LOG_EVERY = 40  # steps from one diagnostics step to the next
 TREATMENTS = ("all", "clean", "policy", "erased", "mixup", "cutmix")  # groups of images, by their augmentation
@@ -22,13 +22,12 @@ class Diagnostics:
     """Sums over the images of an epoch's diagnostics steps.
 
     `add` adds such a step to the sums on the device, also in a CUDA graph.
-    args: of cli.options.  augmenter: makes the batches, of which this process takes these `rows`.  ranks: of
-    training.distributed.  steps: the diagnostics steps of an epoch; default: every 40th.
+    method: a losses.chosen_method.ChosenMethod.  augmenter: makes the batches, of which this process takes these `rows`.
+    ranks: of training.distributed.  steps: the diagnostics steps of an epoch; default: every 40th.
     """
 
-    def __init__(self, args, augmenter, rows: range, ranks, steps: range | None = None):
-        self.args, self.augmenter, self.rows, self.ranks = args, augmenter, rows, ranks
-        self.function = method_flags.function(args) if "method" in args else None
+    def __init__(self, method, augmenter, rows: range, ranks, steps: range | None = None):
+        self.method, self.augmenter, self.rows, self.ranks = method, augmenter, rows, ranks
         self.steps = range(0, augmenter.steps, LOG_EVERY) if steps is None else steps
         self.treatments, self.sums = None, None
 
@@ -45,11 +44,11 @@ class Diagnostics:
             self.sums.zero_()
 
     @torch.no_grad()
-    def add(self, position: int | torch.Tensor, result, targets, logits, teacher_logits=None, numbers: dict | None = None):
+    def add(self, position: int | torch.Tensor, result, targets, logits, teacher_logits=None) -> None:
         """Add the diagnostics step at `position` of the epoch, unless it was skipped: its numbers may not be finite.
 
         Waits for nothing.  result: a training.optimization.StepResult with its relative update.
-        logits, teacher_logits: (N, C), of `rows`.  numbers: of the method, as they are in this epoch.
+        logits, teacher_logits: (N, C), of `rows`.
         """
         index = (position - self.steps.start) // self.steps.step
         groups = self.treatments[index] if isinstance(index, int) else self.treatments.index_select(0, index.view(1))[0]
@@ -58,14 +57,14 @@ class Diagnostics:
         values = {"images": groups[0], "mixed": mixed, "student_entropy": entropy(z),  # name -> (N,)
                   "student_scale": z.std(1, correction=0)}
         if teacher_logits is not None:
-            v = teacher_logits.float()
-            right, at_T = v.argmax(1, keepdim=True) == labels, (v / numbers.get("temperature", 1.0)).softmax(1).gather(1, labels)
+            v, T = teacher_logits.float(), self.method.arguments.get("temperature", 1.0)
+            right, at_T = v.argmax(1, keepdim=True) == labels, (v / T).softmax(1).gather(1, labels)
             values |= {
                 "teacher_acc1": 100.0 * right[:, 0], "teacher_either": 100.0 * right.any(1),
                 "teacher_target": v.softmax(1).gather(1, labels[:, :1])[:, 0], "teacher_target_T": at_T[:, 0],
                 "teacher_outside_T": 1 - at_T[:, 0] - at_T[:, 1] * mixed,
                 "teacher_entropy": entropy(v), "teacher_scale": v.std(1, correction=0)}
-        terms = self.gradients(z, teacher_logits, targets, numbers)
+        terms = self.gradients(z, teacher_logits, targets)
         gradients = torch.stack(list(terms.values())) * len(z)  # of each image, not of their mean
         pulls = gradients.gather(2, labels.expand(len(terms), -1, -1)) * -mixed[:, None]
         measured = {"grad": gradients.square().sum(2), "pull": pulls[..., 0], "pull_minor": pulls[..., 1]}
@@ -78,7 +77,7 @@ class Diagnostics:
         sums.masked_fill_(result.skipped.bool(), 0.0)
         self.names, self.sums = tuple(values), sums if self.sums is None else self.sums.add_(sums)
 
-    def gradients(self, z, v, targets, numbers) -> dict:
+    def gradients(self, z, v, targets) -> dict:
         """term -> (N, C): the gradient of its part of the loss with respect to the logits z."""
 
         @torch.enable_grad()
@@ -88,17 +87,17 @@ class Diagnostics:
             (result[0] if isinstance(result, tuple) else result).backward()
             return leaf.grad
 
-        if self.function is None:
-            return dict.fromkeys(("ce", WHOLE), gradient(mixed_ce, targets, label_smoothing=self.args.label_smoothing))
-        record = METHODS[self.args.method]
-        numbers, off = resolved(record, numbers), dict.fromkeys(record.weight_of.values(), 0.0)
-        rest = [term for term in record.terms if term not in record.weight_of]
+        method = self.method
+        if method.function is None:
+            return dict.fromkeys(("ce", WHOLE), gradient(mixed_ce, targets, label_smoothing=method.label_smoothing))
+        loss, weight_of = partial(gradient, method.function, v, targets), method.weight_of
+        arguments, off = resolved(method.record, method.arguments), dict.fromkeys(weight_of.values(), 0.0)
+        rest = [term for term in method.terms if term not in weight_of]
         if len(rest) > 1:
-            return {WHOLE: gradient(self.function, v, targets, **numbers)}
-        found = {term: gradient(self.function, v, targets, **numbers | off | {number: numbers[number]})
-                 for term, number in record.weight_of.items()}
+            return {WHOLE: loss(**arguments)}
+        found = {term: loss(**arguments | off | {weight: arguments[weight]}) for term, weight in weight_of.items()}
         if rest:  # in each of those, too
-            own = gradient(self.function, v, targets, **numbers | off)
+            own = loss(**arguments | off)
             found = {term: each - own for term, each in found.items()} | {rest[0]: own}
         return found | {WHOLE: sum(found.values())}
 

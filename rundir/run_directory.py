@@ -155,10 +155,10 @@ class RunDirectory:
         print(*(f"alarm: {alarm['text']}" for alarm in summary["alarms"]), sep="\n", end="\n" * bool(summary["alarms"]))
 
 
-def refuse_to_overwrite(args) -> None:
-    """Failure USAGE where --overwrite would delete the very weights that the run begins with.  args: of cli.options."""
-    for path in (vars(args).get(name) for name in ("teacher_checkpoint", "init", "student_init")):
-        if path and Path(path).resolve().parent == Path(args.output).resolve():
+def refuse_to_overwrite(output, starts) -> None:
+    """Failure USAGE where --overwrite would delete a file of weights that the run begins with.  starts: their paths, or None."""
+    for path in starts:
+        if path and Path(path).resolve().parent == Path(output).resolve():
             raise Failure(USAGE, f"--overwrite would delete what the run begins with ({path})", "choose another --output")
 
 

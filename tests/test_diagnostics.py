@@ -47,14 +47,14 @@ def logits(seed):
 
 def diagnose(args, augment, skipped=(), count=1, every=1, rows=slice(0, BATCH)):
     """Diagnostics of epoch 1 after `count` steps, one of `every`, that move the weights by 0; `skipped` ones hold NaN."""
-    steps, numbers = range(0, count * every, every), method_flags.numbers(args) if "method" in args else None
-    found = Diagnostics(args, augment, range(BATCH)[rows], Ranks(), steps)
+    steps, method = range(0, count * every, every), method_flags.chosen(args)
+    found = Diagnostics(method, augment, range(BATCH)[rows], Ranks(), steps)
     found.set_epoch(1)
     for step in steps:
         z, v = logits(step) if step not in skipped else 2 * [torch.full((BATCH, CLASSES), torch.nan)]
         targets = Targets(*(part[rows] for part in augment(step).targets))
         result = StepResult(torch.tensor(float(step in skipped)), NO, NO)
-        found.add(step, result, targets, z[rows], v[rows] if numbers else None, numbers)
+        found.add(step, result, targets, z[rows], v[rows] if method.record else None)
     return found
 
 
@@ -77,8 +77,9 @@ def test_treatments_are_what_describe_says(mix_mode, batch_size, policy):
 
 def by_hand(args, augment, steps):
     """The columns from single images, one after the other, by autograd and in float64."""
-    function, record = method_flags.function(args), METHODS[args.method]
-    numbers, images, groups = resolved(record, method_flags.numbers(args)), [], {treatment: [] for treatment in TREATMENTS}
+    function, record = method_flags.chosen(args).function, METHODS[args.method]
+    numbers = resolved(record, method_flags.chosen(args).arguments)
+    images, groups = [], {treatment: [] for treatment in TREATMENTS}
     treatments = augment.treatments(1, steps, range(BATCH))
     for index, step in enumerate(steps):
         (z, v), targets, gradients = logits(step), augment(step).targets, {}
@@ -172,7 +173,7 @@ def test_how_far_a_step_goes():
     recipe = argparse.Namespace(opt="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_grad=0.5, model_ema=0.0)
     update = Update(net, recipe, Machine(torch.device("cpu"), "off"))
     args, augment, ratios = student("--method kd"), augmenter(), []
-    looking = Diagnostics(args, augment, range(BATCH), Ranks(), range(4))
+    looking = Diagnostics(method_flags.chosen(args), augment, range(BATCH), Ranks(), range(4))
     looking.set_epoch(1)
     for step in range(4):
         before, images = net.weight.detach().clone(), torch.full((2, 4), 0.2 * (1 + step))
@@ -180,7 +181,7 @@ def test_how_far_a_step_goes():
         result = update(0.1, diagnose=step != 1)
         assert (result.relative_update is None) == (step == 1)
         if step != 1:
-            looking.add(step, result, augment(step).targets, *logits(step), method_flags.numbers(args))
+            looking.add(step, result, augment(step).targets, *logits(step))
         if step in (0, 3):
             ratios.append(((net.weight - before).norm() / before.norm()).item())
     assert looking.columns()["update_ratio"] == pytest.approx(sum(ratios) / 2, rel=1e-5)
@@ -204,7 +205,7 @@ def test_every_column_is_documented():
 def test_a_run_from_before_columns_were_removed_goes_on(tmp_path):
     """It keeps them, empty in the new epochs."""
     run = RunDirectory(tmp_path, overwrite=False)
-    run.looked = [{"epoch": 1, "agree": 0.5, "dead_classes": 3}, {"epoch": 2, "dead_classes": 4}]
+    run.diagnostics_rows = [{"epoch": 1, "agree": 0.5, "dead_classes": 3}, {"epoch": 2, "dead_classes": 4}]
     assert run.tables()["diagnostics.csv"] == b"epoch,agree,dead_classes\n1,0.5,3\n2,,4\n"
 
 
@@ -223,7 +224,8 @@ def looked(epoch, **values):
 
 def judged(accuracies, flags="--method dkd", early=False, log=None, classes=100, **values):
     rows = [row(epoch, accuracy, **log or {}) for epoch, accuracy in enumerate(accuracies, 1)]
-    return alarms.judge(student(flags), rows, [looked(each.epoch, **values) for each in rows], classes, early)
+    method = method_flags.chosen(student(flags))
+    return alarms.judge(method, "val_loss", rows, [looked(each.epoch, **values) for each in rows], classes, early)
 
 
 def names(result):
@@ -290,6 +292,7 @@ def test_a_teacher_is_judged_too():
     args = options.parse_teacher("", "", [])
     rows = [row(1, 50.0), row(2, 10.0)]
     without = {"epoch": 1, "images": 100, "clip_factor": 1.0, "update_ratio": 0.2, "dead_classes": None, "share_ce": 1.0}
-    result = alarms.judge(args, rows, [without], 100, False)
+    result = alarms.judge(method_flags.chosen(args), "val_loss", rows, [without], 100, False)
     assert names(result) == ["collapse", "move"] and result["advice"].startswith("move: halve --lr, or clip")
-    assert alarms.judge(args, rows, [], 100, False)["verdict"] == "collapsed", "a run from before diagnostics"
+    result = alarms.judge(method_flags.chosen(args), "val_loss", rows, [], 100, False)
+    assert result["verdict"] == "collapsed", "a run from before diagnostics"

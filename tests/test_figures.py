@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import command
 import matplotlib.image
@@ -17,7 +16,7 @@ import matplotlib.style
 import numpy as np
 import pytest
 
-from cli import method_flags
+from losses.chosen_method import ChosenMethod
 from losses.methods import METHODS
 from plots import make_figures
 from rundir import files
@@ -56,7 +55,8 @@ def write_run(path, name, *, seed=1, ran=None, finished=True, summary=(), **flag
         config |= {"experiment": name, "temperature": 4.0, "teacher": LARGE, "student": SMALL}
     config |= special | flags
     if distilled:
-        config |= method_flags.labels(SimpleNamespace(**dict.fromkeys(METHODS[config["method"]].hyperparameters) | config)) | flags
+        numbers = {each: config.get(each) for each in METHODS[config["method"]].hyperparameters}
+        config |= ChosenMethod(config["method"], numbers, 0.1).labels | flags
     accuracies = curve(plateau, ran or config["epochs"], config["epochs"], seed)
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))

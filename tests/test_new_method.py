@@ -26,7 +26,8 @@ def square_loss(student_logits, teacher_logits, targets, *, strength=2.0, centre
 '''
 RECORD = '''SQUARE = Method(
     function="losses.square:square_loss",
-    hyperparameters={"strength": Hyperparameter(2.0, "weight of the squared distance"), "centred": Hyperparameter(False, "subtract each row's mean")},
+    hyperparameters={"strength": Hyperparameter(2.0, "weight of the squared distance"),
+                     "centred": Hyperparameter(False, "subtract each row's mean")},
     terms=("ce", "distance"), run="square-strength{strength:g}", table="SQUARE strength {strength:g}", figure="SQUARE",
     formula=lambda numbers, ce, ramp: f"{ce} + {numbers['strength']:g} |z - v|^2 / C{ramp}", warmed_up=("strength",))
 '''

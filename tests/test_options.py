@@ -52,8 +52,8 @@ def test_presets_set_defaults_and_flags_win(experiment, expected):
 def test_a_preset_of_one_method_can_be_run_with_the_other():
     args = distill("--experiment", "v3", "--method", "kd")
     assert (args.method, args.beta, args.alpha, args.mixed_target) == ("kd", None, 0.7, None)
-    assert method_flags.numbers(args) == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward",
-                                          "standardize": False, "label_smoothing": 0.1}
+    assert method_flags.chosen(args).arguments == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward",
+                                                   "standardize": False, "label_smoothing": 0.1}
 
 
 def test_short_forms_and_names():
@@ -61,14 +61,15 @@ def test_short_forms_and_names():
 
 
 def test_a_warmup_raises_the_numbers_of_its_method():
-    args = distill("--method", "dkd", "--dkd-warmup", "20")
-    numbers = method_flags.numbers(args)
+    method = method_flags.chosen(distill("--method", "dkd", "--dkd-warmup", "20"))
+    numbers = method.criterion("cpu").keywords
     assert (numbers["alpha"], numbers["beta"], numbers["temperature"]) == (1.0, 8.0, 4.0)
     for epoch, share in ((5, 0.25), (20, 1.0), (40, 1.0)):
-        method_flags.ramp(numbers, args, epoch)
+        method.set_epoch(epoch)
         assert (numbers["alpha"], numbers["beta"]) == (share, 8 * share)
-    method_flags.ramp(numbers := method_flags.numbers(distill("--method", "dkd")), args=distill("--method", "dkd"), epoch=1)
-    assert (numbers["alpha"], numbers["beta"]) == (1.0, 8.0), "no warm-up"
+    method = method_flags.chosen(distill("--method", "dkd"))
+    method.set_epoch(1)
+    assert method.criterion("cpu").keywords["beta"] == 8.0, "no warm-up"
 
 
 def test_choices_are_those_of_the_code():
@@ -93,12 +94,13 @@ def test_choices_are_those_of_the_code():
 
 
 def test_objective_is_printed_with_its_numbers():
-    assert method_flags.objective(distill()) == "loss = 0.3 CE(label smoothing 0.1) + 0.7 * 4^2 KL(teacher || student; T = 4)"
-    assert method_flags.objective(distill("--kl", "reverse", "--ce-weight", "1")) == (
+    assert method_flags.chosen(distill()).objective == (
+        "loss = 0.3 CE(label smoothing 0.1) + 0.7 * 4^2 KL(teacher || student; T = 4)")
+    assert method_flags.chosen(distill("--kl", "reverse", "--ce-weight", "1")).objective == (
         "loss = 1 CE(label smoothing 0.1) + 0.7 * 4^2 KL(student || teacher; T = 4)")
-    assert method_flags.objective(distill("--experiment", "v3", "--dkd-warmup", "20", "--label-smoothing", "0")) == (
+    assert method_flags.chosen(distill("--experiment", "v3", "--dkd-warmup", "20", "--label-smoothing", "0")).objective == (
         "loss = 1 CE(label smoothing 0) + 4^2 (1 TCKD + 8 NCKD) * min(epoch / 20, 1); T = 4, targets of mixed images: pair")
-    assert method_flags.objective(teacher()) == "loss = CE(label smoothing 0.1)"
+    assert method_flags.chosen(teacher()).objective == "loss = CE(label smoothing 0.1)"
 
 
 BAD = {  # flag: values that are out of range or of the wrong kind

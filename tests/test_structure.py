@@ -18,7 +18,7 @@ ALLOWED = {
     "data": {"rundir"},
     "models": {"rundir"},
     "cli": {"data", "losses", "rundir"},
-    "diagnostics": {"cli", "losses"},
+    "diagnostics": {"losses"},
     "training": {"augment", "cli", "data", "diagnostics", "kernels", "losses", "models", "rundir"},
     "deploy": {"cli", "data", "models", "rundir", "training"},
     "benchmarks": {"augment", "cli", "data", "deploy", "diagnostics", "kernels", "losses", "models", "rundir", "training"},

@@ -14,7 +14,6 @@ from augment import BatchAugmenter
 from cli import method_flags, options
 from data import datasets
 from diagnostics.gradients import Diagnostics
-from losses.methods import METHODS, resolved
 from training.device import Machine, global_batch_size
 from training.distributed import Ranks
 from training.evaluation import check_classes
@@ -25,9 +24,10 @@ TEMPERATURES = (1, 2, 3, 4, 6, 8)
 FLAT = 0.9  # of the largest possible entropy: from here on a softened prediction says little about the classes
 
 
-def advise(args, machine: Machine) -> list[str]:
-    """Lines of advice for the flags of distill.py; loads the teacher, if there is one, and the data, trains nothing and writes
-    nothing.
+def advise(args, method, machine: Machine) -> list[str]:
+    """Lines of advice for the flags of distill.py and the method that they choose.
+
+    Loads the teacher, if there is one, and the data; trains nothing and writes nothing.
 
     Failure: as a run with these flags would, where the data or the teacher are missing, damaged, or do not fit together.
     """
@@ -40,9 +40,8 @@ def advise(args, machine: Machine) -> list[str]:
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                batch_size=batch_size)
     student = models.build(args.student, len(data.classes), args.image_size or data.image_size).to(machine.device).train()
-    criterion, steps = method_flags.function(args), range(min(BATCHES, augmenter.steps))
-    numbers = method_flags.numbers(args, machine.device)
-    looking = Diagnostics(args, augmenter, range(batch_size), Ranks(), steps)  # whole batches, whoever else reads them
+    criterion, steps = method.criterion(machine.device), range(min(BATCHES, augmenter.steps))
+    looking = Diagnostics(method, augmenter, range(batch_size), Ranks(), steps)  # whole batches, whoever else reads them
     augmenter.set_epoch(1)
     looking.set_epoch(1)
     norms, entropies = [], torch.zeros(len(TEMPERATURES), device=machine.device)
@@ -52,19 +51,19 @@ def advise(args, machine: Machine) -> list[str]:
             with torch.no_grad():
                 v = teacher(batch.images)
             z = student(batch.images)
-        criterion(z, v, batch.targets, **numbers)[0].backward()
+        criterion(z, v, batch.targets)[0].backward()
         norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), math.inf))
         student.zero_grad()
-        looking.add(step, StepResult(*torch.zeros(3, device=z.device)), batch.targets, z, v, numbers)
+        looking.add(step, StepResult(*torch.zeros(3, device=z.device)), batch.targets, z, v)
         softened = torch.stack([(v.float() / T).softmax(1) for T in TEMPERATURES])
         entropies += torch.special.entr(softened).sum(2).mean(1) / len(steps)
     seen, classes, norm = looking.columns(), len(data.classes), torch.stack(norms).median().item()
-    return [*said(args, seen, classes), *suggested(args, seen, norm, entropies.tolist(), classes)]
+    return [*said(method, seen, classes), *suggested(method, args.clip_grad, seen, norm, entropies.tolist(), classes)]
 
 
-def said(args, seen: dict, classes: int) -> list[str]:
+def said(method, seen: dict, classes: int) -> list[str]:
     """What was seen, in words.  seen: columns of diagnostics.csv."""
-    T, terms = getattr(args, "temperature", None) or 1.0, METHODS[args.method].terms
+    T, terms = method.hyperparameters.get("temperature", 1.0), method.terms
     lines = [
         f"the teacher on {seen['images']} augmented images: right about {seen['teacher_acc1']:.0f} % of them, about either label "
         f"{seen['teacher_either']:.0f} %; entropy {seen['teacher_entropy']:.2f} of at most {math.log(classes):.2f} nats",
@@ -78,16 +77,16 @@ def said(args, seen: dict, classes: int) -> list[str]:
     return lines
 
 
-def suggested(args, seen: dict, norm: float, entropies: list[float], classes: int) -> list[str]:
+def suggested(method, clip_grad: float, seen: dict, norm: float, entropies: list[float], classes: int) -> list[str]:
     """Numbers to try, with the reason.  norm: of a new student's gradient.  entropies: of the teacher at TEMPERATURES."""
-    record, numbers = METHODS[args.method], resolved(METHODS[args.method], method_flags.own_numbers(args))
-    lines = []
-    weighed = {term: number for term, number in record.weight_of.items() if term != "ce" and seen.get(f"grad_{term}")}
+    numbers, lines = method.resolved, []
+    weighed = {term: number for term, number in method.weight_of.items() if term != "ce" and seen.get(f"grad_{term}")}
     if weighed and seen.get("grad_ce"):
         loudest = max(weighed, key=lambda term: seen[f"grad_{term}"])
         number = weighed[loudest]
         times = seen[f"grad_{loudest}"] / seen["grad_ce"]
-        fixed = f" --ce-weight {numbers['ce_weight']:.2g}" if getattr(args, "ce_weight", 0.0) is None else ""  # else 1 - alpha
+        derived = method.hyperparameters.get("ce_weight", 0.0) is None  # as 1 - alpha
+        fixed = f" --ce-weight {numbers['ce_weight']:.2g}" if derived else ""
         lines.append(f"{method_flags.flag(number)} {numbers[number] / times:.2g}{fixed}: {loudest.upper()} then weighs as much "
                      f"as the cross-entropy in the gradient (at {numbers[number]:g} it is {times:.1f} times as large)")
     if "temperature" in numbers:
@@ -97,7 +96,7 @@ def suggested(args, seen: dict, norm: float, entropies: list[float], classes: in
             f"already at T = {TEMPERATURES[0]} the teacher's entropy on these images is above {most:.2f} nats")
         lines.append(f"--temperature {max(fitting, default=TEMPERATURES[0])}: {reason}, {FLAT:.0%} of a uniform guess ("
                      + ", ".join(f"{value:.2f} at T = {T}" for T, value in zip(TEMPERATURES, entropies)) + ")")
-    now = f"--clip-grad {args.clip_grad:g} cuts each such step to {min(1.0, args.clip_grad / norm):.0%}" if args.clip_grad else \
+    now = f"--clip-grad {clip_grad:g} cuts each such step to {min(1.0, clip_grad / norm):.0%}" if clip_grad else \
         "now nothing is clipped"
     lines.append(f"--clip-grad {2 * norm:.2g}: twice the gradient norm of a new student, {norm:.2g}, so that it stops outliers "
                  f"and not every step ({now})")

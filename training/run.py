@@ -37,7 +37,8 @@ class Run:
     def __init__(self, args, config: dict, machine: Machine):
         self.args, self.config, self.machine, self.ranks = args, config, machine, machine.ranks
         if args.overwrite:
-            run_directory.refuse_to_overwrite(args)
+            starts = (config.get(name) for name in ("teacher_checkpoint", "init", "student_init"))
+            run_directory.refuse_to_overwrite(args.output, starts)
         self.directory = RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=self.ranks.first)
         self.stop = EarlyStop(args.monitor, args.patience)
 
@@ -161,5 +162,7 @@ class Run:
             "test_acc1_last": last, "test_acc1_best": chosen, "best_epoch": self.stop.best_epoch, "epochs": len(rows),
             "stopped_early": stopped, "selected_on": self.data.selected_on,
             "params": params, "flops": models.flops(net, net.info["image_size"]), **of_teacher,
-            **judge(self.args, rows, self.directory.diagnostics_rows, len(self.data.classes), stopped), "note": note,
+            **judge(self.diagnostics.method, self.args.monitor, rows, self.directory.diagnostics_rows, len(self.data.classes),
+                    stopped),
+            "note": note,
         })
