@@ -19,13 +19,13 @@ def main(args):
     from rundir.run_directory import announce
     from training.advice import advise
     from training.cuda_graph import CudaGraph
-    from training.device import prepare_machine
+    from training.device import setup_machine
     from training.evaluation import check_teacher
     from training.metrics import Metrics
     from training.optimization import Recipe, Update, learning_rate
     from training.run import Run
 
-    machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
+    machine = setup_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
     config, method = vars(args) | {"script": "distill"} | machine.describe(), method_flags.chosen(args)
     announce(config, method.objective)
     if args.dry_run:

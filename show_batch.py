@@ -16,9 +16,9 @@ def main(args):
     from augment import BatchAugmenter
     from data import datasets, pictures
     from rundir.files import write_atomic
-    from training.device import global_batch_size, prepare_machine
+    from training.device import global_batch_size, setup_machine
 
-    machine = prepare_machine(args.device, "off", args.seed, args.kernels)
+    machine = setup_machine(args.device, "off", args.seed, args.kernels)
     data = datasets.load(**options.data(args), device=machine.device)
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std,
                                batch_size=global_batch_size(args.batch_size, data, machine))

@@ -17,15 +17,14 @@ def main(args):
     import models
     from augment import BatchAugmenter
     from diagnostics.gradients import LOG_EVERY, Diagnostics
-    from losses import mixed_ce
     from rundir.run_directory import announce
     from training.cuda_graph import CudaGraph
-    from training.device import prepare_machine
+    from training.device import setup_machine
     from training.metrics import Metrics
     from training.optimization import Recipe, Update, learning_rate
     from training.run import Run
 
-    machine = prepare_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
+    machine = setup_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
     pretrained = models.is_torchvision(args.model) and not args.init if args.pretrained is None else args.pretrained
     config = vars(args) | {"script": "train_teacher", "pretrained": pretrained} | machine.describe()
     method = method_flags.chosen(args)
@@ -36,7 +35,7 @@ def main(args):
     with Run(args, config, machine) as run:
         if run.finished:
             return
-        data, recipe = run.load_data(), Recipe(**options.recipe(args))
+        data, criterion, recipe = run.load_data(), method.criterion(machine.device), Recipe(**options.recipe(args))
         net = run.new_network(args.model, pretrained=pretrained, init=args.init)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
                                    batch_size=run.batch_size)
@@ -51,9 +50,9 @@ def main(args):
                 batch = augmenter(position, rows)
                 with machine.autocast:
                     logits = model(batch.images)
-                loss = mixed_ce(logits, batch.targets, label_smoothing=args.label_smoothing)
+                loss, terms = criterion(logits, None, batch.targets)
                 update.backward(loss)
-                metrics.add(logits, batch.targets, loss, {"ce": loss})
+                metrics.add(logits, batch.targets, loss, terms)
             result = update(lr, diagnose)
             metrics.end_step(position, result)
             if diagnose:

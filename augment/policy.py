@@ -10,6 +10,7 @@ all operations at all magnitudes, and those without a magnitude as often.
 """
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ def _trivialaugment(size: int) -> list:
     return [(_operation(space, name, 1.0, level),) for name in space for level in range(levels)]
 
 
-POLICIES = {
+POLICIES: dict[str, Callable[[int], list]] = {
     "none": _none,
     "autoaugment": functools.partial(_autoaugment, AutoAugmentPolicy.CIFAR10),
     "autoaugment-imagenet": functools.partial(_autoaugment, AutoAugmentPolicy.IMAGENET),
@@ -90,7 +91,7 @@ class PolicyTables(NamedTuple):
     operations: list[tuple[str, float]]  # (name, signed magnitude) of each code
 
     def to(self, device) -> "PolicyTables":
-        return PolicyTables(*(table.to(device) if isinstance(table, torch.Tensor) else table for table in self))
+        return PolicyTables._make(table.to(device) if isinstance(table, torch.Tensor) else table for table in self)
 
 
 def build_tables(policy: str, size: int) -> PolicyTables:

@@ -37,7 +37,7 @@ from benchmarks.plain_loop import PREFETCH, PlainLoop
 from data.synthetic import generate
 from rundir import errors
 from training.cuda_graph import WARM_UP
-from training.device import prepare_machine
+from training.device import setup_machine
 
 CASES = ("v2_tiny-v2_pico-128", "resnet20-resnet8-128", "resnet32x4-resnet8x4-128")  # teacher, student, images of a batch
 GPU_CASES = (*CASES, "resnet32x4-resnet8x4-64", "resnet32x4-resnet8x4-512", "efficientnet_v2_l-efficientnet_v2_s-128")
@@ -257,7 +257,7 @@ def draw(rows_of: list[Row], path: Path) -> None:
 
 
 def main(args) -> None:
-    machine = prepare_machine(str(table.device(args.device)), None, seed=0)
+    machine = setup_machine(str(table.device(args.device)), None, seed=0)
     usual = CASES[:1] if args.quick else GPU_CASES if machine.device.type == "cuda" else CASES
     found = table.Rows(args, "step", table.short(machine.device))
     for name in table.chosen(args, usual):

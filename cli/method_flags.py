@@ -1,7 +1,7 @@
 """The flags of the methods, by their records in losses/methods.py.  Imports no torch."""
 from cli.flag_types import number, whole
 from losses.chosen_method import ChosenMethod
-from losses.methods import METHODS, resolved
+from losses.methods import LABELS, METHODS, resolved
 
 
 def add_flags(parser) -> None:
@@ -65,5 +65,6 @@ def fill_in(parser, args, of_preset: set) -> None:
 def chosen(args) -> ChosenMethod:
     """The method of checked flags; that of train_teacher.py is the training on labels alone."""
     name = getattr(args, "method", None)
-    hyperparameters = {each: getattr(args, each) for each in METHODS[name].hyperparameters} if name else {}
-    return ChosenMethod(name, hyperparameters, args.label_smoothing, getattr(args, f"{name}_warmup", 0))
+    record = METHODS[name] if name else LABELS
+    return ChosenMethod(record, {each: getattr(args, each) for each in record.hyperparameters}, args.label_smoothing,
+                        getattr(args, f"{name}_warmup", 0))

@@ -88,8 +88,8 @@ def fingerprint(source: Source) -> str:
     """SHA-256 of the names of the classes, the labels and the images, in their order."""
     content = hashlib.sha256(repr(source.classes).encode())
     for split in filter(None, (source.train, source.test)):
-        content.update(split.labels.numpy())
-        content.update(split.images.numpy())
+        content.update(split.labels.numpy().data)
+        content.update(split.images.numpy().data)
     return content.hexdigest()
 
 

@@ -145,7 +145,7 @@ def decode(trees: list[Tree], image_size) -> tuple[list[torch.Tensor], bool]:
 
 def distinct_sizes(paths: list[str]) -> dict[tuple[int, int], str]:
     """Every (width, height) that occurs, with the first image that has it; from the headers, not yet the pixels."""
-    first_with = {}
+    first_with: dict[tuple[int, int], str] = {}
     for size, path in zip(progress(map(size_of, paths), len(paths), "measuring"), paths):
         if size:
             first_with.setdefault(size, path)

@@ -113,13 +113,13 @@ def mean(looked: list[dict], column: str) -> float | None:
 
 def shares(method, looked: list[dict]) -> dict:
     """Each distillation term's part of the logit gradient over the run, the largest first; empty for a teacher."""
-    found = {term: mean(looked, f"share_{term}") or 0.0 for term in method.terms if term != "ce"}
+    found = {term: mean(looked, f"share_{term}") or 0.0 for term in method.record.terms if term != "ce"}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def advice(method, looked: list[dict]) -> dict[str, str]:
     """What to change, by alarm."""
-    weights = method.weight_of
+    weights = method.record.weight_of
     loudest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(method, looked))[:1] if term in weights]
     quieter = "".join(f" or {flag}" for flag in loudest)
     return {

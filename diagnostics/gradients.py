@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 
-from losses import mixed_ce
 from losses.methods import resolved
 
 LOG_EVERY = 40  # steps from one diagnostics step to the next
@@ -83,16 +82,12 @@ class Diagnostics:
         @torch.enable_grad()
         def gradient(loss, *arguments, **named):
             leaf = z.detach().requires_grad_()
-            result = loss(leaf, *arguments, **named)
-            (result[0] if isinstance(result, tuple) else result).backward()
+            loss(leaf, *arguments, **named)[0].backward()
             return leaf.grad
 
-        method = self.method
-        if method.function is None:
-            return dict.fromkeys(("ce", WHOLE), gradient(mixed_ce, targets, label_smoothing=method.label_smoothing))
-        loss, weight_of = partial(gradient, method.function, v, targets), method.weight_of
-        arguments, off = resolved(method.record, method.arguments), dict.fromkeys(weight_of.values(), 0.0)
-        rest = [term for term in method.terms if term not in weight_of]
+        record, loss = self.method.record, partial(gradient, self.method.function, v, targets)
+        weight_of, arguments = record.weight_of, resolved(record, self.method.arguments)
+        off, rest = dict.fromkeys(weight_of.values(), 0.0), [term for term in record.terms if term not in weight_of]
         if len(rest) > 1:
             return {WHOLE: loss(**arguments)}
         found = {term: loss(**arguments | off | {weight: arguments[weight]}) for term, weight in weight_of.items()}

@@ -2,25 +2,24 @@
 from functools import cached_property, partial
 from pkgutil import resolve_name
 
-from losses.methods import METHODS, resolved
+from losses.methods import Method, resolved
 
 
 class ChosenMethod:
-    """A method of METHODS with its hyperparameters; without a name, the training on labels alone.
+    """A record with its hyperparameters.
 
     hyperparameters: of the record by name, None where its default function decides.  warmup_epochs: epochs over which those in
     `record.warmed_up` rise from 0.
     """
 
-    def __init__(self, name: str | None, hyperparameters: dict, label_smoothing: float, warmup_epochs: int = 0):
-        self.record = METHODS[name] if name else None
+    def __init__(self, record: Method, hyperparameters: dict, label_smoothing: float, warmup_epochs: int = 0):
+        self.record = record
         self.hyperparameters, self.label_smoothing, self.warmup_epochs = hyperparameters, label_smoothing, warmup_epochs
         self.arguments = hyperparameters | {"label_smoothing": label_smoothing}
 
     @cached_property
     def function(self):
-        """Of the record; None for labels alone."""
-        return resolve_name(self.record.function) if self.record else None
+        return resolve_name(self.record.function)
 
     def criterion(self, device):
         """The loss, called with both logits (N, C) and a Targets.
@@ -38,15 +37,6 @@ class ChosenMethod:
         if self.warmup_epochs:
             for name in self.record.warmed_up:
                 self.arguments[name].fill_(min(epoch / self.warmup_epochs, 1) * self.hyperparameters[name])
-
-    @property
-    def terms(self) -> tuple[str, ...]:
-        return self.record.terms if self.record else ("ce",)
-
-    @property
-    def weight_of(self) -> dict[str, str]:
-        """Term -> the hyperparameter that is its weight in the loss."""
-        return self.record.weight_of if self.record else {}
 
     @property
     def resolved(self) -> dict:
@@ -73,4 +63,4 @@ class ChosenMethod:
         """The loss as a formula with its numbers."""
         ce = f"CE(label smoothing {self.label_smoothing:g})"
         ramp = f" * min(epoch / {self.warmup_epochs}, 1)" if self.warmup_epochs else ""
-        return f"loss = {self.record.formula(self.hyperparameters, ce, ramp) if self.record else ce}"
+        return f"loss = {self.record.formula(self.hyperparameters, ce, ramp)}"

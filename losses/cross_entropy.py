@@ -10,3 +10,9 @@ def mixed_ce(logits, targets: Targets, *, label_smoothing: float = 0.0):
     al. 2018, arXiv 1710.09412; smoothing: Szegedy et al. 2016, arXiv 1512.00567).
     """
     return softmax_kl(logits, None, *targets, Weights(ce=1.0), temperature=1.0, label_smoothing=label_smoothing)[0]
+
+
+def labels_alone(logits, teacher_logits, targets: Targets, *, label_smoothing: float = 0.0):
+    """`mixed_ce` in the form of a method -> loss and terms; the teacher's logits are not used and may be None."""
+    loss = mixed_ce(logits, targets, label_smoothing=label_smoothing)
+    return loss, {"ce": loss.detach()}

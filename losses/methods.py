@@ -50,7 +50,8 @@ class Method(NamedTuple):
 
 def resolved(method: Method, numbers: dict) -> dict:
     """The values of a method's hyperparameters, each None replaced by its default_fn."""
-    return {name: method.hyperparameters[name].default_fn(numbers) if value is None else value for name, value in numbers.items()}
+    defaults = {name: each.default_fn for name, each in method.hyperparameters.items() if each.default_fn}
+    return {name: defaults[name](numbers) if value is None else value for name, value in numbers.items()}
 
 
 TEMPERATURE = Hyperparameter(4.0, "divides the logits before the softmax", at_least=None, above=0.0)
@@ -73,6 +74,7 @@ def kd_formula(numbers: dict, ce: str, ramp: str) -> str:
 def validate_kd(numbers: dict) -> str | None:
     if numbers["ce_weight"] is None and numbers["alpha"] > 1:
         return f"argument --alpha: must be <= 1 unless --ce-weight is given ({numbers['alpha']:g})"
+    return None
 
 
 KD = Method(
@@ -131,6 +133,13 @@ DIST = Method(
     run="dist-beta{beta:g}-gamma{gamma:g}-T{temperature:g}",
     table="DIST beta {beta:g} gamma {gamma:g} T {temperature:g}", figure="DIST",
     formula=dist_formula, warmed_up=("beta", "gamma"))
+
+
+# --- Labels alone: train_teacher.py
+
+LABELS = Method(
+    function="losses.cross_entropy:labels_alone", hyperparameters={}, terms=("ce",), run="labels", table="labels alone",
+    figure="labels alone", formula=lambda numbers, ce, ramp: ce)
 
 
 METHODS = {"kd": KD, "dkd": DKD, "dist": DIST}

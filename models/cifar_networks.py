@@ -1,5 +1,6 @@
 """The networks that are not torchvision's: functions of the number of classes, by name in NETWORKS."""
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
@@ -23,9 +24,15 @@ def _classifier(features, channels: int, num_classes: int) -> nn.Sequential:
     return net
 
 
+def _head(net: nn.Sequential) -> nn.Linear:
+    head = net.get_submodule("head")
+    assert isinstance(head, nn.Linear)
+    return head
+
+
 def _small_head(net: nn.Sequential) -> nn.Sequential:
-    nn.init.normal_(net.head.weight, std=0.01)
-    nn.init.zeros_(net.head.bias)
+    nn.init.normal_(_head(net).weight, std=0.01)
+    nn.init.zeros_(_head(net).bias)
     return net
 
 
@@ -68,7 +75,7 @@ def wide_resnet(num_classes: int, *, depth: int, widen: int) -> nn.Module:
             features.append(PreActivationBlock(channels, width, 2 if stage > 0 and block == 0 else 1))
             channels = width
     net = _classifier([*features, nn.BatchNorm2d(channels), nn.ReLU()], channels, num_classes)
-    nn.init.zeros_(net.head.bias)
+    nn.init.zeros_(_head(net).bias)
     return net
 
 
@@ -130,7 +137,7 @@ def small_efficientnet_v2(num_classes: int, *, stem: int, stages, last: int) -> 
                         norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
 
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     **{f"resnet{depth}": partial(resnet, depth=depth, widths=(16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(resnet, depth=depth, widths=(32, 64, 128, 256)) for depth in (8, 32)},
     "wrn_16_2": partial(wide_resnet, depth=16, widen=2),

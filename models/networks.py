@@ -13,6 +13,7 @@ one line in `NETWORKS` of models/cifar_networks.py.
 """
 import difflib
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ def on_meta(net, image_size: int):
 def _build_torchvision(name: str, num_classes: int, image_size: int) -> nn.Module:
     if name in ("googlenet", "inception_v3"):
         # Auxiliary heads would make training mode return a tuple; the ImageNet weights expect inputs rescaled by the network.
-        options = {"aux_logits": False, "init_weights": True, "transform_input": True}
+        options: dict[str, Any] = {"aux_logits": False, "init_weights": True, "transform_input": True}
     elif name.startswith("vit_"):
         options = {"image_size": image_size}
     elif name.startswith("maxvit_"):
@@ -92,7 +93,7 @@ def build(name: str, num_classes: int, image_size: int = 32) -> nn.Module:
     if theirs is None and name not in NETWORKS:
         close = difflib.get_close_matches(name, names())
         question = f"did you mean {' or '.join(close)}? " if close else ""
-        command = 'python -c "from training import models; print(*models.names())"'
+        command = 'python -c "import models; print(*models.names())"'
         raise Failure(USAGE, f"unknown model ({name})", f"{question}all names: {command}")
     try:
         net = _build_torchvision(theirs, num_classes, image_size) if theirs else NETWORKS[name](num_classes)

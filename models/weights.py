@@ -56,10 +56,10 @@ def _fill(net, weights, without=frozenset()) -> str | None:
     """Copy `weights` into `net`, all but the keys `without`; on a misfit, what is wrong with the first key that does not fit."""
     if not isinstance(weights, dict) or not weights or not all(isinstance(key, str) for key in weights):
         return "no weights in it"
-    state = OrderedDict()
+    state: OrderedDict = OrderedDict()
     # Layer versions travel as an attribute; by them, or their absence, torch and torchvision read older layouts of single layers.
     # A plain dict has lost them; MNASNet alone insists on one, for the whole network.
-    state._metadata = getattr(weights, "_metadata", None) or {"": {"version": net._version}}
+    state._metadata = getattr(weights, "_metadata", None) or {"": {"version": net._version}}  # type: ignore[attr-defined]
     for key, tensor in weights.items():
         # Files of torchvision hold training-time heads that we do not build, and DenseNets name their layers in an older way.
         if key not in without and not key.startswith(("aux1.", "aux2.", "AuxLogits.")):
@@ -168,7 +168,7 @@ def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False) -> 
     size = parameters(net)
     if folded:
         net = fold(net.eval(), info["image_size"])
-    net.info, net.size = info, size
+    net.info, net.size = info, size  # type: ignore[assignment]  # a Module takes any attribute
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(dtype)

@@ -36,11 +36,12 @@ class Sealed:
     """
 
     def __init__(self, content: dict):
-        self.content, self.sha256, self.held, self.size, self.failure = content, hashlib.sha256(), b"", 0, None
+        self.content, self.sha256, self.held, self.size = content, hashlib.sha256(), b"", 0
+        self.failure: OSError | None = None
 
     def __call__(self, file) -> None:
         self.file = file
-        torch.save(self.content, self)
+        torch.save(self.content, self)  # type: ignore[arg-type]  # it needs write and flush alone
         self._put(self.held[:-2] + SEALED.to_bytes(2, "little"))
         self._put(SEAL + self.sha256.hexdigest().encode())
         if self.failure:

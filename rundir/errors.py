@@ -87,10 +87,11 @@ def expected(failure: BaseException, batch_size: int | None = None, resumes: boo
 
 def unwritable_line(failure: OSError) -> str:
     room, remedy = "", "free space, or choose another --output"
-    if getattr(failure, "needed", 0):
-        room = f"; needs {failure.needed / 1e6:.1f} MB, {failure.free / 1e6:.1f} MB free"
-    if getattr(failure, "saved", 0):
-        remedy = f"free space and continue with --resume auto: the last good checkpoint is of epoch {failure.saved}"
+    needed, free, saved = (getattr(failure, name, 0) for name in ("needed", "free", "saved"))
+    if needed:
+        room = f"; needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB free"
+    if saved:
+        remedy = f"free space and continue with --resume auto: the last good checkpoint is of epoch {saved}"
     return f"cannot write {failure.filename or 'a file'} ({failure.strerror}{room}). {remedy}"
 
 

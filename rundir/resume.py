@@ -116,11 +116,11 @@ class State:
             return 1
         print(f"continuing after epoch {saved['epoch']} ({saved['path']})")
         before, now = saved["config"]["epochs"], self.config["epochs"]
-        if now > before and self.config["sched"] == "cosine" and self.ranks.first:
+        if now > before and self.config["sched"] == "cosine" and self.ranks.is_main:
             print(f"warning: --epochs grows from {before} to {now}: the epochs so far followed the shorter cosine, so the "
                   "result is not that of a run planned so long", file=sys.stderr)
         before, now = saved["config"]["batch_size"], self.config["batch_size"]
-        if now != before and self.ranks.first:  # and so is the number of processes
+        if now != before and self.ranks.is_main:  # and so is the number of processes
             print(f"warning: each process takes {now} images of a step and not {before}: BatchNorm normalises over other images, "
                   "so the result is not that of a run that kept its processes", file=sys.stderr)
         self.update.load_state_dict(saved["update"])
@@ -130,7 +130,7 @@ class State:
             if self.ranks.rank < len(states) and (device == "cpu" or torch.cuda.is_initialized()):
                 set_state(states[self.ranks.rank])
         self.run.restore([EpochRow(**row) for row in saved["rows"]], saved.get("looked", []))
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return saved["epoch"] + 1
         if saved["path"].resolve() == self.previous.resolve():
             self.previous = None  # last.pt is damaged: it must not take the place of the good one
@@ -152,7 +152,7 @@ class State:
         generators = {"cpu": self.ranks.gather(torch.get_rng_state())}
         if torch.cuda.is_initialized():
             generators["cuda"] = self.ranks.gather(torch.cuda.get_rng_state())
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return
         best = card and {"kind": "weights", **card, "epoch": row.epoch, "val_acc1": row.val_acc1, "test_acc1": None}
         content = on_cpu({

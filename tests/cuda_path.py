@@ -279,7 +279,7 @@ class CudaPath(ExitStack):
 
     @staticmethod
     def _restore(deterministic, benchmark, allow_tf32) -> None:
-        """What prepare_machine sets in this process."""
+        """What setup_machine sets in this process."""
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, allow_tf32
         kernels.choose("auto")
@@ -372,9 +372,9 @@ class CudaPath(ExitStack):
 
     def _mark_steps(self) -> None:
         """A step begins where the loop asks for its learning rate and ends after the progress line."""
-        import losses
         from augment import BatchAugmenter
         from diagnostics.gradients import Diagnostics
+        from losses import cross_entropy
         from losses.methods import METHODS
         from training import metrics, optimization
         from training.optimization import Update
@@ -408,7 +408,7 @@ class CudaPath(ExitStack):
             self.phase(target, name, "scaler, clip and optimizer")
         for target, name in ((Diagnostics, "add"), (Update, "copy_parameters"), (Update, "relative_update")):
             self.phase(target, name, "diagnostics")
-        self.phase(losses, "mixed_ce", "loss")
+        self.phase(cross_entropy, "mixed_ce", "loss")
         for method in METHODS.values():
             module, name = method.function.split(":")
             self.phase(import_module(module), name, "loss")

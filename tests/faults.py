@@ -75,7 +75,7 @@ def slow_disk(seconds: float) -> None:
 
 def poison(term: str, calls) -> None:
     """NaN into the loss of the given steps (from 0), and into one of its terms; term: its name, or "loss" for none."""
-    import losses
+    from losses import cross_entropy
     from losses.methods import METHODS
     steps = 0
 
@@ -94,7 +94,7 @@ def poison(term: str, calls) -> None:
             return loss * float("nan"), terms | {name: value * float("nan") for name, value in terms.items() if name == term}
         return call
 
-    losses.mixed_ce = poisoned(losses.mixed_ce)
+    cross_entropy.mixed_ce = poisoned(cross_entropy.mixed_ce)
     for method in METHODS.values():
         module, name = method.function.split(":")
         setattr(import_module(module), name, poisoned(resolve_name(method.function)))
@@ -115,28 +115,28 @@ def poison_images(calls) -> None:
 def drift() -> None:
     """The weights of this process differ from those of the others."""
     from training import optimization
-    agree = optimization.Update.agree
+    agree = optimization.Update.sync_buffers
 
     def call(self):
         with torch.no_grad():
             self.parameters[0].add_(1e-3)
         agree(self)
 
-    optimization.Update.agree = call
+    optimization.Update.sync_buffers = call
 
 
 # --- the process
 
 
 def slow_steps(seconds: float) -> None:
-    import losses
-    plain = losses.mixed_ce
+    from losses import cross_entropy
+    plain = cross_entropy.mixed_ce
 
     def slow(*args, **flags):
         time.sleep(seconds)
         return plain(*args, **flags)
 
-    losses.mixed_ce = slow
+    cross_entropy.mixed_ce = slow
 
 
 def run_out_of_memory() -> None:

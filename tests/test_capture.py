@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import kernels.augment
-import losses
 from cli import options
 from diagnostics import gradients
+from losses import cross_entropy
 from rundir import checkpoint, errors
 from training import cuda_graph, evaluation
 from training import run as running
@@ -232,7 +232,7 @@ def test_a_recording_that_fails_ends_the_run(capsys, place, graphs, monkeypatch,
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
 
-    def loss(*args, mixed_ce=losses.mixed_ce, **named):
+    def loss(*args, mixed_ce=cross_entropy.mixed_ce, **named):
         if recording:
             raise failure
         return mixed_ce(*args, **named)
@@ -240,7 +240,7 @@ def test_a_recording_that_fails_ends_the_run(capsys, place, graphs, monkeypatch,
     monkeypatch.setattr(cuda_graph, "capture", CAPTURE)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(losses, "mixed_ce", loss)
+    monkeypatch.setattr(cross_entropy, "mixed_ce", loss)
     flags = f"{FLAGS.format(place=place)} --model v2_pico --cuda-graph --output {place / str(code)}"
     ended, _, err = run(capsys, "train_teacher.py", flags)
     reason = str(failure).partition("\n")[0]
@@ -264,16 +264,16 @@ def plant_a_tensor_that_is_new_each_time(logits, kept=[0.0]):
     plant_a_random_number_of_python, plant_a_count_on_the_host, plant_a_tensor_that_is_new_each_time])
 def test_a_planted_state_on_the_host_is_noticed(capsys, place, teacher, graphs, monkeypatch, plant):
     monkeypatch.setattr(random, "random", random.Random(0).random)
-    loss = losses.mixed_ce
-    monkeypatch.setattr(losses, "mixed_ce", lambda logits, *args, **named: loss(plant(logits), *args, **named))
+    loss = cross_entropy.mixed_ce
+    monkeypatch.setattr(cross_entropy, "mixed_ce", lambda logits, *args, **named: loss(plant(logits), *args, **named))
     with pytest.raises(AssertionError):
         same(*both(capsys, place, "train_teacher.py", "--model v2_pico"))
     assert graphs.replays
 
 
 def test_a_planted_read_is_noticed(capsys, place, teacher, graphs, monkeypatch):
-    loss = losses.mixed_ce
-    monkeypatch.setattr(losses, "mixed_ce", lambda logits, *args, **named: loss(logits * logits.amax().item(), *args, **named))
+    loss = cross_entropy.mixed_ce
+    monkeypatch.setattr(cross_entropy, "mixed_ce", lambda logits, *args, **named: loss(logits * logits.amax().item(), *args, **named))
     with pytest.raises(AssertionError, match="a value is read"):
         both(capsys, place, "train_teacher.py", "--model v2_pico --debug")
 

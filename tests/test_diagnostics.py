@@ -13,7 +13,7 @@ from cli import method_flags, options
 from diagnostics import alarms
 from diagnostics.gradients import TREATMENTS, Diagnostics
 from losses import Targets
-from losses.methods import METHODS, resolved
+from losses.methods import LABELS, METHODS, resolved
 from rundir.run_directory import RunDirectory
 from training.device import Machine
 from training.distributed import Ranks
@@ -54,7 +54,7 @@ def diagnose(args, augment, skipped=(), count=1, every=1, rows=slice(0, BATCH)):
         z, v = logits(step) if step not in skipped else 2 * [torch.full((BATCH, CLASSES), torch.nan)]
         targets = Targets(*(part[rows] for part in augment(step).targets))
         result = StepResult(torch.tensor(float(step in skipped)), NO, NO)
-        found.add(step, result, targets, z[rows], v[rows] if method.record else None)
+        found.add(step, result, targets, z[rows], v[rows] if method.record is not LABELS else None)
     return found
 
 

@@ -62,11 +62,11 @@ def test_alone_everything_is_the_identity(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     numbers, net = torch.arange(3.0), torch.nn.Linear(2, 2)
     with Ranks.of_environment() as ranks:
-        assert ranks.first and ranks.size == 1 and ranks.rows(8) == range(8) and ranks.share(7) == range(7)
+        assert ranks.is_main and ranks.size == 1 and ranks.rows(8) == range(8) and ranks.share(7) == range(7)
         assert ranks.sum(numbers) is numbers and ranks.mean(numbers) is numbers and ranks.gather(numbers)[0] is numbers
-        assert ranks.agree(numbers) and ranks.decide(lambda: "yes") == "yes" and ranks.parallel(net, 0, None) is net
-        with ranks.in_turn():
-            ranks.wait()
+        assert ranks.all_equal(numbers) and ranks.broadcast(lambda: "yes") == "yes" and ranks.data_parallel(net, 0, None) is net
+        with ranks.local_main_first():
+            ranks.barrier()
 
 
 @pytest.mark.parametrize("count", range(8))
@@ -85,10 +85,10 @@ def sums_and_answers(machine):
     mine = torch.tensor([1.0, ranks.rank])
     assert ranks.sum(mine.clone()).tolist() == [3, 3] and ranks.mean(mine.clone()).tolist() == [1, 1]
     assert [row.tolist() for row in ranks.gather(mine)] == [[1, 0], [1, 1], [1, 2]]
-    assert ranks.agree(torch.tensor([-5, 2**62])) and not ranks.agree(torch.tensor([7, ranks.rank // 2]))
-    assert ranks.decide(lambda: {"rank": ranks.rank, "weights": mine})["rank"] == 0
-    assert ranks.decide(lambda: None) is None
-    ranks.wait()
+    assert ranks.all_equal(torch.tensor([-5, 2**62])) and not ranks.all_equal(torch.tensor([7, ranks.rank // 2]))
+    assert ranks.broadcast(lambda: {"rank": ranks.rank, "weights": mine})["rank"] == 0
+    assert ranks.broadcast(lambda: None) is None
+    ranks.barrier()
 
 
 def test_sums_and_decisions_are_the_same_everywhere():
@@ -96,9 +96,9 @@ def test_sums_and_decisions_are_the_same_everywhere():
 
 
 def first_come(machine, path):
-    with machine.ranks.in_turn():
+    with machine.ranks.local_main_first():
         assert path.exists() == (machine.ranks.rank > 0), "the second did not wait for the first"
-        time.sleep(2 * machine.ranks.first)
+        time.sleep(2 * machine.ranks.is_main)
         path.touch()
 
 
@@ -152,7 +152,7 @@ def train(machine, each, method, steps=24):
                     for _ in range(2))
     recipe = SimpleNamespace(opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, clip_grad=0.5, model_ema=0.0)
     update, metrics = Update(net, recipe, machine), Metrics(machine.ranks, steps, 0.5)
-    model, rows = machine.ranks.parallel(net, 0, (192,)), machine.ranks.rows(each)
+    model, rows = machine.ranks.data_parallel(net, 0, (192,)), machine.ranks.rows(each)
     for step in range(steps):
         batch = augmenter(step % augmenter.steps, rows)
         with torch.no_grad():
@@ -187,7 +187,7 @@ def one_statistic(machine):
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
     update = Update(net, SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0.05, clip_grad=1.0, model_ema=0.9), machine)
     before = net[1].running_mean.clone(), torch.get_rng_state()
-    model = machine.ranks.parallel(net, 0, (4,))
+    model = machine.ranks.data_parallel(net, 0, (4,))
     assert torch.equal(net[1].running_mean, before[0]) and (machine.ranks.rank or torch.equal(torch.get_rng_state(), before[1]))
     assert net[0].weight.grad is None
     net.train()
@@ -196,13 +196,13 @@ def one_statistic(machine):
         update.backward(model(torch.randn(8, 4)).square().mean())
         update(0.1)
     own = [(each[1].running_mean.clone(), each[1].running_var.clone()) for each in (net, update.average.module)]
-    update.agree()
+    update.sync_buffers()
     for each, statistics in zip((net, update.average.module), own):
         mean, variance = (torch.stack(machine.ranks.gather(statistic)).double().mean(0).float() for statistic in statistics)
         assert not torch.equal(statistics[0], mean), "the processes saw different images"
         assert torch.equal(each[1].running_mean, mean) and torch.equal(each[1].running_var, variance)
     before = net[1].running_mean.clone()
-    update.agree()
+    update.sync_buffers()
     assert net[1].num_batches_tracked == 3
     assert torch.equal(net[1].running_mean, before), "the mean of equal numbers is that number"
 
@@ -215,12 +215,12 @@ def drift(machine):
     torch.manual_seed(0)
     net = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     update = Update(net, SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0, clip_grad=1.0, model_ema=0.0), machine)
-    update.agree()
+    update.sync_buffers()
     with torch.no_grad():
         if machine.ranks.rank == 1:
             net.weight[0, 0, 0, 0] = torch.nextafter(net.weight[0, 0, 0, 0], torch.tensor(9.0))
     with pytest.raises(Failure, match="diverged") as failure:
-        update.agree()
+        update.sync_buffers()
     assert failure.value.code == 1
 
 
@@ -233,7 +233,7 @@ def a_sick_loss_on_one(machine):
     weight = torch.nn.Linear(2, 1, bias=False)
     recipe = SimpleNamespace(opt="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, clip_grad=0.0, model_ema=0.0)
     update, metrics = Update(weight, recipe, machine), Metrics(machine.ranks, 1)
-    model, before = machine.ranks.parallel(weight, 0, (2,)), weight.weight.detach().clone()
+    model, before = machine.ranks.data_parallel(weight, 0, (2,)), weight.weight.detach().clone()
     logits = model(torch.ones(1, 2))
     loss = logits.sum() + (0, float("inf"))[machine.ranks.rank]
     update.backward(loss)
@@ -249,7 +249,7 @@ def test_a_loss_that_is_sick_on_one_process_is_skipped_by_all():
 
 def own_dropout(machine):
     torch.manual_seed(3)
-    machine.ranks.parallel(torch.nn.Linear(2, 2), 3, (2,))
+    machine.ranks.data_parallel(torch.nn.Linear(2, 2), 3, (2,))
     draws = machine.ranks.gather(torch.rand(4))
     assert not torch.equal(draws[0], draws[1])
 

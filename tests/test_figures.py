@@ -56,7 +56,7 @@ def write_run(path, name, *, seed=1, ran=None, finished=True, summary=(), **flag
     config |= special | flags
     if distilled:
         numbers = {each: config.get(each) for each in METHODS[config["method"]].hyperparameters}
-        config |= ChosenMethod(config["method"], numbers, 0.1).labels | flags
+        config |= ChosenMethod(METHODS[config["method"]], numbers, 0.1).labels | flags
     accuracies = curve(plateau, ran or config["epochs"], config["epochs"], seed)
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))

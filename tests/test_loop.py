@@ -21,7 +21,7 @@ from losses import Targets
 from rundir import errors, terminal
 from rundir.errors import Failure
 from rundir.run_directory import EpochRow
-from training.device import Machine, micro_batches, prepare_machine
+from training.device import Machine, micro_batches, setup_machine
 from training.evaluation import EarlyStop, Evaluation, check_teacher, evaluate, tolerance
 from training.metrics import MAX_SKIPPED, Metrics, Progress
 from training.optimization import StepResult, Update, learning_rate
@@ -447,9 +447,9 @@ def test_an_error_takes_the_place_of_the_live_line(monkeypatch):
 
 def test_devices_that_are_not_there_are_refused():
     with pytest.raises(Failure, match="cuda:99") as failure:
-        prepare_machine("cuda:99", None, 0)
+        setup_machine("cuda:99", None, 0)
     assert failure.value.code == 2
-    assert prepare_machine("cpu", None, 0).dtype == torch.float32 and prepare_machine("cpu", "bf16", 0).dtype == torch.bfloat16
+    assert setup_machine("cpu", None, 0).dtype == torch.float32 and setup_machine("cpu", "bf16", 0).dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
@@ -457,8 +457,8 @@ def test_memory_that_a_step_frees_is_there_for_the_next_one():
     """Without it, each 4 MB tensor is 1024 pages that the kernel hands out anew; measured in a process of its own."""
     code = """if 1:
         import resource, torch
-        from training.device import prepare_machine
-        prepare_machine("cpu", None, 0)
+        from training.device import setup_machine
+        setup_machine("cpu", None, 0)
         faults = []
         for _ in range(20):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

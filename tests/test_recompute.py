@@ -44,7 +44,7 @@ def train(net, opt="sgd", *, precision="off", parts=1, ema_decay=0.0, steps=2, r
     machine = Machine(torch.device("cpu"), precision, ranks=ranks)
     recipe = SimpleNamespace(opt=opt, lr=0.01, momentum=0.9, weight_decay=1e-4, clip_grad=1.0, model_ema=ema_decay)
     update, losses = Update(net, recipe, machine, parts), []
-    model, label = ranks.parallel(net, 0, (3, 32, 32)), torch.arange(4 // parts)
+    model, label = ranks.data_parallel(net, 0, (3, 32, 32)), torch.arange(4 // parts)
     net.train()
     targets = Targets(label, label, torch.ones(len(label)))
     torch.manual_seed(2)

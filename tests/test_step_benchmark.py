@@ -17,7 +17,7 @@ from benchmarks.plain_loop import Collate, PlainLoop, published_mixed_dkd
 from cli import options
 from data.synthetic import CLASSES
 from losses import dkd_loss
-from training.device import prepare_machine
+from training.device import setup_machine
 
 BATCH, STEPS, SIZE = 8, 2, 32
 CASE = ("v2_tiny", "v2_pico")
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def machine():
-    return prepare_machine("cpu", None, seed=0)
+    return setup_machine("cpu", None, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def advise(args, method, machine: Machine) -> list[str]:
 
 def said(method, seen: dict, classes: int) -> list[str]:
     """What was seen, in words.  seen: columns of diagnostics.csv."""
-    T, terms = method.hyperparameters.get("temperature", 1.0), method.terms
+    T, terms = method.hyperparameters.get("temperature", 1.0), method.record.terms
     lines = [
         f"the teacher on {seen['images']} augmented images: right about {seen['teacher_acc1']:.0f} % of them, about either label "
         f"{seen['teacher_either']:.0f} %; entropy {seen['teacher_entropy']:.2f} of at most {math.log(classes):.2f} nats",
@@ -80,7 +80,7 @@ def said(method, seen: dict, classes: int) -> list[str]:
 def suggested(method, clip_grad: float, seen: dict, norm: float, entropies: list[float], classes: int) -> list[str]:
     """Numbers to try, with the reason.  norm: of a new student's gradient.  entropies: of the teacher at TEMPERATURES."""
     numbers, lines = method.resolved, []
-    weighed = {term: number for term, number in method.weight_of.items() if term != "ce" and seen.get(f"grad_{term}")}
+    weighed = {term: number for term, number in method.record.weight_of.items() if term != "ce" and seen.get(f"grad_{term}")}
     if weighed and seen.get("grad_ce"):
         loudest = max(weighed, key=lambda term: seen[f"grad_{term}"])
         number = weighed[loudest]

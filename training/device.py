@@ -61,7 +61,7 @@ class Machine:
         return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if self.device.type == "cuda" else None
 
 
-def prepare_machine(device: str, amp: str | None, seed: int, kernels_choice: str = "auto", deterministic: bool = False,
+def setup_machine(device: str, amp: str | None, seed: int, kernels_choice: str = "auto", deterministic: bool = False,
                     compiled: bool = False) -> Machine:
     """Seed the weights' initialisation and choose device, precision and kernels; the data have generators of their own.
 
@@ -109,7 +109,7 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def use_threads(count: int) -> None:
+def set_threads(count: int) -> None:
     """Compute on the CPU with so many threads: in another number of parts, sums come to other bits."""
     if count != (now := torch.get_num_threads()):
         print(f"{count} threads, as the run began with, and not {now}, which would come to other bits")

@@ -1,4 +1,4 @@
-"""Several processes on one run, as torchrun starts them: which rows each takes, what they sum, and what they agree on.
+"""Several processes on one run, started by torchrun: their rows of a batch, their sums and their decisions.
 
 Every process holds all images on its device, so each makes its own slice of the batch that one process would have made.
 DistributedDataParallel averages the gradients; BatchNorm normalises by the slice, not by the whole batch.  Alone, without
@@ -14,35 +14,35 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = timedelta(minutes=10)  # of waiting for the others in a step
-PATIENCE = timedelta(hours=6)  # of waiting while one of them downloads or decodes images
+TIMEOUT = timedelta(minutes=10)  # of a collective operation in a step
+SLOW_TIMEOUT = timedelta(hours=6)  # while a process downloads or decodes images
 
 
 class Ranks:
-    """This process, `rank`, among the `size` of its run; `local` counts within its machine.  They talk inside of `with`."""
+    """This process, `rank`, among the `size` of its run; `local` is its rank on its machine.  Use it in a `with`."""
 
     def __init__(self, rank: int = 0, local: int = 0, size: int = 1):
         self.rank, self.local, self.size = rank, local, size
 
     @classmethod
     def of_environment(cls) -> "Ranks":
-        """As torchrun says; from here on only rank 0 prints to stdout."""
+        """From torchrun's variables; from here on only rank 0 prints to stdout."""
         ranks = cls(*(int(os.environ.get(*variable)) for variable in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))))
-        if not ranks.first:
+        if not ranks.is_main:
             sys.stdout = open(os.devnull, "w")
         return ranks
 
     @property
-    def first(self) -> bool:
-        """Whether this is the one process that prints and writes."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone prints and writes."""
         return self.rank == 0
 
     def __enter__(self):
         if self.size > 1:
             gpu = torch.cuda.is_initialized()
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
-            self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-            self.wait()  # if one ended while another connects to it, PyTorch's C++ would write of it to stderr
+            self.slow_group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
+            self.barrier()  # if one ended while another connects to it, PyTorch's C++ would write of it to stderr
         return self
 
     def __exit__(self, kind, failure, trace):
@@ -54,7 +54,7 @@ class Ranks:
         return range(self.rank * each, (self.rank + 1) * each)
 
     def share(self, count: int) -> range:
-        """This process's rows of `count`, which are dealt out without padding or repetition."""
+        """This process's rows of `count`, split without padding or repetition."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Ranks:
         """The mean over the processes, in place."""
         return self.sum(tensor).div_(self.size) if self.size > 1 else tensor
 
-    def agree(self, numbers: torch.Tensor) -> bool:
+    def all_equal(self, numbers: torch.Tensor) -> bool:
         """Whether `numbers`, int64 (K,), are the same on all processes."""
         if self.size == 1:
             return True
@@ -83,35 +83,35 @@ class Ranks:
         dist.all_gather(gathered, tensor)
         return gathered
 
-    def decide(self, function):
+    def broadcast(self, function):
         """What `function()` returns on rank 0, which alone calls it."""
-        answer = [function() if self.first else None]
+        answer = [function() if self.is_main else None]
         if self.size > 1:
             dist.broadcast_object_list(answer)
         return answer[0]
 
-    def wait(self) -> None:
-        """Until every process is here."""
+    def barrier(self) -> None:
+        """Wait for every process."""
         if self.size > 1:
-            dist.all_reduce(torch.zeros(()), group=self.patient)
+            dist.all_reduce(torch.zeros(()), group=self.slow_group)
 
     @contextmanager
-    def in_turn(self):
-        """One process per machine goes first: what it downloads, unpacks or caches, the others find."""
+    def local_main_first(self):
+        """The local rank 0 of each machine runs the block first: it downloads, unpacks and caches for the others."""
         if self.local:
-            self.wait()
+            self.barrier()
         yield
         if not self.local:
-            self.wait()
+            self.barrier()
 
-    def parallel(self, net, seed: int, shape: tuple):
-        """`net` as the loop is to call it, so that backward averages gradients; from here on each process has its own dropout.
+    def data_parallel(self, net, seed: int, shape: tuple):
+        """`net` under DDP, which averages gradients in backward; from here on each process has its own dropout.
 
         shape: of one input of `net`.
         """
         if self.size == 1:
             return net
-        if not self.first:
+        if not self.is_main:
             torch.manual_seed(seed + self.rank)
         with warnings.catch_warnings():  # of the flag's new name, which older versions do not have
             warnings.simplefilter("ignore", FutureWarning)

@@ -153,7 +153,7 @@ class Update:
     def remember_buffers(self) -> None:
         self.before = self.buffers.words.clone()
 
-    def agree(self) -> None:
+    def sync_buffers(self) -> None:
         """Of several processes, between training and evaluation: each takes the mean of all running statistics.
 
         Failure BUG: the weights are no longer the same everywhere, which only a fault of hardware or software can do.
@@ -161,7 +161,7 @@ class Update:
         if self.ranks.size == 1:
             return
         bits = torch.stack([parameter.detach().view(torch.int32).sum() for parameter in self.parameters])
-        if not self.ranks.agree(bits):
+        if not self.ranks.all_equal(bits):
             raise Failure(BUG, f"ranks diverged: their weights are not the same ({self.ranks.size} processes)",
                           "go back to the last checkpoint with --resume auto; if it happens again, suspect a GPU")
         for buffers in (*self.buffers.floats, *(self.average_buffers.floats if self.average else ())):

@@ -15,7 +15,7 @@ from rundir.checkpoint import Writer
 from rundir.run_directory import EpochRow, RunDirectory
 from rundir.terminal import say
 from training.cuda_graph import use_cuda_graph
-from training.device import Machine, global_batch_size, micro_batches, use_threads
+from training.device import Machine, global_batch_size, micro_batches, set_threads
 from training.evaluation import EarlyStop, Evaluation, evaluate
 from training.grad_checkpoint import recompute
 from training.metrics import Progress
@@ -39,7 +39,7 @@ class Run:
         if args.overwrite:
             starts = (config.get(name) for name in ("teacher_checkpoint", "init", "student_init"))
             run_directory.refuse_to_overwrite(args.output, starts)
-        self.directory = RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=self.ranks.first)
+        self.directory = RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=self.ranks.is_main)
         self.stop = EarlyStop(args.monitor, args.patience)
 
     def __enter__(self):
@@ -47,12 +47,12 @@ class Run:
             stack.enter_context(self.ranks)
             stack.enter_context(self.directory)
             self.writer = stack.enter_context(Writer())
-            self.saved = self.ranks.decide(lambda: resume.find(self.directory, self.config))
+            self.saved = self.ranks.broadcast(lambda: resume.find(self.directory, self.config))
             self.began = self.saved["began"] if self.saved else {}
-            use_threads(self.began.setdefault("threads", torch.get_num_threads()))
+            set_threads(self.began.setdefault("threads", torch.get_num_threads()))
             self.finished = resume.is_finished(self.saved, self.args.epochs, self.stop)
             if self.finished and self.saved["config"]["data_dir"] != self.args.data_dir:
-                self.load_data()  # which may be others
+                self.load_data()  # raises where the images differ
             if self.finished:
                 print(f"already finished ({self.directory.path}): {self.saved['epoch']} epochs{', early stop' * self.stop.stop}, "
                       f"the best is {self.stop.best_epoch}")
@@ -63,7 +63,7 @@ class Run:
         return self.stack.__exit__(*failure)
 
     def load_data(self) -> datasets.Dataset:
-        with self.ranks.in_turn():
+        with self.ranks.local_main_first():
             self.data = datasets.load(**options.data(self.args), device=self.machine.device)
         resume.check_data(self.began, self.data)
         self.batch_size = global_batch_size(self.args.batch_size, self.data, self.machine)
@@ -76,9 +76,9 @@ class Run:
         return self.data
 
     def new_network(self, name: str, *, pretrained: bool, init: str | None):
-        """The network to train, on the device; `net.info` is what best.pt will say of it.  A run to resume fills its weights."""
+        """The network to train, on the device; `net.info` is the metadata of best.pt.  `start` loads those of a resumed run."""
         data, image_size = self.data, self.args.image_size or self.data.image_size
-        with self.ranks.in_turn():
+        with self.ranks.local_main_first():
             net = models.build(name, len(data.classes), image_size)
             if not self.saved:
                 self.began["init_sha256"] = models.initialise(net, name, pretrained=pretrained, init=init)
@@ -91,11 +91,11 @@ class Run:
     def wrap(self, net):
         """`net` as a step calls it: compiled, where --compile says so; under DDP, where several processes train it."""
         if net.training:
-            net = self.ranks.parallel(net, self.args.seed, (3, net.info["image_size"], net.info["image_size"]))
+            net = self.ranks.data_parallel(net, self.args.seed, (3, net.info["image_size"], net.info["image_size"]))
         return self.machine.compile(net, self.cuda_graph)
 
     def start(self, update, metrics, diagnostics, teacher=None, **facts) -> None:
-        """Write the first files, or restore what was saved.  facts: what config.json holds besides."""
+        """Write the first files, or restore a saved run.  facts: further entries of config.json."""
         self.update, self.metrics, self.diagnostics = update, metrics, diagnostics
         facts |= {"teacher": teacher.info["model"]} if teacher else {}
         self.directory.open(self.config | self.began | facts | {"image_size": update.net.info["image_size"]},
@@ -106,7 +106,7 @@ class Run:
         self.progress = Progress(self.args.epochs, metrics.steps, self.batch_size)
 
     def epochs(self):
-        """The numbers of the epochs to train, from 1 or where the run was left, up to the last or the early stop."""
+        """The epochs to train, from 1 or after the saved one, up to the last or the early stop."""
         for self.epoch in range(self.first, self.args.epochs + 1):
             if self.stop.stop:
                 return
@@ -114,22 +114,22 @@ class Run:
             yield self.epoch
 
     def end_training(self, lr: float) -> None:
-        """Read the epoch's metrics: its one wait for the device.  Running statistics become the same in all processes.
+        """Read the epoch's metrics, which waits for the device, and synchronise running statistics over the processes.
 
         lr: of the last step.
         """
         self.lr, self.samples = lr, self.batch_size * self.metrics.taken
-        self.columns, looked = self.metrics.epoch_columns(self.epoch)
+        self.columns, clipping = self.metrics.epoch_columns(self.epoch)
         self.columns["amp_scale"] = self.update.amp_scale()
-        self.looked = looked | self.diagnostics.columns()
-        self.update.agree()
+        self.measured = clipping | self.diagnostics.columns()
+        self.update.sync_buffers()
         self.trained = time.perf_counter()
 
     def evaluate(self, net, split) -> Evaluation:
         return evaluate(net, split, self.data.mean, self.data.std, self.machine, self.rows_at_once)
 
     def end_epoch(self, val: Evaluation, **more) -> None:
-        """Count the epoch, save it, and say it.  more: columns of log.csv that only this script has."""
+        """Save the epoch and print its line.  more: columns of log.csv that only this script has."""
         best, evaluated, took = self.stop.update(self.epoch, val), time.perf_counter(), self.trained - self.begun
         row = EpochRow(
             epoch=self.epoch, lr=self.lr, **self.columns, **val.columns(), **self.stop.columns(), **more, samples=self.samples,
@@ -138,20 +138,20 @@ class Run:
         clean = self.evaluate(self.update.evaluated, self.clean).acc1
         if self.epoch == self.first and self.machine.device.type == "cuda":
             say(f"memory at its peak in the first epoch: {self.machine.memory()}")
-        looked = {"epoch": self.epoch, **{name: self.columns[name] for name in FROM_LOG}, **self.looked,
+        diagnostics = {"epoch": self.epoch, **{name: self.columns[name] for name in FROM_LOG}, **self.measured,
                   "dead_classes": val.dead_classes(len(self.data.classes)), "train_acc1_clean": clean}
-        self.state.save(row, looked, self.update.net.info if best else None)
+        self.state.save(row, diagnostics, self.update.net.info if best else None)
         self.progress.epoch(row, best)
 
     def close(self, note: str, teacher=None, teacher_acc1: float | None = None) -> None:
-        """Read the test set, once, with the last weights and with best.pt, which is told its accuracy; and write the summary."""
+        """Evaluate the last weights and best.pt on the test set, once; store the accuracy in best.pt; write the summary."""
         self.writer.wait()
-        self.ranks.wait()  # for the one that writes best.pt
+        self.ranks.barrier()  # for the one that writes best.pt
         path, net, rows = self.directory / "best.pt", self.update.net, self.directory.rows
         best = models.load(path, self.machine.device)
         chosen = self.evaluate(best, self.data.test).acc1
         last = chosen if self.stop.best_epoch == len(rows) else self.evaluate(self.update.evaluated, self.data.test).acc1
-        if self.ranks.first:
+        if self.ranks.is_main:
             models.save(path, best, **best.info | {"test_acc1": chosen})
         stopped, params = len(rows) < self.args.epochs, models.parameters(net)
         of_teacher = dict.fromkeys(("teacher_test_acc1", "teacher_params", "retention", "compression"))
