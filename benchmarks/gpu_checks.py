@@ -259,11 +259,17 @@ def check_bounds(args) -> None:
 CHECKS = {"machine": check_machine, "kernels": check_kernels, "augmentation": check_augmentation, "sanitizer": check_sanitizer,
           "bounds": check_bounds}
 
+
+def main(args) -> None:
+    args.device = table.device(args.device)
+    CHECKS[args.check](args)
+
+
 if __name__ == "__main__":
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--device", type=table.device, default="auto")
+    table.device_flag(parser.add_argument)
     parser.add_argument("--tiny", action="store_true", help="the smallest cases")
     debug_flag(parser.add_argument)
-    errors.run(lambda args: CHECKS[args.check](args), parser.parse_args())
+    errors.run(main, parser.parse_args())
