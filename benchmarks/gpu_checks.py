@@ -27,7 +27,7 @@ import triton
 
 import kernels
 from augment import POLICIES, BatchAugmenter
-from benchmarks import loss, table
+from benchmarks import clocks, table
 from benchmarks.augmentation_rivals import MEAN, STD
 from kernels.softmax_kl import Weights, hyperparameters, softmax_kl
 from losses import Targets
@@ -152,7 +152,7 @@ def check_machine(args) -> None:
 
     def best_s(call):
         call()
-        return min(loss.wall_us(call, 1, device) for _ in range(10)) / 1e6
+        return min(clocks.wall_us(call, 1, device) for _ in range(10)) / 1e6
 
     say("hardware", table.hardware(device))
     say("python", platform.python_version())
@@ -174,7 +174,7 @@ def check_machine(args) -> None:
         matrix = torch.randn(side, side, device=device).to(DTYPES[kind])
         say(f"matrix product, {kind}, TFLOP/s", round(2 * side**3 / best_s(lambda: matrix @ matrix) / 1e12, 3))
     one = torch.zeros(1, device=device)
-    say("a launch, us", round(loss.wall_us(lambda: one.add_(1), 1000, device), 2))
+    say("a launch, us", round(clocks.wall_us(lambda: one.add_(1), 1000, device), 2))
 
 
 def model() -> list[dict]:
@@ -244,10 +244,10 @@ def check_bounds(args) -> None:
         count = 2 if args.tiny else max(1024, 2**26 // width) if row["kernel"] == "softmax_kl" else 2**23 // width
         call = launch(row, device, count)
         call()
-        replay = loss.captured(call, torch.cuda.graph_pool_handle()) if on_gpu else None
+        replay = clocks.captured(call, torch.cuda.graph_pool_handle()) if on_gpu else None
         if on_gpu and not replay:
             continue
-        us = median([loss.graph_us(replay, flush) for _ in range(22)][2:]) if on_gpu else loss.wall_us(call, 1, device)
+        us = median([clocks.graph_us(replay, flush) for _ in range(22)][2:]) if on_gpu else clocks.wall_us(call, 1, device)
         ns, bounds = 1000 * us / count, [float(row[f"{gpu}_{bound}_ns"]) for bound in ("issue", "bytes")]
         rows.add(Beside(*versions(args), row["kernel"], row["case"], row["dtype"], row["unit"], count, round(ns, 3), gpu, *bounds,
                         round(ns / max(bounds), 2)))
