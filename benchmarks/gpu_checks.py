@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -103,13 +103,18 @@ def poisoned(compare, case) -> list[tuple]:
     return list(compare(*case))
 
 
+def alone(compare, case) -> list[tuple]:
+    """The same in a process of its own: an illegal address, once met, fails every later call, and a death the whole pool."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(poisoned, compare, case).result()
+
+
 def compare_all(args, compare, cases) -> None:
     """A row for each comparison, side by side, as each case compiles a kernel; the exit code is 1 where any is wrong."""
     rows, wrong = table.Rows(args, args.check, table.short(args.device)), 0
     workers = 1 if args.tiny else max(1, min(12, os.cpu_count() - 1))
-    # A process for each: an illegal address, once met, fails every later call in its process.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = {pool.submit(poisoned, compare, (str(args.device), *case)): case for case in cases}
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(alone, compare, (str(args.device), *case)): case for case in cases}
         for future in as_completed(futures):
             try:
                 found = [Compared(*versions(args), *row, ok=row[2] <= row[3]) for row in future.result()]

@@ -1,6 +1,7 @@
 """benchmarks.gpu_day: whatever becomes of a part, the others have their results, and a table says how each ended."""
 import csv
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,8 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import augmentation, gpu_day, gpu_runs, loss, step
+from benchmarks import augmentation, gpu_checks, gpu_day, gpu_runs, loss, step
 
 ROOT = Path(__file__).parent.parent
 WRITES = "open(r'{folder}/some.csv', 'w').write('a\\n1\\n'); print('well')"
@@ -170,6 +172,23 @@ def test_a_stage_asks_for_cases_that_there_are_and_leaves_eight_files_at_most():
         for part in parts:
             if "--case" in part.command:
                 assert set(part.command[part.command.index("--case") + 1:]) <= set(known[part.command[1].partition(".")[2]])
+
+
+def dies_at_two(device: str, number: int):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield f"case {number}", 1, 0.0, 0.0
+
+
+def test_a_comparison_whose_process_dies_leaves_the_others(tmp_path, monkeypatch):
+    fork = multiprocessing.get_context("fork")  # which imports nothing
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    args = SimpleNamespace(check="kernels", device=torch.device("cpu"), output=tmp_path, tiny=True)
+    with pytest.raises(SystemExit) as leave:
+        gpu_checks.compare_all(args, dies_at_two, [(1,), (2,), (3,)])
+    rows = rows_of(tmp_path / "kernels-cpu.csv")
+    assert leave.value.code == 1 and [row["ok"] for row in rows if row["failure"]] == ["False"]
+    assert {row["case"] for row in rows if row["ok"] == "True"} == {"case 1", "case 3"}
 
 
 def test_variants_are_compared():
