@@ -226,12 +226,12 @@ def main(args) -> None:
         print("no GPU: the reference is measured, the fused kernel is not")
     sizes = SIZES if device.type == "cuda" else CPU_SIZES
     found = table.Rows(args, "loss", table.short(device))
-    for size in table.chosen(args, sizes[:2] if args.quick else sizes):
+    for size in table.chosen(args, sizes[:1] if args.quick == table.TINY else sizes[:2] if args.quick else sizes):
         rows, classes = map(int, size.split("x"))
         for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
             for loss in ("kd", "dkd"):
                 try:
-                    for row in benchmark(rows, classes, dtype, loss, device, 10 if args.quick else 30, table.hardware(device)):
+                    for row in benchmark(rows, classes, dtype, loss, device, table.repeats(args, 10, 30), table.hardware(device)):
                         found.add(row)
                         times = "" if row.times_base is None else (
                             f"{row.times_base:7.2f} ({row.times_base_min:.2f} to {row.times_base_max:.2f})")
@@ -244,4 +244,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, table.parser(__doc__, "two sizes, few repeats", dict.fromkeys(SIZES + CPU_SIZES)).parse_args())
+    errors.run(main, table.parser(__doc__, "two sizes, few repeats", dict.fromkeys(SIZES + CPU_SIZES), tiny=True).parse_args())

@@ -32,12 +32,10 @@ def python(*arguments) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name, line", [
-    ("loss", r"128 x +100 float32 +dkd +eager reference +[\d.]+ us"),
-    ("augmentation", r"128 pipeline +ours, reference +\d+ images/s +1.00")])
-def test_a_quick_run_prints_a_table_and_writes_nothing(name, line):
+def test_a_quick_run_prints_a_table_and_writes_nothing():
     before = {path: path.stat().st_mtime for path in RESULTS.iterdir()}
-    assert re.search(line, python("-m", f"benchmarks.{name}", "--quick", "--device", "cpu"))
+    output = python("-m", "benchmarks.loss", "--quick", "--device", "cpu")
+    assert re.search(r"128 x +100 float32 +dkd +eager reference +[\d.]+ us", output)
     assert {path: path.stat().st_mtime for path in RESULTS.iterdir()} == before
 
 
