@@ -119,7 +119,7 @@ def contenders(images, labels, batch_size: int) -> dict:
             from_pil = [v1.ToTensor()] if version == "v1" else [v2.ToImage(), *conversion]
             stages["policy"][what + "PIL"] = lambda policy=policy: len([policy(picture) for picture in pictures])
             stages["pipeline"][what + "PIL"] = image_by_image(torchvision_pipeline(module, from_pil), pictures, few_labels)
-    many = 4096 // batch_size * batch_size
+    many = min(4096, len(images)) // batch_size * batch_size
     repeated = [pictures[index % len(pictures)] for index in range(many)]
     loader_name, loader = loading(repeated, labels[:many].cpu(), batch_size, device)
     stages["pipeline"][loader_name] = loader
@@ -221,12 +221,14 @@ def main(args) -> None:
     device = table.device(args.device)
     if device.type == "cpu":
         print("no GPU: the plain-PyTorch reference is measured, the fused kernel is not")
-    images, labels = (part.to(device) for part in generate(10_000, 0))
+    sizes = SIZES[:1] if args.quick else SIZES
+    count = max(map(int, args.case or sizes)) if args.quick == table.TINY else 10_000
+    images, labels = (part.to(device) for part in generate(count, 0))
     if device.type == "cuda":  # as many as CIFAR has
         images, labels = images.repeat(5, 1, 1, 1), labels.repeat(5)
     found = table.Rows(args, "augmentation", table.short(device))
-    for batch_size in table.chosen(args, SIZES[:1] if args.quick else SIZES):
-        for row in benchmark(images, labels, int(batch_size), 3 if args.quick else 10, table.hardware(device)):
+    for batch_size in table.chosen(args, sizes):
+        for row in benchmark(images, labels, int(batch_size), table.repeats(args, 3, 10), table.hardware(device)):
             found.add(row)
             launches = "" if row.launches is None else f"  {row.launches} launches"
             print(f"{row.batch_size:5} {row.stage:13} {row.contender:30} {row.images_per_s:9} images/s "
@@ -236,4 +238,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, table.parser(__doc__, "one batch size, few repeats", SIZES).parse_args())
+    errors.run(main, table.parser(__doc__, "one batch size, few repeats", SIZES, tiny=True).parse_args())

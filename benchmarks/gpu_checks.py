@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,7 +27,7 @@ import triton
 
 import kernels
 from augment import POLICIES, BatchAugmenter
-from benchmarks import loss, table
+from benchmarks import clocks, table
 from benchmarks.augmentation_rivals import MEAN, STD
 from cli.options import debug_flag
 from kernels.softmax_kl import Weights, hyperparameters, softmax_kl, softmax_kl_naive
@@ -107,13 +107,18 @@ def poisoned(compare, case) -> list[tuple]:
     return list(compare(*case))
 
 
+def alone(compare, case) -> list[tuple]:
+    """The same in a process of its own: an illegal address, once met, fails every later call, and a death the whole pool."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(poisoned, compare, case).result()
+
+
 def compare_all(args, compare, cases) -> None:
     """A row for each comparison, side by side, as each case compiles a kernel; the exit code is 1 where any is wrong."""
     rows, wrong = table.Rows(args, args.check, table.short(args.device)), 0
     workers = 1 if args.tiny else max(1, min(12, os.cpu_count() - 1))
-    # A process for each: an illegal address, once met, fails every later call in its process.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = {pool.submit(poisoned, compare, (str(args.device), *case)): case for case in cases}
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(alone, compare, (str(args.device), *case)): case for case in cases}
         for future in as_completed(futures):
             try:
                 found = [Compared(*versions(args), *row, ok=row[2] <= row[3]) for row in future.result()]
@@ -156,7 +161,7 @@ def check_machine(args) -> None:
 
     def best_s(call):
         call()
-        return min(loss.wall_us(call, 1, device) for _ in range(10)) / 1e6
+        return min(clocks.wall_us(call, 1, device) for _ in range(10)) / 1e6
 
     say("hardware", table.hardware(device))
     say("python", platform.python_version())
@@ -178,7 +183,7 @@ def check_machine(args) -> None:
         matrix = torch.randn(side, side, device=device).to(DTYPES[kind])
         say(f"matrix product, {kind}, TFLOP/s", round(2 * side**3 / best_s(lambda: matrix @ matrix) / 1e12, 3))
     one = torch.zeros(1, device=device)
-    say("a launch, us", round(loss.wall_us(lambda: one.add_(1), 1000, device), 2))
+    say("a launch, us", round(clocks.wall_us(lambda: one.add_(1), 1000, device), 2))
 
 
 def model() -> list[dict]:
@@ -248,10 +253,10 @@ def check_bounds(args) -> None:
         count = 2 if args.tiny else max(1024, 2**26 // width) if row["kernel"] == "softmax_kl" else 2**23 // width
         call = launch(row, device, count)
         call()
-        replay = loss.captured(call, torch.cuda.graph_pool_handle()) if on_gpu else None
+        replay = clocks.captured(call, torch.cuda.graph_pool_handle()) if on_gpu else None
         if on_gpu and not replay:
             continue
-        us = median([loss.graph_us(replay, flush) for _ in range(22)][2:]) if on_gpu else loss.wall_us(call, 1, device)
+        us = median([clocks.graph_us(replay, flush) for _ in range(22)][2:]) if on_gpu else clocks.wall_us(call, 1, device)
         ns, bounds = 1000 * us / count, [float(row[f"{gpu}_{bound}_ns"]) for bound in ("issue", "bytes")]
         rows.add(Beside(*versions(args), row["kernel"], row["case"], row["dtype"], row["unit"], count, round(ns, 3), gpu, *bounds,
                         round(ns / max(bounds), 2)))
@@ -263,11 +268,17 @@ def check_bounds(args) -> None:
 CHECKS = {"machine": check_machine, "kernels": check_kernels, "augmentation": check_augmentation, "sanitizer": check_sanitizer,
           "bounds": check_bounds}
 
+
+def main(args) -> None:
+    args.device = table.device(args.device)
+    CHECKS[args.check](args)
+
+
 if __name__ == "__main__":
     parser = errors.Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--device", type=table.device, default="auto")
+    table.device_flag(parser.add_argument)
     parser.add_argument("--tiny", action="store_true", help="the smallest cases")
     debug_flag(parser.add_argument)
-    errors.run(lambda args: CHECKS[args.check](args), parser.parse_args())
+    errors.run(main, parser.parse_args())

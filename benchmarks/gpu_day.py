@@ -35,15 +35,18 @@ LOOK = 5  # seconds between two looks for new rows
 KEPT = 2**20  # bytes of the end of what a part prints
 LARGEST = 15 * 2**20  # bytes of a file of rows
 ON_THE_GPU = ["tests/test_softmax_kl.py", "tests/test_augment_kernel.py", "tests/test_capture.py", "tests/test_loop.py"]
+LEFT_OUT = {"tests-all": "by --tiny: they are `make test`", "step-compiled": "by --tiny: torch.compile takes minutes"}
+NOT_RUN = {"not begun", "left out"}  # outcomes
 
 
 class Part(NamedTuple):
     """name: of its files.  command: Python's arguments, in which {folder} and {seconds} are filled in.  most: seconds; it is not
-    begun with fewer than `least` left."""
+    begun with fewer than `least` left.  left_out: why it does not run."""
     name: str
     command: list[str]
     most: float
     least: float = 15
+    left_out: str = ""
 
 
 def parts_of(args) -> list[Part]:
@@ -58,11 +61,10 @@ def parts_of(args) -> list[Part]:
         return Part(name, ["-m", "benchmarks.gpu_runs", name, *where, *tiny, "--seconds", "{seconds}", *more], most)
 
     def benchmark(name: str, what: str, most: float, quick: bool, *cases: str) -> Part:
-        chosen = [] if args.tiny else ["--case", *cases]
-        return Part(name, ["-m", f"benchmarks.{what}", *where, *["--quick"] * (quick or args.tiny), *chosen], most)
+        return Part(name, ["-m", f"benchmarks.{what}", *where, *(tiny or [*["--quick"] * quick, "--case", *cases])], most)
 
     def tests(name: str, most: float, *files: str) -> Part:
-        together = ["-n", str(min(12, os.cpu_count())), "--dist", "loadfile"] if find_spec("xdist") else []
+        together = ["-n", str(min(12, os.cpu_count())), "--dist", "loadfile"] if find_spec("xdist") and not args.tiny else []
         return Part(name, ["-m", "pytest", "-q", "-p", "no:cacheprovider", *together, *files], most)
 
     pairs = [f"resnet32x4-resnet8x4-{batch}" for batch in (128, 64, 512)]
@@ -71,14 +73,14 @@ def parts_of(args) -> list[Part]:
     few = ["tests/test_softmax_kl.py", "-k", "test_cross_entropy_alone"] if args.tiny else []
     stages = {
         1: [check("machine", 60), check("kernels", 100), check("augmentation", 100), training("variants", 200),
-            tests("tests-gpu", 120, *few or ON_THE_GPU), check("sanitizer", 90), tests("tests-all", 600, *few)],
+            tests("tests-gpu", 120, *few or ON_THE_GPU), check("sanitizer", 90), tests("tests-all", 600)],
         2: [benchmark("loss", "loss", 110, False, "128x100", "512x100", "1024x1000", "4096x8192", "4096x32000"),
             benchmark("step", "step", 150, True, *pairs), check("bounds", 60),
             benchmark("augmentation", "augmentation", 70, True, "128", "512"),
             benchmark("step-compiled", "step", 600, False, *pairs)],
         3: [training("unpack", 120, *archive), training("runs", 600, *archive)],
     }
-    return [part for part in stages[args.stage] if not (args.tiny and part.name in ("tests-all", "step-compiled"))]
+    return [part._replace(left_out=LEFT_OUT.get(part.name, "") if args.tiny else "") for part in stages[args.stage]]
 
 
 class Outcome(NamedTuple):
@@ -105,6 +107,8 @@ class Day:
 
     def go(self, part: Part) -> None:
         """Run a part; its row, whatever becomes of it."""
+        if part.left_out:
+            return self.add(part, "left out", 0, part.left_out)
         left, started = self.end - time.monotonic(), time.monotonic()
         if left < part.least:
             return self.add(part, "not begun", 0, f"{max(0, left):.0f} s are left, it needs {part.least:g}")
@@ -164,16 +168,16 @@ class Day:
         return ""
 
     def add(self, part: Part, outcome: str, seconds: float, line: str) -> None:
-        begun = outcome != "not begun"
-        if begun:
+        ran = outcome not in NOT_RUN
+        if ran:
             outcome += self.collect(part)
         self.rows.append(Outcome(self.stage, part.name, outcome, round(seconds, 1), line))
         print(f"{part.name}: {outcome}, {seconds:.0f} s. {line}".rstrip(), flush=True)
         try:
             write_atomic(self.file("parts.csv"), as_csv(list(Outcome._fields), [row._asdict() for row in self.rows]))
-            if begun:
-                with open(self.file("log.txt"), "a" if any(row.outcome != "not begun" for row in self.rows[:-1]) else "w",
-                          encoding="utf-8") as log:
+            if ran:
+                earlier = any(row.outcome not in NOT_RUN for row in self.rows[:-1])
+                with open(self.file("log.txt"), "a" if earlier else "w", encoding="utf-8") as log:
                     log.write(f"=== {part.name}: {outcome}\n{self.printed(part, KEPT)}\n")
         except OSError as failure:
             print(f"not kept of {part.name} in {self.output}: {failure.strerror}", flush=True)
@@ -217,7 +221,7 @@ def main(args) -> None:
     finally:
         print(*day.table(), sep="\n", flush=True)
     outcomes = [row.outcome for row in day.rows]
-    if any(each.startswith(("failed", "killed")) or "not kept" in each for each in outcomes) or set(outcomes) == {"not begun"}:
+    if any(each.startswith(("failed", "killed")) or "not kept" in each for each in outcomes) or NOT_RUN.issuperset(outcomes):
         raise SystemExit(1)
 
 

@@ -283,7 +283,7 @@ def train(args) -> None:
 
 
 def main(args) -> None:
-    args.end = time.monotonic() + args.seconds - 8  # a run that is stopped takes some to end
+    args.device, args.end = table.device(args.device), time.monotonic() + args.seconds - 8  # a stopped run takes some to end
     {"variants": variants, "unpack": unpack, "runs": train}[args.task](args)
 
 
@@ -293,7 +293,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="FILE", help="an archive of train/CLASS/*.jpg and test/CLASS/*.jpg")
     parser.add_argument("--seconds", type=positive, default=540)
-    parser.add_argument("--device", type=table.device, default="auto")
+    table.device_flag(parser.add_argument)
     parser.add_argument("--tiny", action="store_true", help="the smallest networks on a few images")
     debug_flag(parser.add_argument)
     errors.run(main, parser.parse_args())

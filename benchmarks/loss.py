@@ -11,8 +11,6 @@ that PyTorch has allocated at a time during one call, beyond what was there befo
 autograd and launches; `graph` is the same work replayed from a CUDA graph, which is what the GPU itself needs.  Before every
 graph repeat the second-level cache is overwritten.
 """
-import itertools
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -24,6 +22,7 @@ import triton
 
 import kernels
 from benchmarks import table
+from benchmarks.clocks import captured, graph_us, peak_bytes, wall_us
 from kernels.softmax_kl import Weights, hyperparameters
 from losses import Targets, dkd_loss, kd_loss
 from rundir import errors
@@ -141,58 +140,6 @@ def contenders(loss: str, student, teacher, label) -> dict:
     return found
 
 
-def captured(call, pool):
-    """The replay of a CUDA graph of `call`, None where it cannot be captured.  Graphs of one pool reuse each other's memory."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compiles, and makes what is made once
-                call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, pool=pool):
-            call()
-        return graph.replay
-    except RuntimeError as failure:
-        print(f"  not captured: {first_line(failure)}")
-        torch.cuda.synchronize()
-        return None
-
-
-def peak_bytes(call, device) -> int:
-    """The most that is allocated at a time during one call."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-
-
-def wall_us(call, calls: int, device) -> float:
-    table.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(calls):
-        call()
-    table.synchronize(device)
-    return (time.perf_counter() - started) / calls * 1e6
-
-
-def graph_us(replay, flush) -> float:
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.zero_()
-    start.record()
-    replay()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop) * 1e3
-
-
 def measure(calls: dict, time_one, repeats: int) -> dict:
     """name -> the times of all repeats; the contenders take turns."""
     for call in calls.values():
@@ -279,12 +226,12 @@ def main(args) -> None:
         print("no GPU: the reference is measured, the fused kernel is not")
     sizes = SIZES if device.type == "cuda" else CPU_SIZES
     found = table.Rows(args, "loss", table.short(device))
-    for size in table.chosen(args, sizes[:2] if args.quick else sizes):
+    for size in table.chosen(args, sizes[:1] if args.quick == table.TINY else sizes[:2] if args.quick else sizes):
         rows, classes = map(int, size.split("x"))
         for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
             for loss in ("kd", "dkd"):
                 try:
-                    for row in benchmark(rows, classes, dtype, loss, device, 10 if args.quick else 30, table.hardware(device)):
+                    for row in benchmark(rows, classes, dtype, loss, device, table.repeats(args, 10, 30), table.hardware(device)):
                         found.add(row)
                         times = "" if row.times_base is None else (
                             f"{row.times_base:7.2f} ({row.times_base_min:.2f} to {row.times_base_max:.2f})")
@@ -297,4 +244,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, table.parser(__doc__, "two sizes, few repeats", dict.fromkeys(SIZES + CPU_SIZES)).parse_args())
+    errors.run(main, table.parser(__doc__, "two sizes, few repeats", dict.fromkeys(SIZES + CPU_SIZES), tiny=True).parse_args())

@@ -258,12 +258,13 @@ def draw(rows_of: list[Row], path: Path) -> None:
 
 def main(args) -> None:
     machine = setup_machine(str(table.device(args.device)), None, seed=0)
+    steps = 1 if args.quick == table.TINY else None
     usual = CASES[:1] if args.quick else GPU_CASES if machine.device.type == "cuda" else CASES
     found = table.Rows(args, "step", table.short(machine.device))
     for name in table.chosen(args, usual):
         *case, batch = name.split("-")
-        images, labels = generate(BLOCK_STEPS * int(batch), 0)
-        for row in benchmark(case, machine, images, labels, int(batch), 3 if args.quick else 9, compiled=not args.quick):
+        images, labels = generate((steps or BLOCK_STEPS) * int(batch), 0)
+        for row in benchmark(case, machine, images, labels, int(batch), table.repeats(args, 3, 9), not args.quick, steps):
             found.add(row)
             shares = {phase: getattr(row, f"share_{phase}") for phase in PHASES}
             made_of = ", ".join(f"{phase} {100 * share:.1f}" for phase, share in shares.items() if share is not None)
@@ -273,4 +274,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, table.parser(__doc__, "the smallest pair, few repeats, nothing compiled", GPU_CASES).parse_args())
+    errors.run(main, table.parser(__doc__, "the smallest pair, few repeats, nothing compiled", GPU_CASES, tiny=True).parse_args())

@@ -16,13 +16,16 @@ from rundir.errors import USAGE, Failure, Parser, Unwritable
 from rundir.files import make_directory
 
 RESULTS = Path(__file__).resolve().parent / "results"
+TINY = "tiny"  # what --tiny makes of --quick
 
 
-def parser(description: str, quick: str, cases=()) -> Parser:
-    """The flags of a benchmark.  quick: what --quick does.  cases: the names that --case takes."""
+def parser(description: str, quick: str, cases=(), tiny: bool = False) -> Parser:
+    """The flags of a benchmark.  quick: what --quick does.  cases: the names that --case takes.  tiny: whether it has --tiny."""
     made = Parser(description=description.partition("\n")[0], allow_abbrev=False)
     add = made.add_argument
     add("--quick", action="store_true", help=f"{quick}; nothing is written without --output")
+    if tiny:
+        add("--tiny", dest="quick", action="store_const", const=TINY, help="one repeat of the least, to try the command itself")
     device_flag(add)
     add("--output", type=Path, metavar="DIR", help="where the CSV goes; default: benchmarks/results")
     made.set_defaults(case=None, seconds=None)
@@ -43,6 +46,10 @@ def device(name: str) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise Failure(USAGE, f"no such GPU here (--device {name})", "use --device cpu, or check the driver")
     return found
+
+
+def repeats(args, quick: int, whole: int) -> int:
+    return 1 if args.quick == TINY else quick if args.quick else whole
 
 
 def chosen(args, usual) -> Iterator[str]:

@@ -30,7 +30,7 @@ def nonempty(text):
 
 
 def device(text):
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", text):
         raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N ({text})")
     return text
 

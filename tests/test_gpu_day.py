@@ -1,7 +1,10 @@
 """benchmarks.gpu_day: whatever becomes of a part, the others have their results, and a table says how each ended."""
 import csv
 import errno
+import functools
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,9 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import augmentation, gpu_day, gpu_runs, loss, step
+from benchmarks import augmentation, gpu_checks, gpu_day, gpu_runs, loss, step
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 ROOT = Path(__file__).parent.parent
 WRITES = "open(r'{folder}/some.csv', 'w').write('a\\n1\\n'); print('well')"
 HANGS = ("import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid); open(r'{folder}/some.csv', 'w').write('a\\n'); "
@@ -75,6 +80,14 @@ def test_no_part_is_begun_that_has_too_little_time(day):
     assert (code, outcomes) == (0, {"slow": "ok", "quick": "not begun"})
 
 
+def test_a_part_that_is_left_out_says_why(day, tmp_path, capsys):
+    parts = [*planted({"first": WRITES}), gpu_day.Part("last", ["-c", WRITES], 60, left_out="too long")]
+    assert day(parts) == (0, {"first": "ok", "last": "left out"})
+    assert capsys.readouterr().out.splitlines()[-1].endswith("too long")
+    assert "=== last" not in (tmp_path / "out" / "stage2-log.txt").read_text()
+    assert day(parts[1:]) == (1, {"last": "left out"}), "nothing has run"
+
+
 def test_a_full_disk_is_said_and_the_others_are_kept(day, tmp_path, monkeypatch, capsys):
     whole = gpu_day.write_atomic
 
@@ -124,31 +137,64 @@ def archive(tmp_path_factory):
     return folder / "images.tar.xz"
 
 
-def tiny(work: Path, stage: int, *flags) -> subprocess.CompletedProcess:
-    """`python -m benchmarks.gpu_day --tiny` on a CPU, with a working folder of its own."""
-    program = f"import pathlib; from benchmarks import gpu_day; gpu_day.WORK = pathlib.Path({str(work)!r}); gpu_day.command()"
-    command = [sys.executable, "-c", program, "--stage", stage, "--output", work / "out", "--device", "cpu", "--tiny", *flags]
-    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def dry(archive, tmp_path_factory):
+    """The folder in which a stage has run with --tiny on a CPU, once: what it wrote is in out."""
+    @functools.cache
+    def run(stage: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"stage{stage}")
+        flags = ["--stage", str(stage), "--output", str(folder / "out"), "--data", str(archive)]
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("TRITON_INTERPRET", "OMP_NUM_THREADS"):  # which it sets
+                patch.setenv(name, "1")
+            patch.setattr(gpu_day, "WORK", folder)
+            patch.setattr(sys, "argv", ["gpu_day", *flags, "--device", "cpu", "--tiny"])
+            gpu_day.command()
+        return folder
+    return run
 
 
-def test_the_kernels_are_right_in_the_interpreter(tmp_path):
-    done = tiny(tmp_path, 1, "--part", "kernels")
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = rows_of(tmp_path / "out" / "stage1-kernels.csv")
-    assert len(rows) == 4 and all(float(row["error"]) <= float(row["allowed"]) and row["ok"] == "True" for row in rows)
+WRITTEN = {1: {"machine": 17, "kernels": 4, "augmentation": 1, "variants": 3}, 2: {"loss": 4, "step": 3, "bounds": 4,
+           "augmentation": 11}, 3: {"runs": 2}}  # rows of each part, at least
+SILENT = {1: {"tests-gpu", "sanitizer"}, 2: set(), 3: {"unpack"}}
+LEFT_OUT = {1: {"tests-all"}, 2: {"step-compiled"}, 3: set()}
 
 
-def test_training_goes_on_from_call_to_call(archive, tmp_path):
-    written = []
-    for _ in range(2):
-        done = tiny(tmp_path, 3, "--data", archive)
-        assert done.returncode == 0, done.stdout + done.stderr
-        rows = rows_of(tmp_path / "out" / "stage3-runs.csv")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_dry_run_has_rows_of_every_part(dry, stage):
+    out = dry(stage) / "out"
+    parts = {row["part"]: row for row in rows_of(out / f"stage{stage}-parts.csv")}
+    args = SimpleNamespace(stage=stage, device="cuda", tiny=False, data=None)
+    assert list(parts) == [part.name for part in gpu_day.parts_of(args)] and all(row["last_line"] for row in parts.values())
+    assert {name: row["outcome"] for name, row in parts.items()} == (
+        dict.fromkeys(WRITTEN[stage].keys() | SILENT[stage], "ok") | dict.fromkeys(LEFT_OUT[stage], "left out"))
+    assert {path.name for path in out.iterdir()} == {f"stage{stage}-{name}" for name in (
+        "parts.csv", "log.txt", *(f"{name}.csv" for name in WRITTEN[stage]))}
+    for name, least in WRITTEN[stage].items():
+        rows = rows_of(out / f"stage{stage}-{name}.csv")
+        assert len(rows) >= least and all(row.get("ok", "True") == "True" for row in rows), rows
+
+
+def test_training_goes_on_from_call_to_call(dry, archive, monkeypatch):
+    folder = dry(3)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("best.pt")}
+    assert gpu_runs_code(monkeypatch, "runs", folder / "stage3" / "runs", archive, "--tiny") == 0
+    for path in (folder / "out" / "stage3-runs.csv", folder / "stage3" / "runs" / "runs.csv"):
+        rows = rows_of(path)
         assert [(row["run"], row["outcome"]) for row in rows] == [("teacher", "ok"), ("v2", "ok")]
         assert all(float(row["test_acc1"]) >= 0 and row["verdict"] and row["first_epoch_s"] for row in rows)
         assert all(row["retention"] for row in rows if row["run"] == "v2")
-        written.append({path: path.stat().st_mtime_ns for path in (tmp_path / "stage3").rglob("best.pt")})
-    assert written[0] == written[1] and len(written[0]) == 4, "a run that is whole stays, and so does what planned it"
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("best.pt")}
+    assert before == after and len(after) == 4, "a run that is whole stays, and so does what planned it"
+
+
+def gpu_runs_code(monkeypatch, task: str, output: Path, archive: Path, *flags: str) -> int:
+    """The exit code of benchmarks.gpu_runs."""
+    arguments = [task, "--output", str(output), "--device", "cpu", "--data", str(archive), *flags]
+    monkeypatch.setattr(sys, "argv", ["gpu_runs", *arguments])
+    with pytest.raises(SystemExit) as leave:
+        runpy.run_module("benchmarks.gpu_runs", run_name="__main__")
+    return leave.value.code
 
 
 @pytest.mark.parametrize("flags", [["--stage", "3"], ["--stage", "1", "--part", "nothing"], ["--stage", "4"]])
@@ -172,6 +218,23 @@ def test_a_stage_asks_for_cases_that_there_are_and_leaves_eight_files_at_most():
                 assert set(part.command[part.command.index("--case") + 1:]) <= set(known[part.command[1].partition(".")[2]])
 
 
+def dies_at_two(device: str, number: int):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield f"case {number}", 1, 0.0, 0.0
+
+
+def test_a_comparison_whose_process_dies_leaves_the_others(tmp_path, monkeypatch):
+    fork = multiprocessing.get_context("fork")  # which imports nothing
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    args = SimpleNamespace(check="kernels", device=torch.device("cpu"), output=tmp_path, tiny=True)
+    with pytest.raises(SystemExit) as leave:
+        gpu_checks.compare_all(args, dies_at_two, [(1,), (2,), (3,)])
+    rows = rows_of(tmp_path / "kernels-cpu.csv")
+    assert leave.value.code == 1 and [row["ok"] for row in rows if row["failure"]] == ["False"]
+    assert {row["case"] for row in rows if row["ok"] == "True"} == {"case 1", "case 3"}
+
+
 def test_variants_are_compared():
     one = [{"train_loss": "2.0", "val_acc1": "50", "epoch_s": "1"}, {"train_loss": "1.0", "val_acc1": "60", "epoch_s": "1"}]
     other = [one[0] | {"epoch_s": "3"}, one[1] | {"train_loss": "1.03"}]
@@ -187,10 +250,9 @@ def test_a_part_that_is_not_begun_has_no_rows_of_an_earlier_call(day, tmp_path):
     assert not (tmp_path / "out" / "stage2-first.csv").exists()
 
 
-def test_what_is_no_archive_is_one_line(tmp_path):
+@pytest.mark.parametrize("task", ["unpack", "runs"])
+def test_what_is_no_archive_is_one_line(tmp_path, task, monkeypatch, capsys):
     (tmp_path / "text.tar.xz").write_text("hello")
-    for task in ("unpack", "runs"):
-        flags = ["--output", str(tmp_path / "out"), "--device", "cpu", "--data", str(tmp_path / "text.tar.xz")]
-        command = [sys.executable, "-m", "benchmarks.gpu_runs", task, *flags]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 4 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert gpu_runs_code(monkeypatch, task, tmp_path / "out", tmp_path / "text.tar.xz") == 4
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
