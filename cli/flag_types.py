@@ -1,4 +1,4 @@
-"""What a flag may be: argparse types that say what they want, and a parser that says what is wrong in one line."""
+"""argparse types with ranges in their messages, and a parser whose errors are one line."""
 import argparse
 import math
 import os
@@ -7,7 +7,7 @@ import sys
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr, also where torchrun starts several processes, and exit code 2."""
+    """argparse whose errors are one line on stderr and exit code 2; of several processes under torchrun only the first prints."""
 
     def error(self, message):
         if os.environ.get("RANK", "0") == "0":
