@@ -1,4 +1,4 @@
-"""What a flag may be: argparse types that say what they want."""
+"""argparse types with ranges in their messages."""
 import argparse
 import math
 import re

@@ -117,6 +117,21 @@ def test_the_whole_way_from_images_to_figures(here, capsys, monkeypatch):
     assert "v2" in (here / "figures" / "table1.md").read_text()
 
 
+def test_a_sweep_of_the_real_scripts(here, capsys):
+    """One of its two runs was there before, from this process: importing PyTorch anew takes seconds."""
+    if not Path("runs/teacher/best.pt").exists():
+        train(capsys)
+    assert distill(capsys, "--seed 0 --method dkd --lr 1e30 --output sweep/lr-1e30_method-dkd-s0")[0] == 6
+    for _ in range(2):
+        code, out, err = run(capsys, "sweep.py", f"--output sweep distill.py --student v2_pico {SMALL} --data-dir images --seed 0 "
+                                                 "-- --method kd -- --method dkd --lr 1e30")
+        assert code == 0, err
+    summary = json.loads(Path("sweep/lr-0.02_method-kd-s0/summary.json").read_text())
+    assert [(row["flags"], row["n"], row["diverged"], row["mean"]) for row in rows(Path("sweep/table.csv"))] == [
+        ("--lr 0.02 --method kd", "1", "0", str(summary["test_acc1_best"])), ("--lr 1e30 --method dkd", "0", "1", "")]
+    assert Path("sweep/logs/lr-0.02_method-kd-s0.txt").read_text().count("$ python") == 1
+
+
 def test_an_unequal_end_keeps_the_best_epoch(here, capsys):
     """A learning rate that ruins the second epoch: best.pt stays the first epoch's, and early stopping says so."""
     code, out, err = train(capsys, "--lr 100 --sched multistep --milestones 1 --epochs 4 --patience 1 --overwrite",

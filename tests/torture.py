@@ -306,8 +306,8 @@ def main() -> None:
         for kind in COMMANDS:
             share = 5 if kind == "pair" else 2  # the two scripts share the counts; two processes on one run are extra
             interrupted = partial(random_points, pool, place, kind, draw)
-            attacks += [("crash-points (all)", kind, partial(all_points, pool, place, kind, crash_point)),
-                        ("full-disks (all)", kind, partial(all_points, pool, place, kind, full_disk_point)),
+            points = [("crash-points (all)", crash_point), ("full-disks (all)", full_disk_point)][:1 if kind == "pair" else 2]
+            attacks += [*((name, kind, partial(all_points, pool, place, kind, attempt)) for name, attempt in points),
                         ("kills", kind, partial(interrupted, [signal.SIGKILL], args.kills // share)),
                         ("signals", kind, partial(interrupted, [signal.SIGINT, signal.SIGTERM], args.signals // share))]
         print(f"{'':32} {'attempts':>8} {'passed':>8} {'seconds':>8}")
