@@ -81,18 +81,9 @@ class Case:
         return max((term for term in self.terms if term != "ce"), key=lambda term: self.mean(f"share_{term}"), default=None)
 
     @property
-    def clip(self) -> float:
-        return self.run.config.get("clip_grad") or 0.0
-
-    @property
     def measured(self) -> str:
         """On what the accuracy of every epoch was measured."""
         return "test" if self.run.on_test else "validation"
-
-    @property
-    def kept(self) -> int:
-        """The best epoch: whose weights were kept; while the run is unfinished, that of the best validation accuracy."""
-        return self.run.summary["best_epoch"] if self.run.summary else int(self.run.epochs[np.argmax(self.run.val_acc1)])
 
     def column(self, name: str) -> np.ndarray:
         return self.columns.get(name, np.full(1, np.nan))
@@ -105,11 +96,6 @@ class Case:
         values, images = self.column(name + suffix), self.column("images" + suffix)
         there = np.isfinite(values) & (images > 0)
         return float(np.average(values[there], weights=images[there])) if there.any() else math.nan
-
-    @property
-    def alarms(self) -> list[dict]:
-        """Those of summary.json."""
-        return (self.run.summary or {}).get("alarms") or []
 
 
 def read_diagnostics(path: Path, epochs: int) -> dict[str, np.ndarray]:
@@ -133,23 +119,15 @@ def read_case(directory: Path, name: str, look: make_figures.Series) -> Case:
     if run.config.get("clip_grad") is not None:
         require(directory / "config.json", run.config, clip_grad=float)
     path, status = directory / "status.json", {}
-    if run.summary:
-        require_alarms(directory / "summary.json", run.summary)
+    if summary := run.summary:
+        kinds = {"health": str, "alarms": list, "advice": str}
+        require(directory / "summary.json", summary, **{key: kinds[key] for key in kinds if summary.get(key) is not None})
+        for alarm in summary.get("alarms") or ():
+            require(directory / "summary.json", alarm, name=str, value=float, limit=float, text=str)
     elif path.exists():
         status = files.read_json(path)
         require(path, status, state=str, reason=str)
     return Case(run, name, look, read_diagnostics(directory / "diagnostics.csv", run.config["epochs"]), status)
-
-
-def require_alarms(path: Path, summary: dict) -> None:
-    """What summary.json says beside the verdict must be of its kind, where it is there."""
-    for key, kind in {"health": str, "alarms": list, "advice": str}.items():
-        if summary.get(key) is not None:
-            require(path, summary, **{key: kind})
-    for alarm in summary.get("alarms") or ():
-        if not isinstance(alarm, dict):
-            raise files.damaged(path, f"an alarm is {alarm!r}")
-        require(path, alarm, name=str, value=float, limit=float, text=str)
 
 
 def read_cases(directories: list[Path]) -> list[Case]:
@@ -163,20 +141,11 @@ def read_cases(directories: list[Path]) -> list[Case]:
     while len({place.parts[-parts:] for place in places}) < len(places):
         parts += 1
     names = ["/".join(place.parts[-parts:]) for place in places]
-    return [read_case(*each) for each in zip(directories, names, LOOKS)]
+    looks = LOOKS if len(places) > 1 else (make_figures.Series("black", "solid", ""),)
+    return [read_case(*each) for each in zip(directories, names, looks)]
 
 
 # Words
-
-class Block(NamedTuple):
-    """What is said of a run: a heading and sentences."""
-    heading: str
-    sentences: list[str]
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
 
 def ending(case: Case) -> str:
     """How the run ended, and whether it is healthy."""
@@ -204,26 +173,25 @@ def curves(case: Case) -> list[str]:
              f"{run.val_acc1[-1]:.1f} % in the last epoch ({run.epochs[-1]})"]
     if case.largest:
         values, mean = case.column(f"share_{case.largest}"), case.mean(f"share_{case.largest}")
-        found.append(f"Largest term beside cross-entropy: {case.largest.upper()}, on average {percent(mean)} of the logit "
-                     f"gradient, at most {percent(np.nanmax(values))} (epoch {np.nanargmax(values) + 1})")
+        found.append(f"Largest term beside cross-entropy: {case.largest.upper()}, on average {100 * mean:.0f} % of the logit "
+                     f"gradient, at most {100 * np.nanmax(values):.0f} % (epoch {np.nanargmax(values) + 1})")
     return found
 
 
-def blocks(cases: list[Case]) -> list[Block]:
-    """What is said of every run."""
+def blocks(cases: list[Case]) -> list[tuple[str, list[str]]]:
+    """What is said of every run: a heading and sentences."""
     runs, found = [case.run for case in cases], []
     controls = [next((other for other in cases if other.run is control_of(run, runs)), None) for run in runs]
     for case, control in zip(cases, controls):
         said = [against(case, control)] if control else []
-        said += curves(case)
-        said += ["Alarm: {name} {value:.3g}, limit {limit:.3g}: {text}".format_map(alarm) for alarm in case.alarms]
-        if advice := (case.run.summary or {}).get("advice"):
-            said.append(f"Advice: {advice}")
+        said, summary, line = said + curves(case), case.run.summary or {}, "Alarm: {name} {value:.3g}, limit {limit:.3g}: {text}"
+        said += [line.format_map(alarm) for alarm in summary.get("alarms") or ()]
+        said += [f"Advice: {summary['advice']}"] if summary.get("advice") else []
         heading = ending(case)
         if len(cases) > 1:
             heading = (f"{case.name} ({'control: ' if case in controls else ''}{case.method}, seed {case.run.config['seed']}): "
                        f"{heading}")
-        found.append(Block(" ".join(heading.split()), [" ".join(sentence.split()) for sentence in said]))
+        found.append((" ".join(heading.split()), [" ".join(sentence.split()) for sentence in said]))
     return found
 
 
@@ -262,9 +230,9 @@ def lines_of(cases: list[Case]) -> list[Line]:
     return found
 
 
-def write_words(figure: Figure, lines: list[Line], several: bool) -> None:
-    """Put the lines on the page, from its top; beside those on `several` runs there is room for a mark."""
-    height = figure.get_figheight()
+def write_words(figure: Figure, lines: list[Line]) -> None:
+    """Put the lines on the page, from its top; where some have a mark, there is room beside all."""
+    height, several = figure.get_figheight(), any(line.marks for line in lines)
     for number, line in enumerate(lines, 1):
         y = (height - EDGE - number * STEP) / height
         figure.text((EDGE + INDENT * several) / WIDTH, y, line.text, fontsize=line.size, fontweight=line.weight, va="baseline")
@@ -276,19 +244,18 @@ def write_words(figure: Figure, lines: list[Line], several: bool) -> None:
 
 # Panels
 
-class Entry(NamedTuple):
-    """One line of a legend."""
-    handle: Line2D | Patch
-    text: str
+def sample(text: str, colour="black", dashes="solid", marker="", width=1.1, **more) -> Line2D:
+    """A line of a legend."""
+    return Line2D([], [], color=colour, linestyle=dashes, marker=marker, linewidth=width, label=text, **more)
 
 
-def sample(text: str, colour="black", dashes="solid", marker="", width=1.1, **more) -> Entry:
-    return Entry(Line2D([], [], color=colour, linestyle=dashes, marker=marker, linewidth=width, **more), text)
+def box(text: str, colour="none") -> Patch:
+    return Patch(facecolor=colour, edgecolor="black", linewidth=0.5, label=text)
 
 
-def limit(value: float) -> Entry:
+def limit(value: float) -> Line2D:
     """Of an alarm."""
-    return Entry(Line2D([], [], **DOTTED), f"limit {value:g} %")
+    return Line2D([], [], **DOTTED, label=f"limit {value:g} %")
 
 
 def term_look(case: Case, term: str) -> make_figures.Series:
@@ -312,15 +279,7 @@ def plot_runs(axis, cases, column: Callable | str, dashes="solid", factor=1.0, w
     for number, case in enumerate(cases):
         name = column(case) if callable(column) else column
         if case.has(name):
-            plot(axis, factor * case.column(name), colour_of(case, cases), marker_of(case, cases), dashes, width, number)
-
-
-def colour_of(case: Case, cases) -> str:
-    return case.look.colour if len(cases) > 1 else "black"
-
-
-def marker_of(case: Case, cases) -> str:
-    return case.look.marker if len(cases) > 1 else ""
+            plot(axis, factor * case.column(name), case.look.colour, case.look.marker, dashes, width, number)
 
 
 def log_axis(axis) -> None:
@@ -332,14 +291,15 @@ def log_axis(axis) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
 
 
-def accuracy(axis, cases) -> list[Entry]:
+def accuracy(axis, cases) -> list:
     """Validation accuracy, and that on training images without augmentation; where the best epoch and an early stop were."""
     for number, case in enumerate(cases):
-        run, colour = case.run, colour_of(case, cases)
+        run, colour = case.run, case.look.colour
         values = np.full(run.epochs[-1], math.nan)
         values[run.epochs - 1] = run.val_acc1
-        plot(axis, values, colour, marker_of(case, cases), shift=number)
-        axis.plot(case.kept, values[case.kept - 1], color=colour, marker="o", markersize=7, fillstyle="none", linestyle="none")
+        kept = run.summary["best_epoch"] if run.summary else run.epochs[np.argmax(run.val_acc1)]
+        plot(axis, values, colour, case.look.marker, shift=number)
+        axis.plot(kept, values[kept - 1], color=colour, marker="o", markersize=7, fillstyle="none", linestyle="none")
         if run.summary and run.summary["stopped_early"]:
             axis.plot(run.epochs[-1], run.val_acc1[-1], **make_figures.CROSS, color=colour)
     plot_runs(axis, cases, "train_acc1_clean", (0, (3, 1.5)), width=0.8)
@@ -348,11 +308,11 @@ def accuracy(axis, cases) -> list[Entry]:
     entries = [sample(measured), sample("clean training", dashes=(0, (3, 1.5)), width=0.8),
                sample("best epoch", dashes="none", marker="o", markersize=6, fillstyle="none")]
     if any(case.run.summary and case.run.summary["stopped_early"] for case in cases):
-        entries.append(Entry(Line2D([], [], **make_figures.CROSS, color="white"), "early stop"))
+        entries.append(Line2D([], [], **make_figures.CROSS, color="white", label="early stop"))
     return entries
 
 
-def shares(axis, cases) -> list[Entry]:
+def shares(axis, cases) -> list:
     """What part of the logit gradient each term makes, the largest at the bottom, where the limit is read, and cross-entropy on
     top; of several runs, the largest term."""
     if len(cases) == 1:
@@ -364,7 +324,7 @@ def shares(axis, cases) -> list[Entry]:
             high = low + 100 * case.column(f"share_{term}")
             axis.stairs(high, edges, baseline=low, fill=True, color=colour)
             axis.stairs(high, edges, baseline=None, color="black", linewidth=0.5)
-            entries.append(Entry(Patch(facecolor=colour, edgecolor="black", linewidth=0.5), term.upper()))
+            entries.append(box(term.upper(), colour))
             low = high
     else:
         plot_runs(axis, cases, lambda case: f"share_{case.largest}", factor=100)
@@ -375,31 +335,30 @@ def shares(axis, cases) -> list[Entry]:
     return [*entries, limit(100 * SHARE)]
 
 
-def largest_terms(cases) -> list[Entry]:
+def largest_terms(cases) -> list:
     """The name of the largest term of every run, in the run's look; of more than five runs only the words say it."""
     taught = [case for case in cases if case.largest]
     return [sample(case.largest.upper(), case.look.colour, marker=case.look.marker) for case in taught] if len(taught) < 6 else []
 
 
-def gradient_norm(axis, cases) -> list[Entry]:
+def gradient_norm(axis, cases) -> list:
     """The norm before clipping, the norm clipped to, and on the right the share of clipped steps."""
     plot_runs(axis, cases, "grad_norm_mean")
-    clipping, entries = [case for case in cases if case.clip > 0], [sample("norm")]
+    clipping, entries = [case for case in cases if case.run.config.get("clip_grad")], [sample("norm")]
     for case in clipping:
-        axis.plot([0, 1], [case.clip] * 2, transform=axis.get_yaxis_transform(), **DOTTED | {"color": colour_of(case, cases)})
+        axis.axhline(case.run.config["clip_grad"], **DOTTED | {"color": case.look.colour})
     log_axis(axis)
     if clipping:
         right = axis.twinx()
-        plot_runs(right, clipping if len(cases) == 1 else cases, lambda case: "clip_frac" if case.clip > 0 else "", (0, (4, 1.5)),
-                  100, 0.8)
+        plot_runs(right, cases, lambda case: "clip_frac" if case.run.config.get("clip_grad") else "", (0, (4, 1.5)), 100, 0.8)
         right.set(ylim=(0, 105), ylabel="steps clipped (%)")
         right.spines["right"].set_visible(True)
         right.grid(visible=False)
-        entries += [Entry(Line2D([], [], **DOTTED), "clipped to"), sample("clipped steps", dashes=(0, (4, 1.5)), width=0.8)]
+        entries += [Line2D([], [], **DOTTED, label="clipped to"), sample("clipped steps", dashes=(0, (4, 1.5)), width=0.8)]
     return entries
 
 
-def step_size(axis, cases) -> list[Entry]:
+def step_size(axis, cases) -> list:
     """How far a step moves the weights."""
     plot_runs(axis, cases, "update_ratio", factor=100)
     axis.axhline(100 * MOVE, **DOTTED)
@@ -407,7 +366,7 @@ def step_size(axis, cases) -> list[Entry]:
     return [limit(100 * MOVE)]
 
 
-def teacher(axis, cases) -> list[Entry]:
+def teacher(axis, cases) -> list:
     """What share of the student's images the teacher is right about, by what was done to them, over the run."""
     taught = [case for case in cases if case.has("teacher_acc1")]
     shown = {name: suffix for name, suffix in TREATMENTS.items() if any(case.has("teacher_acc1" + suffix) for case in taught)}
@@ -423,12 +382,10 @@ def teacher(axis, cases) -> list[Entry]:
     axis.invert_yaxis()
     axis.set_xlim(0, 100)
     axis.grid(visible=False, axis="y")
-    return [Entry(Patch(facecolor="#888888", edgecolor="black", linewidth=0.5), "larger label"),
-            Entry(Patch(fill=False, edgecolor="black", linewidth=0.5), "either label"),
-            limit(TEACHER)]
+    return [box("larger label", "#888888"), box("either label"), limit(TEACHER)]
 
 
-def pull(axis, cases) -> list[Entry]:
+def pull(axis, cases) -> list:
     """How strongly the loss, and for one run each of its terms, raises the logits of a mixed image's two labels."""
     dashed, entries = (0, (3, 1.5)), []
     case = cases[0]
@@ -447,7 +404,7 @@ def pull(axis, cases) -> list[Entry]:
 
 def student_and_teacher(column: str) -> Callable:
     """The panel of that column of student and teacher."""
-    def draw(axis, cases) -> list[Entry]:
+    def draw(axis, cases) -> list:
         plot_runs(axis, cases, f"student_{column}")
         plot_runs(axis, cases, f"teacher_{column}", (0, (1, 1)), width=0.9)
         axis.set_ylim(0, 1.08 * axis.dataLim.y1 or 1)
@@ -456,7 +413,7 @@ def student_and_teacher(column: str) -> Callable:
     return draw
 
 
-def cosine(axis, cases) -> list[Entry]:
+def cosine(axis, cases) -> list:
     """Whether the terms pull where cross-entropy pulls: 1 the same direction, 0 at right angles, -1 against it."""
     if len(cases) == 1:
         case, entries = cases[0], [sample("whole loss", width=1.6)]
@@ -513,7 +470,7 @@ def draw_panels(figure: Figure, cases: list[Case], panels: list[Panel], columns:
         else:
             axis.set_xlabel(panel.unit)
         # Title and legend begin above the axis's labels.
-        axis.legend([entry.handle for entry in entries], [entry.text for entry in entries], title=panel.title, ncols=2 * across,
+        axis.legend(handles=entries, title=panel.title, ncols=2 * across,
                     loc="upper left", bbox_to_anchor=(-LEFT / (across * width - LEFT - RIGHT), 1 + HEAD / (PANEL - HEAD - FOOT)),
                     borderaxespad=0, alignment="left", title_fontproperties={"size": 8, "weight": "bold"})
 
@@ -524,7 +481,7 @@ def page(cases: list[Case]) -> Figure:
     columns, lines = 3 if len(panels) > 6 else 2, lines_of(cases)
     height = 2 * EDGE + len(lines) * STEP + GAP + math.ceil(len(panels) / columns) * PANEL
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)
-    write_words(figure, lines, len(cases) > 1)
+    write_words(figure, lines)
     draw_panels(figure, cases, panels, columns)
     return figure
 

@@ -59,6 +59,8 @@ def control_of(run: Run, runs: list[Run]) -> Run | None:
 
 def require(path: Path, content: dict, **kinds) -> None:
     """Every key of `kinds` must be in `content`, read from `path`, with a value of that type; a float must be finite."""
+    if not isinstance(content, dict):
+        raise damaged(path, f"{content!r} is not an object")
     for key, kind in kinds.items():
         value = content.get(key)
         allowed = (int, float) if kind is float else (kind,)
@@ -92,16 +94,6 @@ def read_columns(path: Path, needed: str) -> dict[str, np.ndarray]:
     return dict(zip(names, np.where(np.isfinite(cells), cells, np.nan).T))
 
 
-def read_log(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Columns `epoch` and `val_acc1` of log.csv; the accuracies must lie in [0, 100]."""
-    columns = read_columns(path, "val_acc1")
-    epochs, accuracies = columns["epoch"].astype(int), columns["val_acc1"]
-    for epoch, accuracy in zip(epochs, accuracies):
-        if not 0 <= accuracy <= 100:
-            raise damaged(path, f"epoch {epoch}: val_acc1 {accuracy}")
-    return epochs, accuracies
-
-
 def read_run(directory: Path) -> Run:
     path, log = directory / "config.json", directory / "log.csv"
     config = read_json(path)
@@ -118,7 +110,10 @@ def read_run(directory: Path) -> Run:
         require(path, config, method_in_tables=str, method_in_figures=str)
     else:
         require(path, config, model=str)
-    epochs, val_acc1 = read_log(log)
+    columns = read_columns(log, "val_acc1")
+    epochs, val_acc1 = columns["epoch"].astype(int), columns["val_acc1"]
+    if bad := [f"epoch {epoch}: val_acc1 {value}" for epoch, value in zip(epochs, val_acc1) if not 0 <= value <= 100]:
+        raise damaged(log, bad[0])
 
     path = directory / "summary.json"
     if (summary := read_json(path)) is not None:
