@@ -1,9 +1,20 @@
-"""Logits with mixed targets, and the losses and gradients that they must have."""
+"""Inputs of the kernels and their CPU paths, and what these must give by the specifications."""
 import torch
+from torchvision.transforms import AutoAugment
 
+import kernels
+from augment import BatchAugmenter
+from augment.naive import augment_batch
 from kernels.softmax_kl import softmax_kl_naive
 from losses import Targets
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRAINING = {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
+UNMIXED = {"mixup": 0.0, "cutmix": 0.0}
+PLAIN = {"policy": "none", "crop_pad": 0, "flip": False, "random_erasing": 0.0, "mean": (0.0,) * 3, "std": (1.0,) * 3} | UNMIXED
+
+
+# --- the loss
 
 def rows(n, classes, scale=3.0, seed=0, dtype=torch.float32):
     """Random logits, and targets of which some are unmixed, some end at lam 0 or 1 and some mix a label with itself."""
@@ -21,3 +32,59 @@ def truth(z, v, targets, weights, **how):
     terms = softmax_kl_naive(z, v.double(), *targets, **how)
     (grad,) = torch.autograd.grad(sum(w * t for w, t in zip(weights, terms) if w), z)
     return terms.detach(), grad
+
+
+# --- the augmentation
+
+def pictures(count, size=32, seed=0):
+    """uint8 (count, size, size, 3): noise, smooth, flat, two-valued, gray, dim and bright images, what operations trip over."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator) * 255
+    smooth = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(0, 255)
+    smooth = smooth.to(torch.uint8).permute(0, 2, 3, 1)
+    images = torch.where(torch.arange(count).view(-1, 1, 1, 1) % 2 > 0, noise, smooth).contiguous()
+    images[0::11] = noise[0::11, :1, :1]
+    images[1::11] = torch.where(noise[1::11] < 40, 13, 240).to(torch.uint8)
+    images[2::11] = noise[2::11, ..., :1]
+    images[3::11] = noise[3::11] // 32
+    images[4::11] = 255 - smooth[4::11] // 64
+    images[5::11, :, :, 1] = 0
+    return images
+
+
+def everything(size):
+    """A policy of every operation at every magnitude."""
+    space = AutoAugment()._augmentation_space(10, (size, size))
+    return [((name, 1.0, float(magnitude), signed),)
+            for name, (magnitudes, signed) in space.items() for magnitude in magnitudes.view(-1)]
+
+
+def augmenter(images, kernel="reference", labels=None, device=None, **options):
+    """An augmenter by "triton" on DEVICE or by "reference"; three images to a label, so that partners may be of one class."""
+    labels = torch.arange(len(images)) // 3 if labels is None else labels
+    device = device or (DEVICE if kernel == "triton" else "cpu")
+    kernels.choose(kernel)
+    try:
+        return BatchAugmenter(images.to(device), labels.to(device), **({"batch_size": 8, "seed": 3} | TRAINING | options))
+    finally:
+        kernels.choose("auto")
+
+
+def specified(images, epoch, step, dtype=torch.float32, **options):
+    """Batch `step` by the specification: images, label, other, lam."""
+    reference = augmenter(images, **options)
+    options = {"batch_size": 8} | TRAINING | options
+    result, targets = augment_batch(images, torch.arange(len(images)) // 3, reference.sampler, epoch, step,
+                                    batch_size=options["batch_size"], mix_each=options.get("mix_mode") == "elem",
+                                    mean=options["mean"], std=options["std"])
+    return result.to(dtype), *targets
+
+
+def differing(batch, expected) -> int:
+    """In how many numbers an augmenter's batch differs from (images, label, other, lam), bit by bit."""
+    found = [column.cpu() for column in (batch.images, *batch.targets)]
+    assert [(one.dtype, one.shape) for one in found] == [(two.dtype, two.shape) for two in expected]
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    return sum((one.view(bits[one.element_size()]) != two.contiguous().view(bits[two.element_size()])).sum().item()
+               for one, two in zip(found, expected))
