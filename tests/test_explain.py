@@ -103,22 +103,21 @@ def check_layout(figure):
     for axis in panels(figure).values():
         assert axis.get_legend().get_window_extent().y0 >= axis.bbox.y1, "the legend lies above the curves"
         assert axis.bbox.height / explain.DPI >= 1, "curves need an inch"
+        for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+            boxes = [label.get_window_extent() for label in labels]
+            assert not any(one.overlaps(other) for one, other in zip(boxes, boxes[1:])), labels
 
 
-def test_words_on_a_healthy_run(tmp_path):
+def test_words_on_a_healthy_and_on_a_collapsed_run(tmp_path):
     assert words(write_run(tmp_path / "dkd-s3", "dkd")).splitlines() == [
         "dkd-s3", "DKD alpha 1 beta 8 T 4; CIFAR-100; large → small; seed 3", "",
         "completed, healthy",
         "  Validation accuracy: at most 55.0 % (epoch 7), 54.0 % in the last epoch (8)",
         "  Largest term beside cross-entropy: NCKD, on average 85 % of the logit gradient, at most 85 % (epoch 1)"]
-
-
-def test_words_on_a_collapsed_run_name_each_alarm_with_value_and_limit(tmp_path):
     said = words(write_run(tmp_path / "run", "dkd", curve=FALLING, summary=COLLAPSED)).splitlines()[3:]
     assert said[0] == "collapsed, 3 alarms" and said[-1] == "  Advice: move: halve --lr or --beta"
     assert [line.split(": ")[1] for line in said if line.startswith("  Alarm")] == [
         "collapse 40, limit 5", "move 0.045, limit 0.04", "teacher 30, limit 50"]
-    assert not any("ause" in line for line in said)
 
 
 @pytest.mark.parametrize(("status", "expected"), [

@@ -3,7 +3,6 @@ import csv
 import math
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -136,13 +135,11 @@ def seeds(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """One seed of 8 epochs below a repository that holds what the script needs, run from elsewhere with its defaults."""
-    top = tmp_path_factory.mktemp("repository")
-    for name in ("diagnostics", "losses", "plots", "rundir"):
-        shutil.copytree(make_figures.ROOT / name, top / name)
-    runs = write_study(top / "runs" / "demo", epochs=8, stop_v3=5, dataset="synthetic")
-    done = subprocess.run([sys.executable, top / "plots" / "make_figures.py"], cwd=tmp_path_factory.mktemp("elsewhere"),
-                          env=os.environ | {"PYTHONPATH": "", "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    """One seed of 8 epochs, and the outputs of the script, started elsewhere."""
+    top = tmp_path_factory.mktemp("demo")
+    runs = write_study(top / "runs", epochs=8, stop_v3=5, dataset="synthetic")
+    done = subprocess.run([sys.executable, make_figures.__file__, "--runs", runs, "--output", top / "figures"], cwd=top, text=True,
+                          env=os.environ | {"PYTHONPATH": "", "PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert (done.returncode, done.stderr) == (0, ""), done
     return runs, top / "figures", done.stdout
 
@@ -208,21 +205,12 @@ def test_figure_2_shows_both_teachers_on_the_scale_of_its_curves(seeds):
         assert line(figure, label).get_label() == f"{label}{best:.1f} %"
 
 
-def test_figure_4_shows_every_experiment_and_the_student_alone(demo):
-    expected = ["v1: KD, mixing only", "v2: KD", "v3: DKD β = 8, stopped at 5", "v3.1: DKD β = 2", "v4: KD, stronger teacher"]
-    figure = draw(demo[0], "figure4")
-    assert legend_texts(figure) == [*expected, "student alone", "early stop"]
-    assert list(line(figure, "v3.1").get_ydata()) == curve(74, 8, 8, 1), "one seed is drawn as it is logged"
-    assert figure.axes[0].get_title(loc="left").startswith("synthetic images, 1 seed\n")
-
-
 def test_figure_5_shows_retention_with_its_deviation(seeds):
-    figure = draw(seeds[0], "figure5")
+    figure, deviation = draw(seeds[0], "figure5"), 100 / TEACHER_TEST * 13 ** 0.5
     axis = figure.axes[0]
     # alone: accuracies of mean 63 over those of the runs called teacher, of mean 63 too
     np.testing.assert_allclose([bar.get_height() for bar in axis.patches], [100 * 63 / TEACHER_TEST] * 5 + [100 * 63 / 63])
-    assert axis.texts[0].get_text() == f"78.8\n± {100 / TEACHER_TEST * 13 ** 0.5:.1f}"
-    deviation = 100 / TEACHER_TEST * 13 ** 0.5
+    assert axis.texts[0].get_text() == f"78.8\n± {deviation:.1f}"
     segment, = axis.collections[0].get_segments()
     np.testing.assert_allclose(segment[:, 1], [78.75 - deviation, 78.75 + deviation])
     assert set(line(figure, "teacher").get_ydata()) == {100}
@@ -235,10 +223,14 @@ def test_figure_6_shows_the_last_50_epochs_or_the_last_half(tmp_path, epochs, fi
     assert (drawn[0], drawn[-1]) == (first, epochs)
 
 
-def test_figures_say_what_they_compare(tmp_path):
-    """Seeds that differ in number, and selection on the test set."""
-    write_study(tmp_path, seeds=(1, 2), names=("v2",), epochs=8, val_size=0, summary={"selected_on": "test set"})
-    write_run(tmp_path / "v4", "v4", epochs=8, val_size=0, summary={"selected_on": "test set"})
+def test_figures_say_what_they_compare(demo, tmp_path):
+    """The methods, seeds that differ in number, and selection on the test set."""
+    figure = draw(demo[0], "figure4")
+    assert figure.axes[0].get_title(loc="left").startswith("synthetic images, 1 seed\n")
+    assert legend_texts(figure) == ["v1: KD, mixing only", "v2: KD", "v3: DKD β = 8, stopped at 5", "v3.1: DKD β = 2",
+                                    "v4: KD, stronger teacher", "student alone", "early stop"]
+    for name, seed in (("v2", 1), ("v2", 2), ("v4", 1)):
+        write_run(tmp_path / f"{name}-s{seed}", name, seed=seed, epochs=8, summary={"selected_on": "test set"})
     figure = draw(tmp_path, "figure2")
     assert legend_texts(figure) == ["v2: KD (n = 2)", "v4: KD, stronger teacher (n = 1)"]
     assert "n = 1–2 seeds" in figure.axes[0].get_title(loc="left")
@@ -269,9 +261,8 @@ def test_table_1_holds_hand_computed_numbers(seeds, demo):
 
 
 def test_table_2_holds_the_cost_of_each_network(seeds):
-    rows = table(seeds[1] / "table2.csv")
-    expected = {"params_m": 20, "size_mb": 80, "gflop": 0.12, "image_size": 32, "compression": 5.85, "wall_min": 1.5,
-                "test_acc1_best_mean": 63}
+    rows, expected = table(seeds[1] / "table2.csv"), {"params_m": 20, "size_mb": 80, "gflop": 0.12, "image_size": 32,
+                                                      "compression": 5.85, "wall_min": 1.5, "test_acc1_best_mean": 63}
     assert {column: float(rows["v2"][column]) for column in expected} == expected
     assert [rows[name]["network"] for name in ("teacher", "alone", "v2")] == [LARGE, SMALL, SMALL]
     assert rows["teacher"]["compression"] == ""
@@ -291,55 +282,39 @@ def test_latex_is_well_formed(seeds):
         assert {line.count("&") for line in bare.splitlines() if line.endswith(r"\\")} == {columns - 1}, text
 
 
-def test_missing_experiments_are_named_and_the_rest_is_drawn(tmp_path, quick):
-    write_study(tmp_path / "runs", names=("v3", "v3.1"), epochs=8, stop_v3=5)
-    output, rows = run_study(tmp_path)
-    assert "not found: teacher, teacher-strong, alone, v1, v2, v4\n" in output
-    assert "figure1.png, .pdf: drawn without v2\n" in output and "figure2: not drawn, without v2 and v4\n" in output
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [f"figure{number}.png" for number in (1, 3, 4, 5, 6)]
-    assert list(rows) == ["v3", "v3.1"]
-
-
-def test_unfinished_runs_are_curves_only(tmp_path, quick):
+def test_missing_and_unfinished_runs_are_named_and_the_rest_is_drawn(tmp_path, quick):
     write_study(tmp_path / "runs", seeds=(1, 2), names=("v2",), epochs=8)
     running = write_run(tmp_path / "runs" / "v2-s3", "v2", seed=3, epochs=8, ran=3, finished=False)
     waiting = write_run(tmp_path / "runs" / "v3", "v3", epochs=8, finished=False)
     (waiting / "log.csv").write_text("epoch,val_acc1\n")
     output, rows = run_study(tmp_path)
-    assert f"unfinished, in curves only: {running} (epoch 3 of 8)\n" in output
-    assert f"unfinished, in curves only: {waiting} (epoch 0 of 8)\n" in output
-    assert (rows["v2"]["n"], float(rows["v2"]["test_acc1_best_mean"])) == ("2", 61)
-    (waiting / "log.csv").unlink()
+    for said in ("not found: teacher, teacher-strong, alone, v1, v3.1, v4", "figure1.png, .pdf: drawn without v3",
+                 "figure3: not drawn, without v3 and v3.1", f"unfinished, in curves only: {running} (epoch 3 of 8)",
+                 f"unfinished, in curves only: {waiting} (epoch 0 of 8)"):
+        assert f"{said}\n" in output
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [f"figure{number}.png" for number in (1, 2, 4, 5, 6)]
+    assert list(rows) == ["v2"] and (rows["v2"]["n"], float(rows["v2"]["test_acc1_best_mean"])) == ("2", 61)
     assert line(draw(tmp_path / "runs", "figure2"), "v2").get_label() == "v2: KD, unfinished"
-    assert len(draw(tmp_path / "runs", "figure5").axes[0].patches) == 1
+    study, *_ = make_figures.read_study([running, tmp_path / "runs" / "v2-s1", tmp_path / "runs"])
+    assert [run.config["seed"] for run in study["v2"]] == [1, 2, 3], "each run counts once"
 
 
-def test_runs_outside_the_study_are_left_out_and_named(tmp_path, quick):
-    write_run(tmp_path / "runs" / "v2", "v2", epochs=8)
-    other = write_run(tmp_path / "runs" / "kd-alpha0.5-T4-s1", "v2", epochs=8, experiment=None, alpha=0.5, dataset="cifar10")
-    write_run(tmp_path / "runs" / "second-try", "v3", epochs=8)
-    write_run(tmp_path / "runs" / "v4-s7", "v4", epochs=8, experiment=None)
-    write_run(tmp_path / "runs" / "demo" / "v4", "v4", epochs=3, dataset="synthetic")  # deeper: another study
-    output, rows = run_study(tmp_path)
-    assert f"left out, not of the study: {other}\n" in output
-    assert list(rows) == ["v2", "v3", "v4"], "by --experiment, or else by directory"
-
-
-def test_a_run_of_another_method_joins_where_data_networks_and_teacher_are_the_studys(tmp_path, quick):
-    write_run(tmp_path / "runs" / "teacher", "teacher", epochs=8)
-    write_run(tmp_path / "runs" / "v3", "v3", epochs=8)
+def test_runs_outside_the_study_join_where_data_networks_and_teacher_are_the_studys(tmp_path, quick):
+    runs = tmp_path / "runs"
+    for path, name in (("teacher", "teacher"), ("second-try", "v3"), ("v4-s7", "v4")):
+        write_run(runs / path, name, epochs=8, **{"experiment": None} if name == "v4" else {})
+    write_run(runs / "demo" / "v4", "v4", epochs=3, dataset="synthetic")  # deeper: another study
     labels = {"experiment": None, "method_in_tables": "NEW strength 2", "method_in_figures": "NEW"}
     for seed in (1, 2):
-        write_run(tmp_path / "runs" / f"new-strength2-s{seed}", "v2", epochs=8, seed=seed, **labels)
-    left = [write_run(tmp_path / "runs" / f"other-{key}", "v2", epochs=8, **labels | {key: value})
+        write_run(runs / f"new-strength2-s{seed}", "v2", epochs=8, seed=seed, **labels)
+    left = [write_run(runs / f"other-{key}", "v2", epochs=8, **labels | {key: value})
             for key, value in (("teacher", "resnet20"), ("student", "resnet20"), ("image_size", 64), ("dataset", "cifar10"))]
     output, rows = run_study(tmp_path)
     assert f"left out, not of the study: {', '.join(map(str, sorted(left)))}\n" in output
-    assert list(rows) == ["teacher", "v3", "new-strength2"]
+    assert list(rows) == ["teacher", "v3", "v4", "new-strength2"], "by --experiment, or else by directory"
     assert (rows["new-strength2"]["method"], rows["new-strength2"]["n"]) == ("NEW strength 2", "2")
-    study, *_ = make_figures.read_study([tmp_path / "runs"])
-    figure = make_figures.all_curves(study, ["v3", "new-strength2"])
-    curve = line(figure, "new-strength2: NEW")
+    study, *_ = make_figures.read_study([runs])
+    curve = line(make_figures.all_curves(study, ["v3", "new-strength2"]), "new-strength2: NEW")
     assert curve.get_color() == make_figures.OTHERS[0].colour and len(curve.get_xdata()) == 8
 
 
@@ -383,16 +358,12 @@ def test_a_run_that_cannot_be_read_leaves_the_others(tmp_path, quick):
 
 def test_a_run_far_below_kd_of_its_seed_collapsed(tmp_path, quick):
     """By 5 points of last validation accuracy; KD with other images is no control, and a student alone has none."""
-    def end_at(accuracy, *run, **flags):
-        path = write_run(tmp_path / "runs" / f"{run[0]}-s{run[1]}", run[0], epochs=8, seed=run[1], **flags)
+    def end_at(accuracy, name, seed):
+        path = write_run(tmp_path / "runs" / f"{name}-s{seed}", name, epochs=8, seed=seed, summary={"best_epoch": 8})
         (path / "log.csv").write_text("epoch,val_acc1\n" + "".join(f"{epoch},{accuracy}\n" for epoch in range(1, 9)))
 
-    flags = {"summary": {"best_epoch": 8}}
-    for seed, v2, v3 in ((1, 50, 45), (2, 60, 54.9)):
-        end_at(v2, "v2", seed, **flags)
-        end_at(v3, "v3", seed, **flags)
-    for name in ("v1", "alone"):
-        end_at(20, name, 1, **flags)
+    for accuracy, name, seed in ((50, "v2", 1), (45, "v3", 1), (60, "v2", 2), (54.9, "v3", 2), (20, "v1", 1), (20, "alone", 1)):
+        end_at(accuracy, name, seed)
     verdicts = {name: row["verdict"] for name, row in run_study(tmp_path)[1].items()}
     assert verdicts == {"v2": "completed", "v3": "1 completed, 1 collapsed", "v1": "completed", "alone": "completed"}
 
@@ -414,19 +385,9 @@ def test_mixtures_are_refused(tmp_path, first, second, what):
     assert what in message and f"({paths[0]} and {paths[1]})" in message and "--runs" in message, message
 
 
-def test_runs_names_several_directories_and_each_run_counts_once(tmp_path):
-    one, two = (write_run(tmp_path / f"v2-s{seed}", "v2", seed=seed, epochs=8) for seed in (1, 2))
-    study, *_ = make_figures.read_study([one, two, tmp_path])
-    assert [run.path for run in study["v2"]] == [one, two]
-    assert [run.path for run in make_figures.read_study([two])[0]["v2"]] == [two]
-
-
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
     write_run(tmp_path / "runs" / "v2", "v2", epochs=8)
     (tmp_path / "file").write_text("mine")
     code, _, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "file")
     assert code == 8 and re.fullmatch(rf"error: cannot write {tmp_path}/file \(.*\)\. .*\n", errors), errors
     assert (tmp_path / "file").read_text() == "mine"
-    (tmp_path / "out" / "figure1.png").mkdir(parents=True)
-    assert run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")[0] == 8
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["figure1.png"], "no partial file stays"
