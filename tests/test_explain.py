@@ -177,7 +177,7 @@ def test_the_page_of_one_run(tmp_path):
     np.testing.assert_allclose([bar.get_width() for bar in axis.patches], [15, 50 / 3, 20, 50 / 3 + 5])
 
 
-def test_the_page_of_two_runs(tmp_path):
+def test_the_page_of_two_runs_and_of_as_many_as_fit(tmp_path):
     figure = draw(write_run(tmp_path / "_dkd $x$", "dkd", curve=FALLING, summary=COLLAPSED), write_run(tmp_path / "kd", "kd"))
     check_layout(figure)
     drawn = panels(figure)
@@ -189,6 +189,10 @@ def test_the_page_of_two_runs(tmp_path):
     curves = drawn["Share of the logit gradient"].lines
     np.testing.assert_allclose([line.get_ydata()[0] for line in curves[:2]], [85, 30])
     assert len({line.get_color() for line in curves[:2]}) == len({line.get_marker() for line in curves[:2]}) == 2
+    long = COLLAPSED | {"alarms": 2 * [*COLLAPSED["alarms"], COLLAPSED["alarms"][2] | {"text": "words " * 60 + "x" * 100}]}
+    figure = draw(*(write_run(tmp_path / f"{'long-' * 40}{number}", "dkd", summary=long) for number in range(len(explain.LOOKS))))
+    check_layout(figure)
+    assert said(figure).count("teacher 30, limit 50") == 4 * len(explain.LOOKS)
 
 
 def test_panels_without_numbers_are_left_out_and_leave_no_hole(tmp_path):
@@ -208,15 +212,6 @@ def test_panels_without_numbers_are_left_out_and_leave_no_hole(tmp_path):
     check_layout(figure)
     widths = [axis.bbox.width for axis in panels(figure).values()]
     assert len(widths) == 5 and widths[0] > 2 * widths[1], "the first panel fills the row"
-
-
-def test_as_many_runs_as_fit_with_many_alarms_and_long_names(tmp_path):
-    alarms = [*COLLAPSED["alarms"], COLLAPSED["alarms"][2] | {"text": "words " * 60 + "x" * 100}]
-    runs = [write_run(tmp_path / f"{'long-' * 40}{number}", "dkd", curve=FALLING, summary=COLLAPSED | {"alarms": alarms},
-                      clip_grad=1.0) for number in range(len(explain.LOOKS))]
-    figure = draw(*runs)
-    check_layout(figure)
-    assert said(figure).count("teacher 30, limit 50") == words(*runs).count("teacher 30, limit 50") == 2 * len(runs)
 
 
 def test_empty_cells_are_gaps_and_one_epoch_has_markers(tmp_path):
@@ -256,18 +251,16 @@ def test_the_script_runs_from_anywhere_prints_the_words_and_draws_the_same_bytes
 
 def test_errors_of_usage(tmp_path):
     run = write_run(tmp_path / "run", "kd")
-    assert "must end in .png or .pdf" in refused(2, run, "--output", tmp_path / "page.svg")
-    assert "named twice" in refused(2, run, tmp_path / "." / "run")
-    assert "do not fit on a page" in refused(2, *(tmp_path / str(number) for number in range(9)))
-    refused(2)
-    refused(2, run, "--out", "page.png")
+    nine = [tmp_path / str(number) for number in range(9)]
+    for arguments, words in (([run, "--output", "page.svg"], "must end in .png or .pdf"), ([run, run], "named twice"),
+                             (nine, "do not fit on a page"), ([], ""), ([run, "--out", "page.png"], "")):
+        assert words in refused(2, *arguments)
     assert "cannot write" in refused(8, run, "--output", run / "log.csv" / "page.png")
 
 
 @pytest.mark.parametrize(("name", "content", "expected"), [
     ("diagnostics.csv", None, "no diagnostics.csv"), ("diagnostics.csv", "images\n5\n", "no column epoch"),
-    ("diagnostics.csv", "epoch,images\n1,many\n", "line 2: could not convert string to float: 'many'"),
-    ("diagnostics.csv", "epoch,images\n1\n", "line 2: "), ("diagnostics.csv", "epoch,images\n1,2,3\n", "line 2: "),
+    ("diagnostics.csv", "epoch,images\n1,many\n", "line 2: could not convert"), ("diagnostics.csv", "epoch,images\n1\n", "line 2: "),
     ("diagnostics.csv", "epoch,images\n999999999,5\n", "epoch 1e+09"), ("diagnostics.csv", "epoch,images\n", "no epoch"),
     ("log.csv", "epoch,val_acc1\n", "no epoch"), ("config.json", None, "no such file"),
     ("status.json", '{"state": 3}', "state is 3"), ("summary.json", {"alarms": [3]}, "3 is not an object"),
