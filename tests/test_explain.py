@@ -1,5 +1,4 @@
 """plots/explain.py, on run directories with invented numbers that test the words and the drawing and mean nothing else."""
-import csv
 import itertools
 import json
 import os
@@ -8,6 +7,7 @@ import sys
 from functools import partial
 
 import command
+import made_runs
 import matplotlib.image
 import matplotlib.style
 import matplotlib.transforms
@@ -32,7 +32,6 @@ COLLAPSED = {
         {"name": "collapse", "value": 40.0, "limit": 5.0, "epoch": 8, "text": "validation accuracy fell from 60.0 % to 20.0 %"},
         {"name": "move", "value": 0.045, "limit": 0.04, "epoch": 2, "text": MOVE},
         {"name": "teacher", "value": 30.0, "limit": 50.0, "epoch": None, "text": "the teacher is right about 30 % of images"}]}
-OLDER = {"verdict": "completed"}
 TITLES = {panel.title for panel in explain.PANELS}
 
 
@@ -52,36 +51,14 @@ def looked_at(shares, epoch, taught):
     return row
 
 
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
-
-
 def write_run(path, kind, *, curve=CURVE, summary=HEALTHY, status=None, change=lambda rows: None, **flags):
-    """A run directory as the training scripts leave it; without a `summary` it is unfinished or failed.
-
-    change: what is done to the rows of diagnostics.csv.
-    """
+    """change: what is done to the rows of diagnostics.csv."""
     special, shares = METHODS[kind]
-    taught = kind != "teacher"
-    config = COMMON | ({"script": "distill", "teacher": "large", "student": "small"} if taught else
-                       {"script": "train_teacher", "model": "large"}) | special | flags
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(config))
-    write_csv(path / "log.csv", [{"epoch": epoch, "val_acc1": value} for epoch, value in enumerate(curve, 1)])
-    rows = [looked_at(shares, epoch, taught) for epoch in range(1, len(curve) + 1)]
+    networks = {"script": "train_teacher", "model": "large"} if kind == "teacher" else {
+        "script": "distill", "teacher": "large", "student": "small"}
+    rows = [looked_at(shares, epoch, kind != "teacher") for epoch in range(1, len(curve) + 1)]
     change(rows)
-    write_csv(path / "diagnostics.csv", rows)
-    if summary:
-        (path / "summary.json").write_text(json.dumps({
-            "test_acc1_last": 50.0, "test_acc1_best": 51.0, "best_epoch": int(np.argmax(curve)) + 1, "params": 9, "flops": 9,
-            "wall_s": 9.0, "stopped_early": len(curve) < config["epochs"], "selected_on": "validation split",
-            "teacher_test_acc1": 60.0, "retention": 85.0, "compression": 2.0} | summary))
-    if status:
-        (path / "status.json").write_text(json.dumps(status))
-    return path
+    return made_runs.write_run(path, COMMON | networks | special | flags, curve, summary, status, rows)
 
 
 run_main, refused = (partial(call, explain.main) for call in (command.run_main, command.refused))
@@ -114,9 +91,7 @@ def legend(axis):
 
 def check_layout(figure):
     """Nothing leaves the page, and neither words nor panels cover each other."""
-    page = figure.bbox
-    boxes = [text.get_window_extent() for text in figure.texts]
-    together = {}
+    page, boxes, together = figure.bbox, [text.get_window_extent() for text in figure.texts], {}
     for axis in figure.axes:  # those for clipped steps belong to the panel below them
         together.setdefault(axis.bbox.bounds, []).append(axis.get_tightbbox())
     boxes += [matplotlib.transforms.Bbox.union(parts) for parts in together.values()]
@@ -133,20 +108,16 @@ def check_layout(figure):
             assert not any(one.overlaps(other) for one, other in zip(boxes, boxes[1:])), labels
 
 
-def test_words_on_a_healthy_run(tmp_path):
+def test_words_on_a_healthy_and_on_a_collapsed_run(tmp_path):
     assert words(write_run(tmp_path / "dkd-s3", "dkd")).splitlines() == [
         "dkd-s3", "DKD alpha 1 beta 8 T 4; CIFAR-100; large → small; seed 3", "",
         "completed, healthy",
         "  Validation accuracy: at most 55.0 % (epoch 7), 54.0 % in the last epoch (8)",
         "  Largest term beside cross-entropy: NCKD, on average 85 % of the logit gradient, at most 85 % (epoch 1)"]
-
-
-def test_words_on_a_collapsed_run_name_each_alarm_with_value_and_limit(tmp_path):
     said = words(write_run(tmp_path / "run", "dkd", curve=FALLING, summary=COLLAPSED)).splitlines()[3:]
     assert said[0] == "collapsed, 3 alarms" and said[-1] == "  Advice: move: halve --lr or --beta"
     assert [line.split(": ")[1] for line in said if line.startswith("  Alarm")] == [
         "collapse 40, limit 5", "move 0.045, limit 0.04", "teacher 30, limit 50"]
-    assert not any("ause" in line for line in said)
 
 
 @pytest.mark.parametrize(("status", "expected"), [
@@ -154,16 +125,15 @@ def test_words_on_a_collapsed_run_name_each_alarm_with_value_and_limit(tmp_path)
     ({"state": "failed", "reason": "out of\nmemory", "exit_code": 7}, "failed after epoch 8 of 20: out of memory (exit code 7)"),
     ({"state": "stopped", "reason": "SIGTERM", "exit_code": 75}, "stopped after epoch 8 of 20: SIGTERM (exit code 75)"),
     (None, "unfinished after epoch 8 of 20, without status.json"),
-    ("older", "completed, made before alarms were recorded"),
 ])
-def test_words_on_a_run_without_a_result_or_alarms(tmp_path, status, expected):
-    result = {"summary": OLDER} if status == "older" else {"summary": None, "status": status}
-    assert words(write_run(tmp_path / "run", "kd", epochs=20, **result)).splitlines()[3] == expected
+def test_words_on_a_run_without_a_result(tmp_path, status, expected):
+    assert words(write_run(tmp_path / "run", "kd", epochs=20, summary=None, status=status)).splitlines()[3] == expected
 
 
-def test_words_on_a_teacher_name_no_term(tmp_path):
-    text = words(write_run(tmp_path / "run", "teacher", val_size=0, summary=HEALTHY | {"selected_on": "test set"}))
+def test_words_on_a_teacher_from_before_alarms_name_no_term(tmp_path):
+    text = words(write_run(tmp_path / "run", "teacher", val_size=0, summary={"verdict": "completed", "selected_on": "test set"}))
     assert text.splitlines()[1] == "labels only; CIFAR-100; large; seed 3"
+    assert text.splitlines()[3] == "completed, made before alarms were recorded"
     assert "  Test accuracy: at most 55.0 %" in text and "term" not in text
 
 
@@ -171,20 +141,17 @@ def test_runs_are_compared_with_plain_kd(tmp_path):
     control = write_run(tmp_path / "kd", "kd")
     lower = write_run(tmp_path / "lower", "dkd", curve=[10.0, 60.0, 48.9])
     within = write_run(tmp_path / "within", "dkd", curve=[10.0, 49.0])
-    other = write_run(tmp_path / "other", "dkd", dataset="cifar10")
+    other = write_run(tmp_path / "data", "dkd", dataset="cifar10")
     text = words(lower, control, within, other, write_run(tmp_path / "teacher", "teacher"))
-    assert text.startswith("lower, kd, within, other, teacher\nCIFAR-100, CIFAR-10; large → small, large\n")
+    assert text.startswith("lower, kd, within, data, teacher\nCIFAR-100, CIFAR-10; large → small, large\n")
     assert ("\nlower (DKD alpha 1 beta 8 T 4, seed 3): completed, healthy\n  Collapsed against the control kd: last validation "
             "accuracy 48.9 %, 5.1 points below; best 60.0 %, 5.0 points above\n") in text
     assert "  Against the control kd: last validation accuracy 49.0 %, 5.0 points below; best 49.0 %, 6.0 points below\n" in text
     assert "\nkd (control: KD alpha 0.7 T 4, seed 3): completed, healthy\n" in text
     assert text.count("control") == 3, "neither other data nor another network is compared"
     assert "control" not in words(control) and "control" not in words(lower, within)
-
-
-def test_runs_of_one_name_are_told_apart(tmp_path):
-    first, second = (write_run(tmp_path / study / "run", "kd") for study in ("one", "two"))
-    assert words(first, second).startswith("one/run, two/run\n")
+    namesake = write_run(tmp_path / "other" / "kd", "kd")
+    assert words(control, namesake).startswith(f"{tmp_path.name}/kd, other/kd\n"), "runs of one name are told apart"
 
 
 def test_the_page_of_one_run(tmp_path):
@@ -204,16 +171,13 @@ def test_the_page_of_one_run(tmp_path):
     assert set(right.lines[0].get_ydata()) == {25.0}
     assert legend(drawn["Change of the weights by a step"]) == ["limit 3 %"]
     assert legend(drawn["Cosine with cross-entropy"]) == ["TCKD", "NCKD", "whole loss"]
-
-
-def test_the_teachers_bars_weigh_epochs_by_images(tmp_path):
-    axis = panels(draw(write_run(tmp_path / "run", "kd", curve=CURVE[:2])))["Teacher on the student's images"]
+    axis = panels(draw(write_run(tmp_path / "short", "kd", curve=CURVE[:2])))["Teacher on the student's images"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["all", "mixup"], "no image was clean"
     # 10 and 20 % of 100 images an epoch; with mixup of 50 and of 100; either label is 5 points more
     np.testing.assert_allclose([bar.get_width() for bar in axis.patches], [15, 50 / 3, 20, 50 / 3 + 5])
 
 
-def test_the_page_of_two_runs(tmp_path):
+def test_the_page_of_two_runs_and_of_as_many_as_fit(tmp_path):
     figure = draw(write_run(tmp_path / "_dkd $x$", "dkd", curve=FALLING, summary=COLLAPSED), write_run(tmp_path / "kd", "kd"))
     check_layout(figure)
     drawn = panels(figure)
@@ -225,43 +189,32 @@ def test_the_page_of_two_runs(tmp_path):
     curves = drawn["Share of the logit gradient"].lines
     np.testing.assert_allclose([line.get_ydata()[0] for line in curves[:2]], [85, 30])
     assert len({line.get_color() for line in curves[:2]}) == len({line.get_marker() for line in curves[:2]}) == 2
-
-
-def test_the_page_of_a_teacher_has_no_panels_about_teaching_and_no_hole(tmp_path):
-    run = write_run(tmp_path / "run", "teacher")
-    figure = draw(run)
+    long = COLLAPSED | {"alarms": 2 * [*COLLAPSED["alarms"], COLLAPSED["alarms"][2] | {"text": "words " * 60 + "x" * 100}]}
+    figure = draw(*(write_run(tmp_path / f"{'long-' * 40}{number}", "dkd", summary=long) for number in range(len(explain.LOOKS))))
     check_layout(figure)
-    left_out = {"Share of the logit gradient", "Teacher on the student's images", "Cosine with cross-entropy"}
-    assert set(panels(figure)) == TITLES - left_out
-    assert legend(panels(figure)["Logit scale"]) == ["student"]
-    rows = [looked_at({"ce": 1.0}, 1, False)]
-    write_csv(run / "diagnostics.csv",
-              [{name: "" if name.startswith("pull") else cell for name, cell in row.items()} for row in rows])
-    figure = draw(run)  # without mixed images, five panels
+    assert said(figure).count("teacher 30, limit 50") == 4 * len(explain.LOOKS)
+
+
+def test_panels_without_numbers_are_left_out_and_leave_no_hole(tmp_path):
+    def without(*starts):
+        def change(rows):
+            for row in rows:
+                row |= {name: "" for name in row if name.startswith(starts)}
+        return change
+
+    unweighted, about_teaching = {"Share of the logit gradient", "Cosine with cross-entropy"}, "Teacher on the student's images"
+    figure = draw(write_run(tmp_path / "method", "kd", change=without("share_", "cos_")))
+    assert set(panels(figure)) == TITLES - unweighted
+    figure = draw(write_run(tmp_path / "teacher", "teacher"))
+    check_layout(figure)
+    assert set(panels(figure)) == TITLES - unweighted - {about_teaching} and legend(panels(figure)["Logit scale"]) == ["student"]
+    figure = draw(write_run(tmp_path / "five", "teacher", change=without("pull")))
     check_layout(figure)
     widths = [axis.bbox.width for axis in panels(figure).values()]
     assert len(widths) == 5 and widths[0] > 2 * widths[1], "the first panel fills the row"
 
 
-def test_as_many_runs_as_fit_with_many_alarms_and_long_names(tmp_path):
-    alarms = [*COLLAPSED["alarms"], COLLAPSED["alarms"][2] | {"text": "words " * 60 + "x" * 100}]
-    runs = [write_run(tmp_path / f"{'long-' * 40}{number}", "dkd", curve=FALLING, summary=COLLAPSED | {"alarms": alarms},
-                      clip_grad=1.0) for number in range(len(explain.LOOKS))]
-    figure = draw(*runs)
-    check_layout(figure)
-    assert said(figure).count("teacher 30, limit 50") == words(*runs).count("teacher 30, limit 50") == 2 * len(runs)
-
-
-def test_a_run_of_one_epoch_has_markers(tmp_path):
-    figure = draw(write_run(tmp_path / "run", "dkd", curve=CURVE[:1], epochs=1))
-    check_layout(figure)
-    for axis in panels(figure).values():
-        for line in (line for line in axis.lines if len(line.get_xdata()) == 1):
-            assert line.get_marker() not in ("", "None") and line.get_markevery() in (None, [0])
-    assert panels(figure)["Accuracy"].get_xlim() == (0.5, 1.5)
-
-
-def test_empty_cells_are_gaps(tmp_path):
+def test_empty_cells_are_gaps_and_one_epoch_has_markers(tmp_path):
     def empty(rows):
         for row in rows[2], rows[4]:
             row.update(dict.fromkeys((name for name in row if name != "epoch"), ""))
@@ -275,16 +228,11 @@ def test_empty_cells_are_gaps(tmp_path):
     assert {3, 7} <= set(norm.get_markevery()), "a value between gaps has a marker"
     top = panels(figure)["Share of the logit gradient"].patches[0].get_data().values
     np.testing.assert_allclose(top, [85, 85, np.nan, 85, np.nan, np.nan, 85, 85])
-
-
-def test_a_method_without_gradients_of_terms_has_no_panels_of_them(tmp_path):
-    def whole_only(rows):
-        for row in rows:
-            for name in [name for name in row if name.startswith(("share_", "cos_")) or name.endswith(("_ce", "_kl"))]:
-                del row[name]
-
-    figure = draw(write_run(tmp_path / "run", "kd", change=whole_only))
-    assert set(panels(figure)) == TITLES - {"Share of the logit gradient", "Cosine with cross-entropy"}
+    figure = draw(write_run(tmp_path / "one", "dkd", curve=CURVE[:1], epochs=1))
+    check_layout(figure)
+    single = [line for axis in panels(figure).values() for line in axis.lines if len(line.get_xdata()) == 1]
+    assert all(line.get_marker() not in ("", "None") and line.get_markevery() in (None, [0]) for line in single)
+    assert panels(figure)["Accuracy"].get_xlim() == (0.5, 1.5)
 
 
 def test_the_script_runs_from_anywhere_prints_the_words_and_draws_the_same_bytes_again(tmp_path):
@@ -303,44 +251,30 @@ def test_the_script_runs_from_anywhere_prints_the_words_and_draws_the_same_bytes
 
 def test_errors_of_usage(tmp_path):
     run = write_run(tmp_path / "run", "kd")
-    assert "must end in .png or .pdf" in refused(2, run, "--output", tmp_path / "page.svg")
-    assert "named twice" in refused(2, run, tmp_path / "." / "run")
-    assert "do not fit on a page" in refused(2, *(tmp_path / str(number) for number in range(9)))
-    refused(2)
-    refused(2, run, "--out", "page.png")
+    nine = [tmp_path / str(number) for number in range(9)]
+    for arguments, words in (([run, "--output", "page.svg"], "must end in .png or .pdf"), ([run, run], "named twice"),
+                             (nine, "do not fit on a page"), ([], ""), ([run, "--out", "page.png"], "")):
+        assert words in refused(2, *arguments)
     assert "cannot write" in refused(8, run, "--output", run / "log.csv" / "page.png")
 
 
 @pytest.mark.parametrize(("name", "content", "expected"), [
-    ("diagnostics.csv", None, "no diagnostics.csv"),
-    ("diagnostics.csv", "epoch,images\n1,many\n", "line 2: could not convert string to float: 'many'"),
-    ("diagnostics.csv", "epoch,images\n1\n", "line 2: "),
-    ("diagnostics.csv", "epoch,images\n1,2,3\n", "line 2: "),
-    ("diagnostics.csv", "epoch,images\n999999999,5\n", "epoch 1e+09"),
-    ("diagnostics.csv", "images\n5\n", "no column epoch"),
-    ("diagnostics.csv", "epoch,images\n", "no epoch"),
-    ("log.csv", "epoch,val_acc1\n", "no epoch"),
-    ("config.json", None, "no such file"),
-    ("status.json", '{"state": 3}', "state is 3"),
+    ("diagnostics.csv", None, "no diagnostics.csv"), ("diagnostics.csv", "images\n5\n", "no column epoch"),
+    ("diagnostics.csv", "epoch,images\n1,many\n", "line 2: could not convert"), ("diagnostics.csv", "epoch,images\n1\n", "line 2: "),
+    ("diagnostics.csv", "epoch,images\n999999999,5\n", "epoch 1e+09"), ("diagnostics.csv", "epoch,images\n", "no epoch"),
+    ("log.csv", "epoch,val_acc1\n", "no epoch"), ("config.json", None, "no such file"),
+    ("status.json", '{"state": 3}', "state is 3"), ("summary.json", {"alarms": [3]}, "3 is not an object"),
+    ("summary.json", {"alarms": [{"name": "move", "value": 1, "text": "large"}]}, "limit is None"),
+    ("summary.json", {"advice": 3}, "advice is 3"), ("config.json", {"clip_grad": "1"}, "clip_grad is '1'"),
 ])
 def test_damaged_files(tmp_path, name, content, expected):
+    """content: None for no file, or what replaces values of it."""
     run = write_run(tmp_path / "run", "kd")
     if name in ("status.json", "log.csv"):
         (run / "summary.json").unlink()
-    if content is None:
-        (run / name).unlink()
-    else:
-        (run / name).write_text(content)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((run / name).read_text()) | content)
+    (run / name).unlink() if content is None else (run / name).write_text(content)
     message = refused(4, run)
     assert expected in message and str(run / name) in message, message
     assert not (run / "explain.png").exists()
-
-
-@pytest.mark.parametrize(("flags", "summary", "expected"), [
-    ({"clip_grad": "1"}, {}, "clip_grad is '1'"),
-    ({}, {"alarms": [3]}, "an alarm is 3"),
-    ({}, {"alarms": [{"name": "move", "value": 1, "text": "large"}]}, "limit is None"),
-    ({}, {"advice": 3}, "advice is 3"),
-])
-def test_damaged_values(tmp_path, flags, summary, expected):
-    assert expected in refused(4, write_run(tmp_path / "run", "kd", summary=HEALTHY | summary, **flags))

@@ -1,16 +1,15 @@
 """plots/make_figures.py, on run directories with invented numbers that test the drawing and mean nothing else."""
 import csv
-import json
 import math
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 from functools import partial
 
 import command
+import made_runs
 import matplotlib.image
 import matplotlib.style
 import numpy as np
@@ -47,7 +46,7 @@ def curve(plateau, ran, planned, seed):
 
 
 def write_run(path, name, *, seed=1, ran=None, finished=True, summary=(), **flags):
-    """A run directory as the training scripts leave it; one that `finished` after `ran` < planned epochs stopped early."""
+    """A run of `seed`; one that `finished` after `ran` < planned epochs stopped early."""
     special, plateau = GROUPS[name]
     distilled = "method" in special
     config = TRAINING | {"script": "distill" if distilled else "train_teacher", "seed": seed, "beta": None}
@@ -57,25 +56,10 @@ def write_run(path, name, *, seed=1, ran=None, finished=True, summary=(), **flag
     if distilled:
         numbers = {each: config.get(each) for each in METHODS[config["method"]].hyperparameters}
         config |= ChosenMethod(METHODS[config["method"]], numbers, 0.1).labels | flags
-    accuracies = curve(plateau, ran or config["epochs"], config["epochs"], seed)
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(config))
-    with open(path / "log.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["epoch", "train_loss_kl", "val_loss", "val_acc1", "peak_mem_mb"])
-        table.writerows([epoch, "", 1.5, accuracy, ""] for epoch, accuracy in enumerate(accuracies, 1))
-    if finished:
-        stopped = len(accuracies) < config["epochs"]
-        (path / "summary.json").write_text(json.dumps({
-            "test_acc1_last": TEST_BEST[seed] - 1, "test_acc1_best": TEST_BEST[seed],
-            "best_epoch": accuracies.index(max(accuracies)) + 1, "epochs": len(accuracies), "stopped_early": stopped,
-            "selected_on": "validation split of 5000 training images", "params": 20_000_000, "flops": 120_000_000,
-            "teacher_test_acc1": TEACHER_TEST if distilled else None, "teacher_params": 117_000_000 if distilled else None,
-            "retention": 100 * TEST_BEST[seed] / TEACHER_TEST if distilled else None, "compression": 5.85 if distilled else None,
-            "wall_s": 90.0, "verdict": "early stop" if stopped else "completed",
-            "note": "student initialisation: none" if distilled else "initialisation: none",
-        } | dict(summary)))
-    return path
+    best = {"test_acc1_last": TEST_BEST[seed] - 1, "test_acc1_best": TEST_BEST[seed]}
+    best |= {"retention": 100 * TEST_BEST[seed] / TEACHER_TEST} if distilled else {}
+    return made_runs.write_run(path, config, curve(plateau, ran or config["epochs"], config["epochs"], seed),
+                               best | dict(summary) if finished else None)
 
 
 def write_study(top, seeds=(1,), names=tuple(GROUPS), stop_v3=84, **flags):
@@ -93,9 +77,7 @@ run_main, refused = (partial(call, make_figures.main) for call in (command.run_m
 def draw(top, name):
     """The Figure called `name`, of the runs below `top`."""
     function, wanted, needs_summary = make_figures.FIGURES[name]
-    study, *_ = make_figures.read_study([top])
-    if needs_summary:
-        study = make_figures.selected(study, lambda run: run.summary)
+    study = make_figures.selected(make_figures.read_study([top])[0], lambda run: run.summary or not needs_summary)
     with matplotlib.style.context(["default", make_figures.STYLE]):
         figure = function(study, [key for key in wanted if key in study])
         figure.draw_without_rendering()
@@ -113,10 +95,6 @@ def legend_texts(figure):
     return [text.get_text().replace("\u00a0", " ") for text in figure.legends[0].get_texts()]
 
 
-def crosses(figure):
-    return [tuple(point) for line in figure.axes[0].lines if line.get_marker() == "X" for point in line.get_xydata()]
-
-
 def table(path):
     with open(path, newline="") as file:
         return {row["experiment"]: row for row in csv.DictReader(file)}
@@ -132,6 +110,13 @@ def quick(monkeypatch):
     only_built(monkeypatch)
 
 
+def run_study(top):
+    """What main() prints of the runs in top/runs, and its Table 1."""
+    code, stdout, errors = run_main("--runs", top / "runs", "--output", top / "out")
+    assert (code, errors) == (0, "")
+    return stdout, table(top / "out" / "table1.csv")
+
+
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
     """Three seeds of 200 epochs, and the tables of main()."""
@@ -139,44 +124,32 @@ def seeds(tmp_path_factory):
     write_study(top / "runs", seeds=(1, 2, 3))
     with pytest.MonkeyPatch.context() as monkeypatch:
         only_built(monkeypatch)
-        code, stdout, errors = run_main("--runs", top / "runs", "--output", top / "out")
-    assert (code, errors) == (0, ""), (code, errors)
-    return top / "runs", top / "out", stdout
+        return top / "runs", top / "out", run_study(top)[0]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """One seed of 8 epochs below a repository that holds what the script needs, run from elsewhere with its defaults."""
-    top = tmp_path_factory.mktemp("repository")
-    for name in ("diagnostics", "losses", "plots", "rundir"):
-        shutil.copytree(make_figures.ROOT / name, top / name)
-    runs = write_study(top / "runs" / "demo", epochs=8, stop_v3=5, dataset="synthetic")
-    done = subprocess.run([sys.executable, top / "plots" / "make_figures.py"], cwd=tmp_path_factory.mktemp("elsewhere"),
-                          env=os.environ | {"PYTHONPATH": "", "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    """One seed of 8 epochs, and the outputs of the script, started elsewhere."""
+    top = tmp_path_factory.mktemp("demo")
+    runs = write_study(top / "runs", epochs=8, stop_v3=5, dataset="synthetic")
+    done = subprocess.run([sys.executable, make_figures.__file__, "--runs", runs, "--output", top / "figures"], cwd=top, text=True,
+                          env=os.environ | {"PYTHONPATH": "", "PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert (done.returncode, done.stderr) == (0, ""), done
     return runs, top / "figures", done.stdout
 
 
-def test_every_output_is_written_and_named(seeds, demo):
-    _, output, stdout = demo
+def test_every_output_is_written_named_and_the_same_bytes_again(seeds, demo, tmp_path):
+    top, output, stdout = demo
     expected = {f"figure{n}.{suffix}" for n in range(1, 7) for suffix in ("png", "pdf")}
     expected |= {f"table{n}.{suffix}" for n in (1, 2) for suffix in ("md", "csv", "tex")}
     assert {path.name for path in output.iterdir()} == expected
     assert all(str(output / f"figure{n}.png") in stdout for n in range(1, 7)), stdout
-    assert stdout.count("| v3.1 ") == 1, stdout
     assert seeds[2].endswith((seeds[1] / "table1.md").read_text()), "Table 1 ends what is printed"
-
-
-def test_figures_are_one_column_wide_and_the_same_bytes_again(demo, tmp_path):
-    top, output, _ = demo
-    for number in range(1, 7):
-        assert matplotlib.image.imread(output / f"figure{number}.png").shape[1] == 3.5 * 300
-        assert b"CreationDate" not in (output / f"figure{number}.pdf").read_bytes()
     with matplotlib.style.context(["default", make_figures.STYLE]):
         make_figures.write_figure(draw(top, "figure1"), tmp_path / "figure1")
-    for suffix in ("png", "pdf"):
-        again, first = ((directory / f"figure1.{suffix}").read_bytes() for directory in (tmp_path, output))
-        assert again == first, f"the same runs must give the same {suffix}"
+    assert matplotlib.image.imread(output / "figure1.png").shape[1] == 3.5 * 300
+    for name in ("figure1.png", "figure1.pdf"):
+        assert (tmp_path / name).read_bytes() == (output / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", make_figures.FIGURES)
@@ -207,13 +180,17 @@ def test_curves_are_mean_and_deviation_of_the_logs(seeds):
 def test_early_stops_are_crossed_and_labelled_and_the_rest_is_thin(seeds):
     figure = draw(seeds[0], "figure1")
     logs = [curve(67, 84 + 5 * index, 200, seed) for index, seed in enumerate((1, 2, 3))]
-    assert crosses(figure) == [(len(log), log[-1]) for log in logs]
+    crosses = [line.get_xydata() for line in figure.axes[0].lines if line.get_marker() == "X"]
+    np.testing.assert_allclose(np.concatenate(crosses), [(len(log), log[-1]) for log in logs])
     full = line(figure, "v3: DKD β\xa0=\xa08, stopped at 84–94").get_xdata()
     assert full[-1] == 84, "the full line ends where the first seed does"
     rest, = [line for line in figure.axes[0].lines if line.get_linewidth() == make_figures.THIN]
     np.testing.assert_allclose(rest.get_xydata()[3], (87, statistics.mean(log[86] for log in logs[1:])))
     np.testing.assert_allclose(rest.get_xydata()[-1], (94, logs[2][-1]))
     assert legend_texts(figure)[-2:] == ["early stop", "fewer seeds left"]
+    figure = draw(seeds[0], "figure6")
+    assert line(figure, "v2").get_xdata()[[0, -1]].tolist() == [151, 200], "the last 50 epochs"
+    assert len(line(figure, "v3: DKD β\xa0=\xa08, stopped at 84–94").get_xdata()) == 0
 
 
 def test_figure_2_shows_both_teachers_on_the_scale_of_its_curves(seeds):
@@ -224,52 +201,33 @@ def test_figure_2_shows_both_teachers_on_the_scale_of_its_curves(seeds):
         assert line(figure, label).get_label() == f"{label}{best:.1f} %"
 
 
-def test_figure_4_shows_every_experiment_and_the_student_alone(demo):
-    expected = ["v1: KD, mixing only", "v2: KD", "v3: DKD β = 8, stopped at 5", "v3.1: DKD β = 2", "v4: KD, stronger teacher"]
-    figure = draw(demo[0], "figure4")
-    assert legend_texts(figure) == [*expected, "student alone", "early stop"]
-    assert list(line(figure, "v3.1").get_ydata()) == curve(74, 8, 8, 1), "one seed is drawn as it is logged"
-    assert figure.axes[0].get_title(loc="left").startswith("synthetic images, 1 seed\n")
-
-
 def test_figure_5_shows_retention_with_its_deviation(seeds):
-    figure = draw(seeds[0], "figure5")
+    figure, deviation = draw(seeds[0], "figure5"), 100 / TEACHER_TEST * 13 ** 0.5
     axis = figure.axes[0]
     # alone: accuracies of mean 63 over those of the runs called teacher, of mean 63 too
     np.testing.assert_allclose([bar.get_height() for bar in axis.patches], [100 * 63 / TEACHER_TEST] * 5 + [100 * 63 / 63])
-    assert axis.texts[0].get_text() == f"78.8\n± {100 / TEACHER_TEST * 13 ** 0.5:.1f}"
-    deviation = 100 / TEACHER_TEST * 13 ** 0.5
+    assert axis.texts[0].get_text() == f"78.8\n± {deviation:.1f}"
     segment, = axis.collections[0].get_segments()
     np.testing.assert_allclose(segment[:, 1], [78.75 - deviation, 78.75 + deviation])
     assert set(line(figure, "teacher").get_ydata()) == {100}
 
 
-@pytest.mark.parametrize(("epochs", "first"), [(200, 151), (100, 51), (60, 31), (8, 5), (7, 4), (1, 1)])
-def test_figure_6_shows_the_last_50_epochs_or_the_last_half(tmp_path, epochs, first):
-    write_run(tmp_path / "v2", "v2", epochs=epochs)
-    drawn = line(draw(tmp_path, "figure6"), "v2").get_xdata()
-    assert (drawn[0], drawn[-1]) == (first, epochs)
-
-
-def test_figure_6_names_a_run_that_ended_before_it(seeds):
-    figure = draw(seeds[0], "figure6")
-    assert len(line(figure, "v3: DKD β\xa0=\xa08, stopped at 84–94").get_xdata()) == 0 and crosses(figure) == []
-
-
-def test_the_axis_says_when_the_test_set_selected(tmp_path):
-    write_run(tmp_path / "v2", "v2", epochs=8, val_size=0, summary={"selected_on": "test set"})
-    assert draw(tmp_path, "figure1").axes[0].get_ylabel() == "test accuracy (%),\nused for selection"
-
-
-def test_seeds_that_differ_in_number_say_so(tmp_path):
-    write_study(tmp_path, seeds=(1, 2), names=("v2",), epochs=8)
-    write_run(tmp_path / "v4", "v4", epochs=8)
+def test_figures_say_what_they_compare(demo, tmp_path):
+    """The methods, seeds that differ in number, and selection on the test set."""
+    figure = draw(demo[0], "figure4")
+    assert figure.axes[0].get_title(loc="left").startswith("synthetic images, 1 seed\n")
+    assert legend_texts(figure) == ["v1: KD, mixing only", "v2: KD", "v3: DKD β = 8, stopped at 5", "v3.1: DKD β = 2",
+                                    "v4: KD, stronger teacher", "student alone", "early stop"]
+    for name, seed in (("v2", 1), ("v2", 2), ("v4", 1)):
+        write_run(tmp_path / f"{name}-s{seed}", name, seed=seed, epochs=8, summary={"selected_on": "test set"})
     figure = draw(tmp_path, "figure2")
     assert legend_texts(figure) == ["v2: KD (n = 2)", "v4: KD, stronger teacher (n = 1)"]
     assert "n = 1–2 seeds" in figure.axes[0].get_title(loc="left")
+    assert figure.axes[0].get_ylabel() == "test accuracy (%),\nused for selection"
+    assert line(draw(tmp_path, "figure6"), "v2").get_xdata().tolist() == [5, 6, 7, 8], "the last half"
 
 
-def test_table_1_holds_hand_computed_numbers(seeds):
+def test_table_1_holds_hand_computed_numbers(seeds, demo):
     rows = table(seeds[1] / "table1.csv")
     assert list(rows) == list(GROUPS)
     assert (rows["v2"]["method"], rows["v3"]["method"]) == ("KD alpha 0.7 T 4", "DKD alpha 1 beta 8 T 4")
@@ -287,38 +245,25 @@ def test_table_1_holds_hand_computed_numbers(seeds):
     for part in ("| 63.00 ± 3.61 |", "| 84–94 / ", "| 66.85 / 87.21 |", "student initialisation: none (v1, v2, v3, v3.1, v4)",
                  "validation split of 5000 training images", "n = 3 seeds, mean ± sample SD"):
         assert part in text, part
+    assert "report_acc1" not in table(demo[1] / "table1.csv")["v2"], "of another setting"
+    text = (demo[1] / "table1.md").read_text()
+    assert "76.19" not in text and "not a reproduction of the report" in text and "; 1 seed." in text
 
 
 def test_table_2_holds_the_cost_of_each_network(seeds):
-    rows = table(seeds[1] / "table2.csv")
-    expected = {"params_m": 20, "size_mb": 80, "gflop": 0.12, "image_size": 32, "compression": 5.85, "wall_min": 1.5,
-                "test_acc1_best_mean": 63}
+    rows, expected = table(seeds[1] / "table2.csv"), {"params_m": 20, "size_mb": 80, "gflop": 0.12, "image_size": 32,
+                                                      "compression": 5.85, "wall_min": 1.5, "test_acc1_best_mean": 63}
     assert {column: float(rows["v2"][column]) for column in expected} == expected
     assert [rows[name]["network"] for name in ("teacher", "alone", "v2")] == [LARGE, SMALL, SMALL]
     assert rows["teacher"]["compression"] == ""
 
 
-def test_the_reports_numbers_stand_only_beside_its_own_setting(demo):
-    assert "report_acc1" not in table(demo[1] / "table1.csv")["v2"]
-    text = (demo[1] / "table1.md").read_text()
-    assert "76.19" not in text and "not a reproduction of the report" in text and "; 1 seed." in text
-
-
-def test_markdown_and_latex_are_well_formed(seeds):
-    accuracy, count = make_figures.measured("acc. (%)", "acc", [1.0, 2.0]), make_figures.number("n", "n", 2, "d")
-    row = [make_figures.words("x", "x", "a|b"), accuracy, count]
-    note = "a_b & {c} #1 $2 ~ ^ \\ < 3"
-    assert make_figures.as_markdown([row], note).splitlines() == [
-        "| x    |    acc. (%) |   n |",
-        "| ---- | ----------: | --: |",
-        "| a\\|b | 1.50 ± 0.71 |   2 |",
-        "",
-        note,
-    ]
-    latex = make_figures.as_latex([row], note)
-    assert r"a|b & 1.50 $\pm$ 0.71 & 2 \\" in latex
+def test_latex_is_well_formed(seeds):
+    row = [make_figures.words("x", "x", "a|b"), make_figures.measured("acc. (%)", "acc", [1.0, 2.0])]
+    latex = make_figures.as_latex([row], "a_b & {c} #1 $2 ~ ^ \\ < 3")
+    assert r"a|b & 1.50 $\pm$ 0.71 \\" in latex
     assert r"a\_b \& \{c\} \#1 \$2 \textasciitilde{} \textasciicircum{} \textbackslash{} $<$ 3" in latex
-    for text in (latex, *((seeds[1] / f"table{number}.tex").read_text() for number in (1, 2))):
+    for text in (latex, (seeds[1] / "table1.tex").read_text()):
         bare = re.sub(r"\\[\\{}%&#_$]", lambda escape: r"\\" if escape[0] == r"\\" else "", text)
         depths = np.cumsum([(character == "{") - (character == "}") for character in bare])
         assert depths.min() == 0 == depths[-1], text
@@ -327,93 +272,63 @@ def test_markdown_and_latex_are_well_formed(seeds):
         assert {line.count("&") for line in bare.splitlines() if line.endswith(r"\\")} == {columns - 1}, text
 
 
-def test_missing_experiments_are_named_and_the_rest_is_drawn(tmp_path, quick):
-    write_study(tmp_path / "runs", names=("v3", "v3.1"), epochs=8, stop_v3=5)
-    code, output, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")
-    assert (code, errors) == (0, "")
-    assert "not found: teacher, teacher-strong, alone, v1, v2, v4\n" in output
-    assert "figure1.png, .pdf: drawn without v2\n" in output and "figure2: not drawn, without v2 and v4\n" in output
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [f"figure{number}.png" for number in (1, 3, 4, 5, 6)]
-    assert list(table(tmp_path / "out" / "table1.csv")) == ["v3", "v3.1"]
-
-
-def test_unfinished_runs_are_curves_only(tmp_path, quick):
+def test_missing_and_unfinished_runs_are_named_and_the_rest_is_drawn(tmp_path, quick):
     write_study(tmp_path / "runs", seeds=(1, 2), names=("v2",), epochs=8)
     running = write_run(tmp_path / "runs" / "v2-s3", "v2", seed=3, epochs=8, ran=3, finished=False)
     waiting = write_run(tmp_path / "runs" / "v3", "v3", epochs=8, finished=False)
     (waiting / "log.csv").write_text("epoch,val_acc1\n")
-    code, output, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")
-    assert (code, errors) == (0, "")
-    assert f"unfinished, in curves only: {running} (epoch 3 of 8)\n" in output
-    assert f"unfinished, in curves only: {waiting} (epoch 0 of 8)\n" in output
-    row = table(tmp_path / "out" / "table1.csv")["v2"]
-    assert (row["n"], float(row["test_acc1_best_mean"])) == ("2", 61)
-    (waiting / "log.csv").unlink()
+    output, rows = run_study(tmp_path)
+    for said in ("not found: teacher, teacher-strong, alone, v1, v3.1, v4", "figure1.png, .pdf: drawn without v3",
+                 "figure3: not drawn, without v3 and v3.1", f"unfinished, in curves only: {running} (epoch 3 of 8)",
+                 f"unfinished, in curves only: {waiting} (epoch 0 of 8)"):
+        assert f"{said}\n" in output
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [f"figure{number}.png" for number in (1, 2, 4, 5, 6)]
+    assert list(rows) == ["v2"] and (rows["v2"]["n"], float(rows["v2"]["test_acc1_best_mean"])) == ("2", 61)
     assert line(draw(tmp_path / "runs", "figure2"), "v2").get_label() == "v2: KD, unfinished"
-    assert len(draw(tmp_path / "runs", "figure5").axes[0].patches) == 1
+    study, *_ = make_figures.read_study([running, tmp_path / "runs" / "v2-s1", tmp_path / "runs"])
+    assert [run.config["seed"] for run in study["v2"]] == [1, 2, 3], "each run counts once"
 
 
-def test_runs_outside_the_study_are_left_out_and_named(tmp_path, quick):
-    write_run(tmp_path / "runs" / "v2", "v2", epochs=8)
-    other = write_run(tmp_path / "runs" / "kd-alpha0.5-T4-s1", "v2", epochs=8, experiment=None, alpha=0.5, dataset="cifar10")
-    write_run(tmp_path / "runs" / "second-try", "v3", epochs=8)
-    write_run(tmp_path / "runs" / "v4-s7", "v4", epochs=8, experiment=None)
-    write_run(tmp_path / "runs" / "demo" / "v4", "v4", epochs=3, dataset="synthetic")  # deeper: another study
-    code, output, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")
-    assert (code, errors) == (0, "") and f"left out, not of the study: {other}\n" in output
-    assert list(table(tmp_path / "out" / "table1.csv")) == ["v2", "v3", "v4"], "by --experiment, or else by directory"
-
-
-def test_a_run_of_another_method_joins_where_data_networks_and_teacher_are_the_studys(tmp_path, quick):
-    write_run(tmp_path / "runs" / "teacher", "teacher", epochs=8)
-    write_run(tmp_path / "runs" / "v3", "v3", epochs=8)
+def test_runs_outside_the_study_join_where_data_networks_and_teacher_are_the_studys(tmp_path, quick):
+    runs = tmp_path / "runs"
+    for path, name in (("teacher", "teacher"), ("second-try", "v3"), ("v4-s7", "v4")):
+        write_run(runs / path, name, epochs=8, **{"experiment": None} if name == "v4" else {})
+    write_run(runs / "demo" / "v4", "v4", epochs=3, dataset="synthetic")  # deeper: another study
     labels = {"experiment": None, "method_in_tables": "NEW strength 2", "method_in_figures": "NEW"}
     for seed in (1, 2):
-        write_run(tmp_path / "runs" / f"new-strength2-s{seed}", "v2", epochs=8, seed=seed, **labels)
-    left = [write_run(tmp_path / "runs" / f"other-{key}", "v2", epochs=8, **labels | {key: value})
+        write_run(runs / f"new-strength2-s{seed}", "v2", epochs=8, seed=seed, **labels)
+    left = [write_run(runs / f"other-{key}", "v2", epochs=8, **labels | {key: value})
             for key, value in (("teacher", "resnet20"), ("student", "resnet20"), ("image_size", 64), ("dataset", "cifar10"))]
-    code, output, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")
-    assert (code, errors) == (0, "") and f"left out, not of the study: {', '.join(map(str, sorted(left)))}\n" in output
-    rows = table(tmp_path / "out" / "table1.csv")
-    assert list(rows) == ["teacher", "v3", "new-strength2"] and rows["new-strength2"]["method"] == "NEW strength 2"
-    assert rows["new-strength2"]["n"] == "2"
-    study, *_ = make_figures.read_study([tmp_path / "runs"])
-    figure = make_figures.all_curves(study, ["v3", "new-strength2"])
-    curve = line(figure, "new-strength2: NEW")
+    output, rows = run_study(tmp_path)
+    assert f"left out, not of the study: {', '.join(map(str, sorted(left)))}\n" in output
+    assert list(rows) == ["teacher", "v3", "v4", "new-strength2"], "by --experiment, or else by directory"
+    assert (rows["new-strength2"]["method"], rows["new-strength2"]["n"]) == ("NEW strength 2", "2")
+    study, *_ = make_figures.read_study([runs])
+    curve = line(make_figures.all_curves(study, ["v3", "new-strength2"]), "new-strength2: NEW")
     assert curve.get_color() == make_figures.OTHERS[0].colour and len(curve.get_xdata()) == 8
-    bars = make_figures.retention_bars(study, ["v3", "new-strength2"])
-    assert len(bars.axes[0].patches) == 2
 
 
-def test_nothing_to_draw_is_an_error(tmp_path):
+def test_nothing_to_draw_and_unknown_flags_are_errors(tmp_path):
     out = tmp_path / "out"
     write_run(tmp_path / "others" / "kd-s1", "v2", epochs=8, experiment=None)
     write_run(tmp_path / "early" / "teacher", "teacher", epochs=8, finished=False)
     (tmp_path / "empty").mkdir()
     for name in ("empty", "absent", "others", "early"):
         assert str(tmp_path / name) in refused(4, "--runs", tmp_path / name, "--output", out)
+    for arguments in (["--run", "x"], ["x"], ["--runs"]):
+        refused(2, *arguments)
     assert not out.exists()
 
 
 @pytest.mark.parametrize(("name", "content", "reason"), [
-    ("log.csv", "epoch,val_loss\n1,2.0\n", "no column val_acc1"),
-    ("log.csv", "epoch,val_acc1\n1,50.0\n2,\n", "epoch 2"),
-    ("log.csv", "epoch,val_acc1\n1,50.0\n2\n", "line 3"),
-    ("log.csv", "epoch,val_acc1\n1,nan\n", "epoch 1"),
-    ("log.csv", "epoch,val_acc1\n2,50.0\n1,51.0\n", "line 3"),
-    ("log.csv", "epoch,val_acc1\n1,500\n", "epoch 1"),
-    ("log.csv", b"epoch,val_acc1\n1,\xff\n", "utf-8"),
-    ("log.csv", "", "no column epoch"),
-    ("config.json", "{\"script\": ", "line 1"),
-    ("config.json", "[1]", "not an object"),
-    ("config.json", '{"script": "distill", "dataset": "cifar100", "epochs": 8, "seed": "one"}', "seed is 'one'"),
-    ("summary.json", "", "line 1"),
-    ("summary.json", '{"test_acc1_last": NaN}', "test_acc1_last is nan"),
-    ("log.csv", "epoch,val_acc1\n1,50.0\n", "no row of epoch 8"),
-])
+    ("log.csv", b"epoch,val_loss\n1,2.0\n", "no column val_acc1"), ("log.csv", b"epoch,val_acc1\n1,50.0\n2,\n", "epoch 2"),
+    ("log.csv", b"epoch,val_acc1\n2,50.0\n1,51.0\n", "line 3"), ("log.csv", b"epoch,val_acc1\n1,\xff\n", "utf-8"),
+    ("log.csv", b"epoch,val_acc1\n1,500\n", "epoch 1"), ("log.csv", b"epoch,val_acc1\n1,50.0\n", "no row of epoch 8"),
+    ("config.json", b'{"script": ', "line 1"), ("config.json", b"[1]", "not an object"),
+    ("summary.json", b'{"test_acc1_last": NaN}', "test_acc1_last is nan")])
 def test_damaged_files_are_named(tmp_path, name, content, reason):
     run = write_run(tmp_path / "v2", "v2", epochs=8)
-    (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (run / name).write_bytes(content)
     message = refused(4, "--runs", tmp_path, "--output", tmp_path / "out")
     assert f"({run / name})" in message and reason in message, message
 
@@ -430,28 +345,20 @@ def test_a_run_that_cannot_be_read_leaves_the_others(tmp_path, quick):
 
 def test_a_run_far_below_kd_of_its_seed_collapsed(tmp_path, quick):
     """By 5 points of last validation accuracy; KD with other images is no control, and a student alone has none."""
-    def end_at(accuracy, *run, **flags):
-        path = write_run(tmp_path / "runs" / f"{run[0]}-s{run[1]}", run[0], epochs=8, seed=run[1], **flags)
+    def end_at(accuracy, name, seed):
+        path = write_run(tmp_path / "runs" / f"{name}-s{seed}", name, epochs=8, seed=seed, summary={"best_epoch": 8})
         (path / "log.csv").write_text("epoch,val_acc1\n" + "".join(f"{epoch},{accuracy}\n" for epoch in range(1, 9)))
 
-    flags = {"summary": {"best_epoch": 8}}
-    for seed, v2, v3 in ((1, 50, 45), (2, 60, 54.9)):
-        end_at(v2, "v2", seed, **flags)
-        end_at(v3, "v3", seed, **flags)
-    for name in ("v1", "alone"):
-        end_at(20, name, 1, **flags)
-    assert run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")[0] == 0
-    verdicts = {name: row["verdict"] for name, row in table(tmp_path / "out" / "table1.csv").items()}
+    for accuracy, name, seed in ((50, "v2", 1), (45, "v3", 1), (60, "v2", 2), (54.9, "v3", 2), (20, "v1", 1), (20, "alone", 1)):
+        end_at(accuracy, name, seed)
+    verdicts = {name: row["verdict"] for name, row in run_study(tmp_path)[1].items()}
     assert verdicts == {"v2": "completed", "v3": "1 completed, 1 collapsed", "v1": "completed", "alone": "completed"}
 
 
 @pytest.mark.parametrize(("first", "second", "what"), [
-    (("v2", {}), ("v2", {"seed": 2, "dataset": "synthetic"}), "dataset of v2, cifar100 and synthetic"),
-    (("v2", {}), ("v2", {"seed": 2, "epochs": 9}), "epochs of v2, 8 and 9"),
     (("v3", {}), ("v3", {"seed": 2, "beta": 4.0}), "beta of v3, 8.0 and 4.0"),
     (("v2", {}), ("v2", {}), "seed 1"),
     (("v2", {}), ("v3", {"dataset": "cifar10"}), "dataset, cifar100 and cifar10"),
-    (("v2", {}), ("v3", {"student": "resnet20"}), f"student, {SMALL} and resnet20"),
     (("alone", {}), ("v3", {"student": "resnet20"}), f"student, {SMALL} and resnet20"),
     (("v1", {}), ("v2", {"teacher": "resnet20"}), f"teacher, {LARGE} and resnet20"),
     (("teacher-strong", {}), ("v4", {"teacher": "resnet20"}), f"stronger teacher, {LARGE} and resnet20"),
@@ -464,24 +371,9 @@ def test_mixtures_are_refused(tmp_path, first, second, what):
     assert what in message and f"({paths[0]} and {paths[1]})" in message and "--runs" in message, message
 
 
-def test_runs_names_several_directories_and_each_run_counts_once(tmp_path):
-    one, two = (write_run(tmp_path / f"v2-s{seed}", "v2", seed=seed, epochs=8) for seed in (1, 2))
-    study, *_ = make_figures.read_study([one, two, tmp_path])
-    assert [run.path for run in study["v2"]] == [one, two]
-    assert [run.path for run in make_figures.read_study([two])[0]["v2"]] == [two]
-
-
-@pytest.mark.parametrize("arguments", [["--run", "x"], ["--seeds", "3"], ["x"], ["--runs"]])
-def test_usage_errors_are_one_line(arguments):
-    refused(2, *arguments)
-
-
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
     write_run(tmp_path / "runs" / "v2", "v2", epochs=8)
     (tmp_path / "file").write_text("mine")
     code, _, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "file")
     assert code == 8 and re.fullmatch(rf"error: cannot write {tmp_path}/file \(.*\)\. .*\n", errors), errors
     assert (tmp_path / "file").read_text() == "mine"
-    (tmp_path / "out" / "figure1.png").mkdir(parents=True)
-    assert run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")[0] == 8
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["figure1.png"], "no partial file stays"
