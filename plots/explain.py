@@ -116,12 +116,9 @@ def read_case(directory: Path, name: str, look: make_figures.Series) -> Case:
     run = read_run(directory)
     if not len(run.epochs):
         raise files.damaged(directory / "log.csv", "no epoch")
-    if run.config.get("clip_grad") is not None:
-        require(directory / "config.json", run.config, clip_grad=float)
     path, status = directory / "status.json", {}
     if summary := run.summary:
-        kinds = {"health": str, "alarms": list, "advice": str}
-        require(directory / "summary.json", summary, **{key: kinds[key] for key in kinds if summary.get(key) is not None})
+        require(directory / "summary.json", summary, optional=True, health=str, alarms=list, advice=str)
         for alarm in summary.get("alarms") or ():
             require(directory / "summary.json", alarm, name=str, value=float, limit=float, text=str)
     elif path.exists():
@@ -197,13 +194,12 @@ def blocks(cases: list[Case]) -> list[tuple[str, list[str]]]:
 
 def title(cases: list[Case]) -> tuple[str, str]:
     """Which runs these are, and what they trained, on what."""
-    configs = [case.run.config for case in cases]
-    datasets = dict.fromkeys(make_figures.DATASETS.get(config["dataset"], config["dataset"]) for config in configs)
-    networks = dict.fromkeys(f"{run.teacher} → {run.network}" if run.distilled else run.network for run in (
-        case.run for case in cases))
+    runs = [case.run for case in cases]
+    datasets = dict.fromkeys(make_figures.DATASETS.get(run.config["dataset"], run.config["dataset"]) for run in runs)
+    networks = dict.fromkeys(f"{run.teacher} → {run.network}" if run.distilled else run.network for run in runs)
     about = [", ".join(datasets), ", ".join(networks)]
     if len(cases) == 1:
-        return cases[0].name, "; ".join([cases[0].method, *about, f"seed {configs[0]['seed']}"])
+        return cases[0].name, "; ".join([cases[0].method, *about, f"seed {runs[0].config['seed']}"])
     names = ", ".join(case.name for case in cases)
     return names if len(names) < 60 else f"{len(cases)} runs", "; ".join(about)
 
@@ -222,9 +218,9 @@ def lines_of(cases: list[Case]) -> list[Line]:
     found = [Line(text, TITLE, "bold") for text in textwrap.wrap(head, int(CHARACTERS * BODY / TITLE))]
     found += [Line(text) for text in textwrap.wrap(about, CHARACTERS)]
     for case, (heading, sentences) in zip(cases, blocks(cases)):
-        found.append(Line(""))
-        for number, text in enumerate(textwrap.wrap(heading, CHARACTERS)):
-            found.append(Line(text, weight="bold", marks=None if number or len(cases) == 1 else case))
+        first, *more = textwrap.wrap(heading, CHARACTERS)
+        found += [Line(""), Line(first, weight="bold", marks=case if len(cases) > 1 else None)]
+        found += [Line(text, weight="bold") for text in more]
         for sentence in sentences:
             found += [Line(text) for text in textwrap.wrap(sentence, CHARACTERS, subsequent_indent="    ")]
     return found
@@ -456,8 +452,8 @@ def draw_panels(figure: Figure, cases: list[Case], panels: list[Panel], columns:
     """The panels from the bottom of the page on: in rows, of which the first panel fills up the first one."""
     height, width, rows = figure.get_figheight(), (WIDTH - 2 * EDGE) / columns, math.ceil(len(panels) / columns)
     last = max(max(len(case.column("epoch")), int(case.run.epochs[-1])) for case in cases)
+    spare = rows * columns - len(panels)
     for number, panel in enumerate(panels):
-        spare = rows * columns - len(panels)
         row, column = divmod(number + spare if number else 0, columns)
         across = 1 if number else 1 + spare
         axis = figure.add_axes((
@@ -496,15 +492,6 @@ def spoken(cases: list[Case]) -> str:
     return "\n".join(lines)
 
 
-def explain(directories: list[Path], output: Path) -> None:
-    if output.suffix not in (".png", ".pdf"):
-        raise Failure(USAGE, f"--output must end in .png or .pdf ({output})", "choose one of them")
-    cases, content = read_cases(directories), io.BytesIO()
-    page(cases).savefig(content, format=output.suffix[1:], metadata={"CreationDate": None} if output.suffix == ".pdf" else {})
-    files.write_atomic(output, content.getvalue())
-    print(spoken(cases), f"\n{output}", sep="\n")
-
-
 def main(arguments=None) -> None:
     parser = errors.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories; one of method kd is the control")
@@ -512,8 +499,14 @@ def main(arguments=None) -> None:
                         help="a .png or .pdf; default: explain.png in the directory of the first run")
 
     def work(args) -> None:
+        output, content = args.output or args.runs[0] / "explain.png", io.BytesIO()
+        if output.suffix not in (".png", ".pdf"):
+            raise Failure(USAGE, f"--output must end in .png or .pdf ({output})", "choose one of them")
+        cases, metadata = read_cases(args.runs), {"CreationDate": None} if output.suffix == ".pdf" else {}
         with matplotlib.style.context(["default", STYLE]):
-            explain(args.runs, args.output or args.runs[0] / "explain.png")
+            page(cases).savefig(content, format=output.suffix[1:], metadata=metadata)
+        files.write_atomic(output, content.getvalue())
+        print(spoken(cases), f"\n{output}", sep="\n")
 
     errors.run(work, parser.parse_args(arguments))
 

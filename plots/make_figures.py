@@ -15,7 +15,6 @@ import re
 import sys
 import textwrap
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +33,8 @@ from rundir.errors import DATA, USAGE, Failure
 
 ROOT = Path(__file__).resolve().parent.parent
 
-@dataclass(frozen=True)
-class Series:
+
+class Series(NamedTuple):
     """How one group of runs looks: an Okabe-Ito colour, and dashes and a marker so that grey print is readable too."""
     colour: str
     dashes: str | tuple
@@ -152,11 +151,11 @@ def refuse_mixtures(study) -> None:
     remedy = "with --runs name only the directories that belong together"
 
     def same(what, names, value):
-        runs = [run for name in names for run in study.get(name, ())]
-        for run in runs[1:]:
-            if value(run) != value(runs[0]):
-                raise Failure(USAGE, f"runs of one study differ in {what}, {value(runs[0])} and {value(run)} "
-                              f"({runs[0].path} and {run.path})", remedy)
+        first, *others = [run for name in names for run in study.get(name, ())] or [None]
+        for run in others:
+            if value(run) != value(first):
+                raise Failure(USAGE, f"runs of one study differ in {what}, {value(first)} and {value(run)} "
+                              f"({first.path} and {run.path})", remedy)
 
     for name, runs in study.items():
         for key in dict.fromkeys(key for run in runs for key in run.config if key not in MAY_DIFFER):
@@ -193,8 +192,7 @@ def mean_curve(runs) -> tuple[np.ndarray, ...]:
     present = np.isfinite(table).sum(axis=0)
     mean = np.nansum(table, axis=0) / present
     squares = np.nansum((table - mean) ** 2, axis=0)
-    variance = np.divide(squares, present - 1, where=present > 1, out=np.full(len(epochs), np.nan))
-    return epochs, mean, np.sqrt(variance), present
+    return epochs, mean, np.sqrt(squares / np.where(present > 1, present - 1, np.nan)), present
 
 
 def retentions(finished, name) -> list[float]:
@@ -252,7 +250,8 @@ def draw_curves(study, names, first_epoch=1):
         epochs, mean, deviation, present = (column[curve[0] >= first_epoch] for column in curve)
         text = label(study, name) + (f" (n = {len(runs)})" if unequal else "")
         text += "" if all(run.summary for run in runs) else ", unfinished"
-        if stops := early_stops(runs):
+        stops = sorted((int(run.epochs[-1]), run.val_acc1[-1]) for run in runs if run.summary and run.summary["stopped_early"])
+        if stops:
             text += f", stopped at {extent([epoch for epoch, _ in stops])}"
         elif not len(epochs):
             text += f", ends at {curve[0][-1]}"
@@ -273,23 +272,16 @@ def draw_curves(study, names, first_epoch=1):
     return axis
 
 
-def early_stops(runs) -> list[tuple[int, float]]:
-    """Last epoch, and validation accuracy there, of each seed that stopped early; in the order of epochs."""
-    return sorted((int(run.epochs[-1]), float(run.val_acc1[-1])) for run in runs if run.summary and run.summary["stopped_early"])
-
-
 def legend(axis) -> Figure:
     """The legend below the axis, where it covers no curve, in as many columns as fit; the figure grows by its height."""
     figure = axis.figure
-    handles, labels = axis.get_legend_handles_labels()
+    handles, _ = axis.get_legend_handles_labels()
     if any(line.get_marker() == CROSS["marker"] for line in axis.lines):
-        handles.append(Line2D([], [], **CROSS, color="white"))
-        labels.append("early stop")
+        handles.append(Line2D([], [], **CROSS, color="white", label="early stop"))
     if any(line.get_linewidth() == THIN for line in axis.lines):
-        handles.append(Line2D([], [], color="black", linewidth=THIN))
-        labels.append("fewer seeds left")
+        handles.append(Line2D([], [], color="black", linewidth=THIN, label="fewer seeds left"))
     for columns in (3, 2, 1):
-        box = figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+        box = figure.legend(handles=handles, loc="outside lower left", ncols=columns)
         size = box.get_window_extent()
         if columns == 1 or size.x1 < figure.bbox.x1:
             break
@@ -452,8 +444,8 @@ def table2(finished) -> tuple[list[list[Cell]], str]:
 
 
 def in_the_reports_setting(finished) -> bool:
-    students = [runs[0] for runs in finished.values() if runs[0].distilled]
-    return any((run.config["dataset"], run.teacher, run.network) == REPORT_SETTING for run in students)
+    return any((run.config["dataset"], run.teacher, run.network) == REPORT_SETTING
+               for run, *_ in finished.values() if run.distilled)
 
 
 def provenance(finished) -> str:
@@ -497,23 +489,19 @@ def as_markdown(rows, note) -> str:
                              {header for header, cells in columns.items() if cells[0].align == "l"}, note)
 
 
-LATEX = {character: "\\" + character for character in "&%$#_{}"} | {
+LATEX = str.maketrans({character: "\\" + character for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$",
-}
+    "±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$"})
 
 
 def as_latex(rows, note) -> str:
     """A plain tabular to \\input, without packages, about as wide as a page of two columns."""
-
-    def escaped(text):
-        return "".join(LATEX.get(character, character) for character in text)
-
     lines = [[cell.header for cell in rows[0]], *([cell.text for cell in row] for row in rows)]
-    head, *body = (" & ".join(map(escaped, line)) + r" \\" for line in lines)
+    head, *body = (" & ".join(text.translate(LATEX) for text in line) + r" \\" for line in lines)
     return "\n".join((
         r"{\scriptsize\setlength{\tabcolsep}{1.5pt}%", rf"\begin{{tabular}}{{{''.join(cell.align for cell in rows[0])}}}",
-        r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}\par\smallskip", rf"\noindent {escaped(note)}\par}}", ""))
+        r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}\par\smallskip",
+        rf"\noindent {note.translate(LATEX)}\par}}", ""))
 
 
 FORMATS = {"md": as_markdown, "csv": as_csv, "tex": as_latex}
@@ -586,7 +574,6 @@ def main(arguments=None) -> None:
                         help="directories that hold runs, directly or below; default: runs/ of the repository")
     parser.add_argument("--output", type=Path, default=ROOT / "figures", metavar="DIR",
                         help="where to write; default: figures/ of the repository")
-
 
     def work(args) -> None:
         with matplotlib.style.context(["default", STYLE]):

@@ -57,14 +57,17 @@ def control_of(run: Run, runs: list[Run]) -> Run | None:
     return found if run.distilled and found is not run else None
 
 
-def require(path: Path, content: dict, **kinds) -> None:
-    """Every key of `kinds` must be in `content`, read from `path`, with a value of that type; a float must be finite."""
+def require(path: Path, content: dict, optional=False, **kinds) -> None:
+    """Every key of `kinds` must be in `content`, read from `path`, with a value of that type; a float must be finite.
+
+    optional: it may be missing, or None.
+    """
     if not isinstance(content, dict):
         raise damaged(path, f"{content!r} is not an object")
     for key, kind in kinds.items():
         value = content.get(key)
-        allowed = (int, float) if kind is float else (kind,)
-        if type(value) not in allowed or isinstance(value, float) and not math.isfinite(value):
+        wrong = type(value) not in ((int, float) if kind is float else (kind,))
+        if (wrong or isinstance(value, float) and not math.isfinite(value)) and not (optional and value is None):
             raise damaged(path, f"{key} is {value!r}")
 
 
@@ -100,8 +103,7 @@ def read_run(directory: Path) -> Run:
     if config is None:
         raise damaged(path, "no such file")
     require(path, config, script=str, dataset=str, epochs=int, seed=int)
-    if config.get("experiment") is not None:
-        require(path, config, experiment=str)
+    require(path, config, optional=True, experiment=str, clip_grad=float)
     distilled = config["script"] == "distill"
     if distilled:
         require(path, config, teacher=str, student=str, method=str)
