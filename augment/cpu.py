@@ -1,10 +1,17 @@
-"""The CPU path: batches in plain PyTorch, on CPUs, and on GPUs where the kernel does not run.  naive.py says what it computes."""
+"""The CPU path: batches in plain PyTorch, on CPUs, and on GPUs where the kernel does not run.
+
+Its specification is naive.py; its bytes are those of torchvision's v1 tensor operations on every IEEE device.  Images are uint8
+(rows, 3*size*size), NHWC, unless said otherwise.  Each product and each sum is rounded by itself, as eager PyTorch does: fused
+multiply-adds would break the equality with the kernel.
+"""
+import functools
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from augment import ops
+from augment.policy import AUTOCONTRAST, CONTRAST, EQUALIZE, GEOMETRY, LOOKUP, SHARPNESS, PolicyTables
 from augment.sampling import Sampler
 from kernels.augment_constants import KINDS
 from losses.targets import Targets
@@ -20,7 +27,7 @@ class _Plan(NamedTuple):
     """
     sources: torch.Tensor  # int64 (S, R), image numbers
     mirror_from: list[int]  # per step
-    corners: torch.Tensor  # int64 (S, R), see ops.crop
+    corners: torch.Tensor  # int64 (S, R), see crop
     codes: list[torch.Tensor]  # per slot int64 (S, R)
     counts: list[list[list[int]]]  # per slot, step and kind
     moves: list[torch.Tensor]  # per slot int64 (S, R): where in this order each row of the next one is
@@ -73,17 +80,17 @@ class CpuBatches:
             self._plans[rows] = self._plan(rows)
         plan = self._plans[rows]
         images = self.images.index_select(0, plan.sources[step])
-        images = ops.crop(images, plan.mirror_from[step], plan.corners[step], self.sampler.crop_pad)
+        images = crop(images, plan.mirror_from[step], plan.corners[step], self.sampler.crop_pad)
         for codes, counts, moves in zip(plan.codes, plan.counts, plan.moves):
-            ops.apply_operations(images, codes[step], counts[step], self.sampler.policy)
+            apply_operations(images, codes[step], counts[step], self.sampler.policy)
             images = images.index_select(0, moves[step])
-        images = ops.normalise(images, self.mean, self.std).view(-1, self.size, 3 * self.size)
+        images = normalise(images, self.mean, self.std).view(-1, self.size, 3 * self.size)
         if self.sampler.erase_threshold:
-            ops.erase(images, self._draws.erased[step, rows.start:rows.stop])
+            erase(images, self._draws.erased[step, rows.start:rows.stop])
         paired = len(rows) // 2 * 2
         if self.sampler.mix_threshold and paired:
             mixes = slice(rows.start, rows.start + paired) if self.mix_each else slice(1)
-            ops.mix(images[:paired], self._mixes.lam[step, mixes], self._mixes.pasted[step, mixes])
+            mix(images[:paired], self._mixes.lam[step, mixes], self._mixes.pasted[step, mixes])
         return images
 
     def _plan(self, rows: range) -> _Plan:
@@ -104,3 +111,176 @@ class CpuBatches:
             codes=[code.gather(1, order) for code, order in zip(codes.unbind(2), orders)],
             counts=F.one_hot(kinds, len(KINDS)).sum(1).transpose(0, 1).tolist(),
             moves=[here.argsort(1).gather(1, following) for here, following in zip(orders, orders[1:])])
+
+
+# Arithmetic
+
+def crop(images: torch.Tensor, mirror_from: int, corners: torch.Tensor, pad: int) -> torch.Tensor:
+    """Windows of the zero-padded `images`, uint8 (rows, size, size, 3), those from row `mirror_from` on mirrored first.
+
+    corners: int64 (rows,), where the window of each row of the result begins, in pixels from the first of all padded images.
+    """
+    rows, size = images.shape[:2]
+    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+    padded[mirror_from:] = padded[mirror_from:].flip(2)
+    width = size + 2 * pad
+    # A line of a window is 3*size bytes in a row, from any pixel on: in this view of the same memory a crop copies whole lines.
+    lines = padded.as_strided((rows * width * width - size + 1, 3 * size), (3, 1))
+    starts = corners.unsqueeze(1) + torch.arange(0, size * width, width, device=images.device)
+    return lines.index_select(0, starts.view(-1)).view(rows, 3 * size * size)
+
+
+def apply_operations(images: torch.Tensor, codes: torch.Tensor, counts: list[int], tables: PolicyTables) -> None:
+    """Apply operation `codes[i]`, int64 (rows,), to `images[i]`, in place; the rows are sorted by kind, `counts` of each kind."""
+    rows = [slice(end - count, end) for end, count in zip(accumulate(counts), counts)]
+    if counts[GEOMETRY]:
+        moved = rows[GEOMETRY]
+        sources = tables.maps.index_select(0, tables.argument.index_select(0, codes[moved]))
+        first = torch.arange(len(sources), dtype=torch.int32, device=images.device).unsqueeze(1) * (sources.shape[1] + 1)
+        pixels = F.pad(images[moved], (0, 3)).view(-1, 3)  # behind each image one that is black
+        images[moved] = pixels.index_select(0, (sources + first).view(-1)).view(len(sources), -1)
+
+    blended = slice(rows[SHARPNESS].start, rows[CONTRAST].stop)
+    if blended.start < blended.stop:
+        values = images[blended].float()
+        others = values.clone()
+        for change, group in zip((_blur, _make_gray, _make_mean_gray), others.split(counts[SHARPNESS:CONTRAST + 1])):
+            if len(group):
+                change(group)
+        values.mul_(tables.ratio.index_select(0, codes[blended]).unsqueeze(1))
+        others.mul_(tables.complement.index_select(0, codes[blended]).unsqueeze(1))
+        images[blended] = _whole(values.add_(others))
+
+    looked_up = slice(rows[EQUALIZE].start, rows[LOOKUP].stop)
+    if looked_up.start < looked_up.stop:
+        index = _lookup_index(images[looked_up])
+        lookups = []
+        if counts[EQUALIZE]:
+            lookups.append(_equalizing(index[:counts[EQUALIZE]]))
+        if counts[AUTOCONTRAST]:
+            lookups.append(_stretching(images[rows[AUTOCONTRAST]], tables))
+        if counts[LOOKUP]:
+            chosen = tables.argument.index_select(0, codes[rows[LOOKUP]])
+            lookups.append(tables.lookups.index_select(0, chosen).unsqueeze(1).expand(-1, 3, -1))
+        images[looked_up] = torch.cat(lookups).view(-1).index_select(0, index.view(-1)).view_as(index)
+
+
+def _whole(values):
+    """Truncated to [0, 255], as int16: to this a CPU converts four times as fast as to uint8."""
+    return values.clamp_(0, 255).to(torch.int16)
+
+
+# What an image is blended with: float32 (rows, 3*size*size), made in place of the image.
+
+def _blur(images):
+    size = round((images.shape[1] / 3) ** 0.5)
+    images = images.view(-1, size, 3 * size)
+    lines = (images[:, :-2] + images[:, 1:-1]).add_(images[:, 2:])
+    squares = (lines[..., :-6] + lines[..., 3:-3]).add_(lines[..., 6:])
+    images[:, 1:-1, 3:-3].mul_(4).add_(squares).div_(13).round_()  # not the border; 13 is odd, so there are no ties to round
+
+
+def _make_gray(images):
+    images.view(len(images), -1, 3).copy_(_gray(images).unsqueeze(2))
+
+
+def _make_mean_gray(images):
+    gray = _gray(images)
+    total = gray.sum(1, keepdim=True, dtype=torch.int64).float()  # of whole numbers: exact in any order
+    images.copy_(total / _number(gray.shape[1], images.device))
+
+
+def _gray(images):
+    """float32 (rows, size*size), whole numbers."""
+    red, green, blue = (images * _gray_weights(images.shape[1] // 3, images.device)).view(len(images), -1, 3).unbind(2)
+    return (red + green).add_(blue).trunc_()
+
+
+# Lookups that depend on the image: int16 (rows, 3, 256).
+
+def _stretching(images, tables):
+    planes = images.view(len(images), -1, 3).transpose(1, 2).contiguous()
+    low, high = planes.amin(2, keepdim=True), planes.amax(2, keepdim=True)
+    stretch = tables.stretch[(high - low).long()]
+    return _whole((_ramp(images.device) - low.masked_fill(low == high, 0)).mul_(stretch))
+
+
+def _equalizing(index):
+    pixels = index.shape[1] // 3
+    histogram = torch.zeros(len(index) * 768, dtype=torch.int32, device=index.device)
+    histogram = histogram.index_add_(0, index.view(-1), torch.ones_like(index).view(-1)).view(-1, 3, 256)
+    not_brighter = histogram.cumsum(2, dtype=torch.int32)
+    below_brightest = not_brighter.masked_fill(not_brighter == pixels, 0).amax(2, keepdim=True)
+    step = below_brightest // 255
+    # The float32 quotient of whole numbers below 2^23 truncates to the integer quotient: it never rounds up to a whole number.
+    equalized = not_brighter.sub_(histogram).add_(step // 2) / step.clamp(min=1)
+    return _whole(torch.where(step > 0, equalized, _ramp(index.device)))
+
+
+def _lookup_index(images):
+    """int32 (rows, 3*size*size): where each byte finds its value in lookups (rows, 3, 256)."""
+    rows, size = images.shape
+    first = torch.arange(0, rows * 768, 768, dtype=torch.int32, device=images.device).unsqueeze(1)
+    return (images + _first_of_channel(size // 3, images.device)).add_(first)
+
+
+def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """float32 (rows, 3*size*size), by the steps of ToTensor and Normalize; mean, std: float32 (3*size*size,)."""
+    return images.float().div_(_number(255, images.device)).sub_(mean).div_(std)
+
+
+def erase(images: torch.Tensor, boxes: torch.Tensor) -> None:
+    """Set the pixels inside of `boxes` to zero, in place; images: float32 (rows, size, 3*size), boxes: (rows, 4).
+
+    Random Erasing: Zhong et al. 2017, arXiv 1708.04896.
+    """
+    lines, columns = (-outside.int() for outside in _outside(boxes, images.shape[1]))
+    images.view(torch.int32).bitwise_and_(lines | columns)  # keeps all bits or none: quick on a CPU, and never -0
+
+
+def mix(images: torch.Tensor, lam: torch.Tensor, boxes: torch.Tensor) -> None:
+    """lam * image + (1 - lam) * partner, in place, where rows 2k and 2k+1 are partners and lam counts as 0 inside of `boxes`.
+
+    images: float32 (rows, size, 3*size), rows even; lam: float32 (rows,), boxes: (rows, 4), or one for all rows.
+    Mixup: Zhang et al. 2017, arXiv 1710.09412.  CutMix: Yun et al. 2019, arXiv 1905.04899.
+    """
+    lines, columns = (outside * lam.view(-1, 1, 1) for outside in _outside(boxes, images.shape[1]))
+    weights = torch.maximum(lines, columns)
+    partners = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    images.mul_(weights).add_(partners.mul_(1 - weights))
+
+
+def _outside(boxes, size):
+    """bool (rows, size, 1) and (rows, 1, 3*size): the lines and the bytes of a line outside of boxes top, left, bottom, right."""
+    top, left, bottom, right = boxes.unsqueeze(2).unbind(1)
+    line, column = _coordinates(size, boxes.device)
+    return ((line < top) | (line >= bottom)).unsqueeze(2), ((column < left) | (column >= right)).unsqueeze(1)
+
+
+# Constants, which a small batch would spend more time on making than on using.
+
+@functools.cache
+def _number(value, device):
+    """What to divide by: by a number of Python's, a GPU multiplies with its rounded inverse instead."""
+    return torch.tensor(float(value), device=device)
+
+
+@functools.cache
+def _ramp(device):
+    return torch.arange(256, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _first_of_channel(pixels, device):
+    return torch.arange(0, 768, 256, dtype=torch.int32, device=device).repeat(pixels)
+
+
+@functools.cache
+def _gray_weights(pixels, device):
+    return torch.tensor([0.2989, 0.587, 0.114], device=device).repeat(pixels)
+
+
+@functools.cache
+def _coordinates(size, device):
+    line = torch.arange(size, device=device)
+    return line, line.repeat_interleave(3)

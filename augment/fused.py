@@ -1,7 +1,7 @@
 """The fused path: batches by kernels/augment.py, one launch each.  naive.py says what it computes."""
 import torch
 
-from augment import ops
+from augment import cpu
 from augment.sampling import WORD, Sampler
 from kernels import augment as kernel
 from kernels.augment_constants import CONTRAST, KINDS, SHARPNESS
@@ -32,7 +32,7 @@ class FusedBatches:
             subpolicies=torch.cat([operations[policy.codes], policy.thresholds.unsqueeze(2)], 2),
             blends=torch.stack([policy.ratio, policy.complement], 1),
             maps=policy.maps, lookups=policy.lookups, stretch=policy.stretch,
-            normalised=ops.normalise(every_byte, torch.tensor(mean), torch.tensor(std)).T.contiguous().to(device),
+            normalised=cpu.normalise(every_byte, torch.tensor(mean), torch.tensor(std)).T.contiguous().to(device),
             erase_sizes=sampler.erase_sizes.int(), lams=sampler.lams, half_sides=sampler.half_sides.int())
 
     def set_epoch(self, epoch: int, order: torch.Tensor) -> None:

@@ -100,7 +100,7 @@ class Sampler:
         self.mix_threshold = int(mix_prob * 2 ** 32) if mixup or cutmix else 0
         self.cutmix_threshold = 0 if not cutmix else 1 if mixup else 2  # to be compared with one random bit
         device = policy.codes.device
-        self.pixels = torch.tensor(float(size * size), device=device)  # see ops._number
+        self.pixels = torch.tensor(float(size * size), device=device)  # see cpu._number
         self.erase_sizes = erase_sizes(size).to(device)
         self.lams = beta_quantiles(mixup or 1.0).to(device)  # of what is off, any table will do
         self.half_sides = (0.5 * (1 - beta_quantiles(cutmix or 1.0).double()).sqrt() * size).long().to(device)

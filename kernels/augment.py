@@ -12,7 +12,7 @@ under a 64-bit seed and with the counter (position in the epoch, epoch, stream, 
     normalise  (x / 255 - mean) / std, by a table;   erase   zeros in a box
     mix        w * row + (1-w) * partner, where w is 0 inside of a pasted box and lam outside
 
-The specification is augment/naive.py.  The CPU path is augment/cpu.py: ops.py has its arithmetic, sampling.py the draws, and
+The specification is augment/naive.py.  The CPU path is augment/cpu.py; sampling.py makes the draws, and
 policy.py fills the tables.  All agree bit for bit, since they take whole numbers and tables, and round every product and sum
 by itself: the kernel is compiled without fused multiply-adds.  (For sm_120 the assembler in Triton 3.6 fuses some all the same;
 that in 3.8 does not.)
@@ -164,7 +164,7 @@ def _both_boxes(pairs):
     return (top, left, bottom, right), (next_top, next_left, next_bottom, next_right)
 
 
-# --- the arithmetic: see augment/ops.py ---------------------------------------------------------------------------------
+# --- the arithmetic: see augment/cpu.py ---------------------------------------------------------------------------------
 # An image is int32 (size*size,), a pixel is red + 256 * green + 65536 * blue.
 
 @triton.jit

@@ -327,7 +327,7 @@ class CudaPath(ExitStack):
 
     def _replace_project(self) -> None:
         import models
-        from augment import augmenter, ops, sampling
+        from augment import augmenter, cpu, sampling
         from data import datasets
         from kernels import augment, softmax_kl
         from rundir import checkpoint
@@ -366,7 +366,7 @@ class CudaPath(ExitStack):
         self.replace(augment, _augment_kernel=StandIn(self.watch))
         self.replace(softmax_kl, _softmax_kl_kernel=StandIn(self.watch), _hyperparameters={})
         self.replace(torch.ops.fusekd, softmax_kl=softmax_kl._softmax_kl)  # the launcher, not the operator's fake form
-        for cached in (softmax_kl._counter, *(each for each in vars(ops).values() if hasattr(each, "cache_clear"))):
+        for cached in (softmax_kl._counter, *(each for each in vars(cpu).values() if hasattr(each, "cache_clear"))):
             cached.cache_clear()
             self.callback(cached.cache_clear)  # fake tensors would compute nothing, silently, in a real run of this process
 

@@ -43,11 +43,11 @@ def test_a_teacher_is_trained_without_waiting(tmp_path, flags):
 
 def test_nothing_fake_is_left_behind(tmp_path):
     """What is cached on the way, such as the constants of the augmentation on a CPU, is real again afterwards."""
-    from augment import ops
+    from augment import cpu
     with CudaPath(tmp_path) as path:
         path.train_teacher("")
     pixels = torch.full((1, 12), 255, dtype=torch.uint8)
-    assert torch.equal(ops.normalise(pixels, torch.zeros(12), torch.ones(12)), torch.ones(1, 12))
+    assert torch.equal(cpu.normalise(pixels, torch.zeros(12), torch.ones(12)), torch.ones(1, 12))
 
 
 @pytest.mark.parametrize("script", ["distill", "train_teacher"])
