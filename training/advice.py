@@ -14,7 +14,7 @@ from augment import BatchAugmenter
 from cli import method_flags, options
 from data import datasets
 from diagnostics.gradients import Diagnostics
-from training.device import Machine, global_batch_size
+from training.device import RunContext, global_batch_size
 from training.distributed import Ranks
 from training.evaluation import check_classes
 from training.optimization import StepResult
@@ -24,7 +24,7 @@ TEMPERATURES = (1, 2, 3, 4, 6, 8)
 FLAT = 0.9  # of the largest possible entropy: from here on a softened prediction says little about the classes
 
 
-def advise(args, method, machine: Machine) -> list[str]:
+def advise(args, method, context: RunContext) -> list[str]:
     """Lines of advice for the flags of distill.py and the method that they choose.
 
     Loads the teacher, if there is one, and the data; trains nothing and writes nothing.
@@ -33,21 +33,21 @@ def advise(args, method, machine: Machine) -> list[str]:
     """
     if not Path(args.teacher_checkpoint).exists():
         return [f"no teacher yet ({args.teacher_checkpoint}): with one, here is advice"]
-    teacher = models.load(args.teacher_checkpoint, machine.device, machine.dtype)
-    data = datasets.load(**options.data(args), device=machine.device)
+    teacher = models.load(args.teacher_checkpoint, context.device, context.dtype)
+    data = datasets.load(**options.data(args), device=context.device)
     check_classes(teacher.info, data)
-    batch_size = global_batch_size(args.batch_size, data, machine)
-    augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
+    batch_size = global_batch_size(args.batch_size, data, context)
+    augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,
                                batch_size=batch_size)
-    student = models.build(args.student, len(data.classes), args.image_size or data.image_size).to(machine.device).train()
-    criterion, steps = method.criterion(machine.device), range(min(BATCHES, augmenter.steps))
+    student = models.build(args.student, len(data.classes), args.image_size or data.image_size).to(context.device).train()
+    criterion, steps = method.criterion(context.device), range(min(BATCHES, augmenter.steps))
     looking = Diagnostics(method, augmenter, range(batch_size), Ranks(), steps)  # whole batches, whoever else reads them
     augmenter.set_epoch(1)
     looking.set_epoch(1)
-    norms, entropies = [], torch.zeros(len(TEMPERATURES), device=machine.device)
+    norms, entropies = [], torch.zeros(len(TEMPERATURES), device=context.device)
     for step in steps:
         batch = augmenter(step)
-        with machine.autocast:
+        with context.autocast:
             with torch.no_grad():
                 v = teacher(batch.images)
             z = student(batch.images)

@@ -11,23 +11,23 @@ go on without a graph.
 import torch
 
 from rundir.errors import OUT_OF_MEMORY, USAGE, Failure, first_line
-from training.device import Machine
+from training.device import RunContext
 
 WARM_UP = 3  # steps before any is captured, in which libraries choose their kernels and allocate their workspaces
 
 
-def use_cuda_graph(wanted: bool | None, machine: Machine, *, deterministic: bool, grad_checkpoint: bool, fused: bool) -> bool:
+def use_cuda_graph(wanted: bool | None, context: RunContext, *, deterministic: bool, grad_checkpoint: bool, fused: bool) -> bool:
     """Whether to capture the steps; prints why not where one would expect it.
 
     wanted: the flag --cuda-graph, None where it can be done on a GPU.  fused: one kernel makes the batch, from a position on the
     device.
     """
-    on_gpu = machine.device.type == "cuda"
+    on_gpu = context.device.type == "cuda"
     if wanted is False or (wanted is None and not on_gpu):
         return False
     reasons = {"it needs a GPU": not on_gpu, "--deterministic": deterministic,
                "--grad-checkpoint keeps the state of the random numbers on the host": grad_checkpoint,
-               "DDP's all-reduce is inside of the step": machine.ranks.size > 1,
+               "DDP's all-reduce is inside of the step": context.ranks.size > 1,
                "the batch is made by plain PyTorch, which reads its position on the host": not fused}
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason:

@@ -1,4 +1,4 @@
-"""Where a run happens: device, precision, kernels, processes."""
+"""The context of a run: device, precision, kernels, processes."""
 import ctypes
 import os
 from contextlib import suppress
@@ -16,11 +16,8 @@ AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where the run happens, in what precision, with which kernels ("triton" or "reference"), and by which processes.
-
-    precision: of AMP.  compiled: whether torch.compile compiles the networks.
-    """
+class RunContext:
+    """Device, precision (a key of AMP), kernels ("triton" or "reference"), processes, and whether networks are compiled."""
     device: torch.device
     precision: str
     kernels: str = "reference"
@@ -61,8 +58,8 @@ class Machine:
         return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if self.device.type == "cuda" else None
 
 
-def setup_machine(device: str, amp: str | None, seed: int, kernels_choice: str = "auto", deterministic: bool = False,
-                    compiled: bool = False) -> Machine:
+def setup_context(device: str, amp: str | None, seed: int, kernels_choice: str = "auto", deterministic: bool = False,
+                    compiled: bool = False) -> RunContext:
     """Seed the weights' initialisation and choose device, precision and kernels; the data have generators of their own.
 
     Under torchrun each process has a GPU of its own, or all share the CPU.
@@ -97,7 +94,7 @@ def setup_machine(device: str, amp: str | None, seed: int, kernels_choice: str =
         raise Failure(USAGE, f"Triton needs a GPU (--kernels triton, --device {device})",
                       "use --kernels auto, or set TRITON_INTERPRET=1 to run it in Python")
     usual = "fp16" if device.type == "cuda" else "off"
-    return Machine(device, amp or usual, "triton" if fused else "reference", ranks, compiled)
+    return RunContext(device, amp or usual, "triton" if fused else "reference", ranks, compiled)
 
 
 def keep_freed_memory() -> None:
@@ -116,9 +113,9 @@ def set_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def global_batch_size(each: int, data, machine: Machine) -> int:
+def global_batch_size(each: int, data, context: RunContext) -> int:
     """Images per step, where every process takes `each` of them; says so where there are several."""
-    processes, images = machine.ranks.size, len(data.train.labels)
+    processes, images = context.ranks.size, len(data.train.labels)
     together = each * processes
     if together > images:
         share = f"{processes} times {each}" if processes > 1 else each

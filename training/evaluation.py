@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import models
 from rundir.errors import DIVERGED, NONFINITE_HINT, USAGE, Failure
-from training.device import Machine
+from training.device import RunContext
 
 ECE_BINS = 15
 # The share of images about which a network may be right in one precision and wrong in another; what was seen, rounded up.
@@ -38,24 +38,24 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(net, split, mean, std, machine: Machine, batch_size: int) -> Evaluation:
+def evaluate(net, split, mean, std, context: RunContext, batch_size: int) -> Evaluation:
     """One pass over a split in eval mode, every image once, by one of the processes; the network's mode is restored.
 
     batch_size: that of training, so that what could be trained can be evaluated.
 
     Calibration error in 15 equal bins of confidence (Guo et al. 2017, arXiv 1706.04599).
     """
-    training, mine = net.training, machine.ranks.share(len(split.labels))
-    mean, std = (torch.tensor(numbers, dtype=torch.float32, device=machine.device) for numbers in (mean, std))
+    training, mine = net.training, context.ranks.share(len(split.labels))
+    mean, std = (torch.tensor(numbers, dtype=torch.float32, device=context.device) for numbers in (mean, std))
     net.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=machine.device)
-    gaps = torch.zeros(ECE_BINS, dtype=torch.float64, device=machine.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=context.device)
+    gaps = torch.zeros(ECE_BINS, dtype=torch.float64, device=context.device)
     predictions = torch.zeros_like(split.labels)
     for first in mine[::batch_size]:
         rows = slice(first, min(first + batch_size, mine.stop))
         begin = max(mine.start, rows.stop - batch_size)  # the last batch reaches back: cuDNN searches anew for each size of one
         labels = split.labels[rows]
-        with machine.autocast:
+        with context.autocast:
             logits = net(models.normalise(split.images[begin:rows.stop], mean, std))
         logits = logits[first - begin:].float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -69,7 +69,7 @@ def evaluate(net, split, mean, std, machine: Machine, batch_size: int) -> Evalua
         predictions[rows] = best[:, 0]
     net.train(training)
     for part in (sums, gaps, predictions):
-        machine.ranks.sum(part)
+        context.ranks.sum(part)
     loss, top1, top5, count = sums.tolist()
     assert count == len(split.labels), f"{count:.0f} of {len(split.labels)} images were evaluated"
     return Evaluation(loss / count, 100 * top1 / count, 100 * top5 / count, gaps.abs().sum().item() / count, predictions)
@@ -126,15 +126,15 @@ def tolerance(images: int, *precisions: str) -> float:
     return 100 * (1 + 4 * math.sqrt(share * images)) / images
 
 
-def check_teacher(teacher, data, machine: Machine, batch_size: int) -> Evaluation:
+def check_teacher(teacher, data, context: RunContext, batch_size: int) -> Evaluation:
     """The teacher on the test set; refuses one that knows other classes, is not as accurate as its checkpoint says, or
     is never right."""
     info = teacher.info
     check_classes(info, data)
-    evaluation = evaluate(teacher, data.test, data.mean, data.std, machine, batch_size)
+    evaluation = evaluate(teacher, data.test, data.mean, data.std, context, batch_size)
     if info["test_acc1"] is None:
         print("the teacher's run never finished, so its checkpoint states no accuracy to check against")
-    elif abs(evaluation.acc1 - info["test_acc1"]) > (most := tolerance(len(data.test.labels), machine.precision, info["amp"])):
+    elif abs(evaluation.acc1 - info["test_acc1"]) > (most := tolerance(len(data.test.labels), context.precision, info["amp"])):
         both = (f"{evaluation.acc1:.2f} %, its checkpoint says {info['test_acc1']:.2f} % of {info['dataset']}; "
                 f"rounding explains {most:.2f} points")
         raise Failure(USAGE, f"the teacher's test accuracy is not what it was ({both})",

@@ -9,7 +9,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from rundir.errors import BUG, DIVERGED, NONFINITE_HINT, Failure
-from training.device import Machine
+from training.device import RunContext
 
 SMALLEST_SCALE = 2.0**-14  # a loss that overflows FP16 at this scale is broken, not large
 ALIGNMENT = 16  # elements
@@ -69,9 +69,9 @@ class Update:
     it.  Several processes all skip a step or none: they have the same mean gradient.
     """
 
-    def __init__(self, net, recipe: Recipe, machine: Machine, micro_batches: int = 1):
-        self.net, self.optimizer, self.machine, self.ranks = net, build_optimizer(net, recipe), machine, machine.ranks
-        self.scaler = machine.scaler()
+    def __init__(self, net, recipe: Recipe, context: RunContext, micro_batches: int = 1):
+        self.net, self.optimizer, self.context, self.ranks = net, build_optimizer(net, recipe), context, context.ranks
+        self.scaler = context.scaler()
         self.clip_grad, self.decay = recipe.clip_grad or math.inf, recipe.model_ema
         self.parameters = list(net.parameters())
         self.buffers = FlatBuffers(net)
@@ -104,7 +104,7 @@ class Update:
         self.restore_buffers(finite)
         if self.average:
             self.update_average()
-        if self.machine.compiled:
+        if self.context.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # the next step may overwrite what compiled networks returned in this one
         return StepResult(skipped, norm, self.relative_update(before) if diagnose else None)
 

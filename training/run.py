@@ -15,7 +15,7 @@ from rundir.checkpoint import Writer
 from rundir.run_directory import EpochRow, RunDirectory
 from rundir.terminal import say
 from training.cuda_graph import use_cuda_graph
-from training.device import Machine, global_batch_size, micro_batches, set_threads
+from training.device import RunContext, global_batch_size, micro_batches, set_threads
 from training.evaluation import EarlyStop, Evaluation, evaluate
 from training.grad_checkpoint import recompute
 from training.metrics import Progress
@@ -28,14 +28,14 @@ FROM_LOG = ("grad_norm_mean", "clip_frac")  # which diagnostics.csv has, too
 class Run:
     """One run of a script, from the lock on its directory to its summary; the script calls it, and keeps the loop.
 
-    `with Run(args, config, machine) as run:` locks --output and finds what --resume continues; where `run.finished`, nothing is
+    `with Run(args, config, context) as run:` locks --output and finds what --resume continues; where `run.finished`, nothing is
     left to do.  After `start`, `epochs` counts the epochs; in each the script calls `end_training`, and `end_epoch` with its
     evaluation; and after the last epoch `close`.
     args: of cli.options.  config: what must be the same when the run is resumed.
     """
 
-    def __init__(self, args, config: dict, machine: Machine):
-        self.args, self.config, self.machine, self.ranks = args, config, machine, machine.ranks
+    def __init__(self, args, config: dict, context: RunContext):
+        self.args, self.config, self.context, self.ranks = args, config, context, context.ranks
         if args.overwrite:
             starts = (config.get(name) for name in ("teacher_checkpoint", "init", "student_init"))
             run_directory.refuse_to_overwrite(args.output, starts)
@@ -64,14 +64,14 @@ class Run:
 
     def load_data(self) -> datasets.Dataset:
         with self.ranks.local_main_first():
-            self.data = datasets.load(**options.data(self.args), device=self.machine.device)
+            self.data = datasets.load(**options.data(self.args), device=self.context.device)
         resume.check_data(self.began, self.data)
-        self.batch_size = global_batch_size(self.args.batch_size, self.data, self.machine)
+        self.batch_size = global_batch_size(self.args.batch_size, self.data, self.context)
         self.micro_batches = micro_batches(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
         self.rows_at_once = len(self.micro_batches[0])
         stride = max(1, len(self.data.train.labels) // CLEAN)
         self.clean = Split(*(part[::stride] for part in self.data.train))
-        self.cuda_graph = use_cuda_graph(self.args.cuda_graph, self.machine, deterministic=self.args.deterministic,
+        self.cuda_graph = use_cuda_graph(self.args.cuda_graph, self.context, deterministic=self.args.deterministic,
                                          grad_checkpoint=self.args.grad_checkpoint, fused=is_fused(self.data.train.images))
         return self.data
 
@@ -85,14 +85,14 @@ class Run:
         if self.args.grad_checkpoint:
             recompute(net, name)
         net.info = {"model": name, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
-                    "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed, "amp": self.machine.precision}
-        return net.to(self.machine.device)
+                    "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed, "amp": self.context.precision}
+        return net.to(self.context.device)
 
     def wrap(self, net):
         """`net` as a step calls it: compiled, where --compile says so; under DDP, where several processes train it."""
         if net.training:
             net = self.ranks.data_parallel(net, self.args.seed, (3, net.info["image_size"], net.info["image_size"]))
-        return self.machine.compile(net, self.cuda_graph)
+        return self.context.compile(net, self.cuda_graph)
 
     def start(self, update, metrics, diagnostics, teacher=None, **facts) -> None:
         """Write the first files, or restore a saved run.  facts: further entries of config.json."""
@@ -126,7 +126,7 @@ class Run:
         self.trained = time.perf_counter()
 
     def evaluate(self, net, split) -> Evaluation:
-        return evaluate(net, split, self.data.mean, self.data.std, self.machine, self.rows_at_once)
+        return evaluate(net, split, self.data.mean, self.data.std, self.context, self.rows_at_once)
 
     def end_epoch(self, val: Evaluation, **more) -> None:
         """Save the epoch and print its line.  more: columns of log.csv that only this script has."""
@@ -134,10 +134,10 @@ class Run:
         row = EpochRow(
             epoch=self.epoch, lr=self.lr, **self.columns, **val.columns(), **self.stop.columns(), **more, samples=self.samples,
             images_per_s=self.samples / took, epoch_s=took, val_s=evaluated - self.trained,
-            total_s=self.directory.elapsed(), peak_mem_mb=self.machine.peak_memory_mb())
+            total_s=self.directory.elapsed(), peak_mem_mb=self.context.peak_memory_mb())
         clean = self.evaluate(self.update.evaluated, self.clean).acc1
-        if self.epoch == self.first and self.machine.device.type == "cuda":
-            say(f"memory at its peak in the first epoch: {self.machine.memory()}")
+        if self.epoch == self.first and self.context.device.type == "cuda":
+            say(f"memory at its peak in the first epoch: {self.context.memory()}")
         diagnostics = {"epoch": self.epoch, **{name: self.columns[name] for name in FROM_LOG}, **self.measured,
                   "dead_classes": val.dead_classes(len(self.data.classes)), "train_acc1_clean": clean}
         self.state.save(row, diagnostics, self.update.net.info if best else None)
@@ -148,7 +148,7 @@ class Run:
         self.writer.wait()
         self.ranks.barrier()  # for the one that writes best.pt
         path, net, rows = self.directory / "best.pt", self.update.net, self.directory.rows
-        best = models.load(path, self.machine.device)
+        best = models.load(path, self.context.device)
         chosen = self.evaluate(best, self.data.test).acc1
         last = chosen if self.stop.best_epoch == len(rows) else self.evaluate(self.update.evaluated, self.data.test).acc1
         if self.ranks.is_main:
