@@ -273,14 +273,15 @@ def test_a_planted_state_on_the_host_is_noticed(capsys, place, teacher, graphs, 
 
 def test_a_planted_read_is_noticed(capsys, place, teacher, graphs, monkeypatch):
     loss = cross_entropy.mixed_ce
-    monkeypatch.setattr(cross_entropy, "mixed_ce", lambda logits, *args, **named: loss(logits * logits.amax().item(), *args, **named))
+    monkeypatch.setattr(cross_entropy, "mixed_ce",
+                        lambda logits, *args, **named: loss(logits * logits.amax().item(), *args, **named))
     with pytest.raises(AssertionError, match="a value is read"):
         both(capsys, place, "train_teacher.py", "--model v2_pico --debug")
 
 
 @pytest.mark.parametrize("flags, device, fused, ranks, reason", [
     ("", "cpu", True, 1, ""), ("--no-cuda-graph", "cuda", True, 1, ""), ("--cuda-graph", "cpu", True, 1, "it needs a GPU"),
-    ("", "cuda", False, 1, "the batch is made by plain PyTorch"), ("", "cuda", True, 2, "DDP"),
+    ("", "cuda", False, 1, "plain PyTorch augmentation"), ("", "cuda", True, 2, "DDP"),
     ("--deterministic", "cuda", True, 1, "--deterministic"), ("--grad-checkpoint", "cuda", True, 1, "--grad-checkpoint"),
     ("", "cuda", True, 1, None), ("--cuda-graph --compile", "cuda", True, 1, None)])
 def test_where_a_step_is_recorded(capsys, flags, device, fused, ranks, reason):
