@@ -18,7 +18,7 @@ from losses import Targets, mixed_ce
 from rundir.errors import Failure
 from training.device import RunContext
 from training.distributed import Ranks
-from training.grad_checkpoint import blocks, recompute, frozen_statistics
+from training.grad_checkpoint import blocks, frozen_statistics, recompute
 from training.optimization import Update
 
 CLOCKS = ("images_per_s", "epoch_s", "val_s", "total_s", "peak_mem_mb")
