@@ -1,12 +1,12 @@
 """Distil a saved teacher into a student, with KD, DKD or DIST.
 
     python distill.py --method kd                              the recipe of experiment v2, teacher from runs/teacher/best.pt
-    python distill.py --method dkd --beta 8                    the setting that is said to collapse
+    python distill.py --method dkd --beta 8                    the setting that collapsed in the study
     python distill.py --experiment v3.1 --seed 2               a preset of the study (v1, v2, v3, v3.1, v4)
-    python distill.py --experiment v2 --resume auto            whatever happened to it: goes on, or starts
+    python distill.py --experiment v2 --resume auto            resume an interrupted run, or start it
     torchrun --nproc-per-node 2 distill.py --batch-size 64     on two GPUs, 64 images each
 
-Leaves log.csv, summary.json, best.pt and last.pt in --output.
+Writes log.csv, summary.json, best.pt and last.pt to --output.
 """
 from cli import method_flags, options
 from rundir import errors
@@ -47,7 +47,7 @@ def main(args):
         update = Update(student, recipe, context, len(run.micro_batches))
         metrics = Metrics(context.ranks, augmenter.steps, args.clip_grad)
         diagnostics = Diagnostics(method, augmenter, run.micro_batches[-1], context.ranks)
-        model, teach = run.wrap(student), run.wrap(teacher)
+        model, teacher_model = run.wrap(student), run.wrap(teacher)
         print(f"{data}\nteacher {teacher.info['model']}: {teacher.size / 1e6:.2f} M parameters, "
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
@@ -56,7 +56,7 @@ def main(args):
             for rows in run.micro_batches:
                 batch = augmenter(position, rows)
                 with context.autocast:
-                    teacher_logits = teach(batch.images)  # it is frozen: nothing is kept for a backward pass
+                    teacher_logits = teacher_model(batch.images)  # without no_grad(): its parameters are frozen
                     logits = model(batch.images)
                 loss, terms = criterion(logits, teacher_logits, batch.targets)
                 update.backward(loss)

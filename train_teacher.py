@@ -1,13 +1,13 @@
-"""Train one network on labels alone: the teacher, or the student without one as the control.
+"""Train a network on labels alone: the teacher, or the student without distillation as a control.
 
     python train_teacher.py                                                    EfficientNetV2-L on CIFAR-100
-    python train_teacher.py --model efficientnet_v2_s --output runs/alone      the student's size, for comparison
+    python train_teacher.py --model efficientnet_v2_s --output runs/alone      the student without distillation
     python train_teacher.py --dataset imagefolder --data-dir photos            your own images: photos/train/CLASS/*.jpg
-    python train_teacher.py --resume auto                                      whatever happened to it: goes on, or starts
+    python train_teacher.py --resume auto                                      resume an interrupted run, or start it
     torchrun --nproc-per-node 2 train_teacher.py --batch-size 64               on two GPUs, 64 images each
 
-The data live on the device as uint8; every step augments a batch there, reads both labels of each mixed image and makes
-one optimizer step.  Leaves log.csv, summary.json, best.pt and last.pt in --output.
+The data are on the device as uint8, and every step augments a batch there.  Writes log.csv, summary.json, best.pt and last.pt to
+--output.
 """
 from cli import method_flags, options
 from rundir import errors
