@@ -1,12 +1,12 @@
 """Distil a saved teacher into a student, with KD, DKD or DIST.
 
     python distill.py --method kd                              the recipe of experiment v2, teacher from runs/teacher/best.pt
-    python distill.py --method dkd --beta 8                    the setting that is said to collapse
+    python distill.py --method dkd --beta 8                    the setting that collapsed in the study
     python distill.py --experiment v3.1 --seed 2               a preset of the study (v1, v2, v3, v3.1, v4)
-    python distill.py --experiment v2 --resume auto            whatever happened to it: goes on, or starts
+    python distill.py --experiment v2 --resume auto            resume an interrupted run, or start it
     torchrun --nproc-per-node 2 distill.py --batch-size 64     on two GPUs, 64 images each
 
-Leaves log.csv, summary.json, best.pt and last.pt in --output.
+Writes log.csv, summary.json, best.pt and last.pt to --output.
 """
 from cli import method_flags, options
 from rundir import errors
@@ -19,35 +19,35 @@ def main(args):
     from rundir.run_directory import announce
     from training.advice import advise
     from training.cuda_graph import CudaGraph
-    from training.device import setup_machine
+    from training.device import setup_context
     from training.evaluation import check_teacher
     from training.metrics import Metrics
     from training.optimization import Recipe, Update, learning_rate
     from training.run import Run
 
-    machine = setup_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
-    config, method = vars(args) | {"script": "distill"} | machine.describe(), method_flags.chosen(args)
+    context = setup_context(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
+    config, method = vars(args) | {"script": "distill"} | context.describe(), method_flags.chosen(args)
     announce(config, method.objective)
     if args.dry_run:
-        return print(*advise(args, method, machine), sep="\n")
+        return print(*advise(args, method, context), sep="\n")
 
     checkpoint = models.read(args.teacher_checkpoint, missing="train a teacher first: python train_teacher.py, or name one with "
                                                               "--teacher-checkpoint")
     config["teacher_sha256"] = checkpoint["sha256"]
-    with Run(args, config, machine) as run:
+    with Run(args, config, context) as run:
         if run.finished:
             return
-        data, criterion, recipe = run.load_data(), method.criterion(machine.device), Recipe(**options.recipe(args))
-        teacher = models.load(checkpoint, machine.device, machine.dtype, folded=True)
+        data, criterion, recipe = run.load_data(), method.criterion(context.device), Recipe(**options.recipe(args))
+        teacher = models.load(checkpoint, context.device, context.dtype, folded=True)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
-        teacher_test, teacher_val = check_teacher(teacher, data, machine, run.rows_at_once), run.evaluate(teacher, data.val)
-        augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
+        teacher_test, teacher_val = check_teacher(teacher, data, context, run.rows_at_once), run.evaluate(teacher, data.val)
+        augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,
                                    batch_size=run.batch_size)
-        update = Update(student, recipe, machine, len(run.micro_batches))
-        metrics = Metrics(machine.ranks, augmenter.steps, args.clip_grad)
-        diagnostics = Diagnostics(method, augmenter, run.micro_batches[-1], machine.ranks)
-        model, teach = run.wrap(student), run.wrap(teacher)
+        update = Update(student, recipe, context, len(run.micro_batches))
+        metrics = Metrics(context.ranks, augmenter.steps, args.clip_grad)
+        diagnostics = Diagnostics(method, augmenter, run.micro_batches[-1], context.ranks)
+        model, teacher_model = run.wrap(student), run.wrap(teacher)
         print(f"{data}\nteacher {teacher.info['model']}: {teacher.size / 1e6:.2f} M parameters, "
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
               f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
@@ -55,8 +55,8 @@ def main(args):
         def step(position, lr, diagnose):
             for rows in run.micro_batches:
                 batch = augmenter(position, rows)
-                with machine.autocast:
-                    teacher_logits = teach(batch.images)  # it is frozen: nothing is kept for a backward pass
+                with context.autocast:
+                    teacher_logits = teacher_model(batch.images)  # without no_grad(): its parameters are frozen
                     logits = model(batch.images)
                 loss, terms = criterion(logits, teacher_logits, batch.targets)
                 update.backward(loss)
@@ -66,7 +66,7 @@ def main(args):
             if diagnose:
                 diagnostics.add(position, result, batch.targets, logits, teacher_logits)
 
-        step = CudaGraph(step, machine.device) if run.cuda_graph else step
+        step = CudaGraph(step, context.device) if run.cuda_graph else step
         run.start(update, metrics, diagnostics, teacher, **method.labels)
         for epoch in run.epochs():
             student.train()

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# The runs of the study and of its ablations, each a command.  Those of the demo are in the Makefile.
+# The commands of the study and its ablations.  Those of the demo are in the Makefile.
 #   ./experiments.sh                    the study and its controls: one GPU; data and ImageNet weights are downloaded if missing
-#   ./experiments.sh ablation           what makes DKD collapse, on CIFAR-100: one GPU
+#   ./experiments.sh ablation           the causes of DKD's collapse, on CIFAR-100: one GPU
 #   ./experiments.sh ablation-small     the same on the embedded data: two CPU cores, 45 minutes
 #   ./experiments.sh published          a row of the published tables: one GPU
-# Interrupted, each goes on where it was when it is started again.
+# After an interruption the same command continues.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 study() {
-    # The teacher, and the stronger one of v4: the same network fine-tuned at 128 pixels (16 times the computation).
+    # The teacher, and the stronger teacher of v4: the same network fine-tuned at 128 pixels (16 times the FLOPs).
     python train_teacher.py --resume auto
     python train_teacher.py --image-size 128 --output runs/teacher-strong --resume auto
 
     for seed in 1 2 3; do
-        # The control: the student's network on labels alone, from random weights as the students below.
+        # The control: the student on labels alone, from random weights like the students below.
         python train_teacher.py --model efficientnet_v2_s --no-pretrained --seed $seed --output runs/alone-s$seed --resume auto
 
         # The study.
@@ -24,7 +24,7 @@ study() {
         python distill.py --experiment v3.1 --seed $seed --resume auto    # DKD, beta 2
         python distill.py --experiment v4 --seed $seed --resume auto      # KD, stronger teacher
 
-        # What else could explain v3: the loudness of its loss, its missing warm-up, the target of a mixed image.
+        # Alternative explanations of v3: the scale of its loss, no warm-up, the target of mixed images.
         python distill.py --method kd --alpha 8 --ce-weight 1 --seed $seed --resume auto
         python distill.py --method dkd --dkd-warmup 20 --seed $seed --output runs/dkd-beta8-warmup20-s$seed --resume auto
         python distill.py --method dkd --mixed-target dominant --seed $seed --output runs/dkd-beta8-dominant-s$seed --resume auto
@@ -32,7 +32,7 @@ study() {
     python plots/make_figures.py
 }
 
-# $1: where to; then flags of all its runs, and its grids.
+# $1: output directory; then common flags, and grids.
 sweep() {
     local output=$1; shift
     python sweep.py --jobs "$jobs" --output "runs/$ablation/$output" distill.py "${common[@]}" "${student[@]}" --seed "${seeds[@]}" "$@"
@@ -45,8 +45,8 @@ ablation() {
         --resume auto
     student=(--student "$pico" --teacher-checkpoint "$weaker/best.pt") seeds=(0 1 2)
 
-    # At a learning rate that suits KD: which method, which weight, which target of mixed images, warm-up, clipping, precision,
-    # what early stopping looks at; without mixing; and two remedies from the literature.
+    # At a learning rate that suits KD: method, weight, target of mixed images, warm-up, clipping, precision, metric of early
+    # stopping; without mixing; and two remedies from the literature.
     sweep usual "${usual[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
         -- --method dkd --beta 2 8 -- --method kd --alpha 8 --ce-weight 1 \
         -- --method dkd --beta 8 --mixed-target dominant first -- --method dkd --beta 8 --dkd-warmup "$warmup" \
@@ -54,13 +54,13 @@ ablation() {
         -- --method dkd --beta 8 --patience "$patience" --monitor val_loss val_acc1 -- --method kd dkd --beta 8 --mix-prob 0 \
         -- --method kd --standardize -- --method dkd --beta 8 --standardize -- --method dist
 
-    # At a learning rate that KD just bears.
+    # At a high learning rate at which KD does not collapse.
     sweep high "${high[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
         -- --method dkd --beta 2 8 -- --method kd --alpha 8 --ce-weight 1 -- --method dkd --beta 8 --mixed-target dominant \
         -- --method dkd --beta 8 --dkd-warmup "$warmup" -- --method dkd --beta 8 --clip-grad 1 \
         -- --method dkd --beta 8 --standardize -- --method kd dkd --beta 8 --mix-prob 0
 
-    # What the study found, with its optimizer and clipping; and without clipping.
+    # The findings of the study, with its optimizer and clipping; and without clipping.
     sweep findings "${adamw[@]}" --clip-grad 1 -- --experiment v2 v1 v3 v3.1 -- --experiment v3 --clip-grad 0 \
         -- --experiment v4 --teacher-checkpoint "$stronger/best.pt"
 

@@ -16,17 +16,17 @@ def main(args):
     from augment import BatchAugmenter
     from data import datasets, pictures
     from rundir.files import write_atomic
-    from training.device import global_batch_size, setup_machine
+    from training.device import global_batch_size, setup_context
 
-    machine = setup_machine(args.device, "off", args.seed, args.kernels)
-    data = datasets.load(**options.data(args), device=machine.device)
+    context = setup_context(args.device, "off", args.seed, args.kernels)
+    data = datasets.load(**options.data(args), device=context.device)
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std,
-                               batch_size=global_batch_size(args.batch_size, data, machine))
+                               batch_size=global_batch_size(args.batch_size, data, context))
     if args.step >= augmenter.steps:
         raise errors.Failure(errors.USAGE, f"no such step (--step {args.step})", f"choose one below {augmenter.steps}")
     augmenter.set_epoch(args.epoch)
     batch = augmenter(args.step)
-    mean, std = (torch.tensor(values, device=machine.device).view(3, 1, 1) for values in (data.mean, data.std))
+    mean, std = (torch.tensor(values, device=context.device).view(3, 1, 1) for values in (data.mean, data.std))
     images = (batch.images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
     shown, targets = [], (part.tolist() for part in batch.targets)

@@ -1,14 +1,14 @@
-"""Run a grid of flags times seeds, and make one table of it, with each cell compared to a control.
+"""Run a grid of flags and seeds, and write a table with each cell compared to a control.
 
     python sweep.py distill.py --method dkd --beta 1 2 4 8 --mixed-target pair dominant --seed 0 1 2       8 cells, 24 runs
-    python sweep.py distill.py --method kd dkd --beta 2 8 --seed 0 1 2                3 cells: KD has no beta, and is the control
+    python sweep.py distill.py --method kd dkd --beta 2 8 --seed 0 1 2                3 cells; KD has no beta and is the control
     python sweep.py --jobs 2 --output runs/ablation distill.py --student v2_pico --seed 0 1 2 -- --method kd \\
-        -- --method dkd --beta 2 8 -- train_teacher.py --model v2_pico                four cells, the student alone among them
+        -- --method dkd --beta 2 8 -- train_teacher.py --model v2_pico                4 cells, one of them the student alone
     python sweep.py --dry-run distill.py --method dkd --beta 1 2 4 8                  lists the runs
 
-A flag with several values is an axis of the grid; -- separates grids that share the flags before the first --.  Every run is a
-process of its own.  Killed or stopped, the same command continues; runs that finished or diverged are not run again.
-Leaves the runs, logs/, table.md and table.csv in --output.
+A flag with several values is an axis of the grid; -- separates grids that share the flags before the first --.  Every run is its
+own process.  After an interruption the same command continues; runs that finished or diverged are not repeated.
+Writes the runs, logs/, table.md and table.csv to --output.
 """
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent
 def main(args):
     cells = sweep_grid.expand(args.script, args.flags)
     control, output = sweep_grid.find_control(cells, args.control), Path(args.output)
-    repeats = range(max(len(cell.seeds) for cell in cells))  # a seed of every cell before the next: pairs are complete early
+    repeats = range(max(len(cell.seeds) for cell in cells))  # seed by seed, so that pairs are complete early
     jobs = [sweep_jobs.Job(cell, cell.seeds[at], output, ROOT) for at in repeats for cell in cells if at < len(cell.seeds)]
     print(f"{len(jobs)} runs of {len(cells)} cells, {args.jobs} at once, compared with {control.label} -> {output}", flush=True)
     if args.dry_run:
@@ -36,7 +36,7 @@ def main(args):
 
     with sweep_jobs.exclusive_lock(output):
         sweep_jobs.record(jobs, output / "sweep.json")
-        from cli import sweep_table  # not before: importing SciPy takes its time
+        from cli import sweep_table  # imports SciPy, which is slow
         run(jobs, args.jobs, args.metric)
         failed = [job for job in jobs if job.code]
         results = sweep_jobs.results([job for job in jobs if not job.code], cells)
@@ -50,10 +50,10 @@ def main(args):
 
 
 def run(jobs, at_once: int, metric: str) -> None:
-    """Run the jobs without a result, `at_once` at a time, and print how each ended."""
+    """Run the jobs without a result, `at_once` in parallel, and print each outcome."""
     waiting = [job for job in jobs if not job.result()]
     done, seconds, threads = len(jobs) - len(waiting), [], max(1, len(os.sched_getaffinity(0)) // at_once)
-    print(f"{done} of them are done already", flush=True)
+    print(f"{done} of them are already done", flush=True)
     with ThreadPoolExecutor(at_once) as pool:
         try:
             for ended in as_completed([pool.submit(job.run, threads) for job in waiting]):

@@ -1,13 +1,13 @@
-"""Train one network on labels alone: the teacher, or the student without one as the control.
+"""Train a network on labels alone: the teacher, or the student without distillation as a control.
 
     python train_teacher.py                                                    EfficientNetV2-L on CIFAR-100
-    python train_teacher.py --model efficientnet_v2_s --output runs/alone      the student's size, for comparison
+    python train_teacher.py --model efficientnet_v2_s --output runs/alone      the student without distillation
     python train_teacher.py --dataset imagefolder --data-dir photos            your own images: photos/train/CLASS/*.jpg
-    python train_teacher.py --resume auto                                      whatever happened to it: goes on, or starts
+    python train_teacher.py --resume auto                                      resume an interrupted run, or start it
     torchrun --nproc-per-node 2 train_teacher.py --batch-size 64               on two GPUs, 64 images each
 
-The data live on the device as uint8; every step augments a batch there, reads both labels of each mixed image and makes
-one optimizer step.  Leaves log.csv, summary.json, best.pt and last.pt in --output.
+The data are on the device as uint8, and every step augments a batch there.  Writes log.csv, summary.json, best.pt and last.pt to
+--output.
 """
 from cli import method_flags, options
 from rundir import errors
@@ -19,36 +19,36 @@ def main(args):
     from diagnostics.gradients import LOG_EVERY, Diagnostics
     from rundir.run_directory import announce
     from training.cuda_graph import CudaGraph
-    from training.device import setup_machine
+    from training.device import setup_context
     from training.metrics import Metrics
     from training.optimization import Recipe, Update, learning_rate
     from training.run import Run
 
-    machine = setup_machine(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
+    context = setup_context(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
     pretrained = models.is_torchvision(args.model) and not args.init if args.pretrained is None else args.pretrained
-    config = vars(args) | {"script": "train_teacher", "pretrained": pretrained} | machine.describe()
+    config = vars(args) | {"script": "train_teacher", "pretrained": pretrained} | context.describe()
     method = method_flags.chosen(args)
     announce(config, method.objective)
     if args.dry_run:
         return
 
-    with Run(args, config, machine) as run:
+    with Run(args, config, context) as run:
         if run.finished:
             return
-        data, criterion, recipe = run.load_data(), method.criterion(machine.device), Recipe(**options.recipe(args))
+        data, criterion, recipe = run.load_data(), method.criterion(context.device), Recipe(**options.recipe(args))
         net = run.new_network(args.model, pretrained=pretrained, init=args.init)
-        augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=machine.dtype,
+        augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,
                                    batch_size=run.batch_size)
-        update = Update(net, recipe, machine, len(run.micro_batches))
-        metrics = Metrics(machine.ranks, augmenter.steps, args.clip_grad)
-        diagnostics = Diagnostics(method, augmenter, run.micro_batches[-1], machine.ranks)
+        update = Update(net, recipe, context, len(run.micro_batches))
+        metrics = Metrics(context.ranks, augmenter.steps, args.clip_grad)
+        diagnostics = Diagnostics(method, augmenter, run.micro_batches[-1], context.ranks)
         model = run.wrap(net)
         print(f"{data}\n{args.model}: {models.parameters(net) / 1e6:.2f} M parameters")
 
         def step(position, lr, diagnose):
             for rows in run.micro_batches:
                 batch = augmenter(position, rows)
-                with machine.autocast:
+                with context.autocast:
                     logits = model(batch.images)
                 loss, terms = criterion(logits, None, batch.targets)
                 update.backward(loss)
@@ -58,7 +58,7 @@ def main(args):
             if diagnose:
                 diagnostics.add(position, result, batch.targets, logits)
 
-        step = CudaGraph(step, machine.device) if run.cuda_graph else step
+        step = CudaGraph(step, context.device) if run.cuda_graph else step
         run.start(update, metrics, diagnostics)
         for epoch in run.epochs():
             net.train()

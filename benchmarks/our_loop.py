@@ -43,27 +43,27 @@ class Ours:
     """
     workers = 0
 
-    def __init__(self, teacher, student, args, machine, images, labels, *, captured: bool = False):
+    def __init__(self, teacher, student, args, context, images, labels, *, captured: bool = False):
         method = method_flags.chosen(args)
-        self.recipe, self.machine, self.epoch, self.lap = Recipe(**options.recipe(args)), machine, 0, lambda phase: None
+        self.recipe, self.context, self.epoch, self.lap = Recipe(**options.recipe(args)), context, 0, lambda phase: None
         with TemporaryDirectory() as folder:
             models.save(Path(folder, "best.pt"), teacher, **teacher.info)
-            teacher = models.load(Path(folder, "best.pt"), machine.device, machine.dtype, folded=True)
-        self.augmenter = BatchAugmenter(images.to(machine.device), labels.to(machine.device), **options.augmentation(args),
-                                        mean=MEAN, std=STD, dtype=machine.dtype, batch_size=args.batch_size)
-        self.update = Update(student, self.recipe, machine)
-        self.metrics = Metrics(machine.ranks, self.augmenter.steps, args.clip_grad)
-        self.diagnostics = Diagnostics(method, self.augmenter, range(args.batch_size), machine.ranks)
-        self.criterion = method.criterion(machine.device)
-        self.teach, self.model = machine.compile(teacher, captured), machine.compile(student, captured)
-        self.take = CudaGraph(self.step, machine.device) if captured else self.step
+            teacher = models.load(Path(folder, "best.pt"), context.device, context.dtype, folded=True)
+        self.augmenter = BatchAugmenter(images.to(context.device), labels.to(context.device), **options.augmentation(args),
+                                        mean=MEAN, std=STD, dtype=context.dtype, batch_size=args.batch_size)
+        self.update = Update(student, self.recipe, context)
+        self.metrics = Metrics(context.ranks, self.augmenter.steps, args.clip_grad)
+        self.diagnostics = Diagnostics(method, self.augmenter, range(args.batch_size), context.ranks)
+        self.criterion = method.criterion(context.device)
+        self.teach, self.model = context.compile(teacher, captured), context.compile(student, captured)
+        self.take = CudaGraph(self.step, context.device) if captured else self.step
         first = next(student.parameters())  # its gradient comes last
         first.register_post_accumulate_grad_hook(lambda parameter: self.lap("backward"))
 
     def step(self, position, lr, diagnose):
         batch = self.augmenter(position)
         self.lap("augment")
-        with self.machine.autocast:
+        with self.context.autocast:
             teacher_logits = self.teach(batch.images)
             self.lap("teacher")
             logits = self.model(batch.images)

@@ -35,27 +35,27 @@ class PlainLoop:
     lap: is called with the name of each phase of a step when it ends.
     """
 
-    def __init__(self, teacher, student, args, machine, images, labels, workers: int, *, layout=torch.contiguous_format,
+    def __init__(self, teacher, student, args, context, images, labels, workers: int, *, layout=torch.contiguous_format,
                  compiled: bool = False):
-        self.machine, self.student, self.layout, self.workers, self.clip = machine, student, layout, workers, args.clip_grad
+        self.context, self.student, self.layout, self.workers, self.clip = context, student, layout, workers, args.clip_grad
         self.teacher, self.model = (torch.compile(net) if compiled else net for net in (teacher, student))
         self.optimizer = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-        self.scaler, self.lap = machine.scaler(), lambda phase: None
+        self.scaler, self.lap = context.scaler(), lambda phase: None
         to_pil_and_on = v1.Compose([Image.fromarray, torchvision_pipeline(v1, [v1.ToTensor()])])
         pictures = Pictures(images.numpy(), labels.tolist(), to_pil_and_on)
         self.batches = iter(DataLoader(
             pictures, args.batch_size, sampler=RandomSampler(pictures, replacement=True, num_samples=10**9),
             collate_fn=Collate(), num_workers=workers, prefetch_factor=PREFETCH if workers else None,
-            pin_memory=machine.device.type == "cuda"))
+            pin_memory=context.device.type == "cuda"))
 
     def run(self, steps: int) -> list[float]:
         """The next steps; their losses."""
         losses = []
         for images, soft in itertools.islice(self.batches, steps):
-            images = images.to(self.machine.device, non_blocking=True, memory_format=self.layout)
-            soft = soft.to(self.machine.device, non_blocking=True)
+            images = images.to(self.context.device, non_blocking=True, memory_format=self.layout)
+            soft = soft.to(self.context.device, non_blocking=True)
             self.lap("waiting")
-            with self.machine.autocast:
+            with self.context.autocast:
                 with torch.no_grad():
                     teacher_logits = self.teacher(images)
                 self.lap("teacher")

@@ -1,1 +1,1 @@
-"""The command line: flags, the flags of each method, and sweeps over them."""
+"""Command-line flags, and sweeps over them."""

@@ -1,4 +1,4 @@
-"""argparse types with ranges in their messages."""
+"""argparse types."""
 import argparse
 import math
 import re

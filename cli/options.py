@@ -1,7 +1,6 @@
-"""Every flag of both scripts: groups, ranges, defaults and presets, each written once.  Imports no torch: --help is instant.
+"""The flags of the training scripts and show_batch.py.  Imports no torch: --help is instant.
 
-The defaults are the recipe of the study that this project re-runs (experiment v2); a preset only sets other defaults, and
-a flag beside it wins.
+The defaults are the recipe of the study (experiment v2).  A preset sets other defaults; flags take precedence.
 """
 import argparse
 
@@ -26,36 +25,36 @@ def data_flags(parser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="cifar100", help=DEFAULT)
     add("--data-dir", type=nonempty, default="datasets", metavar="DIR",
-        help="where the files are, or are downloaded to; " + DEFAULT)
+        help="directory of the files, or for the download; " + DEFAULT)
     add("--val-size", type=whole, metavar="N", help="training images held out for validation, stratified; default: 5000 for "
-        "CIFAR, 10%% elsewhere; 0 validates on the test set, as the literature does")
+        "CIFAR, 10%% otherwise; 0 validates on the test set, as in the literature")
     add("--image-size", type=number(int, at_least=8), metavar="PIXELS",
-        help="upsample on the device to this size; default: the images' own")
+        help="resize images on the device; default: their own size")
 
 
 def augmentation_flags(parser) -> None:
     add = parser.add_argument_group("augmentation (besides random crop and flip)").add_argument
     add("--policy", choices=POLICIES, default="autoaugment", help="default: %(default)s (CIFAR-10 policy)")
-    add("--random-erasing", type=probability, default=0.25, metavar="P", help="share of images erased in part; " + DEFAULT)
+    add("--random-erasing", type=probability, default=0.25, metavar="P", help="share of images with Random Erasing; " + DEFAULT)
     add("--mixup", type=nonnegative, default=0.8, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of Mixup, 0 is off; " + DEFAULT)
     add("--cutmix", type=nonnegative, default=1.0, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of CutMix, 0 is off; " + DEFAULT)
-    add("--mix-prob", type=probability, default=1.0, metavar="P", help="share of draws that mix at all; " + DEFAULT)
-    add("--mix-mode", choices=("batch", "elem"), default="batch", help="one draw per batch or image; " + DEFAULT)
+    add("--mix-prob", type=probability, default=1.0, metavar="P", help="probability of mixing; " + DEFAULT)
+    add("--mix-mode", choices=("batch", "elem"), default="batch", help="one draw per batch or per image; " + DEFAULT)
 
 
 def batch_size_flag(add, default: int) -> None:
     add("-b", "--batch-size", type=number(int, at_least=2), default=default, metavar="N",
-        help="images of a step, in each process; " + DEFAULT)
+        help="images per step and process; " + DEFAULT)
 
 
 def optimisation_flags(parser) -> None:
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=count, default=200, metavar="N", help=DEFAULT)
     batch_size_flag(add, default=128)
-    add("--grad-accum", type=count, metavar="N", help="cut a batch into N micro-batches, taken in turn, which needs less memory; "
-        "its step is that of the whole batch, but for BatchNorm and DIST's correlations in a class; default: 1")
-    add("--grad-checkpoint", action="store_true", help="keep nothing from inside a block of the network for the backward pass "
-        "but compute it again there: needs much less memory and more time, for the same numbers")
+    add("--grad-accum", type=count, metavar="N", help="accumulate gradients over N micro-batches of a batch, to save memory; "
+        "BatchNorm and DIST see micro-batches; default: 1")
+    add("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: much less memory, more time, "
+        "the same results")
     add("--opt", choices=("adamw", "sgd"), default="adamw", help=DEFAULT)
     add("--lr", type=positive, default=1e-3, metavar="RATE", help="peak learning rate; " + DEFAULT)
     add("--momentum", type=number(float, at_least=0, below=1), default=0.9, metavar="M", help="of SGD; " + DEFAULT)
@@ -63,39 +62,39 @@ def optimisation_flags(parser) -> None:
     add("--sched", choices=("cosine", "multistep"), default="cosine", help="cosine to 0, or x0.1 at --milestones; " + DEFAULT)
     add("--milestones", type=count, nargs="+", default=[150, 180, 210], metavar="EPOCH",
         help="of --sched multistep; default: 150 180 210")
-    add("--warmup-epochs", type=whole, default=5, metavar="N", help="linear from 0; " + DEFAULT)
+    add("--warmup-epochs", type=whole, default=5, metavar="N", help="of the learning rate, linear from 0; " + DEFAULT)
     add("--label-smoothing", type=number(float, at_least=0, below=1), default=0.1, metavar="EPS", help=DEFAULT)
-    add("--clip-grad", type=nonnegative, default=1.0, metavar="NORM", help="gradient norm to clip at, 0 is off; " + DEFAULT)
+    add("--clip-grad", type=nonnegative, default=1.0, metavar="NORM", help="maximum gradient norm, 0 is off; " + DEFAULT)
     add("--model-ema", type=number(float, at_least=0, below=1), default=0.0, metavar="DECAY",
         help="evaluate and save an exponential moving average of the weights, 0 is off; " + DEFAULT)
     add("--patience", type=whole, default=30, metavar="EPOCHS",
-        help="stop after so many epochs without a better --monitor, 0 never; " + DEFAULT)
-    add("--monitor", choices=("val_loss", "val_acc1"), default="val_loss", help="selects best.pt and stops early; " + DEFAULT)
+        help="early stopping after so many epochs without improvement, 0 is off; " + DEFAULT)
+    add("--monitor", choices=("val_loss", "val_acc1"), default="val_loss", help="for best.pt and early stopping; " + DEFAULT)
 
 
-def where_flags(add) -> None:
+def device_flags(add) -> None:
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
     add("--kernels", choices=("auto", "triton", "reference"), default="auto",
-        help="augmentation and loss in Triton's fused kernels or in plain PyTorch; auto is Triton on CUDA; " + DEFAULT)
+        help="fused Triton kernels or plain PyTorch for augmentation and loss; auto is Triton on CUDA; " + DEFAULT)
 
 
 def debug_flag(add) -> None:
-    add("--debug", action="store_true", help="show the traceback of expected errors too")
+    add("--debug", action="store_true", help="also show the traceback of expected errors")
 
 
-def machine_flags(parser, output) -> None:
-    add = parser.add_argument_group("machine and output").add_argument
-    where_flags(add)
+def run_flags(parser, output) -> None:
+    add = parser.add_argument_group("device and output").add_argument
+    device_flags(add)
     add("--amp", choices=("fp16", "bf16", "off"), help="off: fp32, without TF32; default: fp16 on CUDA, off on a CPU")
     add("--compile", action="store_true", help="compile the networks with torch.compile, which takes a minute or more")
-    add("--cuda-graph", action=argparse.BooleanOptionalAction, help="record a whole step and replay it as one launch; "
-        "default: on CUDA, where it can be done")
-    add("--seed", type=seed, default=42, metavar="N", help="of the weights, split, order and augmentation; " + DEFAULT)
-    add("--deterministic", action="store_true", help="the same bits every time on one GPU model and one set of versions; slower")
+    add("--cuda-graph", action=argparse.BooleanOptionalAction, help="capture each step in a CUDA graph and replay it; "
+        "default: on CUDA, where possible")
+    add("--seed", type=seed, default=42, metavar="N", help="of weights, split, shuffling and augmentation; " + DEFAULT)
+    add("--deterministic", action="store_true", help="bitwise reproducible on one GPU model with one set of versions; slower")
     add("--output", type=nonempty, metavar="DIR", help=f"run directory; default: {output}")
     add("--resume", nargs="?", const="auto", type=nonempty, metavar="auto|PATH",
-        help="continue the run in --output, or start it where there is none yet; PATH: a run directory or its last.pt")
-    add("--overwrite", action="store_true", help="replace what a run left in --output")
+        help="continue the run in --output, or start it if there is none; PATH: a run directory or its last.pt")
+    add("--overwrite", action="store_true", help="replace the run in --output")
     add("--dry-run", action="store_true", help="print the configuration and the objective, then stop")
     debug_flag(add)
 
@@ -106,18 +105,18 @@ def new_parser(description=None, usage_lines=None, prog=None) -> Parser:
 
 
 def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
-    """The checked flags of train_teacher.py; exits with 2 and one line otherwise."""
+    """The flags of train_teacher.py; exits with 2 and one line on an error."""
     parser = new_parser(description, usage_lines, prog)
     add = parser.add_argument_group("network").add_argument
     add("--model", type=nonempty, default="efficientnet_v2_l", metavar="NAME",
         help="a torchvision classifier, a CIFAR network or v2_*; " + DEFAULT)
     add("--pretrained", action=argparse.BooleanOptionalAction,
-        help="start from torchvision's ImageNet weights; default: where they exist")
-    add("--init", type=nonempty, metavar="PATH", help="start from a local file of weights, all but the head")
+        help="start from torchvision's ImageNet weights; default: if available")
+    add("--init", type=nonempty, metavar="PATH", help="start from a local file of weights, except for the head")
     data_flags(parser)
     augmentation_flags(parser)
     optimisation_flags(parser)
-    machine_flags(parser, output="runs/teacher")
+    run_flags(parser, output="runs/teacher")
     args = parser.parse_args(argv)
     if args.init and args.pretrained:
         parser.error("--init and --pretrained exclude each other")
@@ -127,14 +126,14 @@ def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
 
 
 def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
-    """The checked flags of distill.py, with the numbers of the chosen method filled in; exits with 2 and one line otherwise."""
+    """The flags of distill.py, with defaults of the chosen method; exits with 2 and one line on an error."""
     first = Parser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--experiment", choices=EXPERIMENTS)
     preset = EXPERIMENTS.get(first.parse_known_args(argv)[0].experiment, {})
 
     parser = new_parser(description, usage_lines, prog)
     add = parser.add_argument_group("distillation").add_argument
-    add("--experiment", choices=EXPERIMENTS, help="a preset of the study: sets defaults, flags beside it win")
+    add("--experiment", choices=EXPERIMENTS, help="a preset of the study; flags take precedence")
     add("--method", choices=METHODS, default="kd", help=DEFAULT)
     add("--teacher-checkpoint", type=nonempty, default="runs/teacher/best.pt", metavar="PATH", help=DEFAULT)
     add("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help=DEFAULT)
@@ -143,7 +142,7 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     data_flags(parser)
     augmentation_flags(parser)
     optimisation_flags(parser)
-    machine_flags(parser, output="runs/<experiment, or method and its numbers>-s<seed>")
+    run_flags(parser, output="runs/<experiment, or method and hyperparameters>-s<seed>")
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     method_flags.fill_in(parser, args, of_preset=set(preset) if args.method != preset.get("method") else set())
@@ -153,17 +152,17 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
 
 
 def parse_show(description, usage_lines, argv=None):
-    """The checked flags of show_batch.py; exits with 2 and one line otherwise."""
+    """The flags of show_batch.py; exits with 2 and one line on an error."""
     parser = new_parser(description, usage_lines)
     data_flags(parser)
     augmentation_flags(parser)
-    add = parser.add_argument_group("which batch, and where to").add_argument
+    add = parser.add_argument_group("batch and output").add_argument
     batch_size_flag(add, default=128)
-    add("--images", type=count, default=32, metavar="N", help="how many of its images are drawn; " + DEFAULT)
+    add("--images", type=count, default=32, metavar="N", help="number of images to draw; " + DEFAULT)
     add("--epoch", type=count, default=1, metavar="N", help=DEFAULT)
     add("--step", type=whole, default=0, metavar="N", help="of the epoch, from 0; " + DEFAULT)
     add("--seed", type=seed, default=42, metavar="N", help=DEFAULT)
-    where_flags(add)
+    device_flags(add)
     add("--output", type=png, default="batch.png", metavar="FILE", help=DEFAULT)
     debug_flag(add)
     return parser.parse_args(argv)
@@ -179,18 +178,18 @@ def check_schedule(parser, args) -> None:
 
 
 def data(args) -> dict:
-    """The arguments of data.datasets.load that flags decide."""
+    """Keyword arguments of data.datasets.load."""
     return {"name": args.dataset, "data_dir": args.data_dir, "val_size": args.val_size, "seed": args.seed,
             "image_size": args.image_size}
 
 
 def augmentation(args) -> dict:
-    """The keyword arguments of augment.BatchAugmenter that flags alone decide."""
+    """Keyword arguments of augment.BatchAugmenter."""
     names = ("seed", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")
     return {name: getattr(args, name) for name in names}
 
 
 def recipe(args) -> dict:
-    """The fields of training.optimization.Recipe."""
+    """Fields of training.optimization.Recipe."""
     names = ("opt", "lr", "momentum", "weight_decay", "sched", "milestones", "warmup_epochs", "epochs", "clip_grad", "model_ema")
     return {name: getattr(args, name) for name in names}

@@ -1,6 +1,6 @@
-"""The cells of a sweep: single settings of a script's flags, from a command in which flags may have several values.
+"""The cells of a sweep, from a command in which flags may have several values.  Imports no torch.
 
-Imports no torch.  All errors are one line and exit code 2.
+All errors are one line and exit code 2.
 """
 import itertools
 import re
@@ -24,15 +24,14 @@ LONGEST_NAME = 120  # characters of a run's name, before the seed
 
 @dataclass
 class Cell:
-    """A script and the flags with which it is run once for every seed.
+    """A script and its flags, run once for every seed.
 
-    flags: flag -> its values, none for a switch; without "--seed".  left_out: flags of the command that this script or method
-    does not have.  differing: those of `flags` in which it differs from the other cells; label: `differing` as typed; name:
-    `differing` as part of a path.
+    flags: flag -> its values, none for a switch; without "--seed".  dropped: flags of the command that this script or method does
+    not have.  differing: the `flags` that not all cells share; label: `differing` as typed; name: `differing` as part of a path.
     """
     script: str
     flags: dict[str, tuple[str, ...]]
-    left_out: set[str]
+    dropped: set[str]
     seeds: list[int]
     differing: dict[str, tuple[str, ...]] = None
     label: str = ""
@@ -40,17 +39,17 @@ class Cell:
 
 
 def parse_sweep(description=None, usage_lines=None, argv=None) -> Namespace:
-    """The checked flags of sweep.py, the `script`, and the words after its name, unchecked, in `flags`."""
+    """The flags of sweep.py, the `script`, and the unparsed rest of the command in `flags`."""
     parser = options.new_parser(description, usage_lines)
     add = parser.add_argument_group("before the script").add_argument
     add("--jobs", type=count, default=1, metavar="N", help="runs at once, on one GPU or CPU; " + options.DEFAULT)
-    add("--output", type=nonempty, default="runs/sweep", metavar="DIR", help="of the runs and the table; " + options.DEFAULT)
-    add("--control", metavar="FLAGS", help="the cell that the others are compared with, by the flags in which it differs, as in "
-        "--control=\"--method kd\"; default: the first one")
-    add("--metric", choices=METRICS, default=METRICS[0], help="the best epoch's or the last one's; " + options.DEFAULT)
+    add("--output", type=nonempty, default="runs/sweep", metavar="DIR", help="directory of runs and table; " + options.DEFAULT)
+    add("--control", metavar="FLAGS", help="the cell to compare with, by its flags, as in --control=\"--method kd\"; "
+        "default: the first")
+    add("--metric", choices=METRICS, default=METRICS[0], help="of the best or the last epoch; " + options.DEFAULT)
     add("--dry-run", action="store_true", help="list the runs, then stop")
     options.debug_flag(add)
-    add = parser.add_argument_group("what to run").add_argument
+    add = parser.add_argument_group("runs").add_argument
     add("command", nargs=REMAINDER, metavar="script flags", help="distill.py or train_teacher.py, and its flags; several values "
         "make an axis of the grid, those of --seed are repeats; -- separates grids that share the flags before the first --")
     args = parser.parse_args(argv)
@@ -61,27 +60,27 @@ def parse_sweep(description=None, usage_lines=None, argv=None) -> Namespace:
 
 
 def expand(script: str, words: list[str]) -> list[Cell]:
-    """All cells of a command, named, in its order; equal cells are merged.  Every flag is checked by its script's parser."""
+    """All cells of a command, named, in order; equal cells are merged.  The script's parser checks every flag."""
     first, *others = split(words)
-    common, cells, different = read_flags(first), [], {}
+    common, cells, unique = read_flags(first), [], {}
     for words in others or [[]]:
         own_script, *words = words if words and words[0] in PARSERS else [script, *words]
         own = read_flags(words)
         foreign = {flag for flag in common if own_script != script and has(script, flag) and not has(own_script, flag)}
-        made = list(product(own_script, {flag: values for flag, values in common.items() if flag not in foreign} | own, foreign))
-        refuse_unused(own, made)
-        cells += made
+        grid = list(product(own_script, {flag: values for flag, values in common.items() if flag not in foreign} | own, foreign))
+        refuse_unused(own, grid)
+        cells += grid
     refuse_unused(common, cells)
     for cell in cells:
         key = repr((cell.script, {name: value for name, value in vars(parse(cell)).items() if name not in ("seed", "output")}))
-        same = different.setdefault(key, cell)
+        same = unique.setdefault(key, cell)
         same.seeds = list(dict.fromkeys(same.seeds + cell.seeds))
-    name_cells(script, list(different.values()))
-    return list(different.values())
+    name_cells(script, list(unique.values()))
+    return list(unique.values())
 
 
 def split(words: list[str]) -> list[list[str]]:
-    """The words between the `--`."""
+    """Split at every `--`."""
     grids = [[]]
     for word in words:
         if word == "--":
@@ -92,21 +91,21 @@ def split(words: list[str]) -> list[list[str]]:
 
 
 def read_flags(words: list[str]) -> dict[str, tuple[str, ...]]:
-    """Each flag, in its long form, with its values."""
+    """Long flag -> its values."""
     flags, values = {}, None
     for word in words:
         if not re.match(r"--?[A-Za-z]", word):
             if values is None:
-                raise Failure(USAGE, f"a value without a flag ({word})", "flags of a script begin with --")
+                raise Failure(USAGE, f"a value without a flag ({word})", "flags begin with --")
             values.append(word)
             continue
         flag, equals, value = word.partition("=")
         flag = LONG_FORM.get(flag, flag)
         if flag in SET_BY_SWEEP:
-            raise Failure(USAGE, f"the sweep itself sets {flag} of its runs ({word})",
-                          "leave it out; the sweep's own --output and --dry-run stand before the script")
+            raise Failure(USAGE, f"the sweep sets {flag} of its runs ({word})",
+                          "remove it; --output and --dry-run of the sweep come before the script")
         if flag in flags:
-            raise Failure(USAGE, f"a flag of one grid is given twice ({word})", "give all its values behind it once")
+            raise Failure(USAGE, f"a flag is given twice in a grid ({word})", "give all its values after one flag")
         values = flags[flag] = [value] * bool(equals)
     return {flag: tuple(values) for flag, values in flags.items()}
 
@@ -115,40 +114,40 @@ def has(script: str, flag: str) -> bool:
     return re.sub("^--(no-)?", "", flag).replace("-", "_") in DEFAULTS[script]
 
 
-def product(script: str, flags: dict, left_out: set):
-    """The cells of one grid.  Numbers that the cell's method does not have are left out."""
-    axes = {flag: points(script, flag, values) for flag, values in flags.items()}
+def product(script: str, flags: dict, dropped: set):
+    """The cells of one grid, each without the hyperparameters of other methods."""
+    axes = {flag: axis(script, flag, values) for flag, values in flags.items()}
     seeds = axes.pop("--seed", [(str(DEFAULTS[script].seed),)])
     for point in itertools.product(*axes.values()):
         chosen = dict(zip(axes, point))
-        foreign = foreign_numbers(chosen) if script == "distill.py" else set()
-        cell = Cell(script, {flag: values for flag, values in chosen.items() if flag not in foreign}, left_out | foreign, [])
+        foreign = foreign_hyperparameters(chosen) if script == "distill.py" else set()
+        cell = Cell(script, {flag: values for flag, values in chosen.items() if flag not in foreign}, dropped | foreign, [])
         cell.seeds = [parse(cell, *seed).seed for seed in seeds]
         yield cell
 
 
-def points(script: str, flag: str, values: tuple) -> list[tuple]:
-    """What a flag is set to in turn; a list, as of --milestones, is one value."""
+def axis(script: str, flag: str, values: tuple) -> list[tuple]:
+    """The settings of a flag; a list, as for --milestones, is one setting."""
     whole = not values or isinstance(getattr(DEFAULTS[script], flag[2:].replace("-", "_"), None), list)
     return [values] if whole else [(value,) for value in values]
 
 
-def foreign_numbers(flags: dict) -> set[str]:
-    """Those of `flags` that are numbers of other methods only."""
+def foreign_hyperparameters(flags: dict) -> set[str]:
+    """The `flags` that only other methods have."""
     preset = options.EXPERIMENTS.get((flags.get("--experiment") or ("",))[0], {})
     chosen = (flags.get("--method") or (preset.get("method", DEFAULTS["distill.py"].method),))[0]
     if chosen not in METHODS:
-        return set()  # the parser will say so
-    numbers = {key: {*map(method_flags.flag, each.hyperparameters), f"--{key}-warmup"} for key, each in METHODS.items()}
-    return set(flags) & set.union(*numbers.values()) - numbers[chosen]
+        return set()  # the parser reports it
+    owned = {key: {*map(method_flags.flag, each.hyperparameters), f"--{key}-warmup"} for key, each in METHODS.items()}
+    return set(flags) & set.union(*owned.values()) - owned[chosen]
 
 
 def refuse_unused(flags: dict, cells: list[Cell]) -> None:
-    """A flag that no cell takes would be ignored without a word."""
+    """Failure USAGE: a flag that no cell has."""
     for flag in flags:
-        if all(flag in cell.left_out for cell in cells):
-            raise Failure(USAGE, f"no method here has this number ({' '.join((flag, *flags[flag]))})",
-                          "leave it out, or add its --method")
+        if all(flag in cell.dropped for cell in cells):
+            raise Failure(USAGE, f"no method of this grid has this flag ({' '.join((flag, *flags[flag]))})",
+                          "remove it, or add its --method")
 
 
 def command(cell: Cell) -> list[str]:
@@ -156,7 +155,7 @@ def command(cell: Cell) -> list[str]:
 
 
 def parse(cell: Cell, *seed, output: str = "-") -> Namespace:
-    """The checked flags of a run; where one is wrong, that script's line on stderr and exit code 2."""
+    """The flags of a run; exits with 2 and the script's message on an error."""
     argv = [*command(cell), "--seed", *map(str, seed or cell.seeds[:1]), "--output", output]
     return PARSERS[cell.script](argv=argv, prog=cell.script)
 
@@ -164,11 +163,11 @@ def parse(cell: Cell, *seed, output: str = "-") -> Namespace:
 def name_cells(script: str, cells: list[Cell]) -> None:
     """Set `differing`, `label` and `name` of the cells.
 
-    A cell without differing flags, or of another script than `script`, is named by its script.
-    A flag that only some cells have counts as differing, unless the others had to leave it out.
+    A flag that only some cells have counts as differing, unless the others dropped it.  A cell without differing flags, or of
+    another script than `script`, is named by its script.
     """
     every = dict.fromkeys(flag for cell in cells for flag in cell.flags)
-    varied = [flag for flag in every if len({cell.flags.get(flag) for cell in cells if flag not in cell.left_out}) > 1]
+    varied = [flag for flag in every if len({cell.flags.get(flag) for cell in cells if flag not in cell.dropped}) > 1]
     for cell in cells:
         cell.differing = {flag: cell.flags[flag] for flag in varied if flag in cell.flags}
         prefix = [cell.script] if cell.script != script or not cell.differing else []
@@ -183,18 +182,18 @@ def name_cells(script: str, cells: list[Cell]) -> None:
 
 
 def find_control(cells: list[Cell], text: str | None) -> Cell:
-    """The cell with these flags: the one that differs in exactly them, else the only one that has them."""
+    """The cell whose differing flags are exactly these, else the only one that has them; default: the first."""
     if text is None:
         return cells[0]
     try:
         words = shlex.split(text)
     except ValueError as failure:
-        raise Failure(USAGE, f"--control cannot be read ({text}: {failure})", "close its quotes") from None
+        raise Failure(USAGE, f"--control cannot be read ({text}: {failure})", "close the quotes") from None
     script = words.pop(0) if words and words[0] in PARSERS else None
     flags = read_flags(words)
     having = [cell for cell in cells if script in (None, cell.script) and flags.items() <= cell.flags.items()]
     chosen = [cell for cell in having if cell.differing == flags] or having
     if len(chosen) != 1:
-        raise Failure(USAGE, f"--control describes {len(chosen)} of the {len(cells)} cells ({text})",
+        raise Failure(USAGE, f"--control matches {len(chosen)} of {len(cells)} cells ({text})",
                       f"name one of: {'; '.join(cell.label for cell in cells)}")
     return chosen[0]

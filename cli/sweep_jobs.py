@@ -1,4 +1,4 @@
-"""The runs of a sweep: their commands, their processes, and the results in their directories.  Imports no torch."""
+"""The runs of a sweep: commands, processes, results.  Imports no torch."""
 import fcntl
 import os
 import shlex
@@ -15,15 +15,14 @@ from rundir.errors import BUG, DATA, DIVERGED, IN_USE, STOPPED, USAGE, Failure
 from rundir.files import damaged, existing_digest, make_directory, read_json, write_json
 from rundir.identity import NON_EXPERIMENT_FLAGS, same_flag
 
-AUTOMATIC = (None, "auto")  # values for which a run chooses one itself, which config.json then has
+AUTOMATIC = (None, "auto")  # values that a run resolves itself, in config.json
 NUMBERS = ("test_acc1_best", "test_acc1_last", "wall_s")
 
 
 class Job:
-    """One run of a cell, in `output`/<cell>-s<seed>; its terminal output goes to `output`/logs.
+    """One run of a cell, in `output`/<cell>-s<seed>, with its terminal output in `output`/logs.
 
-    root: the folder of the scripts.  flags: of this run, as config.json has them.  code: exit code, 0 where there is a result.
-    seconds: that its process took.
+    root: the folder of the scripts.  flags: as in config.json.  code: exit code, 0 if there is a result.  seconds: wall time.
     """
 
     def __init__(self, cell: sweep_grid.Cell, seed: int, output: Path, root: Path):
@@ -43,7 +42,7 @@ class Job:
         return shlex.join(["python", self.cell.script, *self.command[1:]])
 
     def run(self, threads: int) -> "Job":
-        """Run it to its end, unless `stop` was called before.  threads: OMP_NUM_THREADS, unless it is set."""
+        """Run the process, unless `stop` was called.  threads: OMP_NUM_THREADS, unless it is set."""
         make_directory(self.log.parent)
         with open(self.log, "ab") as log, self.lock:
             if self.stopped:
@@ -51,7 +50,7 @@ class Job:
             log.write(f"$ {self.shown()}\n".encode())
             log.flush()
             self.begin, started = log.tell(), time.monotonic()
-            # A process group of its own: Ctrl-C reaches it once, by `stop`, as a second signal would end it at once.
+            # Its own process group: Ctrl-C reaches it once, through `stop`; a second signal would kill it.
             self.process = subprocess.Popen(
                 [sys.executable, *self.command], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, process_group=0,
                 env={"OMP_NUM_THREADS": str(threads)} | os.environ | {"PYTHONUNBUFFERED": "1"})
@@ -61,7 +60,7 @@ class Job:
         return self
 
     def stop(self, number: int) -> None:
-        """Pass a signal on to its process; `run` starts none any more."""
+        """Send a signal to the process, and prevent a later start."""
         with self.lock:
             self.stopped = True
             if self.process:
@@ -74,7 +73,7 @@ class Job:
         return f"{result['verdict']}, {result[metric]:.2f} %" if metric in result else result["verdict"]
 
     def reason(self) -> str:
-        """The line of a failed run that says why."""
+        """The error message of a failed run, else its last line of output."""
         with open(self.log, "rb") as log:
             log.seek(self.begin)
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
@@ -82,7 +81,7 @@ class Job:
         return (errors or lines or ["no output"])[-1]
 
     def result(self) -> dict | None:
-        """Its summary.json, or a verdict alone where it diverged; None while it is not done."""
+        """summary.json, or only a verdict if the run diverged; None while it is unfinished."""
         summary = read_json(self.directory / "summary.json")
         if summary:
             if not all(isinstance(summary.get(name), (int, float)) for name in NUMBERS) or "verdict" not in summary:
@@ -92,9 +91,9 @@ class Job:
         return {"verdict": "diverged"} if status.get("exit_code") == DIVERGED else None
 
     def compare(self, recorded: dict | None) -> dict:
-        """Refuse a directory whose run had other flags -> the flags to record.
+        """The flags to record.  Failure USAGE: the run in the directory had other flags.
 
-        recorded: the flags that an earlier sweep gave it.  Where there are none, any choice of the run's own passes.
+        recorded: the flags from an earlier sweep; without them any value that the run resolved itself is accepted.
         """
         old = read_json(self.directory / "config.json")
         if old is None:
@@ -106,19 +105,19 @@ class Job:
         changed = [f"{name} {old.get(name)} -> {value}" for name, value in new.items()
                    if not same_flag(name, old, new, self.sha256_of)]
         if changed:
-            raise Failure(USAGE, f"another experiment is in the directory of a run ({self.directory}: {', '.join(changed)})",
-                          "give it the flags that it had, or choose another --output")
+            raise Failure(USAGE, f"the directory has a run with other flags ({self.directory}: {', '.join(changed)})",
+                          "use its flags, or choose another --output")
         return given
 
     def sha256_of(self, name: str) -> str | None:
-        """Of the images or the file that flag `name` names; None where there is no file."""
+        """SHA-256 of the images or the file of flag `name`; None if there is no file."""
         if name == "data_dir":
             return fingerprint(self.flags["dataset"], self.flags["data_dir"], self.flags["image_size"])
         return cached_digest(self.flags[name])
 
 
 def record(jobs: list[Job], path: Path) -> None:
-    """Check the directories of all runs before any is started, and record in `path` with which flags each was begun."""
+    """Check the directories of all runs and record their flags in `path`, before any run starts."""
     recorded = read_json(path) or {}
     if not all(isinstance(flags, dict) for flags in recorded.values()):
         raise damaged(path, "not the flags of runs")
@@ -136,22 +135,22 @@ def results(jobs: list[Job], cells: list) -> dict[str, dict[int, dict]]:
         images = (read_json(job.directory / "config.json") or {}).get("data_sha256")
         first_images, first = seen.setdefault(flags, (images, job))
         if images and first_images and images != first_images:
-            raise Failure(DATA, f"runs of one table saw different images ({first.directory} and {job.directory})",
-                          "bring the images back, or remove the runs that saw the others")
+            raise Failure(DATA, f"runs of one table have different images ({first.directory} and {job.directory})",
+                          "restore the images, or remove the runs on the others")
     return {cell.label: {job.seed: job.result() for job in jobs if job.cell is cell} for cell in cells}
 
 
 @contextmanager
 def exclusive_lock(output: Path):
-    """Hold the lock of a sweep's directory, which is made where it is missing.  Failure IN_USE: another sweep holds it."""
+    """Create the directory of a sweep and lock it.  Failure IN_USE: another sweep holds the lock."""
     make_directory(output)
     try:
         with open(output / ".lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
     except BlockingIOError:
-        raise Failure(IN_USE, f"another sweep runs in this directory ({output})",
-                      "wait for its end, or choose another --output") from None
+        raise Failure(IN_USE, f"another sweep is running in this directory ({output})",
+                      "wait for it, or choose another --output") from None
 
 
 cached_digest = cache(existing_digest)  # most runs of a sweep share one teacher
@@ -159,6 +158,6 @@ cached_digest = cache(existing_digest)  # most runs of a sweep share one teacher
 
 @cache
 def fingerprint(dataset: str, data_dir: str, image_size: int | None) -> str:
-    """Of the images that these flags name; reads them, and imports torch for it."""
+    """SHA-256 of the images; reads them, and imports torch."""
     from data import datasets
     return datasets.load(dataset, data_dir, val_size=0, image_size=image_size).fingerprint

@@ -1,7 +1,7 @@
-"""The table of a sweep: one row per cell, with intervals, and each cell compared with the control.  Imports no torch.
+"""The table of a sweep: a row per cell, with confidence intervals, and paired differences to the control.  Imports no torch.
 
-Accuracies and differences are in percent.  None, an empty cell of the CSV, is an undefined number: the standard deviation of one
-value, or the interval and the p-value of equal values, which Student's t would make certain.
+Accuracies and differences are in percent.  None, an empty cell of the CSV, is undefined: the standard deviation of one value, or
+interval and p-value of equal values.
 """
 from collections import Counter
 from statistics import fmean, stdev
@@ -10,11 +10,11 @@ from scipy.special import stdtr, stdtrit  # Student's t of n degrees of freedom,
 
 from rundir import files
 
-SAME = 1e-9  # percent: values so close differ by rounding alone
+SAME = 1e-9  # percent: smaller differences are rounding errors
 
 
 def spread(values: list[float]) -> tuple[float | None, float | None, float | None, float | None, float | None]:
-    """Mean, sample standard deviation, 95 % interval of the mean, and p-value of a mean of zero, two-sided, by Student's t."""
+    """Mean, sample SD, 95 % confidence interval of the mean, and two-sided p-value against 0, by Student's t."""
     if len(values) < 2:
         return (*values, *[None] * (5 - len(values)))
     mean, n = fmean(values), len(values)
@@ -27,7 +27,7 @@ def spread(values: list[float]) -> tuple[float | None, float | None, float | Non
 
 
 def row_of(label: str, results: dict[int, dict], control: dict[int, dict] | None, metric: str) -> dict:
-    """The row of a cell, by CSV column.  results: seed -> summary, or a verdict alone; control: its; None in its own row."""
+    """CSV column -> value of a cell.  results: seed -> summary, or only a verdict; control: the control's, None in its row."""
     finished, others = ({seed: summary for seed, summary in each.items() if metric in summary}
                         for each in (results, control or {}))
     mean, deviation, low, high, _ = spread([summary[metric] for summary in finished.values()])
@@ -71,9 +71,9 @@ LEFT = {"flags", "verdicts"}
 
 
 def table(results: dict[str, dict[int, dict]], control: str, metric: str, missing: int) -> tuple[list[dict], str]:
-    """The rows, and the note below them.
+    """The rows, and the note below.
 
-    results: label of a cell -> seed -> summary, or a verdict alone.  control: label of a cell.  missing: how many runs failed.
+    results: label of a cell -> seed -> summary, or only a verdict.  control: label of a cell.  missing: number of failed runs.
     """
     rows = [row_of(label, each, None if label == control else results[control], metric) for label, each in results.items()]
     runs = [summary for each in results.values() for summary in each.values()]

@@ -1,1 +1,1 @@
-"""What a run's gradients and logits say about it, and its alarms."""
+"""Logit-gradient diagnostics, and the verdict and alarms of a run."""

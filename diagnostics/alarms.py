@@ -1,9 +1,8 @@
-"""The verdict on a run: whether it collapsed, and which of its numbers are beyond a limit.
+"""Verdict and alarms of a run.  Imports no torch.
 
-A collapse has one definition, `collapsed`.  A run alone is compared with its own best epoch; where the run of a control, plain
-KD, is at hand, as in plots/ and STUDY.md, with the last epoch of that one.  A run alone that ends near chance collapsed, too.
-An alarm is a number beyond a limit, and not a cause: STUDY.md counts how often each is raised in runs that did not collapse.
-MOVE and DEAD are set on those runs.  Imports no torch.
+A collapse is a fall of validation accuracy below a reference, by `collapsed`: summary.json compares with the run's own best epoch
+and also counts an accuracy near chance; plots/ and STUDY.md compare with the control, a KD run.  An alarm is a value beyond a
+limit, not a cause: STUDY.md counts how often each is raised in runs that did not collapse.  MOVE and DEAD are set on those runs.
 """
 from typing import NamedTuple
 
@@ -11,22 +10,19 @@ FALL = 5.0  # percentage points of validation accuracy below the reference: a co
 NEAR = 5.0  # percentage points above chance
 CLIPPED = 0.9  # share of the steps
 SHARE = 0.8  # of one distillation term in the logit gradient
-TEACHER = 50.0  # accuracy (%) on the images that it teaches with
+TEACHER = 50.0  # teacher accuracy (%) on the augmented images
 SKIPPED = 0.01  # share of the steps
-MOVE = 0.03  # what a step changes, over the norm of the weights
-DEAD = 0.1  # share of the classes that are never predicted
+MOVE = 0.03  # relative norm of a weight update
+DEAD = 0.1  # share of classes that are never predicted
 
 
 def collapsed(last: float, reference: float) -> bool:
-    """Whether a run with that validation accuracy (%) in its last epoch collapsed.
-
-    reference: the last epoch's accuracy of the control, the KD run beside it, where there is one; else the run's own best.
-    """
+    """Whether a run collapsed.  last: its last validation accuracy (%).  reference: the control's last, or its own best."""
     return last < reference - FALL
 
 
 class Alarm(NamedTuple):
-    """value: the number beyond its limit.  epoch: where it was worst, None for one of the whole run.  text: both, in words."""
+    """A value beyond its limit.  epoch: of the worst value, None for a mean over the run."""
     name: str
     value: float
     limit: float
@@ -35,11 +31,9 @@ class Alarm(NamedTuple):
 
 
 def judge(method, monitor: str, rows: list, diagnostics: list[dict], classes: int, stopped_early: bool) -> dict:
-    """What summary.json says of a run: verdict, health, alarms, advice.
+    """Entries of summary.json: verdict, health, alarms, and advice, None unless the run collapsed or has dead classes.
 
-    method: a losses.chosen_method.ChosenMethod.  monitor: the flag.  rows: of log.csv.  diagnostics: rows of
-    diagnostics.csv.  classes: their number.
-    advice: of a run that went wrong, what lowers each number beyond its limit; None of others.
+    method: a losses.chosen_method.ChosenMethod.  rows: of log.csv.  diagnostics: rows of diagnostics.csv.
     """
     found = alarms(method, monitor, rows, diagnostics, classes, stopped_early)
     names = {alarm.name for alarm in found}
@@ -52,26 +46,26 @@ def judge(method, monitor: str, rows: list, diagnostics: list[dict], classes: in
 
 
 def alarms(method, monitor, rows, diagnostics, classes: int, stopped_early: bool) -> list[Alarm]:
-    """Every number of a run that is beyond its limit; arguments as above."""
-    found, steps, loud = [], sum(row.steps for row in rows), shares(method, diagnostics)
+    """The alarms of a run; arguments as for `judge`."""
+    found, steps, by_share = [], sum(row.steps for row in rows), shares(method, diagnostics)
 
     def check(name: str, value, limit: float, text: str, epoch=None) -> None:
         if value is not None and value > limit:
             found.append(Alarm(name, value, limit, epoch, text))
 
     def worst(column: str) -> tuple:
-        """Its largest value and the epoch of it."""
+        """The largest value and its epoch."""
         return max(((row[column], row["epoch"]) for row in diagnostics if row.get(column) is not None), default=(None, None))
 
     accuracy, last = [row.val_acc1 for row in rows], rows[-1].val_acc1
     best, chance = max(accuracy), 100 / classes
-    near = min(2 * chance, chance + NEAR)  # twice chance would be any accuracy at all of two classes
+    near = min(2 * chance, chance + NEAR)  # with two classes, twice chance is 100 %
     if collapsed(last, best):
         found.append(Alarm("collapse", best - last, FALL, rows[-1].epoch, f"validation accuracy fell from {best:.1f} % in epoch "
                            f"{accuracy.index(best) + 1} to {last:.1f} % at the end (alarm above {FALL:g} points)"))
     if last <= near:
-        found.append(Alarm("chance", last, near, rows[-1].epoch, f"validation accuracy is {last:.1f} % at the end, near the "
-                           f"chance of {chance:.3g} % with {classes} classes (alarm up to {near:.3g} %)"))
+        found.append(Alarm("chance", last, near, rows[-1].epoch, f"validation accuracy is {last:.1f} % at the end, near "
+                           f"chance, {chance:.3g} % with {classes} classes (alarm up to {near:.3g} %)"))
     dead = diagnostics[-1]["dead_classes"] if diagnostics else None
     if dead:
         check("dead", dead / classes, DEAD, f"the student never predicts {dead} of {classes} classes at the end "
@@ -80,53 +74,53 @@ def alarms(method, monitor, rows, diagnostics, classes: int, stopped_early: bool
     check("skipped", skipped, SKIPPED, f"{skipped:.1%} of the steps were skipped: loss or gradient was not finite "
           f"(alarm above {SKIPPED:.0%})")
     move, epoch = worst("update_ratio")
-    check("move", move, MOVE, f"steps are large: in epoch {epoch} one changes the weights by {move or 0:.1%} of their norm "
-          f"(alarm above {MOVE:.0%})" + "".join(f"; {term.upper()} makes {share:.0%} of the logit gradient"
-                                                 for term, share in list(loud.items())[:1]), epoch)
+    check("move", move, MOVE, f"large updates: in epoch {epoch} a step changes the weights by {move or 0:.1%} of their norm "
+          f"(alarm above {MOVE:.0%})" + "".join(f"; {term.upper()} is {share:.0%} of the logit gradient"
+                                                 for term, share in list(by_share.items())[:1]), epoch)
     dominant, minor = mean(diagnostics, "pull_whole"), mean(diagnostics, "pull_minor_whole")
     if dominant is not None and minor > dominant:
-        found.append(Alarm("inverted", minor, dominant, None, "mixed images: the loss raises the logit of the smaller label more "
-                           f"than that of the larger one ({minor:.3f} against {dominant:.3f} an image)"))
-    clipped = sum(row.clip_frac * (row.steps - row.skipped_steps) for row in rows) / max(1, steps - sum(
-        row.skipped_steps for row in rows))
+        found.append(Alarm("inverted", minor, dominant, None, "mixed images: the loss raises the logit of the minor label more "
+                           f"than that of the dominant one ({minor:.3f} against {dominant:.3f} per image)"))
+    taken = [row.steps - row.skipped_steps for row in rows]
+    clipped = sum(row.clip_frac * count for row, count in zip(rows, taken)) / max(1, sum(taken))
     factors = [row["clip_factor"] for row in diagnostics if row["clip_factor"]]
     check("clipped", clipped, CLIPPED, f"{clipped:.0%} of the steps were clipped (alarm above {CLIPPED:.0%}), to "
           f"{sum(factors) / max(1, len(factors)):.0%} of the gradient on average")
-    for term, share in loud.items():
-        check("share", share, SHARE, f"{term.upper()} makes {share:.0%} of the logit gradient (alarm above {SHARE:.0%})")
+    for term, share in by_share.items():
+        check("share", share, SHARE, f"{term.upper()} is {share:.0%} of the logit gradient (alarm above {SHARE:.0%})")
     teacher = mean(diagnostics, "teacher_acc1")
     if teacher is not None and teacher < TEACHER:
-        found.append(Alarm("teacher", teacher, TEACHER, None, f"the teacher is right about {teacher:.0f} % of the augmented "
-                           f"images (alarm below {TEACHER:g} %; about either label {mean(diagnostics, 'teacher_either'):.0f} %)"))
+        found.append(Alarm("teacher", teacher, TEACHER, None, f"the teacher's accuracy on augmented images is {teacher:.0f} % "
+                           f"(alarm below {TEACHER:g} %; either label {mean(diagnostics, 'teacher_either'):.0f} %)"))
     if stopped_early:
         kept = accuracy[rows[-1].best_epoch - 1]
-        check("early stop", last - kept, 0.0, "early stopping ended the run while validation accuracy was rising: "
+        check("early stop", last - kept, 0.0, "early stopping while validation accuracy was rising: "
               f"{kept:.1f} % in the best epoch by --monitor {monitor}, {last:.1f} % in the last")
     return found
 
 
 def mean(diagnostics: list[dict], column: str) -> float | None:
-    """Of a column of diagnostics.csv, over the run, each image the same; None where it is empty."""
-    there = [(row[column], row["images"]) for row in diagnostics if row.get(column) is not None]
-    return sum(value * images for value, images in there) / sum(images for _, images in there) if there else None
+    """The mean of a column of diagnostics.csv over all images of the run; None where it is empty."""
+    filled = [(row[column], row["images"]) for row in diagnostics if row.get(column) is not None]
+    return sum(value * images for value, images in filled) / sum(images for _, images in filled) if filled else None
 
 
 def shares(method, diagnostics: list[dict]) -> dict:
-    """Each distillation term's part of the logit gradient over the run, the largest first; empty for a teacher."""
+    """The share of each distillation term in the logit gradient over the run, in descending order."""
     found = {term: mean(diagnostics, f"share_{term}") or 0.0 for term in method.record.terms if term != "ce"}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def advice(method, diagnostics: list[dict]) -> dict[str, str]:
-    """What to change, by alarm."""
+    """Alarm -> the change to try."""
     weights = method.record.weight_of
-    loudest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(method, diagnostics))[:1] if term in weights]
-    quieter = "".join(f" or {flag}" for flag in loudest)
+    largest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(method, diagnostics))[:1] if term in weights]
+    or_weight = "".join(f" or {flag}" for flag in largest)
     return {
-        "skipped": f"lower --lr{quieter}, or use --amp bf16",
-        "move": f"halve --lr{quieter}, or clip the gradient (--clip-grad 1), one at a time",
+        "skipped": f"lower --lr{or_weight}, or use --amp bf16",
+        "move": f"halve --lr{or_weight}, or clip the gradient (--clip-grad 1), one at a time",
         "inverted": "use --mixed-target pair, or less mixing (--mix-prob)",
-        "clipped": " or ".join(["raise --clip-grad", *(f"lower {flag}" for flag in loudest)]),
-        "share": ", or ".join([*(f"lower {flag}" for flag in loudest), "raise --ce-weight"]),
+        "clipped": " or ".join(["raise --clip-grad", *(f"lower {flag}" for flag in largest)]),
+        "share": ", or ".join([*(f"lower {flag}" for flag in largest), "raise --ce-weight"]),
         "teacher": "train the teacher under the same augmentation, or weaken it (--policy none, a lower --mix-prob)",
     }

@@ -1,8 +1,7 @@
-"""The columns of diagnostics.csv: the logit gradient of each loss term, and the accuracy and certainty of the teacher.
+"""The columns of diagnostics.csv: the logit gradient of each loss term, the teacher's accuracy and entropy.
 
-They are means over every 40th step, taken from its logits alone.  The gradient of a term with respect to the student's logits is
-that of the method with all other weights at 0.  A step adds sums to a table on the device, which is read once per epoch.
-docs/diagnostics.md explains every column.
+They are means over every 40th step, computed from its logits; docs/diagnostics.md explains each.  The gradient of a term with
+respect to the student's logits is that of the loss with all other weights at 0.
 """
 import math
 from functools import partial
@@ -11,18 +10,17 @@ import torch
 
 from losses.methods import resolved
 
-LOG_EVERY = 40  # steps from one diagnostics step to the next
-TREATMENTS = ("all", "clean", "policy", "erased", "mixup", "cutmix")  # groups of images, by their augmentation
-BY_TREATMENT = ("images", "teacher_acc1", "teacher_either")  # columns of each group; the others are of all images
-WHOLE = "whole"  # the gradient of all terms together
+LOG_EVERY = 40  # steps between diagnostics steps
+TREATMENTS = ("all", "clean", "policy", "erased", "mixup", "cutmix")  # groups of images by augmentation
+BY_TREATMENT = ("images", "teacher_acc1", "teacher_either")  # columns of each group
+WHOLE = "whole"  # the sum of all terms
 
 
 class Diagnostics:
-    """Sums over the images of an epoch's diagnostics steps.
+    """Sums over the images of an epoch's diagnostics steps, on the device.
 
-    `add` adds such a step to the sums on the device, also in a CUDA graph.
-    method: a losses.chosen_method.ChosenMethod.  augmenter: makes the batches, of which this process takes these `rows`.
-    ranks: of training.distributed.  steps: the diagnostics steps of an epoch; default: every 40th.
+    method: a losses.chosen_method.ChosenMethod.  rows: of each of the augmenter's batches, the last micro-batch of this rank.
+    ranks: a training.distributed.Ranks.  steps: the diagnostics steps of an epoch; default: every 40th.
     """
 
     def __init__(self, method, augmenter, rows: range, ranks, steps: range | None = None):
@@ -31,7 +29,7 @@ class Diagnostics:
         self.treatments, self.sums = None, None
 
     def set_epoch(self, epoch: int) -> None:
-        """Clear the sums, and draw the augmentation of this epoch's images."""
+        """Clear the sums and draw the epoch's augmentation parameters, to group the images by."""
         policy, erased, mixup, cutmix = self.augmenter.treatments(epoch, self.steps, self.rows)
         clean = ~(policy | erased | mixup | cutmix)
         drawn = torch.stack([torch.ones_like(policy), clean, policy, erased, mixup, cutmix], 1).float()  # (steps, groups, rows)
@@ -44,10 +42,9 @@ class Diagnostics:
 
     @torch.no_grad()
     def add(self, position: int | torch.Tensor, result, targets, logits, teacher_logits=None) -> None:
-        """Add the diagnostics step at `position` of the epoch, unless it was skipped: its numbers may not be finite.
+        """Add the diagnostics step at `position` in the epoch, unless it was skipped; may be captured in a CUDA graph.
 
-        Waits for nothing.  result: a training.optimization.StepResult with its relative update.
-        logits, teacher_logits: (N, C), of `rows`.
+        result: a training.optimization.StepResult with its relative update.  logits, teacher_logits: (N, C), of `rows`.
         """
         index = (position - self.steps.start) // self.steps.step
         groups = self.treatments[index] if isinstance(index, int) else self.treatments.index_select(0, index.view(1))[0]
@@ -64,7 +61,7 @@ class Diagnostics:
                 "teacher_outside_T": 1 - at_T[:, 0] - at_T[:, 1] * mixed,
                 "teacher_entropy": entropy(v), "teacher_scale": v.std(1, correction=0)}
         terms = self.gradients(z, teacher_logits, targets)
-        gradients = torch.stack(list(terms.values())) * len(z)  # of each image, not of their mean
+        gradients = torch.stack(list(terms.values())) * len(z)  # of each image's loss, not of the batch mean
         pulls = gradients.gather(2, labels.expand(len(terms), -1, -1)) * -mixed[:, None]
         measured = {"grad": gradients.square().sum(2), "pull": pulls[..., 0], "pull_minor": pulls[..., 1]}
         if "ce" in terms:
@@ -77,7 +74,7 @@ class Diagnostics:
         self.names, self.sums = tuple(values), sums if self.sums is None else self.sums.add_(sums)
 
     def gradients(self, z, v, targets) -> dict:
-        """term -> (N, C): the gradient of its part of the loss with respect to the logits z."""
+        """term -> (N, C): the gradient of its weighted part of the loss with respect to the logits z."""
 
         @torch.enable_grad()
         def gradient(loss, *arguments, **named):
@@ -91,13 +88,13 @@ class Diagnostics:
         if len(rest) > 1:
             return {WHOLE: loss(**arguments)}
         found = {term: loss(**arguments | off | {weight: arguments[weight]}) for term, weight in weight_of.items()}
-        if rest:  # in each of those, too
+        if rest:  # a term without a weight is in each of these gradients
             own = loss(**arguments | off)
             found = {term: each - own for term, each in found.items()} | {rest[0]: own}
         return found | {WHOLE: sum(found.values())}
 
     def columns(self) -> dict:
-        """The epoch's columns of diagnostics.csv, None where there is nothing to average; waits for the device."""
+        """The epoch's columns of diagnostics.csv, None for a mean over no image; waits for the device."""
         every, *groups = (dict(zip(self.names, row)) for row in self.ranks.sum(self.sums.double()).tolist())
         found = averages(every)
         for treatment, sums in zip(TREATMENTS[1:], groups):
@@ -107,7 +104,7 @@ class Diagnostics:
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """(N, C) -> (N,): that of the softmax, in nats."""
+    """(N, C) logits -> (N,) entropy of the softmax in nats."""
     log_p = logits.log_softmax(1)
     return -(log_p.exp() * log_p).sum(1)
 
@@ -115,7 +112,7 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
 def averages(sums: dict) -> dict:
     """The columns of a group of images.
 
-    sums: over them, by name; of squared norms for `grad_<term>`, of products with the gradient of cross-entropy for `cos_<term>`.
+    sums: name -> sum; `grad_<term>`: of squared norms; `cos_<term>`: of dot products with the gradient of cross-entropy.
     """
     images, mixed = sums["images"], sums.get("mixed")
 
@@ -126,11 +123,11 @@ def averages(sums: dict) -> dict:
     found["images"] = round(images)
     terms = [name.removeprefix("grad_") for name in sums if name.startswith("grad_")]
     norms = {term: math.sqrt(mean(sums[f"grad_{term}"]) or 0.0) for term in terms}
-    together = sum(norm for term, norm in norms.items() if term != WHOLE)
+    total_norm = sum(norm for term, norm in norms.items() if term != WHOLE)
     for term, norm in norms.items():
         found[f"grad_{term}"] = norm if images else None
         if term != WHOLE:
-            found[f"share_{term}"] = mean(norm, together)
+            found[f"share_{term}"] = mean(norm, total_norm)
         if f"cos_{term}" in found:
             found[f"cos_{term}"] = mean(sums[f"cos_{term}"], images * norm * norms["ce"])
     return found

@@ -1,6 +1,6 @@
-"""Distillation losses.  A method is a function of both logits, the targets and its own numbers, and a record in methods.py.
+"""Distillation losses: each method is a function, and a record in methods.py.
 
-Importing this imports no torch, so that the flags are checked before it is loaded.
+Importing this imports no torch, so that flags are checked first.
 """
 from importlib import import_module
 

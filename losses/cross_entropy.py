@@ -1,4 +1,4 @@
-"""Cross-entropy with mixed labels and label smoothing: what a network trained on labels alone minimises."""
+"""Cross-entropy with mixed labels and label smoothing."""
 from kernels.softmax_kl import Weights, softmax_kl
 from losses.targets import Targets
 
@@ -13,6 +13,6 @@ def mixed_ce(logits, targets: Targets, *, label_smoothing: float = 0.0):
 
 
 def labels_alone(logits, teacher_logits, targets: Targets, *, label_smoothing: float = 0.0):
-    """`mixed_ce` in the form of a method -> loss and terms; the teacher's logits are not used and may be None."""
+    """`mixed_ce` with the signature of a method -> loss, terms.  teacher_logits: unused."""
     loss = mixed_ce(logits, targets, label_smoothing=label_smoothing)
     return loss, {"ce": loss.detach()}

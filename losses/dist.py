@@ -2,7 +2,7 @@
 from kernels.softmax_kl import Weights, softmax_kl
 from losses.targets import Targets
 
-SMALLEST = 1e-8  # added to the product of two norms, as in the authors' code: where both are tiny, the correlation counts as 0
+SMALLEST = 1e-8  # added to the product of the norms, as in the authors' code: correlations of tiny vectors become 0
 
 
 def dist_loss(student_logits, teacher_logits, targets: Targets, *, beta=1.0, gamma=1.0, temperature=1.0, ce_weight=1.0,
@@ -10,17 +10,16 @@ def dist_loss(student_logits, teacher_logits, targets: Targets, *, beta=1.0, gam
     """loss = ce_weight * CE + T^2 * (beta * inter + gamma * intra).
 
     With q and p the softmaxes of student and teacher logits / T, (N, C), and rho Pearson's correlation:
-      inter = 1 - mean over the rows of rho(q_i, p_i)       how the classes of one image are related
-      intra = 1 - mean over the columns of rho(q_c, p_c)    how the images of the batch are related in one class
-    Neither reads labels, so Mixup and CutMix need no rule: both networks saw the mixed image, and CE has its mixed label.  Of
-    several processes each correlates the images of its own slice of the batch; under --grad-accum, those of one part.
+      inter = 1 - mean over the rows of rho(q_i, p_i)       between the classes of an image
+      intra = 1 - mean over the columns of rho(q_c, p_c)    between the images of the batch, in a class
+    Neither depends on the labels, so mixed images need no special rule.  The batch is a rank's slice, or a micro-batch.
 
-    Logits (N, C) in fp32, fp16 or bf16; computed in fp32.  With one row, or one class, every correlation counts as 0.
+    Logits (N, C) in fp32, fp16 or bf16; computed in fp32.  With one row, or one class, every correlation is 0.
     Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "inter", "intra"}, detached, unweighted, T^2 included.
     Raises ValueError where CE does, and for teacher logits of another shape.
     """
     if teacher_logits.shape != student_logits.shape:
-        raise ValueError(f"logits must be alike: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
+        raise ValueError(f"logits must have equal shapes: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
     loss, terms = softmax_kl(student_logits, None, *targets, Weights(ce=ce_weight), temperature=1.0,
                              label_smoothing=label_smoothing)
     q, p = ((logits.float() / temperature).softmax(1) for logits in (student_logits, teacher_logits.detach()))

@@ -10,9 +10,9 @@ def kd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.7, temp
             label_smoothing=0.0, kl="forward", standardize=False):
     """loss = alpha * T^2 * KL(teacher || student) + ce_weight * CE, means over the batch.
 
-    Logits (N, C) in fp32, fp16 or bf16; `ce_weight=None` means 1 - alpha.  kl="reverse" takes KL(student || teacher).
-    Some papers write the student first; what they and every public implementation compute is the forward direction.
-    standardize: z-score both rows of logits before the KL, which then compares their shapes alone (losses/standardize.py).
+    Logits (N, C) in fp32, fp16 or bf16; `ce_weight=None` means 1 - alpha.  kl="reverse": KL(student || teacher); public
+    implementations use "forward", also where the paper writes the student first.
+    standardize: z-score both rows of logits before the KL (losses/standardize.py).
     Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "kl"}, detached, unweighted, T^2 included.
     """
     if kl not in DIRECTIONS:

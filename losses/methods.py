@@ -1,8 +1,7 @@
-"""The distillation methods, one record each: name, hyperparameters, terms, labels.  Without torch.
+"""The registry of distillation methods, a record each.  Imports no torch.
 
-The flags and their help, --dry-run, the name of a run, its warm-up, the columns of log.csv, the lines on the terminal, and the
-labels of figures and tables are all made from these records.  To add one: its function in a file of this folder, a record below,
-and a line in METHODS.
+Flags and help, --dry-run, run names, warm-up, columns of log.csv, terminal lines, and labels of figures and tables derive from
+these records.  A new method needs a function in a file of this folder, a record below, and an entry in METHODS.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,8 +10,8 @@ from typing import NamedTuple
 class Hyperparameter(NamedTuple):
     """A keyword argument of a method's function, and the flag of that name.
 
-    default: that of the function, too.  False makes it a switch; a name, one of `choices`.
-    at_least, above: its range.  default_fn: what None stands for, from the dict of all values; default_text: the same in words.
+    default: the function's.  False makes it a switch.  at_least, above: its range.
+    default_fn: the value for None, from the dict of all values; default_text: the same in the help.
     """
     default: float | str | bool | None
     help: str
@@ -26,15 +25,15 @@ class Hyperparameter(NamedTuple):
 class Method(NamedTuple):
     """The record of a method.
 
-    function: "module:name".  It is called with both logits (N, C), a Targets, and by name its hyperparameters and
-        label_smoothing, and returns the loss and a dict of its terms, 0-dim tensors, the latter detached and unweighted.
+    function: "module:name", called as f(student_logits, teacher_logits, targets, **hyperparameters, label_smoothing=...), logits
+        (N, C) -> the loss and a dict of its terms, 0-dim tensors, the terms detached and unweighted.
     terms: the names of its terms, columns train_loss_<term> of log.csv; "ce" is the cross-entropy with the labels.
-    weight_of: the hyperparameter that weighs each term in the loss, for diagnostics.csv, which has each term's gradient.  One
-        term may lack one; where more do, only the gradient of the whole is there.
-    warmed_up: those that --<method>-warmup raises from 0; with a warm-up they come as 0-dim fp32 tensors on the device.
-    run, table, figure: the name of a run's directory, of its row in a table, of its curve; {beta} stands for the value of beta.
-    formula: the objective as text, from the values, the text of the cross-entropy, and the factor of the warm-up.
-    validate: the error of values that do not fit together, or None.
+    weight_of: term -> the hyperparameter that is its weight, for each term's gradient in diagnostics.csv.  If more than one term
+        lacks one, only the gradient of the whole loss is logged.
+    warmed_up: hyperparameters that --<method>-warmup raises from 0; under warm-up they are 0-dim fp32 tensors on the device.
+    run, table, figure: format strings of run directory, table row and curve label, as in "beta{beta:g}".
+    formula: (values, text of the cross-entropy, text of the warm-up factor) -> the objective as text.
+    validate: values -> the error message, or None.
     """
     function: str
     hyperparameters: dict[str, Hyperparameter]
@@ -45,35 +44,35 @@ class Method(NamedTuple):
     formula: Callable[[dict, str, str], str]
     weight_of: dict[str, str] = {}
     warmed_up: tuple[str, ...] = ()
-    validate: Callable[[dict], str | None] = lambda numbers: None
+    validate: Callable[[dict], str | None] = lambda values: None
 
 
-def resolved(method: Method, numbers: dict) -> dict:
-    """The values of a method's hyperparameters, each None replaced by its default_fn."""
+def resolved(method: Method, values: dict) -> dict:
+    """The hyperparameters with each None replaced by its default_fn."""
     defaults = {name: each.default_fn for name, each in method.hyperparameters.items() if each.default_fn}
-    return {name: defaults[name](numbers) if value is None else value for name, value in numbers.items()}
+    return {name: defaults[name](values) if value is None else value for name, value in values.items()}
 
 
-TEMPERATURE = Hyperparameter(4.0, "divides the logits before the softmax", at_least=None, above=0.0)
-CE_WEIGHT = Hyperparameter(1.0, "weight of the labels' cross-entropy")
-STANDARDIZE = Hyperparameter(False, "both networks' logits are z-scored per row for all but the cross-entropy (arXiv 2403.01427)")
+TEMPERATURE = Hyperparameter(4.0, "softmax temperature", at_least=None, above=0.0)
+CE_WEIGHT = Hyperparameter(1.0, "weight of the cross-entropy with the labels")
+STANDARDIZE = Hyperparameter(False, "z-score the logits of both networks, except for the cross-entropy (arXiv 2403.01427)")
 
 
-def standardized(numbers: dict) -> str:
-    return ", logits z-scored" if numbers["standardize"] else ""
+def standardized(values: dict) -> str:
+    return ", logits z-scored" if values["standardize"] else ""
 
 
 # --- KD, Hinton et al. 2015, arXiv 1503.02531
 
-def kd_formula(numbers: dict, ce: str, ramp: str) -> str:
-    divergence = "teacher || student" if numbers["kl"] == "forward" else "student || teacher"
+def kd_formula(values: dict, ce: str, ramp: str) -> str:
+    divergence = "teacher || student" if values["kl"] == "forward" else "student || teacher"
     return "{ce_weight:.4g} {ce} + {alpha:g} * {temperature:g}^2 KL({direction}; T = {temperature:g}{scored}){ramp}".format(
-        **resolved(KD, numbers), ce=ce, direction=divergence, scored=standardized(numbers), ramp=ramp)
+        **resolved(KD, values), ce=ce, direction=divergence, scored=standardized(values), ramp=ramp)
 
 
-def validate_kd(numbers: dict) -> str | None:
-    if numbers["ce_weight"] is None and numbers["alpha"] > 1:
-        return f"argument --alpha: must be <= 1 unless --ce-weight is given ({numbers['alpha']:g})"
+def validate_kd(values: dict) -> str | None:
+    if values["ce_weight"] is None and values["alpha"] > 1:
+        return f"argument --alpha: must be <= 1 unless --ce-weight is given ({values['alpha']:g})"
     return None
 
 
@@ -82,7 +81,7 @@ KD = Method(
     hyperparameters={
         "alpha": Hyperparameter(0.7, "weight of KL"),
         "temperature": TEMPERATURE,
-        "ce_weight": CE_WEIGHT._replace(default=None, default_text="1 - alpha", default_fn=lambda numbers: 1 - numbers["alpha"]),
+        "ce_weight": CE_WEIGHT._replace(default=None, default_text="1 - alpha", default_fn=lambda values: 1 - values["alpha"]),
         "kl": Hyperparameter("forward", "KL(teacher || student), or the reverse", choices=("forward", "reverse")),
         "standardize": STANDARDIZE,
     },
@@ -93,9 +92,9 @@ KD = Method(
 
 # --- DKD, Zhao et al. 2022, arXiv 2203.08679
 
-def dkd_formula(numbers: dict, ce: str, ramp: str) -> str:
+def dkd_formula(values: dict, ce: str, ramp: str) -> str:
     return ("{ce_weight:g} {ce} + {temperature:g}^2 ({alpha:g} TCKD + {beta:g} NCKD){ramp}; T = {temperature:g}{scored}, "
-            "targets of mixed images: {mixed_target}").format(**numbers, ce=ce, ramp=ramp, scored=standardized(numbers))
+            "targets of mixed images: {mixed_target}").format(**values, ce=ce, ramp=ramp, scored=standardized(values))
 
 
 DKD = Method(
@@ -105,7 +104,7 @@ DKD = Method(
         "beta": Hyperparameter(8.0, "weight of NCKD"),
         "temperature": TEMPERATURE,
         "ce_weight": CE_WEIGHT,
-        "mixed_target": Hyperparameter("pair", "the target of a mixed image", choices=("pair", "dominant", "first")),
+        "mixed_target": Hyperparameter("pair", "target class of a mixed image", choices=("pair", "dominant", "first")),
         "standardize": STANDARDIZE,
     },
     terms=("ce", "tckd", "nckd"), weight_of={"ce": "ce_weight", "tckd": "alpha", "nckd": "beta"},
@@ -116,16 +115,16 @@ DKD = Method(
 
 # --- DIST, Huang et al. 2022, arXiv 2205.10536
 
-def dist_formula(numbers: dict, ce: str, ramp: str) -> str:
+def dist_formula(values: dict, ce: str, ramp: str) -> str:
     return ("{ce_weight:g} {ce} + {temperature:g}^2 ({beta:g} (1 - rho in rows) + {gamma:g} (1 - rho in columns)){ramp}; "
-            "T = {temperature:g}, rho: Pearson's correlation of the softmaxes").format(**numbers, ce=ce, ramp=ramp)
+            "T = {temperature:g}, rho: Pearson's correlation of the softmaxes").format(**values, ce=ce, ramp=ramp)
 
 
 DIST = Method(
     function="losses.dist:dist_loss",
     hyperparameters={
-        "beta": Hyperparameter(1.0, "weight of the correlation in rows, over the classes of an image"),
-        "gamma": Hyperparameter(1.0, "weight of the correlation in columns, over a class's images in the batch"),
+        "beta": Hyperparameter(1.0, "weight of the inter-class correlation, within an image"),
+        "gamma": Hyperparameter(1.0, "weight of the intra-class correlation, over the batch"),
         "temperature": TEMPERATURE._replace(default=1.0),
         "ce_weight": CE_WEIGHT,
     },
@@ -135,12 +134,12 @@ DIST = Method(
     formula=dist_formula, warmed_up=("beta", "gamma"))
 
 
-# --- Labels alone: train_teacher.py
+# --- Cross-entropy alone: train_teacher.py
 
 LABELS = Method(
     function="losses.cross_entropy:labels_alone", hyperparameters={}, terms=("ce",), run="labels", table="labels alone",
-    figure="labels alone", formula=lambda numbers, ce, ramp: ce)
+    figure="labels alone", formula=lambda values, ce, ramp: ce)
 
 
 METHODS = {"kd": KD, "dkd": DKD, "dist": DIST}
-TERMS = tuple(dict.fromkeys(term for method in METHODS.values() for term in method.terms))  # in the order of log.csv
+TERMS = tuple(dict.fromkeys(term for method in METHODS.values() for term in method.terms))  # the order of columns in log.csv

@@ -189,7 +189,7 @@ def test_a_run_keeps_its_number_of_threads(place):
     killed = partial(faults.with_threads, 2, partial(faults.die_at, 20))
     assert place.run(f"{line} --output {run}", killed).code == -signal.SIGKILL
     result = place.run(f"{line} --output {run} --resume auto")
-    assert result.code == 0 and result.out.count("2 threads, as the run began with, and not 1") == 1
+    assert result.code == 0 and result.out.count("using 2 threads, as the run began with, instead of 1") == 1
     here = json.loads((run / "env.json").read_text())
     assert (here["threads"], here["after_epoch"], here["earlier"]) == (2, 0, [])
     assert torture.difference(run, whole) == ""
@@ -426,7 +426,7 @@ def test_three_processes_add_up_to_the_same_bits_when_resumed(place, monkeypatch
     ("", faults.hang, 1, ["another process of this run stopped responding", "--resume auto"]),
     ("--batch-size 7", None, 2, ["odd --batch-size", "7"]),
     ("--batch-size 40", None, 2, ["2 times 40 of 76 images"]),
-    ("--device cuda:1", None, 2, ["every process needs a GPU of its own"]),
+    ("--device cuda:1", None, 2, ["every process needs its own GPU"]),
     ("--lr -1", None, 2, ["--lr"]),
     ("--output undisturbed/teacher", partial(faults.on_rank, 1, faults.connect_slowly), 2, ["not empty"]),
 ], ids=["memory", "drift", "loss", "hang", "odd", "large", "device", "flag", "directory"])

@@ -77,7 +77,7 @@ def test_two_dashes_separate_grids_that_share_the_first_flags():
     assert [(cell.label, cell.seeds) for cell in made] == [
         ("--method kd", [0, 1]), ("--method dkd --beta 2", [0, 1]), ("--method dkd --beta 8", [0, 1]),
         ("--method dkd --lr 1.6", [5]), ("train_teacher.py --model v2_pico", [0, 1])]
-    assert made[4].name == "train_teacher_model-v2_pico" and "--student" in made[4].left_out
+    assert made[4].name == "train_teacher_model-v2_pico" and "--student" in made[4].dropped
     assert sweep_grid.command(made[4]) == ["--epochs", "9", "--model", "v2_pico"]
     args = sweep_grid.parse(made[2], 1)
     assert (args.student, args.method, args.beta, args.epochs, args.seed) == ("v2_pico", "dkd", 8.0, 9, 1)

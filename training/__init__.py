@@ -1,1 +1,1 @@
-"""One training step and what it needs: device, processes, CUDA graph, metrics, evaluation."""
+"""Training: optimizer step, metrics, evaluation, CUDA graph, processes."""

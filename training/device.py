@@ -1,4 +1,4 @@
-"""Where a run happens: device, precision, kernels, processes."""
+"""The context of a run: device, precision, kernels, processes."""
 import ctypes
 import os
 from contextlib import suppress
@@ -16,11 +16,8 @@ AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where the run happens, in what precision, with which kernels ("triton" or "reference"), and by which processes.
-
-    precision: of AMP.  compiled: whether torch.compile compiles the networks.
-    """
+class RunContext:
+    """Device, precision (a key of AMP), kernels ("triton" or "reference"), processes, and whether networks are compiled."""
     device: torch.device
     precision: str
     kernels: str = "reference"
@@ -33,11 +30,10 @@ class Machine:
 
     @cached_property
     def autocast(self) -> torch.autocast:
-        """To enter around forward passes, again and again."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def scaler(self):
-        """fp16 gradients need scaling; the other types have fp32's range."""
+        """Enabled for FP16 alone; BF16 has FP32's range."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def describe(self) -> dict:
@@ -45,7 +41,7 @@ class Machine:
                 "compile": self.compiled}
 
     def compile(self, net, captured: bool = False):
-        """`net` as a step is to call it.  captured: inside of a CUDA graph, so that it needs none of its own."""
+        """`net`, compiled where --compile says so.  captured: inside a CUDA graph, so that torch.compile makes none."""
         if not self.compiled:
             return net
         print("compiling a network with torch.compile: the first step takes a minute or more", flush=True)
@@ -53,32 +49,31 @@ class Machine:
         return torch.compile(net, mode="reduce-overhead" if on_gpu and not captured else None)
 
     def memory(self) -> str:
-        """What this process has taken of the GPU's memory at the most, CUDA graphs included, and how much the GPU has."""
-        taken, total = torch.cuda.max_memory_reserved(self.device), torch.cuda.mem_get_info(self.device)[1]
-        return f"{taken / 2**30:.1f} of {total / 2**30:.1f} GiB"
+        """Peak reserved memory of this process, CUDA graphs included, and the GPU's total."""
+        reserved, total = torch.cuda.max_memory_reserved(self.device), torch.cuda.mem_get_info(self.device)[1]
+        return f"{reserved / 2**30:.1f} of {total / 2**30:.1f} GiB"
 
     def peak_memory_mb(self):
         return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if self.device.type == "cuda" else None
 
 
-def setup_machine(device: str, amp: str | None, seed: int, kernels_choice: str = "auto", deterministic: bool = False,
-                    compiled: bool = False) -> Machine:
-    """Seed the weights' initialisation and choose device, precision and kernels; the data have generators of their own.
+def setup_context(device: str, amp: str | None, seed: int, kernels_choice: str = "auto", deterministic: bool = False,
+                  compiled: bool = False) -> RunContext:
+    """Seed the global generator and choose device, precision and kernels.  Under torchrun each process has its own GPU.
 
-    Under torchrun each process has a GPU of its own, or all share the CPU.
-    deterministic: the same bits every time on one machine and one set of versions, at some cost on a GPU.
+    deterministic: bitwise reproducible on one machine with one set of versions; slower on a GPU.
     """
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # one more launch for each new tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # saves a launch for each new tensor
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is initialised
     ranks = Ranks.of_environment()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.size > 1 and device != "cpu":
         if device != "cuda":
-            raise Failure(USAGE, f"every process needs a GPU of its own (--device {device})", "leave out --device")
+            raise Failure(USAGE, f"every process needs its own GPU (--device {device})", "leave out --device")
         device = f"cuda:{ranks.local}"
     device = torch.device(device)
     if device.type == "cpu":
@@ -87,22 +82,21 @@ def setup_machine(device: str, amp: str | None, seed: int, kernels_choice: str =
         if (device.index or 0) >= torch.cuda.device_count():
             fewer = ", or fewer processes per machine" if ranks.size > 1 else ""
             raise Failure(USAGE, f"no such GPU here (--device {device})", f"use --device cpu{fewer}, or check the driver")
-        device = torch.device("cuda", device.index or 0)  # CUDA takes no device without a number
+        device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device needs an index
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not deterministic
-        torch.backends.cudnn.allow_tf32 = amp != "off"  # which would keep 10 of fp32's 23 bits in every convolution
+        torch.backends.cudnn.allow_tf32 = amp != "off"  # TF32 keeps 10 of FP32's 23 mantissa bits
     kernels.choose(kernels_choice)
     fused = kernels.use_triton(torch.empty(0, device=device))
     if kernels_choice == "triton" and not fused:
         raise Failure(USAGE, f"Triton needs a GPU (--kernels triton, --device {device})",
                       "use --kernels auto, or set TRITON_INTERPRET=1 to run it in Python")
-    usual = "fp16" if device.type == "cuda" else "off"
-    return Machine(device, amp or usual, "triton" if fused else "reference", ranks, compiled)
+    amp = amp or ("fp16" if device.type == "cuda" else "off")
+    return RunContext(device, amp, "triton" if fused else "reference", ranks, compiled)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one, rather than give it to the kernel, which would hand out pages anew and
-    fill them with zeros.  Any other C library does as it always does."""
+    """Make glibc keep freed memory for the next step: new pages from the kernel would be zeroed again.  No-op without glibc."""
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
@@ -110,31 +104,31 @@ def keep_freed_memory() -> None:
 
 
 def set_threads(count: int) -> None:
-    """Compute on the CPU with so many threads: in another number of parts, sums come to other bits."""
+    """Set the number of CPU threads, on which the order of sums, and so their last bits, depend."""
     if count != (now := torch.get_num_threads()):
-        print(f"{count} threads, as the run began with, and not {now}, which would come to other bits")
+        print(f"using {count} threads, as the run began with, instead of {now}: the results stay bitwise the same")
         torch.set_num_threads(count)
 
 
-def global_batch_size(each: int, data, machine: Machine) -> int:
-    """Images per step, where every process takes `each` of them; says so where there are several."""
-    processes, images = machine.ranks.size, len(data.train.labels)
-    together = each * processes
-    if together > images:
+def global_batch_size(each: int, data, context: RunContext) -> int:
+    """Images per step over all processes, with `each` per process; prints it where there are several."""
+    processes, images = context.ranks.size, len(data.train.labels)
+    total = each * processes
+    if total > images:
         share = f"{processes} times {each}" if processes > 1 else each
         raise Failure(USAGE, f"--batch-size is larger than the training set ({share} of {images} images)", "choose a smaller one")
     if processes > 1:
         if each % 2:
-            raise Failure(USAGE, f"an odd --batch-size parts pairs of images to mix ({each} in each of {processes} processes)",
+            raise Failure(USAGE, f"an odd --batch-size splits a pair of mixed images ({each} in each of {processes} processes)",
                           "choose an even one")
-        print(f"{processes} processes with --batch-size {each}: {together} images a step")
-    return together
+        print(f"{processes} processes with --batch-size {each}: {total} images a step")
+    return total
 
 
 def micro_batches(rows: range, count: int) -> list[range]:
-    """`rows` of a batch in `count` micro-batches of one size, in whole pairs, which may be mixed."""
+    """`rows` of a batch in `count` micro-batches of equal and, as neighbours may be mixed, even size."""
     each = len(rows) // count
     if each * count != len(rows) or (each % 2 and count > 1):
-        raise Failure(USAGE, f"a batch cannot be cut into so many micro-batches (--grad-accum {count} of {len(rows)} images)",
-                      "choose one that leaves equal parts of an even number of images")
+        raise Failure(USAGE, f"a batch cannot be split into so many micro-batches (--grad-accum {count} of {len(rows)} images)",
+                      "choose one that leaves micro-batches of equal and even size")
     return [rows[first:first + each] for first in range(0, len(rows), each)]

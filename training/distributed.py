@@ -1,8 +1,7 @@
-"""Several processes on one run, started by torchrun: their rows of a batch, their sums and their decisions.
+"""Distributed data parallelism under torchrun: each rank's rows of a batch, collectives, and DDP.
 
-Every process holds all images on its device, so each makes its own slice of the batch that one process would have made.
-DistributedDataParallel averages the gradients; BatchNorm normalises by the slice, not by the whole batch.  Alone, without
-torchrun's variables in the environment, a process is rank 0 of 1, and every method gives back what it was given.
+Every rank holds all images on its device and makes its slice of the batch that one process would make.  DDP averages the
+gradients; BatchNorm normalises by the slice.  Without torchrun a process is rank 0 of 1, and collectives return their input.
 """
 import os
 import sys
@@ -19,14 +18,14 @@ SLOW_TIMEOUT = timedelta(hours=6)  # while a process downloads or decodes images
 
 
 class Ranks:
-    """This process, `rank`, among the `size` of its run; `local` is its rank on its machine.  Use it in a `with`."""
+    """The rank of this process, its rank on its machine, and the world size; a context manager around the process group."""
 
     def __init__(self, rank: int = 0, local: int = 0, size: int = 1):
         self.rank, self.local, self.size = rank, local, size
 
     @classmethod
     def of_environment(cls) -> "Ranks":
-        """From torchrun's variables; from here on only rank 0 prints to stdout."""
+        """From torchrun's variables; redirects stdout of all ranks but 0 to /dev/null."""
         ranks = cls(*(int(os.environ.get(*variable)) for variable in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))))
         if not ranks.is_main:
             sys.stdout = open(os.devnull, "w")
@@ -34,7 +33,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone prints and writes."""
+        """Whether this is rank 0, the only one that prints and writes files."""
         return self.rank == 0
 
     def __enter__(self):
@@ -42,33 +41,33 @@ class Ranks:
             gpu = torch.cuda.is_initialized()
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
             self.slow_group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
-            self.barrier()  # if one ended while another connects to it, PyTorch's C++ would write of it to stderr
+            self.barrier()  # a rank that exits while another connects makes PyTorch's C++ print to stderr
         return self
 
     def __exit__(self, kind, failure, trace):
-        if self.size > 1 and failure is None:  # else the others may never answer: ending this process ends them
+        if self.size > 1 and failure is None:  # after a failure it could hang: torchrun ends the other ranks
             dist.destroy_process_group()
 
     def rows(self, each: int) -> range:
-        """This process's rows of a batch of `each` rows per process."""
+        """This rank's rows of a batch with `each` rows per rank."""
         return range(self.rank * each, (self.rank + 1) * each)
 
     def share(self, count: int) -> range:
-        """This process's rows of `count`, split without padding or repetition."""
+        """This rank's part of `count` rows, without padding or repetition."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the processes, in place, the same bits on each."""
+        """The sum over the ranks, in place, bitwise the same on each."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The mean over the processes, in place."""
+        """The mean over the ranks, in place."""
         return self.sum(tensor).div_(self.size) if self.size > 1 else tensor
 
     def all_equal(self, numbers: torch.Tensor) -> bool:
-        """Whether `numbers`, int64 (K,), are the same on all processes."""
+        """Whether `numbers`, int64 (K,), are the same on all ranks."""
         if self.size == 1:
             return True
         extremes = torch.stack([numbers, -numbers])
@@ -76,7 +75,7 @@ class Ranks:
         return torch.equal(extremes[0], -extremes[1])
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The `tensor` of every process, on the CPU and of one shape."""
+        """The `tensor` of every rank, on the CPU and of one shape."""
         if self.size == 1:
             return [tensor]
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -84,20 +83,19 @@ class Ranks:
         return gathered
 
     def broadcast(self, function):
-        """What `function()` returns on rank 0, which alone calls it."""
-        answer = [function() if self.is_main else None]
+        """The result of `function()`, called on rank 0 only."""
+        result = [function() if self.is_main else None]
         if self.size > 1:
-            dist.broadcast_object_list(answer)
-        return answer[0]
+            dist.broadcast_object_list(result)
+        return result[0]
 
     def barrier(self) -> None:
-        """Wait for every process."""
         if self.size > 1:
             dist.all_reduce(torch.zeros(()), group=self.slow_group)
 
     @contextmanager
     def local_main_first(self):
-        """The local rank 0 of each machine runs the block first: it downloads, unpacks and caches for the others."""
+        """Runs the block on local rank 0 of each machine first, so that the others find its downloads and caches."""
         if self.local:
             self.barrier()
         yield
@@ -105,19 +103,16 @@ class Ranks:
             self.barrier()
 
     def data_parallel(self, net, seed: int, shape: tuple):
-        """`net` under DDP, which averages gradients in backward; from here on each process has its own dropout.
-
-        shape: of one input of `net`.
-        """
+        """`net` under DDP; seeds each rank's dropout differently.  shape: of one input of `net`."""
         if self.size == 1:
             return net
         if not self.is_main:
             torch.manual_seed(seed + self.rank)
-        with warnings.catch_warnings():  # of the flag's new name, which older versions do not have
+        with warnings.catch_warnings():  # the argument was renamed; older versions have the old name alone
             warnings.simplefilter("ignore", FutureWarning)
             model = DistributedDataParallel(net, broadcast_buffers=False)
-        # After its first backward it groups the gradients anew, and in another group three numbers may add up to other bits: a
-        # resumed run would differ.  In eval mode a rehearsal leaves no trace.
+        # DDP rebuilds its buckets after the first backward, which changes the order of sums: a resumed run would differ in the
+        # last bits.  A dummy backward, in eval mode so that no statistics change, rebuilds them now.
         net.eval()
         model(next(net.parameters()).new_zeros(1, *shape)).sum().backward()
         net.zero_grad()

@@ -1,4 +1,4 @@
-"""Evaluation: of a split, of a teacher before it teaches, of the finished student on the test set; and early stopping by it."""
+"""Evaluation on a split, early stopping, and checks of a teacher before distillation."""
 import math
 from itertools import zip_longest
 from typing import NamedTuple
@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 import models
 from rundir.errors import DIVERGED, NONFINITE_HINT, USAGE, Failure
-from training.device import Machine
+from training.device import RunContext
 
 ECE_BINS = 15
-# The share of images about which a network may be right in one precision and wrong in another; what was seen, rounded up.
+# Share of images whose correctness may change between precisions: measured, rounded up.
 CHANGED = {"off": 0.0001, "fp16": 0.002, "bf16": 0.01}
 
 
@@ -27,35 +27,33 @@ class Evaluation(NamedTuple):
         return {"val_loss": self.loss, "val_acc1": self.acc1, "val_acc5": self.acc5, "val_ece": self.ece}
 
     def dead_classes(self, classes: int) -> int | None:
-        """How many of so many classes are predicted for no image; None where there are fewer than five images a class."""
+        """The number of classes that are never predicted; None with fewer than five images per class."""
         if len(self.predictions) < 5 * classes:
             return None
         return classes - int(self.predictions.new_zeros(classes).scatter_(0, self.predictions, 1).sum())
 
     def agreement(self, other: "Evaluation") -> float:
-        """The share of images on which both predict the same class."""
+        """The share of images with the same prediction."""
         return (self.predictions == other.predictions).double().mean().item()
 
 
 @torch.no_grad()
-def evaluate(net, split, mean, std, machine: Machine, batch_size: int) -> Evaluation:
-    """One pass over a split in eval mode, every image once, by one of the processes; the network's mode is restored.
+def evaluate(net, split, mean, std, context: RunContext, batch_size: int) -> Evaluation:
+    """Evaluate in eval mode on a split, which is divided among the ranks; restores the network's mode.
 
-    batch_size: that of training, so that what could be trained can be evaluated.
-
-    Calibration error in 15 equal bins of confidence (Guo et al. 2017, arXiv 1706.04599).
+    batch_size: that of training, which is known to fit in memory.  ECE with 15 equal bins (Guo et al. 2017, arXiv 1706.04599).
     """
-    training, mine = net.training, machine.ranks.share(len(split.labels))
-    mean, std = (torch.tensor(numbers, dtype=torch.float32, device=machine.device) for numbers in (mean, std))
+    training, mine = net.training, context.ranks.share(len(split.labels))
+    mean, std = (torch.tensor(numbers, dtype=torch.float32, device=context.device) for numbers in (mean, std))
     net.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=machine.device)
-    gaps = torch.zeros(ECE_BINS, dtype=torch.float64, device=machine.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=context.device)
+    gaps = torch.zeros(ECE_BINS, dtype=torch.float64, device=context.device)
     predictions = torch.zeros_like(split.labels)
     for first in mine[::batch_size]:
         rows = slice(first, min(first + batch_size, mine.stop))
-        begin = max(mine.start, rows.stop - batch_size)  # the last batch reaches back: cuDNN searches anew for each size of one
+        begin = max(mine.start, rows.stop - batch_size)  # overlaps: cuDNN benchmarks each new batch size
         labels = split.labels[rows]
-        with machine.autocast:
+        with context.autocast:
             logits = net(models.normalise(split.images[begin:rows.stop], mean, std))
         logits = logits[first - begin:].float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -64,26 +62,26 @@ def evaluate(net, split, mean, std, machine: Machine, batch_size: int) -> Evalua
         sums[:3] += torch.stack([losses.double().sum(), hits[:, 0].double().sum(), hits.double().sum()])
         sums[3] += len(labels)
         confidence = logits.softmax(1).amax(1)
-        bins = (confidence.nan_to_num() * ECE_BINS).long().clamp(max=ECE_BINS - 1)  # NaN, as an index, would be a crash
+        bins = (confidence.nan_to_num() * ECE_BINS).long().clamp(max=ECE_BINS - 1)  # NaN is no index
         gaps.scatter_add_(0, bins, confidence.double() - hits[:, 0].double())
         predictions[rows] = best[:, 0]
     net.train(training)
     for part in (sums, gaps, predictions):
-        machine.ranks.sum(part)
+        context.ranks.sum(part)
     loss, top1, top5, count = sums.tolist()
     assert count == len(split.labels), f"{count:.0f} of {len(split.labels)} images were evaluated"
     return Evaluation(loss / count, 100 * top1 / count, 100 * top5 / count, gaps.abs().sum().item() / count, predictions)
 
 
 class EarlyStop:
-    """Keeps the best epoch by `monitor` and says when `patience` epochs have passed without a better one."""
+    """Tracks the best epoch by `monitor`; `stop` is True after `patience` epochs without improvement."""
 
     def __init__(self, monitor: str, patience: int):
         self.monitor, self.patience = monitor, patience
         self.best_value, self.best_loss, self.best_epoch, self.bad_epochs = -math.inf, math.inf, 0, 0
 
     def update(self, epoch: int, evaluation: Evaluation) -> bool:
-        """Count an epoch; True where it is the best so far."""
+        """Count an epoch -> whether it is the best so far."""
         value = -evaluation.loss if self.monitor == "val_loss" else evaluation.acc1
         if not math.isfinite(evaluation.loss):
             raise Failure(DIVERGED, f"val_loss is not finite in epoch {epoch} ({evaluation.loss})", NONFINITE_HINT)
@@ -109,37 +107,41 @@ class EarlyStop:
 
 
 def check_classes(info: dict, data) -> None:
-    """Refuse a teacher, described by `info`, that knows other classes than the data."""
+    """Failure USAGE: the classes of a teacher, in its metadata `info`, are not those of the data."""
     theirs, ours = list(info["classes"]), list(data.classes)
     if theirs != ours:
         place, first = next((place, pair) for place, pair in enumerate(zip_longest(theirs, ours)) if len(set(pair)) > 1)
         both = (f"{len(theirs)} of {info['dataset']}, {len(ours)} of {data.name}; number {place} is "
                 + " and ".join("none" if name is None else repr(name) for name in first))
-        raise Failure(USAGE, f"the teacher knows other classes than the data ({both})",
-                      "choose the --dataset that it was trained on, or another --teacher-checkpoint")
+        raise Failure(USAGE, f"the teacher was trained on other classes than the data's ({both})",
+                      "choose its --dataset, or another --teacher-checkpoint")
 
 
 def tolerance(images: int, *precisions: str) -> float:
-    """How far two accuracies of one network on so many images may be apart, in percentage points, where it was read in these
-    precisions of training.device.AMP: four standard deviations of the count of images that change, and one image."""
+    """The largest expected difference in accuracy (percentage points) between these precisions, keys of AMP.
+
+    Four standard deviations of the number of images whose correctness changes, and one image.
+    """
     share = max(CHANGED[each] for each in precisions)
     return 100 * (1 + 4 * math.sqrt(share * images)) / images
 
 
-def check_teacher(teacher, data, machine: Machine, batch_size: int) -> Evaluation:
-    """The teacher on the test set; refuses one that knows other classes, is not as accurate as its checkpoint says, or
-    is never right."""
+def check_teacher(teacher, data, context: RunContext, batch_size: int) -> Evaluation:
+    """Evaluate the teacher on the test set.
+
+    Failure USAGE: other classes than the data's, another accuracy than in its checkpoint, or an accuracy of 0.
+    """
     info = teacher.info
     check_classes(info, data)
-    evaluation = evaluate(teacher, data.test, data.mean, data.std, machine, batch_size)
+    evaluation = evaluate(teacher, data.test, data.mean, data.std, context, batch_size)
     if info["test_acc1"] is None:
-        print("the teacher's run never finished, so its checkpoint states no accuracy to check against")
-    elif abs(evaluation.acc1 - info["test_acc1"]) > (most := tolerance(len(data.test.labels), machine.precision, info["amp"])):
-        both = (f"{evaluation.acc1:.2f} %, its checkpoint says {info['test_acc1']:.2f} % of {info['dataset']}; "
-                f"rounding explains {most:.2f} points")
-        raise Failure(USAGE, f"the teacher's test accuracy is not what it was ({both})",
+        print("the teacher's run is unfinished: its checkpoint has no test accuracy to compare with")
+    elif abs(evaluation.acc1 - info["test_acc1"]) > (most := tolerance(len(data.test.labels), context.precision, info["amp"])):
+        both = (f"{evaluation.acc1:.2f} %, in its checkpoint {info['test_acc1']:.2f} % on {info['dataset']}; "
+                f"precision explains {most:.2f} points")
+        raise Failure(USAGE, f"the teacher's test accuracy does not match its checkpoint ({both})",
                       "check that --dataset and --data-dir are those that it was trained on")
     if evaluation.acc1 == 0:
-        raise Failure(USAGE, f"the teacher is right about none of the {len(data.test.labels)} test images",
+        raise Failure(USAGE, f"the teacher's accuracy is 0 on the {len(data.test.labels)} test images",
                       "train it longer, or name another --teacher-checkpoint")
     return evaluation

@@ -1,10 +1,7 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): what a block computes inside is not kept for the backward pass,
-but computed again there, from the block's input.
+"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): activations inside a block are recomputed in the backward pass.
 
-    recompute(net, "efficientnet_v2_s")      from here on, where `net` is trained
-
-Losses, gradients and running statistics are those without it: a block draws the same random numbers again, and its BatchNorms
-do not count a batch twice.  Names of weights do not change.
+Losses, gradients, running statistics and parameter names stay the same: a block draws the same random numbers again, and its
+BatchNorms do not count a batch twice.
 """
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -18,10 +15,10 @@ from rundir.errors import USAGE, Failure
 
 
 def blocks(net, in_chain: bool = False) -> list[nn.Module]:
-    """The links of all chains in `net` that are made of several layers: residual, inverted or transformer blocks, conv-norm-act.
+    """The blocks of `net`: residual, inverted residual or transformer blocks, conv-norm-act.  No block contains another one.
 
-    A chain is an nn.Sequential; a link that is itself a chain of such links is taken apart.  No block contains another one.
-    in_chain: whether `net` is such a link.
+    A block is a child, with children of its own, of an nn.Sequential; nested nn.Sequentials are split further.
+    in_chain: whether `net` is a child of an nn.Sequential.
     """
     parts = list(net.children())
     chain = isinstance(net, nn.Sequential) and type(net).forward is nn.Sequential.forward
@@ -31,29 +28,29 @@ def blocks(net, in_chain: bool = False) -> list[nn.Module]:
 
 
 def recompute(net, name: str) -> None:
-    """Checkpoint the blocks of `net`, which is called `name`.  Failure USAGE: it has none."""
+    """Checkpoint the blocks of `net` in training.  name: for the error.  Failure USAGE: it has none."""
     found = blocks(net)
     if not found:
-        raise Failure(USAGE, f"no part of {name} can be computed again (--grad-checkpoint): it is not a chain of blocks",
-                      "leave the flag out; --grad-accum needs less memory, too")
+        raise Failure(USAGE, f"{name} has no blocks to checkpoint (--grad-checkpoint)",
+                      "leave the flag out; --grad-accum saves memory, too")
     for block in found:
-        # An attribute of the block, not a module around it, so that state_dict has the same keys; a deep copy gets its own.
+        # An attribute, not a wrapper module: the keys of state_dict stay.  A deep copy gets its own.
         block.forward = partial(forward, block)
 
 
 def forward(block, *inputs):
-    """What the class of `block` computes; in training it is checkpointed."""
+    """The forward pass of the class of `block`, checkpointed in training."""
     plain = partial(type(block).forward, block)
     if not (block.training and torch.is_grad_enabled()):
         return plain(*inputs)
-    return checkpoint(plain, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), uncounted(block)))
+    return checkpoint(plain, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block)))
 
 
 @contextmanager
-def uncounted(block):
-    """In here the BatchNorms of `block` normalise by the batch, as before, but leave running statistics and counters alone.
+def frozen_statistics(block):
+    """Disables updates of running statistics and counters in the BatchNorms of `block`.
 
-    A momentum of 0 gives back the statistics bit for bit.  Without any, fewer tensors would be saved than the first time.
+    A momentum of 0 keeps the statistics bitwise.  Without running statistics other tensors would be saved than the first time.
     """
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]

@@ -1,4 +1,4 @@
-"""Metrics of an epoch: means of losses, accuracy and gradient norms, and the lines that a terminal shows of them."""
+"""Metrics of an epoch: means of losses, accuracy and gradient norms, and their lines on the terminal."""
 import math
 import sys
 import time
@@ -11,17 +11,15 @@ from losses.methods import TERMS
 from rundir.errors import DIVERGED, NONFINITE_HINT, Failure
 from rundir.terminal import clock, live, say
 
-MAX_SKIPPED = 20  # optimizer steps in a row that a healthy run may skip: FP16's first scale of 2^16 finds its level in fewer
-RECENT = 5  # epochs whose median time estimates the time left
+MAX_SKIPPED = 20  # consecutive steps; lowering FP16's initial loss scale of 2^16 takes fewer
+RECENT = 5  # epochs for the median in the ETA
 
 
 class Metrics:
-    """Means over an epoch; ends a run that only skips steps.
+    """Means over an epoch, from a table on the device with a row per step: skipped, gradient norm, accuracy, losses.
 
-    In a step, `add` takes each micro-batch and `end_step` writes one row of a table on the device: whether the step was skipped,
-    its gradient norm, the share of correct predictions, its losses.  A CUDA graph may contain both.  After the step, `log` counts
-    it and reads the rows that have arrived, without waiting for the device.  `epoch_columns` reads all rows, averaged over the
-    processes.
+    Inside the step, also in a CUDA graph, call `add` for each micro-batch and then `end_step`; after the step `log`, which does
+    not wait for the device; after the epoch `epoch_columns`, which averages over the ranks.
     """
 
     def __init__(self, ranks, steps: int, clip_grad: float = 0.0):
@@ -32,18 +30,17 @@ class Metrics:
 
     def clear(self) -> None:
         """Start the next epoch."""
-        self.taken, self.rows, self.arrived = 0, [], None  # steps; rows on the host; when the next of them will be there
+        self.taken, self.rows, self.arrived = 0, [], None  # steps; rows on the host; event of a copy in flight
 
     def add(self, logits, targets, loss, terms: dict) -> None:
-        """A micro-batch: logits (N, C), its Targets, its loss and the terms of the loss by name, 0-dim fp32."""
+        """Add a micro-batch.  logits: (N, C).  loss, terms: 0-dim fp32."""
         best = logits.argmax(1)
-        # Compared and converted to fp32 by one launch.
-        correct = torch.eq(best, targets.dominant, out=torch.empty(best.shape, device=best.device)).mean()
+        correct = torch.eq(best, targets.dominant, out=torch.empty(best.shape, device=best.device)).mean()  # fp32 in one launch
         self.names = ("train_loss", *(f"train_loss_{name}" for name in terms))
         self.micro_batches.append([correct, loss.detach(), *(term.detach() for term in terms.values())])
 
     def end_step(self, position: int | torch.Tensor, result) -> None:
-        """Write the row of the step at `position` of the epoch.  result: a training.optimization.StepResult."""
+        """Write the row of the step at `position` in the epoch.  result: a training.optimization.StepResult."""
         values, self.micro_batches = self.micro_batches, []
         values = values[0] if len(values) == 1 else torch.stack(list(map(torch.stack, values))).mean(0).unbind()
         values = [result.skipped, result.norm, *values]
@@ -55,15 +52,15 @@ class Metrics:
             self.table.index_copy_(0, position.view(1), torch.stack(values)[None])
 
     def log(self) -> None:
-        """Count a step, after it, and read the rows that have arrived.
+        """Count a step and read the rows that have arrived.
 
-        Failure DIVERGED after too many skipped steps in a row; on a GPU some steps later.
+        Failure DIVERGED: more than MAX_SKIPPED consecutive steps were skipped; on a GPU raised some steps later.
         """
         self.taken += 1
         new = self.table[len(self.rows):self.taken]
         if not new.is_cuda:
             self.read(new)
-        elif self.arrived is None and len(new) >= MAX_SKIPPED:  # a copy for each step would be one more launch
+        elif self.arrived is None and len(new) >= MAX_SKIPPED:  # fewer copies than one per step
             self.host = torch.empty(new.shape, pin_memory=True)
             self.host.copy_(new, non_blocking=True)
             self.arrived = torch.cuda.Event()
@@ -77,25 +74,25 @@ class Metrics:
             self.rows.append(row)
             self.consecutive_skips = self.consecutive_skips + 1 if row[0] else 0
             if self.consecutive_skips > MAX_SKIPPED:
-                raise self.failure(f"more than {MAX_SKIPPED} steps in a row were skipped")
+                raise self.failure(f"more than {MAX_SKIPPED} consecutive steps were skipped")
 
     def means(self, rows: list | None = None) -> dict:
-        """The means over `rows`, at first those that have arrived, as columns of log.csv; NaN where every step was skipped."""
+        """Columns of log.csv: means over `rows`, default those that have arrived; NaN where every step was skipped."""
         rows = kept(self.rows if rows is None else rows)
         _, correct, *losses = zip(*rows) if rows else [()] * (2 + len(self.names))
         columns = zip((*self.names, "train_acc1"), (*losses, [100 * share for share in correct]))
         return {name: mean(column, math.nan) for name, column in columns}
 
     def epoch_columns(self, epoch: int) -> tuple[dict, dict]:
-        """The epoch's columns of log.csv and of diagnostics.csv; waits for the device and starts the next epoch.
+        """The epoch's columns of log.csv and of diagnostics.csv; waits for the device and clears the table.
 
-        Failure DIVERGED: every step of the epoch was skipped.
+        Failure DIVERGED: every step was skipped.
         """
         self.read(self.table[len(self.rows):self.taken])
         rows = self.ranks.mean(self.table[:self.taken]).tolist()
         columns, norms = self.means(rows), [norm for norm, *_ in kept(rows)]
         if not all(map(math.isfinite, columns.values())):
-            raise self.failure(f"no step of epoch {epoch} was kept")
+            raise self.failure(f"all steps of epoch {epoch} were skipped")
         columns |= {"grad_norm_mean": mean(norms), "grad_norm_max": max(norms),
                     "clip_frac": mean([norm > self.clip_grad for norm in norms]),
                     "skipped_steps": self.taken - len(norms), "steps": self.taken}
@@ -104,14 +101,14 @@ class Metrics:
         return columns, diagnostics
 
     def failure(self, reason: str) -> Failure:
-        """Names the loss that was non-finite first: the terms stand after their sum."""
+        """Names the last non-finite column: a term rather than the sum before it."""
         nonfinite = [name for name, *values in zip(self.names, *(row[3:] for row in self.rows))
                      if not all(map(math.isfinite, values))]
         return Failure(DIVERGED, f"{nonfinite[-1] if nonfinite else 'the gradient'} is not finite ({reason})", NONFINITE_HINT)
 
 
 def kept(rows: list) -> list:
-    """The rows of the steps that were not skipped, without that column."""
+    """The rows of steps that were not skipped, without the first column."""
     return [row for skipped, *row in rows if not skipped]
 
 
@@ -120,10 +117,7 @@ def mean(values, empty=None):
 
 
 class Progress:
-    """One line per epoch; on a terminal also a live line inside the epoch, twice a second.
-
-    The time left is estimated by the median of the last epochs, so that a pause of the process or the machine is soon forgotten.
-    """
+    """One line per epoch; on a terminal also a live line twice a second.  The ETA is robust to pauses: it uses a median."""
 
     def __init__(self, epochs: int, steps_per_epoch: int, batch_size: int):
         self.epochs, self.steps, self.batch_size = epochs, steps_per_epoch, batch_size

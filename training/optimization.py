@@ -1,6 +1,6 @@
-"""One optimizer step: the recipe, the learning rate, and `Update`, which scales, clips, steps and averages.
+"""The optimizer step: recipe, learning-rate schedule, loss scaling, clipping, skipping and weight averaging.
 
-Nothing here waits for the device inside a step: counts stay on it and are read once per epoch.
+Nothing in a step waits for the device.
 """
 import math
 from typing import NamedTuple
@@ -9,14 +9,14 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from rundir.errors import BUG, DIVERGED, NONFINITE_HINT, Failure
-from training.device import Machine
+from training.device import RunContext
 
 SMALLEST_SCALE = 2.0**-14  # a loss that overflows FP16 at this scale is broken, not large
 ALIGNMENT = 16  # elements
 
 
 class Recipe(NamedTuple):
-    """How the weights are optimised, by the flags of the same names; of `milestones` and `warmup_epochs` the unit is epochs."""
+    """The flags of the same names; `milestones` and `warmup_epochs` in epochs."""
     opt: str
     lr: float
     momentum: float
@@ -30,20 +30,20 @@ class Recipe(NamedTuple):
 
 
 def build_optimizer(net, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW or SGD over all parameters, in the fused form that leaves a skipped FP16 step to the device."""
+    """AdamW or SGD over all parameters; the fused form skips a step on the device."""
     if recipe.opt == "adamw":
         return torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     optimizer = torch.optim.SGD(net.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay,
                                 fused=True)
     if recipe.momentum:
-        # Fused SGD allocates its momentum uninitialised; were the first step skipped (usual in FP16), the second would use it.
+        # Fused SGD allocates momentum uninitialised; after a skipped first step, usual in FP16, the second would use it.
         for parameter in net.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def learning_rate(step: int, recipe: Recipe, steps_per_epoch: int) -> float:
-    """The rate of global step `step` (from 0): linear warmup from 0, then cosine to 0 or x0.1 at every milestone epoch."""
+    """The rate of global step `step` (from 0): linear warm-up, then cosine to 0 or x0.1 at every milestone epoch."""
     warmup = recipe.warmup_epochs * steps_per_epoch
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
@@ -54,8 +54,8 @@ def learning_rate(step: int, recipe: Recipe, steps_per_epoch: int) -> float:
 
 
 class StepResult(NamedTuple):
-    """0-dim fp32 tensors.  skipped: 1 or 0.  norm: the gradient's before clipping.  relative_update: norm of the change of the
-    weights over their norm; None unless it was asked for."""
+    """0-dim fp32 tensors.  skipped: 1 or 0.  norm: of the gradient before clipping.  relative_update: norm of the weights' change
+    over their norm; None outside of diagnostics steps."""
     skipped: torch.Tensor
     norm: torch.Tensor
     relative_update: torch.Tensor | None
@@ -64,14 +64,13 @@ class StepResult(NamedTuple):
 class Update:
     """`update.backward(loss)` for each of the `micro_batches` of a batch, then `update(lr)`: one optimizer step.
 
-    Scale, backward, unscale, clip, step or skip, average.  A step whose loss or gradient is not finite, in whatever precision,
-    leaves weights, momentum and running statistics as they were; it counts as skipped.  The device decides, nothing waits for
-    it.  Several processes all skip a step or none: they have the same mean gradient.
+    A step with a non-finite loss or gradient, in any precision, is skipped: weights, momentum and running statistics stay.  The
+    device decides.  All ranks skip the same steps, as they have the same mean gradient.
     """
 
-    def __init__(self, net, recipe: Recipe, machine: Machine, micro_batches: int = 1):
-        self.net, self.optimizer, self.machine, self.ranks = net, build_optimizer(net, recipe), machine, machine.ranks
-        self.scaler = machine.scaler()
+    def __init__(self, net, recipe: Recipe, context: RunContext, micro_batches: int = 1):
+        self.net, self.optimizer, self.context, self.ranks = net, build_optimizer(net, recipe), context, context.ranks
+        self.scaler = context.scaler()
         self.clip_grad, self.decay = recipe.clip_grad or math.inf, recipe.model_ema
         self.parameters = list(net.parameters())
         self.buffers = FlatBuffers(net)
@@ -90,11 +89,11 @@ class Update:
 
     def backward(self, loss) -> None:
         """Add the gradient of a micro-batch's loss, times its share of the batch."""
-        seed = torch.addcmul(self.share, loss.detach(), self.zero)  # NaN for a non-finite loss, in all processes: all skip
+        seed = torch.addcmul(self.share, loss.detach(), self.zero)  # NaN for a non-finite loss; all-reduced, so all ranks skip
         loss.backward(self.scaler.scale(seed))
 
     def __call__(self, lr: float | torch.Tensor, diagnose: bool = False) -> StepResult:
-        """Take the step.  diagnose: measure the relative update, too."""
+        """Take the step.  diagnose: also measure the relative update."""
         self.set_learning_rate(lr)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
@@ -104,12 +103,12 @@ class Update:
         self.restore_buffers(finite)
         if self.average:
             self.update_average()
-        if self.machine.compiled:
-            torch.compiler.cudagraph_mark_step_begin()  # the next step may overwrite what compiled networks returned in this one
+        if self.context.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # the next step may overwrite compiled networks' outputs
         return StepResult(skipped, norm, self.relative_update(before) if diagnose else None)
 
     def set_learning_rate(self, lr: float | torch.Tensor) -> None:
-        """AdamW also needs to know of a CUDA graph, although its fused form keeps all on the device anyway."""
+        """Set the rate; AdamW's `capturable` must be set during CUDA graph capture."""
         capturing = isinstance(lr, torch.Tensor) and torch.cuda.is_current_stream_capturing()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -117,16 +116,16 @@ class Update:
                 group["capturable"] = capturing
 
     def step_unless_skipped(self, finite) -> torch.Tensor:
-        """The optimizer's step, without effect where `finite` is False -> 1.0 where it was skipped, else 0.0."""
+        """Step where `finite` is True -> 1.0 if skipped, else 0.0."""
         skipped = torch.logical_not(finite, out=torch.empty((), device=finite.device))
-        self.optimizer.found_inf = skipped  # fused optimizers read it on the device; the scaler has its own for its scale
+        self.optimizer.found_inf = skipped  # read by fused optimizers; the scaler keeps its own
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return skipped
 
     def restore_buffers(self, finite) -> None:
-        """Undo what the forward pass of a skipped step did to running statistics."""
+        """Restore the running statistics after a skipped step."""
         torch.where(finite, self.buffers.words, self.before, out=self.before)
         self.buffers.words.copy_(self.before)
 
@@ -136,14 +135,13 @@ class Update:
 
     @torch.no_grad()
     def relative_update(self, before: list):
-        """The norm of the change of the weights over the norm of the weights before."""
         weights = torch.stack(torch._foreach_norm(before)).norm()
         torch._foreach_sub_(before, self.parameters)
         return torch.stack(torch._foreach_norm(before)).norm() / weights
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Weights and running statistics of the average by one call; it starts as a copy after the first step."""
+        """Average weights and running statistics; the first call copies them."""
         share = 1 - self.decay if self.started else 1.0
         torch._foreach_lerp_(self.averages, [*self.parameters, *self.buffers.floats], share)
         for count, now in zip(self.average_buffers.others, self.buffers.others):
@@ -154,10 +152,7 @@ class Update:
         self.before = self.buffers.words.clone()
 
     def sync_buffers(self) -> None:
-        """Of several processes, between training and evaluation: each takes the mean of all running statistics.
-
-        Failure BUG: the weights are no longer the same everywhere, which only a fault of hardware or software can do.
-        """
+        """Average the running statistics over the ranks, before evaluation.  Failure BUG: the ranks' weights differ."""
         if self.ranks.size == 1:
             return
         bits = torch.stack([parameter.detach().view(torch.int32).sum() for parameter in self.parameters])
@@ -165,11 +160,11 @@ class Update:
             raise Failure(BUG, f"ranks diverged: their weights are not the same ({self.ranks.size} processes)",
                           "go back to the last checkpoint with --resume auto; if it happens again, suspect a GPU")
         for buffers in (*self.buffers.floats, *(self.average_buffers.floats if self.average else ())):
-            buffers.copy_(self.ranks.mean(buffers.double()))  # in float64 the mean of equal numbers is that number
+            buffers.copy_(self.ranks.mean(buffers.double()))  # exact in float64 for equal numbers
         self.remember_buffers()
 
     def amp_scale(self) -> float | None:
-        """The loss scale, None without one; waits for the device.  Failure DIVERGED: at any scale FP16 overflows."""
+        """The loss scale, None without one; waits for the device.  Failure DIVERGED: it is below SMALLEST_SCALE."""
         if not self.scaler.is_enabled():
             return None
         scale = self.scaler.get_scale()
@@ -179,16 +174,15 @@ class Update:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What a state_dict holds after a step: each weight, its moments in the optimizer, and its average."""
+        """Size of a state_dict after a step: parameters, optimizer moments, moving average."""
         group = self.optimizer.param_groups[0]
         moments = 2 if "betas" in group else bool(group["momentum"])
         return (1 + moments + bool(self.average)) * sum(parameter.nbytes for parameter in self.parameters)
 
     def state_dict(self) -> dict:
-        """Weights, moving average, optimizer and loss scale, at the end of an epoch."""
         if self.average:
             self.average.n_averaged.fill_(self.started)
-        self.set_learning_rate(0.0)  # a number, after a captured step, too; each step sets its own
+        self.set_learning_rate(0.0)  # a float: after CUDA graph capture it is a tensor
         return {"net": self.net.state_dict(), "average": self.average.state_dict() if self.average else None,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
@@ -203,16 +197,16 @@ class Update:
 
 
 class FlatBuffers:
-    """Moves the buffers of `net` (running statistics, counters) into one tensor, so that one kernel restores or averages all.
+    """The buffers of `net` (running statistics, counters) as views of one tensor, so that one kernel restores or averages all.
 
-    words: that tensor, int32.  floats, others: its parts of floating-point and of other numbers, one per dtype.
+    words: that tensor, int32.  floats, others: views of its floating-point and other parts, one per dtype.
     """
 
     def __init__(self, net):
         grouped, parts, end = {}, [], 0
         for buffer in net.buffers():
             grouped.setdefault(buffer.dtype, []).append(buffer)
-        for dtype, buffers in sorted(grouped.items(), key=lambda item: -item[0].itemsize):  # so that the widest are aligned
+        for dtype, buffers in sorted(grouped.items(), key=lambda item: -item[0].itemsize):  # widest first, for alignment
             starts = [0]
             for buffer in buffers:  # aligned for vector loads
                 starts.append(starts[-1] + -(-buffer.numel() // ALIGNMENT) * ALIGNMENT)

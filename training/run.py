@@ -1,4 +1,4 @@
-"""What both scripts do around their loops: the run directory and its lock, resuming, the data, the log, the summary."""
+"""The parts of a run that both scripts share: run directory, lock, resuming, data, log, summary."""
 import time
 from contextlib import ExitStack
 
@@ -15,27 +15,25 @@ from rundir.checkpoint import Writer
 from rundir.run_directory import EpochRow, RunDirectory
 from rundir.terminal import say
 from training.cuda_graph import use_cuda_graph
-from training.device import Machine, global_batch_size, micro_batches, set_threads
+from training.device import RunContext, global_batch_size, micro_batches, set_threads
 from training.evaluation import EarlyStop, Evaluation, evaluate
 from training.grad_checkpoint import recompute
 from training.metrics import Progress
 
-CLEAN = 512  # training images, or fewer than twice as many, on which a network is also evaluated without augmentation
-
-FROM_LOG = ("grad_norm_mean", "clip_frac")  # which diagnostics.csv has, too
+CLEAN = 512  # training images, at least (at most twice as many), for the accuracy without augmentation
+FROM_LOG = ("grad_norm_mean", "clip_frac")  # columns that diagnostics.csv has, too
 
 
 class Run:
-    """One run of a script, from the lock on its directory to its summary; the script calls it, and keeps the loop.
+    """A training run, from the lock on its directory to its summary; the script keeps the loop.
 
-    `with Run(args, config, machine) as run:` locks --output and finds what --resume continues; where `run.finished`, nothing is
-    left to do.  After `start`, `epochs` counts the epochs; in each the script calls `end_training`, and `end_epoch` with its
-    evaluation; and after the last epoch `close`.
-    args: of cli.options.  config: what must be the same when the run is resumed.
+    `with Run(...) as run:` locks --output and finds the checkpoint for --resume; if `run.finished`, the run is complete.
+    Call `start`, iterate over `epochs`, call `end_training` and `end_epoch` in each, and `close` after the last.
+    args: of cli.options.  config: must be the same when the run is resumed.
     """
 
-    def __init__(self, args, config: dict, machine: Machine):
-        self.args, self.config, self.machine, self.ranks = args, config, machine, machine.ranks
+    def __init__(self, args, config: dict, context: RunContext):
+        self.args, self.config, self.context, self.ranks = args, config, context, context.ranks
         if args.overwrite:
             starts = (config.get(name) for name in ("teacher_checkpoint", "init", "student_init"))
             run_directory.refuse_to_overwrite(args.output, starts)
@@ -52,10 +50,10 @@ class Run:
             set_threads(self.began.setdefault("threads", torch.get_num_threads()))
             self.finished = resume.is_finished(self.saved, self.args.epochs, self.stop)
             if self.finished and self.saved["config"]["data_dir"] != self.args.data_dir:
-                self.load_data()  # raises where the images differ
+                self.load_data()  # raises if the images differ
             if self.finished:
                 print(f"already finished ({self.directory.path}): {self.saved['epoch']} epochs{', early stop' * self.stop.stop}, "
-                      f"the best is {self.stop.best_epoch}")
+                      f"best epoch {self.stop.best_epoch}")
             self.stack = stack.pop_all()
         return self
 
@@ -64,19 +62,19 @@ class Run:
 
     def load_data(self) -> datasets.Dataset:
         with self.ranks.local_main_first():
-            self.data = datasets.load(**options.data(self.args), device=self.machine.device)
+            self.data = datasets.load(**options.data(self.args), device=self.context.device)
         resume.check_data(self.began, self.data)
-        self.batch_size = global_batch_size(self.args.batch_size, self.data, self.machine)
+        self.batch_size = global_batch_size(self.args.batch_size, self.data, self.context)
         self.micro_batches = micro_batches(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
         self.rows_at_once = len(self.micro_batches[0])
         stride = max(1, len(self.data.train.labels) // CLEAN)
         self.clean = Split(*(part[::stride] for part in self.data.train))
-        self.cuda_graph = use_cuda_graph(self.args.cuda_graph, self.machine, deterministic=self.args.deterministic,
+        self.cuda_graph = use_cuda_graph(self.args.cuda_graph, self.context, deterministic=self.args.deterministic,
                                          grad_checkpoint=self.args.grad_checkpoint, fused=is_fused(self.data.train.images))
         return self.data
 
     def new_network(self, name: str, *, pretrained: bool, init: str | None):
-        """The network to train, on the device; `net.info` is the metadata of best.pt.  `start` loads those of a resumed run."""
+        """The network to train, on the device; `net.info` is the metadata of best.pt.  `start` restores the checkpoint."""
         data, image_size = self.data, self.args.image_size or self.data.image_size
         with self.ranks.local_main_first():
             net = models.build(name, len(data.classes), image_size)
@@ -85,17 +83,17 @@ class Run:
         if self.args.grad_checkpoint:
             recompute(net, name)
         net.info = {"model": name, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
-                    "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed, "amp": self.machine.precision}
-        return net.to(self.machine.device)
+                    "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed, "amp": self.context.precision}
+        return net.to(self.context.device)
 
     def wrap(self, net):
-        """`net` as a step calls it: compiled, where --compile says so; under DDP, where several processes train it."""
+        """`net`, under DDP if several processes train it, and compiled with --compile."""
         if net.training:
             net = self.ranks.data_parallel(net, self.args.seed, (3, net.info["image_size"], net.info["image_size"]))
-        return self.machine.compile(net, self.cuda_graph)
+        return self.context.compile(net, self.cuda_graph)
 
     def start(self, update, metrics, diagnostics, teacher=None, **facts) -> None:
-        """Write the first files, or restore a saved run.  facts: further entries of config.json."""
+        """Write the first files, or restore the checkpoint.  facts: further entries of config.json."""
         self.update, self.metrics, self.diagnostics = update, metrics, diagnostics
         facts |= {"teacher": teacher.info["model"]} if teacher else {}
         self.directory.open(self.config | self.began | facts | {"image_size": update.net.info["image_size"]},
@@ -106,7 +104,7 @@ class Run:
         self.progress = Progress(self.args.epochs, metrics.steps, self.batch_size)
 
     def epochs(self):
-        """The epochs to train, from 1 or after the saved one, up to the last or the early stop."""
+        """The epochs to train, from 1 or after the restored one, up to --epochs or the early stop."""
         for self.epoch in range(self.first, self.args.epochs + 1):
             if self.stop.stop:
                 return
@@ -114,7 +112,7 @@ class Run:
             yield self.epoch
 
     def end_training(self, lr: float) -> None:
-        """Read the epoch's metrics, which waits for the device, and synchronise running statistics over the processes.
+        """Read the epoch's metrics, which waits for the device, and average running statistics over the ranks.
 
         lr: of the last step.
         """
@@ -126,42 +124,40 @@ class Run:
         self.trained = time.perf_counter()
 
     def evaluate(self, net, split) -> Evaluation:
-        return evaluate(net, split, self.data.mean, self.data.std, self.machine, self.rows_at_once)
+        return evaluate(net, split, self.data.mean, self.data.std, self.context, self.rows_at_once)
 
     def end_epoch(self, val: Evaluation, **more) -> None:
         """Save the epoch and print its line.  more: columns of log.csv that only this script has."""
-        best, evaluated, took = self.stop.update(self.epoch, val), time.perf_counter(), self.trained - self.begun
+        best, evaluated, train_s = self.stop.update(self.epoch, val), time.perf_counter(), self.trained - self.begun
         row = EpochRow(
             epoch=self.epoch, lr=self.lr, **self.columns, **val.columns(), **self.stop.columns(), **more, samples=self.samples,
-            images_per_s=self.samples / took, epoch_s=took, val_s=evaluated - self.trained,
-            total_s=self.directory.elapsed(), peak_mem_mb=self.machine.peak_memory_mb())
+            images_per_s=self.samples / train_s, epoch_s=train_s, val_s=evaluated - self.trained,
+            total_s=self.directory.elapsed(), peak_mem_mb=self.context.peak_memory_mb())
         clean = self.evaluate(self.update.evaluated, self.clean).acc1
-        if self.epoch == self.first and self.machine.device.type == "cuda":
-            say(f"memory at its peak in the first epoch: {self.machine.memory()}")
+        if self.epoch == self.first and self.context.device.type == "cuda":
+            say(f"peak memory in the first epoch: {self.context.memory()}")
         diagnostics = {"epoch": self.epoch, **{name: self.columns[name] for name in FROM_LOG}, **self.measured,
-                  "dead_classes": val.dead_classes(len(self.data.classes)), "train_acc1_clean": clean}
+                       "dead_classes": val.dead_classes(len(self.data.classes)), "train_acc1_clean": clean}
         self.state.save(row, diagnostics, self.update.net.info if best else None)
         self.progress.epoch(row, best)
 
     def close(self, note: str, teacher=None, teacher_acc1: float | None = None) -> None:
-        """Evaluate the last weights and best.pt on the test set, once; store the accuracy in best.pt; write the summary."""
+        """Evaluate the last weights and best.pt once on the test set; store the accuracy in best.pt; write the summary."""
         self.writer.wait()
-        self.ranks.barrier()  # for the one that writes best.pt
+        self.ranks.barrier()  # rank 0 writes best.pt
         path, net, rows = self.directory / "best.pt", self.update.net, self.directory.rows
-        best = models.load(path, self.machine.device)
-        chosen = self.evaluate(best, self.data.test).acc1
-        last = chosen if self.stop.best_epoch == len(rows) else self.evaluate(self.update.evaluated, self.data.test).acc1
+        best_net = models.load(path, self.context.device)
+        best = self.evaluate(best_net, self.data.test).acc1
+        last = best if self.stop.best_epoch == len(rows) else self.evaluate(self.update.evaluated, self.data.test).acc1
         if self.ranks.is_main:
-            models.save(path, best, **best.info | {"test_acc1": chosen})
+            models.save(path, best_net, **best_net.info | {"test_acc1": best})
         stopped, params = len(rows) < self.args.epochs, models.parameters(net)
-        of_teacher = dict.fromkeys(("teacher_test_acc1", "teacher_params", "retention", "compression"))
-        if teacher:
-            of_teacher = {"teacher_test_acc1": teacher_acc1, "teacher_params": teacher.size,
-                          "retention": 100 * chosen / teacher_acc1, "compression": teacher.size / params}
         self.directory.close({
-            "test_acc1_last": last, "test_acc1_best": chosen, "best_epoch": self.stop.best_epoch, "epochs": len(rows),
+            "test_acc1_last": last, "test_acc1_best": best, "best_epoch": self.stop.best_epoch, "epochs": len(rows),
             "stopped_early": stopped, "selected_on": self.data.selected_on,
-            "params": params, "flops": models.flops(net, net.info["image_size"]), **of_teacher,
+            "params": params, "flops": models.flops(net, net.info["image_size"]),
+            "teacher_test_acc1": teacher_acc1, "teacher_params": teacher and teacher.size,
+            "retention": teacher and 100 * best / teacher_acc1, "compression": teacher and teacher.size / params,
             **judge(self.diagnostics.method, self.args.monitor, rows, self.directory.diagnostics_rows, len(self.data.classes),
                     stopped),
             "note": note,
