@@ -10,8 +10,8 @@ from augment.cpu import CpuBatches
 from augment.fused import FusedBatches
 from augment.policy import build_tables
 from augment.sampling import Sampler
+from kernels import Targets
 from kernels.augment_constants import WARPS
-from losses.targets import Targets
 
 MIX_MODES = "batch", "elem"
 

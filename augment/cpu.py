@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from augment.policy import AUTOCONTRAST, CONTRAST, EQUALIZE, GEOMETRY, LOOKUP, SHARPNESS, PolicyTables
 from augment.sampling import Sampler
+from kernels import Targets
 from kernels.augment_constants import KINDS
-from losses.targets import Targets
 
 CPU_BLOCK = 2 ** 18  # pixels that a CPU works on at a time: the memory of larger tensors is given back and mapped anew each time
 

@@ -3,9 +3,9 @@ import torch
 
 from augment import cpu
 from augment.sampling import WORD, Sampler
+from kernels import Targets
 from kernels import augment as kernel
 from kernels.augment_constants import CONTRAST, KINDS, SHARPNESS
-from losses.targets import Targets
 
 
 class FusedBatches:

@@ -6,7 +6,7 @@ import torch
 import torchvision.transforms.functional as TF
 from torchvision.transforms.autoaugment import InterpolationMode, _apply_op
 
-from losses.targets import Targets
+from kernels import Targets
 
 
 def augment_image(image, window, codes, erased, *, operations, crop_pad, mean, std):

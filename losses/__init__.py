@@ -5,10 +5,11 @@ Importing this imports no torch, so that flags are checked first.
 from importlib import import_module
 
 __all__ = ["Targets", "dist_loss", "dkd_loss", "kd_loss", "mixed_ce"]
-_HOMES = {"Targets": "targets", "dist_loss": "dist", "dkd_loss": "dkd", "kd_loss": "kd", "mixed_ce": "cross_entropy"}
+_HOMES = {"Targets": "kernels", "dist_loss": "losses.dist", "dkd_loss": "losses.dkd", "kd_loss": "losses.kd",
+          "mixed_ce": "losses.cross_entropy"}
 
 
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"losses.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,6 +1,6 @@
 """Cross-entropy with mixed labels and label smoothing."""
+from kernels import Targets
 from kernels.softmax_kl import Weights, softmax_kl
-from losses.targets import Targets
 
 
 def mixed_ce(logits, targets: Targets, *, label_smoothing: float = 0.0):

@@ -1,7 +1,7 @@
 """Decoupled knowledge distillation (Zhao et al. 2022, arXiv 2203.08679), also defined for mixed labels."""
+from kernels import Targets
 from kernels.softmax_kl import Weights, softmax_kl
 from losses.standardize import standardized_softmax_kl
-from losses.targets import Targets
 
 
 def dkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=1.0, beta=8.0, temperature=4.0, ce_weight=1.0,

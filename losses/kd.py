@@ -1,7 +1,7 @@
 """Knowledge distillation (Hinton, Vinyals & Dean 2015, arXiv 1503.02531)."""
+from kernels import Targets
 from kernels.softmax_kl import Weights, softmax_kl
 from losses.standardize import standardized_softmax_kl
-from losses.targets import Targets
 
 DIRECTIONS = ("forward", "reverse")
 

@@ -13,7 +13,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 ALLOWED = {
     "kernels": set(),
     "losses": {"kernels"},
-    "augment": {"kernels", "losses"},
+    "augment": {"kernels"},
     "rundir": {"losses"},
     "data": {"rundir"},
     "models": {"rundir"},
