@@ -260,7 +260,8 @@ def test_errors_of_usage(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "expected"), [
     ("diagnostics.csv", None, "no diagnostics.csv"), ("diagnostics.csv", "images\n5\n", "no column epoch"),
-    ("diagnostics.csv", "epoch,images\n1,many\n", "line 2: could not convert"), ("diagnostics.csv", "epoch,images\n1\n", "line 2: "),
+    ("diagnostics.csv", "epoch,images\n1,many\n", "line 2: could not convert"),
+    ("diagnostics.csv", "epoch,images\n1\n", "line 2: "),
     ("diagnostics.csv", "epoch,images\n999999999,5\n", "epoch 1e+09"), ("diagnostics.csv", "epoch,images\n", "no epoch"),
     ("log.csv", "epoch,val_acc1\n", "no epoch"), ("config.json", None, "no such file"),
     ("status.json", '{"state": 3}', "state is 3"), ("summary.json", {"alarms": [3]}, "3 is not an object"),

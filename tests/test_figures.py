@@ -132,7 +132,8 @@ def demo(tmp_path_factory):
     """One seed of 8 epochs, and the outputs of the script, started elsewhere."""
     top = tmp_path_factory.mktemp("demo")
     runs = write_study(top / "runs", epochs=8, stop_v3=5, dataset="synthetic")
-    done = subprocess.run([sys.executable, make_figures.__file__, "--runs", runs, "--output", top / "figures"], cwd=top, text=True,
+    done = subprocess.run([sys.executable, make_figures.__file__, "--runs", runs, "--output", top / "figures"], cwd=top,
+                          text=True,
                           env=os.environ | {"PYTHONPATH": "", "PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert (done.returncode, done.stderr) == (0, ""), done
     return runs, top / "figures", done.stdout
