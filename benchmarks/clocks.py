@@ -3,9 +3,9 @@ import itertools
 import time
 
 import torch
-from training.errors import first_line
 
 from benchmarks import table
+from rundir.errors import first_line
 
 
 def captured(call, pool):

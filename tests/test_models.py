@@ -176,7 +176,8 @@ def test_names_lists_every_network_once():
 
 
 def test_unknown_names_get_a_suggestion():
-    with fails(USAGE, "unknown model (efficientnet_v2_xl)", "did you mean efficientnet_v2_l", "import models; print(*models.names())"):
+    with fails(USAGE, "unknown model (efficientnet_v2_xl)", "did you mean efficientnet_v2_l",
+               "import models; print(*models.names())"):
         models.build("efficientnet_v2_xl", 10)
     with fails(USAGE, "unknown model (zzz). all names: "):
         models.build("zzz", 10)
