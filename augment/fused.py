@@ -15,7 +15,7 @@ class FusedBatches:
         policy, device, images = sampler.policy, images.device, images.contiguous()
         if images.storage_offset() % 4:  # a part of other memory; the kernel reads whole words
             images = images.clone()
-        numbers = kernel.Numbers(
+        parameters = kernel.Parameters(
             seed=(sampler.seed + 2 ** 63 & 2 ** 64 - 1) - 2 ** 63,  # its low 64 bits, as a signed number
             epoch=0, batch_size=batch_size, mix_each=int(mix_each), crop_pad=sampler.crop_pad, flip=int(sampler.flip),
             subpolicies=len(policy.codes), erase=sampler.erase_threshold, mix=sampler.mix_threshold,
@@ -28,7 +28,7 @@ class FusedBatches:
         self.tables = kernel.Tables(
             images=images.view(*images.shape[:2], -1).view(torch.int32), labels=labels.contiguous(),
             order=torch.empty(len(images), dtype=torch.int64, device=device),
-            numbers=torch.tensor(numbers, device=device),
+            parameters=torch.tensor(parameters, device=device),
             subpolicies=torch.cat([operations[policy.codes], policy.thresholds.unsqueeze(2)], 2),
             blends=torch.stack([policy.ratio, policy.complement], 1),
             maps=policy.maps, lookups=policy.lookups, stretch=policy.stretch,
@@ -38,7 +38,7 @@ class FusedBatches:
     def set_epoch(self, epoch: int, order: torch.Tensor) -> None:
         """Write the epoch where the kernel reads it, also from within a captured CUDA graph."""
         self.tables.order.copy_(order)
-        self.tables.numbers[kernel.EPOCH.value] = epoch & WORD
+        self.tables.parameters[kernel.EPOCH.value] = epoch & WORD
 
     def batch(self, step: int | torch.Tensor, rows: range) -> tuple[torch.Tensor, Targets]:
         step = step if isinstance(step, torch.Tensor) else self._steps[step]

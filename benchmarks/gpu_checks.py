@@ -187,7 +187,7 @@ def check_machine(args) -> None:
 
 
 def model() -> list[dict]:
-    """Rows of benchmarks.instructions."""
+    """Rows of tests/instructions.py."""
     with open(table.RESULTS / "kernels-ptx-sm90.csv", newline="") as file:
         return list(csv.DictReader(file))
 

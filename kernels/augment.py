@@ -31,8 +31,8 @@ CROP, POLICY, ERASE, MIX = map(tl.constexpr, augment_constants.STREAMS)
 QUANTILE_BITS, ERASE_BITS = tl.constexpr(augment_constants.QUANTILE_BITS), tl.constexpr(augment_constants.ERASE_BITS)
 
 
-class Numbers(NamedTuple):
-    """What the draws depend on besides tables, int64.  A probability is a threshold: it happens where a word is below."""
+class Parameters(NamedTuple):
+    """Scalar parameters of the draws, int64.  A probability is a threshold: the event happens where a word is below it."""
     seed: int
     epoch: int
     batch_size: int
@@ -46,15 +46,15 @@ class Numbers(NamedTuple):
 
 
 SEED, EPOCH, BATCH_SIZE, MIX_EACH, CROP_PAD, FLIP, SUBPOLICIES, ERASE_BELOW, MIX_BELOW, CUTMIX_BELOW = map(
-    tl.constexpr, range(len(Numbers._fields)))
+    tl.constexpr, range(len(Parameters._fields)))
 
 
 class Tables(NamedTuple):
-    """What the kernel reads, contiguous tensors on one device: N images of size x size pixels, a policy and distributions."""
+    """The kernel's inputs, contiguous tensors on one device: N images of size x size pixels, a policy and distributions."""
     images: torch.Tensor  # int32 (N, size, 3*size/4): the bytes of NHWC images, four to a word
     labels: torch.Tensor  # int64 (N,)
     order: torch.Tensor  # int64 (N,), the image at each position of the epoch
-    numbers: torch.Tensor  # int64, of Numbers
+    parameters: torch.Tensor  # int64, of Parameters
     subpolicies: torch.Tensor  # int64 (S, slots, 3): the operation for a negative and a positive sign, and its threshold;
     #                            an operation is kind + 8 * row, of `maps`, `lookups` or `blends`; 0 does nothing
     blends: torch.Tensor  # float32 (C, 2): ratio, complement
@@ -81,8 +81,8 @@ def _draw_words(position, mix_position, tables):
     """Four words for each of STREAMS and each row, uint32 (4, 2)."""
     stream = tl.arange(0, 4)[:, None]
     position = tl.where(stream == MIX, mix_position[None, :], position[None, :])
-    epoch = tl.load(tables.numbers + EPOCH).to(tl.int32)
-    return tl.philox(tl.load(tables.numbers + SEED), position.to(tl.int32), epoch, stream, 0)
+    epoch = tl.load(tables.parameters + EPOCH).to(tl.int32)
+    return tl.philox(tl.load(tables.parameters + SEED), position.to(tl.int32), epoch, stream, 0)
 
 
 @triton.jit
@@ -97,8 +97,8 @@ def _of(stream, words):
 def _draw_window(words, tables):
     """Top and left edge in the image without its padding, and whether to mirror."""
     top, left, mirror, _ = _of(CROP, words)
-    pad = tl.load(tables.numbers + CROP_PAD).to(tl.int32)
-    mirror = mirror.to(tl.int32) & tl.load(tables.numbers + FLIP).to(tl.int32)
+    pad = tl.load(tables.parameters + CROP_PAD).to(tl.int32)
+    mirror = mirror.to(tl.int32) & tl.load(tables.parameters + FLIP).to(tl.int32)
     return _below(top, 2 * pad + 1) - pad, _below(left, 2 * pad + 1) - pad, mirror
 
 
@@ -112,7 +112,7 @@ def _draw_operation(subpolicy, word, sign, tables):
 def _draw_operations(words, tables, SLOTS: tl.constexpr):
     """The first and the second operation of each, 0 for nothing."""
     subpolicy, first_word, second_word, signs = _of(POLICY, words)
-    subpolicy = _below(subpolicy, tl.load(tables.numbers + SUBPOLICIES)) * (3 * SLOTS)
+    subpolicy = _below(subpolicy, tl.load(tables.parameters + SUBPOLICIES)) * (3 * SLOTS)
     first = _draw_operation(subpolicy, first_word, (signs & 1).to(tl.int32), tables)
     second = first * 0
     if SLOTS == 2:
@@ -124,7 +124,7 @@ def _draw_operations(words, tables, SLOTS: tl.constexpr):
 def _draw_erased(words, tables, SIZE: tl.constexpr):
     """A box: top, left, bottom, right; empty where there is none."""
     fires, quantile, top, left = _of(ERASE, words)
-    fires = (fires.to(tl.int64) < tl.load(tables.numbers + ERASE_BELOW)).to(tl.int32)
+    fires = (fires.to(tl.int64) < tl.load(tables.parameters + ERASE_BELOW)).to(tl.int32)
     quantile = (quantile >> (32 - ERASE_BITS)).to(tl.int32)
     height = tl.load(tables.erase_sizes + 2 * quantile) * fires
     width = tl.load(tables.erase_sizes + 2 * quantile + 1) * fires
@@ -136,8 +136,8 @@ def _draw_erased(words, tables, SIZE: tl.constexpr):
 def _draw_mix(words, alone, tables, SIZE: tl.constexpr):
     """The pasted box, the weight of the image outside of it, and its share in the whole; nothing is mixed where it is alone."""
     fires, quantile, line, column = _of(MIX, words)
-    mixed = (fires.to(tl.int64) < tl.load(tables.numbers + MIX_BELOW)) & (alone == 0)
-    cut = mixed & ((quantile & 1).to(tl.int64) < tl.load(tables.numbers + CUTMIX_BELOW))
+    mixed = (fires.to(tl.int64) < tl.load(tables.parameters + MIX_BELOW)) & (alone == 0)
+    cut = mixed & ((quantile & 1).to(tl.int64) < tl.load(tables.parameters + CUTMIX_BELOW))
     quantile = (quantile >> (32 - QUANTILE_BITS)).to(tl.int32)
     half_side = tl.where(cut, tl.load(tables.half_sides + quantile), 0)
     line, column = _below(line, half_side * 0 + SIZE), _below(column, half_side * 0 + SIZE)
@@ -355,11 +355,11 @@ def _augment_kernel(step, first, rows, tables, out, out_label, out_other, out_la
     alone = first_row + 1 == rows  # the last of an odd batch, which stands in for its partner
     row = first_row + tl.arange(0, 2)
     in_batch = first + tl.minimum(row, rows - 1)
-    start = tl.load(step) * tl.load(tables.numbers + BATCH_SIZE)
+    start = tl.load(step) * tl.load(tables.parameters + BATCH_SIZE)
     position = start + in_batch
     source = tl.load(tables.order + position)
 
-    words = _draw_words(position, start + in_batch * tl.load(tables.numbers + MIX_EACH), tables)
+    words = _draw_words(position, start + in_batch * tl.load(tables.parameters + MIX_EACH), tables)
     index, next_index = _both(source)
     top, left, mirror = _draw_window(words, tables)
     top, next_top = _both(top)

@@ -50,9 +50,9 @@ class Terms(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What each term counts in the loss: a number, or a 0-dim fp32 tensor on the logits' device, which a schedule may fill.
+    """The weight of each term in the loss: a number, or a 0-dim fp32 tensor on the logits' device, which a schedule may fill.
 
-    None: not wanted, so neither computed nor reported; 0.0: reported, without a say.
+    None: neither computed nor logged; 0.0: logged but not in the loss.
     """
     ce: float | torch.Tensor | None = None
     kl: float | torch.Tensor | None = None
@@ -69,7 +69,7 @@ _hyperparameters: dict = {}
 
 
 def hyperparameters(weights: Weights, temperature: float, label_smoothing: float, device: torch.device) -> torch.Tensor:
-    """The numbers of the loss as fp32 (6,) on the device: the four weights, temperature, smoothing; one tensor for each set.
+    """The four weights, temperature and smoothing as fp32 (6,) on the device, cached by their values.
 
     The kernel reads them there, so a schedule recompiles nothing, and a captured CUDA graph follows the weights that are tensors.
     """
@@ -185,7 +185,8 @@ def softmax_kl_naive(z, v, label, other, lam, *, temperature, label_smoothing=0.
             targets = {a if share else b}
         else:
             targets = {"pair": {a, b}, "dominant": {a if share >= 0.5 else b}, "first": {a}}[split]
-        rest = sorted({*range(classes)} - targets)
+        rest = torch.ones(classes, dtype=torch.bool)
+        rest[list(targets)] = False
         log_q, log_p = (torch.stack([*x[i, list(targets)], x[i, rest].logsumexp(0)]) for x in (q, p))
         inside_q, inside_p = (x[i, rest].log_softmax(0) for x in (q, p))
         rows.append(torch.stack([_divergence(p[i], q[i]), _divergence(log_p, log_q), _divergence(inside_p, inside_q)]))
@@ -381,7 +382,7 @@ def _inverse(x):
 
 @triton.jit
 def _times(p, value):
-    """p * value, 0 where p is 0: an impossible class contributes nothing.  NaN is not 0: a non-finite row must show."""
+    """p * value, 0 where p is 0: an impossible class contributes nothing.  NaN is not 0, so that a non-finite row shows."""
     return tl.where(p != 0, p * value, 0.0)
 
 
@@ -455,13 +456,152 @@ def _gap(first, z, v, top_z, base_v):
 
 @triton.jit
 def _moved_gap(gap, total, drop, shift):
-    """The gap when the maxima move: the weights shrink by `drop`, x - y grows by `shift`."""
+    """The gap when the maxima move: the weights shrink by `drop`, z - v grows by `shift`."""
     return drop * (gap + total * shift)
 
 
 @triton.jit
+def _read_rest(at_z, at_v, column, a, b, start, live, C: tl.constexpr, DIVERGENCE: tl.constexpr):
+    """The tiles from class `start` on with -inf in the labels' own columns, and which columns those are not."""
+    rest = (column != _spread(a - start)) & (column != _spread(b - start))
+    z = tl.where(rest, _load(at_z, column, live, C - start), NONE)
+    v = z
+    if DIVERGENCE:
+        v = tl.where(rest, _load(at_v, column, live, C - start), NONE)
+    return z, v, rest
+
+
+@triton.jit
+def _summary_of_tile(z, v, log2_e_T, REVERSE: tl.constexpr):
+    """Of rows that fit into one tile: its weights; maxima over R; and sums over R: gap, e^(z/T), e^z, e^(v/T)."""
+    top_z = tl.maximum(tl.max(_lane_max(z), 1), LOWEST)
+    top_v = tl.maximum(tl.max(_lane_max(v), 1), LOWEST)
+    weight_z, weight_1, weight_v = _weights(z, v, top_z, top_v, log2_e_T)
+    if REVERSE:
+        base_v = tl.max(_anchor(z, v, top_z), 1)
+        gap = tl.sum(_gap(weight_z, z, v, top_z, base_v), 1)
+    else:
+        base_v = top_v
+        gap = tl.sum(_gap(weight_v, z, v, top_z, base_v), 1)
+    return (weight_z, weight_1, weight_v, top_z, top_v, base_v, gap,
+            tl.sum(_lane_sum(weight_z), 1), tl.sum(_lane_sum(weight_1), 1), tl.sum(_lane_sum(weight_v), 1))
+
+
+@triton.jit
+def _summary_of_blocks(at_z, at_v, column, a, b, own, live, log2_e_T, C: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+                       BLOCK: tl.constexpr, DIVERGENCE: tl.constexpr, REVERSE: tl.constexpr):
+    """Of wider rows the same and the sum of z - own, online: each lane rescales its sums when its maxima rise."""
+    top_z = tl.full([ROWS, LANES], LOWEST, tl.float32)
+    gap = tl.zeros([ROWS, LANES], tl.float32)
+    top_v, base_v, total_z, total_1, total_v, beyond = top_z, top_z, gap, gap, gap, gap
+    for start in range(0, C, BLOCK):
+        z, v, rest = _read_rest(at_z, at_v, column, a, b, start, live, C, DIVERGENCE)
+        old_z, old_v, old_base = top_z, top_v, base_v
+        top_z, top_v = tl.maximum(top_z, _lane_max(z)), tl.maximum(top_v, _lane_max(v))
+        drop_z, drop_v = tl.exp2((old_z - top_z) * log2_e_T), tl.exp2((old_v - top_v) * log2_e_T)
+        weight_z, weight_1, weight_v = _weights(z, v, top_z, top_v, log2_e_T)
+        if REVERSE:
+            base_v = tl.where(top_z > old_z, _anchor(z, v, top_z), base_v)
+            gap = _moved_gap(gap, total_z, drop_z, (old_z - top_z) - (old_base - base_v))
+            gap += _gap(weight_z, z, v, top_z, base_v)
+        else:
+            base_v = top_v
+            gap = _moved_gap(gap, total_v, drop_v, (old_z - top_z) - (old_base - base_v))
+            gap += _gap(weight_v, z, v, top_z, base_v)
+        total_z = total_z * drop_z + _lane_sum(weight_z)
+        total_1 = total_1 * tl.exp2((old_z - top_z) * LOG2E) + _lane_sum(weight_1)
+        total_v = total_v * drop_v + _lane_sum(weight_v)
+        at_z, at_v = at_z + BLOCK, at_v + BLOCK
+        beyond += _lane_sum(tl.where(rest & (column < C - start), z - _spread(own), 0.0))
+    # The lanes of a row together.
+    old_z, old_v, old_base = top_z, top_v, base_v
+    top_z, top_v = tl.max(top_z, 1), tl.max(top_v, 1)
+    fall_z, fall_v = old_z - top_z[:, None], old_v - top_v[:, None]
+    drop_z, drop_v = tl.exp2(fall_z * log2_e_T), tl.exp2(fall_v * log2_e_T)
+    if REVERSE:
+        base_v = tl.max(tl.where(fall_z == 0, old_base, LOWEST), 1)
+        gap = _moved_gap(gap, total_z, drop_z, fall_z - (old_base - base_v[:, None]))
+    else:
+        base_v = top_v
+        gap = _moved_gap(gap, total_v, drop_v, fall_z - fall_v)
+    gap, beyond = tl.sum(gap, 1), tl.sum(beyond, 1)
+    total_z, total_v = tl.sum(total_z * drop_z, 1), tl.sum(total_v * drop_v, 1)
+    total_1 = tl.sum(total_1 * tl.exp2(fall_z * LOG2E), 1)
+    return at_z, at_v, top_z, top_v, base_v, gap, total_z, total_1, total_v, beyond
+
+
+# From these sums follow a row's terms, the gradients of its labels, and the factors of the gradient in R, which is
+#     factor_1 * e^z + factor_z * e^(z/T) - factor_v * e^(v/T)
+# or reversed factor_1 * e^z + e^(z/T) * (factor_z + factor_gap * (z - v)); z and v are relative to the maxima.  `one` marks rows
+# of one label.
+
+@triton.jit
+def _cross_entropy_of(z_a, z_b, total_1, beyond, share, one, eps, uniform, C: tl.constexpr):
+    """CE and its gradients: of a, of b, and factor_1."""
+    log_s_a, log_s_b, log_s_R, s_a, s_b, s_R, lse = _groups(z_a, z_b, tl.log2(total_1) * LN2)
+    # Smoothing's share: the sum over all classes of ln softmax_i = (x_i - own) + ln softmax_own.
+    log_s_own, labels = tl.where(share >= 0.5, log_s_a, log_s_b), tl.where(one, 1, 2)
+    ce = -(1 - eps) * (_times(share, log_s_a) + _times(1 - share, log_s_b))
+    ce -= tl.where(eps > 0, uniform * (beyond + (C - labels) * log_s_own + log_s_a + tl.where(one, 0.0, log_s_b)), 0.0)
+    y_a, y_b = (1 - eps) * share + uniform, (1 - eps) * (1 - share) + tl.where(one, 0.0, uniform)
+    y_R = uniform * (C - labels)
+    return (ce, _difference(s_a, s_b + s_R, y_a, y_b + y_R), _difference(s_b, s_a + s_R, y_b, y_a + y_R),
+            tl.exp(-lse))  # lse is relative to top_z and so not negative
+
+
+@triton.jit
+def _join_rest(z_b, v_b, total_z, total_v, gap, one, inverse_T):
+    """b joins R: how much the maxima rise, what is left of the weights in R, the weights of b, and the new sums."""
+    up_z = tl.where(total_z != 0, tl.maximum(z_b, 0.0), tl.where(one, 0.0, z_b))
+    up_v = tl.where(total_v != 0, tl.maximum(v_b, 0.0), tl.where(one, 0.0, v_b))
+    in_R_z, in_R_v = tl.exp(-up_z * inverse_T), tl.exp(-up_v * inverse_T)
+    in_b_z, in_b_v = tl.exp((z_b - up_z) * inverse_T), tl.exp((v_b - up_v) * inverse_T)
+    gap = tl.where(total_v != 0, _moved_gap(gap, total_v, in_R_v, up_v - up_z), 0.0)
+    gap += _times(in_b_v, (z_b - up_z) - (v_b - up_v))
+    total_z = tl.where(total_z != 0, total_z * in_R_z, 0.0) + in_b_z
+    total_v = tl.where(total_v != 0, total_v * in_R_v, 0.0) + in_b_v
+    return up_z, up_v, in_R_z, in_R_v, in_b_z, in_b_v, total_z, total_v, gap
+
+
+@triton.jit
+def _forward(q, p, total_z, total_v, z_over_v, gap, T, inverse_T, w_kl, w_tckd, w_nckd, scale):
+    """TCKD, NCKD, KL and their weighted gradients: of a, of b, factor_z, factor_v."""
+    log_q_a, log_q_b, log_q_R, q_a, q_b, q_R, _ = q
+    log_p_a, log_p_b, log_p_R, p_a, p_b, p_R, _ = p
+    inverse_z, inverse_v = _inverse(total_z), _inverse(total_v)
+    tckd = -_times(p_a, log_q_a - log_p_a) - _times(p_b, log_q_b - log_p_b) - _times(p_R, log_q_R - log_p_R)
+    nckd = tl.where(total_v != 0, z_over_v - gap * inverse_v * inverse_T, 0.0)
+    kl = tckd + _times(p_R, nckd)
+    grad_a = T * (w_tckd + w_kl) * _difference(q_a, q_b + q_R, p_a, p_b + p_R)
+    factor_z = T * scale * (w_tckd * _difference(q_R, q_a + q_b, p_R, p_a + p_b) + w_nckd + w_kl * q_R) * inverse_z
+    factor_v = T * scale * (w_nckd + w_kl * p_R) * inverse_v
+    grad_b = T * (w_tckd + w_kl) * _difference(q_b, q_a + q_R, p_b, p_a + p_R)
+    return tckd, nckd, kl, grad_a, grad_b, factor_z, factor_v
+
+
+@triton.jit
+def _reverse(q, p, total_z, v_over_z, base_v, top_v, gap, T, inverse_T, w_kl, scale):
+    """TCKD, NCKD, KL, student first, and the weighted gradients of KL: of a, of b, factor_z, factor_gap."""
+    log_q_a, log_q_b, log_q_R, q_a, q_b, q_R, _ = q
+    log_p_a, log_p_b, log_p_R, _, _, _, _ = p
+    over_a, over_b, over_R = log_q_a - log_p_a, log_q_b - log_p_b, log_q_R - log_p_R
+    inverse_z = _inverse(total_z)
+    mean_gap = gap * inverse_z * inverse_T
+    at_top = v_over_z - (base_v - top_v) * inverse_T
+    nckd = tl.where(total_z != 0, mean_gap + at_top, 0.0)
+    over_mean = over_R + nckd
+    tckd = _times(q_a, over_a) + _times(q_b, over_b) + _times(q_R, over_R)
+    kl = tckd + _times(q_R, nckd)
+    grad_a = w_kl * T * _times(q_a, _times(q_b, over_a - over_b) + _times(q_R, over_a - over_mean))
+    grad_b = w_kl * T * _times(q_b, _times(q_a, over_b - over_a) + _times(q_R, over_b - over_mean))
+    factor_gap = w_kl * scale * q_R * inverse_z
+    factor_z = factor_gap * T * (_times(q_a, over_mean - over_a) + _times(q_b, over_mean - over_b) - mean_gap)
+    return tckd, nckd, kl, grad_a, grad_b, factor_z, factor_gap
+
+
+@triton.jit
 def _mean(values, N, REDUCE: tl.constexpr):
-    """Mean of N values that other programs wrote, past the first-level cache."""
+    """Mean of N values that other programs wrote, read past the first-level cache."""
     index = tl.arange(0, REDUCE)
     total = tl.zeros([REDUCE], tl.float32)
     for start in range(0, N, REDUCE):
@@ -489,7 +629,7 @@ def _labels(label, other, lam, row, live, SPLIT: tl.constexpr):
 
 @triton.jit
 def _add_up(row_terms, losses, hyper, N, WANTED: tl.constexpr, REDUCE: tl.constexpr):
-    """What the program does that finishes last: the means of all rows, always added in the same order, and their weighted sum."""
+    """Run by the program that finishes last: the means over the rows, always added in the same order, and their weighted sum."""
     loss = 0.0
     for term in tl.static_range(4):
         mean = float("nan")
@@ -504,9 +644,10 @@ def _add_up(row_terms, losses, hyper, N, WANTED: tl.constexpr, REDUCE: tl.conste
 def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_terms, losses, finished, N,
                        C: tl.constexpr, STUDENT_STRIDE: tl.constexpr, TEACHER_STRIDE: tl.constexpr,
                        CE: tl.constexpr, KL: tl.constexpr, TCKD: tl.constexpr, NCKD: tl.constexpr,
-                       SPLIT: tl.constexpr, REVERSE: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
+                       SPLIT: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr,
                        CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, REDUCE: tl.constexpr):
     BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
+    WHOLE: tl.constexpr = BLOCK >= C
     DIVERGENCE: tl.constexpr = KL or TCKD or NCKD
     w_ce, w_kl = tl.load(hyper + W_CE), tl.load(hyper + W_KL)
     w_tckd, w_nckd = tl.load(hyper + W_TCKD), tl.load(hyper + W_NCKD)
@@ -519,146 +660,55 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
     live = row < N
     column = (tl.arange(0, CHUNKS)[:, None, None, None] * (LANES * VECTOR) + tl.arange(0, LANES)[None, None, :, None] * VECTOR
               + tl.arange(0, VECTOR)[None, None, None, :])
-
     a, b, share = _labels(label, other, lam, row, live, SPLIT)
     one = a == b
     z_a, z_b = _at(student, row, a, live, STUDENT_STRIDE), _at(student, row, b, live, STUDENT_STRIDE)
     own = tl.where(share >= 0.5, z_a, z_b)
-
     at_z, at_v, at_grad = student + row * STUDENT_STRIDE, teacher + row * TEACHER_STRIDE, grad + row * C
 
-    # First read: maxima over the classes besides both labels and the sums under them, in one tile or online, lane by lane.
+    # First read: maxima over the classes besides both labels, and sums.
     if WHOLE:
-        rest = (column != _spread(a)) & (column != _spread(b))
-        z = tl.where(rest, _load(at_z, column, live, C), NONE)
-        v = z
-        if DIVERGENCE:
-            v = tl.where(rest, _load(at_v, column, live, C), NONE)
-        top_z = tl.maximum(tl.max(_lane_max(z), 1), LOWEST)
-        top_v = tl.maximum(tl.max(_lane_max(v), 1), LOWEST)
-        weight_z, weight_1, weight_v = _weights(z, v, top_z, top_v, log2_e_T)
-        if REVERSE:
-            base_v = tl.max(_anchor(z, v, top_z), 1)
-            gap = tl.sum(_gap(weight_z, z, v, top_z, base_v), 1)
-        else:
-            base_v = top_v
-            gap = tl.sum(_gap(weight_v, z, v, top_z, base_v), 1)
-        total_z, total_1, total_v = tl.sum(_lane_sum(weight_z), 1), tl.sum(_lane_sum(weight_1), 1), tl.sum(_lane_sum(weight_v), 1)
+        z, v, rest = _read_rest(at_z, at_v, column, a, b, 0, live, C, DIVERGENCE)
+        weight_z, weight_1, weight_v, top_z, top_v, base_v, gap, total_z, total_1, total_v = _summary_of_tile(
+            z, v, log2_e_T, REVERSE)
         beyond = tl.sum(_lane_sum(tl.where(rest & (column < C), z - _spread(own), 0.0)), 1)
     else:
-        top_z = tl.full([ROWS, LANES], LOWEST, tl.float32)
-        top_v = tl.full([ROWS, LANES], LOWEST, tl.float32)
-        base_v = tl.full([ROWS, LANES], LOWEST, tl.float32)
-        total_z = tl.zeros([ROWS, LANES], tl.float32)
-        total_1 = tl.zeros([ROWS, LANES], tl.float32)
-        total_v = tl.zeros([ROWS, LANES], tl.float32)
-        gap = tl.zeros([ROWS, LANES], tl.float32)
-        beyond = tl.zeros([ROWS, LANES], tl.float32)
-        for start in range(0, C, BLOCK):
-            rest = (column != _spread(a - start)) & (column != _spread(b - start))
-            z = tl.where(rest, _load(at_z, column, live, C - start), NONE)
-            v = z
-            if DIVERGENCE:
-                v = tl.where(rest, _load(at_v, column, live, C - start), NONE)
-            old_z, old_v, old_base = top_z, top_v, base_v
-            top_z, top_v = tl.maximum(top_z, _lane_max(z)), tl.maximum(top_v, _lane_max(v))
-            drop_z, drop_v = tl.exp2((old_z - top_z) * log2_e_T), tl.exp2((old_v - top_v) * log2_e_T)
-            weight_z, weight_1, weight_v = _weights(z, v, top_z, top_v, log2_e_T)
-            if REVERSE:
-                base_v = tl.where(top_z > old_z, _anchor(z, v, top_z), base_v)
-                gap = _moved_gap(gap, total_z, drop_z, (old_z - top_z) - (old_base - base_v))
-                gap += _gap(weight_z, z, v, top_z, base_v)
-            else:
-                base_v = top_v
-                gap = _moved_gap(gap, total_v, drop_v, (old_z - top_z) - (old_base - base_v))
-                gap += _gap(weight_v, z, v, top_z, base_v)
-            total_z = total_z * drop_z + _lane_sum(weight_z)
-            total_1 = total_1 * tl.exp2((old_z - top_z) * LOG2E) + _lane_sum(weight_1)
-            total_v = total_v * drop_v + _lane_sum(weight_v)
-            at_z, at_v = at_z + BLOCK, at_v + BLOCK
-            beyond += _lane_sum(tl.where(rest & (column < C - start), z - _spread(own), 0.0))
-        # The lanes of a row together.
-        old_z, old_v, old_base = top_z, top_v, base_v
-        top_z, top_v = tl.max(top_z, 1), tl.max(top_v, 1)
-        fall_z, fall_v = old_z - top_z[:, None], old_v - top_v[:, None]
-        drop_z, drop_v = tl.exp2(fall_z * log2_e_T), tl.exp2(fall_v * log2_e_T)
-        if REVERSE:
-            base_v = tl.max(tl.where(fall_z == 0, old_base, LOWEST), 1)
-            gap = _moved_gap(gap, total_z, drop_z, fall_z - (old_base - base_v[:, None]))
-        else:
-            base_v = top_v
-            gap = _moved_gap(gap, total_v, drop_v, fall_z - fall_v)
-        gap, beyond = tl.sum(gap, 1), tl.sum(beyond, 1)
-        total_z, total_v = tl.sum(total_z * drop_z, 1), tl.sum(total_v * drop_v, 1)
-        total_1 = tl.sum(total_1 * tl.exp2(fall_z * LOG2E), 1)
+        at_z, at_v, top_z, top_v, base_v, gap, total_z, total_1, total_v, beyond = _summary_of_blocks(
+            at_z, at_v, column, a, b, own, live, log2_e_T, C, ROWS, LANES, BLOCK, DIVERGENCE, REVERSE)
 
     # Nothing to subtract where there is no class besides the labels.
     top_z = tl.where(total_z != 0, top_z, 0.0)
     top_v, base_v = tl.where(total_v != 0, top_v, 0.0), tl.where(total_v != 0, base_v, 0.0)
     z_a, z_b = z_a - top_z, tl.where(one, NONE, z_b - top_z)
     grad_a = tl.zeros([ROWS], tl.float32)
-    grad_b = tl.zeros([ROWS], tl.float32)
-    of_q, of_p, of_gap, of_s = grad_a, grad_a, grad_a, grad_a
-
+    grad_b, factor_1, factor_z, factor_v, factor_gap = grad_a, grad_a, grad_a, grad_a, grad_a
     if CE:
-        log_s_a, log_s_b, log_s_R, s_a, s_b, s_R, lse = _groups(z_a, z_b, tl.log2(total_1) * LN2)
-        # Smoothing's share: the sum over all classes of ln softmax_i = (x_i - own) + ln softmax_own.
-        log_s_own = tl.where(share >= 0.5, log_s_a, log_s_b)
-        apart = tl.where(one, 1, 2)
-        ce = -(1 - eps) * (_times(share, log_s_a) + _times(1 - share, log_s_b))
-        ce -= tl.where(eps > 0, uniform * (beyond + (C - apart) * log_s_own + log_s_a + tl.where(one, 0.0, log_s_b)), 0.0)
+        ce, grad_a, grad_b, factor_1 = _cross_entropy_of(z_a, z_b, total_1, beyond, share, one, eps, uniform, C)
+        grad_a, grad_b, factor_1 = w_ce * grad_a, w_ce * grad_b, w_ce * scale * factor_1
         tl.store(row_terms + row, ce, live)
-        y_a, y_b = (1 - eps) * share + uniform, (1 - eps) * (1 - share) + tl.where(one, 0.0, uniform)
-        y_R = uniform * (C - apart)
-        grad_a = w_ce * _difference(s_a, s_b + s_R, y_a, y_b + y_R)
-        grad_b = w_ce * _difference(s_b, s_a + s_R, y_b, y_a + y_R)
-        of_s = w_ce * scale * tl.exp(-lse)  # lse is relative to top_z and so not negative
-
     if DIVERGENCE:
         v_a, v_b = _at(teacher, row, a, live, TEACHER_STRIDE) - top_v, _at(teacher, row, b, live, TEACHER_STRIDE) - top_v
         v_b = tl.where(one, NONE, v_b)
-        in_b_z, in_b_v, in_R_z, in_R_v = grad_a, grad_a, 1.0, 1.0
-        if SPLIT != "pair":  # b joins R
-            up_z = tl.where(total_z != 0, tl.maximum(z_b, 0.0), tl.where(one, 0.0, z_b))
-            up_v = tl.where(total_v != 0, tl.maximum(v_b, 0.0), tl.where(one, 0.0, v_b))
-            in_R_z, in_R_v = tl.exp(-up_z * inverse_T), tl.exp(-up_v * inverse_T)
-            in_b_z, in_b_v = tl.exp((z_b - up_z) * inverse_T), tl.exp((v_b - up_v) * inverse_T)
-            gap = tl.where(total_v != 0, _moved_gap(gap, total_v, in_R_v, up_v - up_z), 0.0)
-            gap += _times(in_b_v, (z_b - up_z) - (v_b - up_v))
-            total_z = tl.where(total_z != 0, total_z * in_R_z, 0.0) + in_b_z
-            total_v = tl.where(total_v != 0, total_v * in_R_v, 0.0) + in_b_v
-            z_a, v_a = z_a - up_z, v_a - up_v
-            z_b = tl.full([ROWS], NONE, tl.float32)
+        if SPLIT != "pair":
+            up_z, up_v, in_R_z, in_R_v, in_b_z, in_b_v, total_z, total_v, gap = _join_rest(
+                z_b, v_b, total_z, total_v, gap, one, inverse_T)
+            z_a, v_a, z_b = z_a - up_z, v_a - up_v, tl.full([ROWS], NONE, tl.float32)
             v_b = z_b
         log_total_z, log_total_v = tl.log2(total_z) * LN2, tl.log2(total_v) * LN2
-        log_q_a, log_q_b, log_q_R, q_a, q_b, q_R, _ = _groups(z_a * inverse_T, z_b * inverse_T, log_total_z)
-        log_p_a, log_p_b, log_p_R, p_a, p_b, p_R, _ = _groups(v_a * inverse_T, v_b * inverse_T, log_total_v)
-        over_a, over_b, over_R = log_q_a - log_p_a, log_q_b - log_p_b, log_q_R - log_p_R
-        inverse_z, inverse_v = _inverse(total_z), _inverse(total_v)
+        q = _groups(z_a * inverse_T, z_b * inverse_T, log_total_z)
+        p = _groups(v_a * inverse_T, v_b * inverse_T, log_total_v)
         if REVERSE:
-            mean_gap = gap * inverse_z * inverse_T
-            at_top = log_total_v - log_total_z - (base_v - top_v) * inverse_T
-            nckd = tl.where(total_z != 0, mean_gap + at_top, 0.0)
-            over_mean = over_R + nckd
-            tckd = _times(q_a, over_a) + _times(q_b, over_b) + _times(q_R, over_R)
-            kl = tckd + _times(q_R, nckd)
-            grad_a += w_kl * T * _times(q_a, _times(q_b, over_a - over_b) + _times(q_R, over_a - over_mean))
-            grad_b += w_kl * T * _times(q_b, _times(q_a, over_b - over_a) + _times(q_R, over_b - over_mean))
-            of_gap = w_kl * scale * q_R * inverse_z
-            of_q = of_gap * T * (_times(q_a, over_mean - over_a) + _times(q_b, over_mean - over_b) - mean_gap)
+            tckd, nckd, kl, on_a, on_b, factor_z, factor_gap = _reverse(
+                q, p, total_z, log_total_v - log_total_z, base_v, top_v, gap, T, inverse_T, w_kl, scale)
         else:
-            tckd = -_times(p_a, over_a) - _times(p_b, over_b) - _times(p_R, over_R)
-            nckd = tl.where(total_v != 0, log_total_z - log_total_v - gap * inverse_v * inverse_T, 0.0)
-            kl = tckd + _times(p_R, nckd)
-            grad_a += T * (w_tckd + w_kl) * _difference(q_a, q_b + q_R, p_a, p_b + p_R)
-            of_q = T * scale * (w_tckd * _difference(q_R, q_a + q_b, p_R, p_a + p_b) + w_nckd + w_kl * q_R) * inverse_z
-            of_p = T * scale * (w_nckd + w_kl * p_R) * inverse_v
-            if SPLIT == "pair":
-                grad_b += T * (w_tckd + w_kl) * _difference(q_b, q_a + q_R, p_b, p_a + p_R)
-            else:
-                grad_b += (of_q * in_b_z - of_p * in_b_v) / scale
-                of_q *= in_R_z
-                of_p *= in_R_v
+            tckd, nckd, kl, on_a, on_b, factor_z, factor_v = _forward(
+                q, p, total_z, total_v, log_total_z - log_total_v, gap, T, inverse_T, w_kl, w_tckd, w_nckd, scale)
+        if SPLIT != "pair":
+            on_b = (factor_z * in_b_z - factor_v * in_b_v) / scale
+            factor_z *= in_R_z
+            factor_v *= in_R_v
+        grad_a += on_a
+        grad_b += on_b
         if KL:
             tl.store(row_terms + N + row, T * T * kl, live)
         if TCKD:
@@ -667,7 +717,7 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
             tl.store(row_terms + 3 * N + row, T * T * nckd, live)
     grad_a *= scale
     grad_b *= scale
-    of_1 = w_ce * uniform * scale
+    smoothed = w_ce * uniform * scale
 
     # Second read, backwards while the end of the row is still in cache: the gradient.
     LAST: tl.constexpr = (C - 1) // BLOCK * BLOCK
@@ -683,12 +733,13 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
             weight_z, weight_1, weight_v = _weights(z, v, top_z, top_v, log2_e_T)
         g = tl.zeros([CHUNKS, ROWS, LANES, VECTOR], tl.float32)
         if CE:
-            g = weight_1 * _spread(of_s) - of_1
+            g = weight_1 * _spread(factor_1) - smoothed
         if DIVERGENCE:
             if REVERSE:
-                g += _times(weight_z, _spread(of_q) + _spread(of_gap) * ((z - _spread(top_z)) - (v - _spread(base_v))))
+                g += _times(weight_z, _spread(factor_z)
+                            + _spread(factor_gap) * ((z - _spread(top_z)) - (v - _spread(base_v))))
             else:
-                g += weight_z * _spread(of_q) - weight_v * _spread(of_p)
+                g += weight_z * _spread(factor_z) - weight_v * _spread(factor_v)
         g = tl.where(column == _spread(b - start), _spread(grad_b), g)
         g = tl.where(column == _spread(a - start), _spread(grad_a), g)
         tl.store(_spread(at_grad) + column, g, _spread(live) & (column < C - start))
@@ -760,8 +811,7 @@ def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, terms: str,
     _softmax_kl_kernel[(triton.cdiv(rows, tile.rows),)](
         student, teacher, label.contiguous(), other.contiguous(), lam.contiguous(), hyper, grad, row_terms, losses,
         _counter_for(student), rows, classes, student.stride(0), teacher.stride(0), **wanted,
-        SPLIT=split, REVERSE=reverse, WHOLE=tile.lanes * tile.chunks * vector >= classes, ROWS=tile.rows,
-        CHUNKS=tile.chunks, LANES=tile.lanes, VECTOR=vector, REDUCE=256 * tile.warps,
-        num_warps=tile.warps, maxnreg=tile.registers or None,
+        SPLIT=split, REVERSE=reverse, ROWS=tile.rows, CHUNKS=tile.chunks, LANES=tile.lanes, VECTOR=vector,
+        REDUCE=256 * tile.warps, num_warps=tile.warps, maxnreg=tile.registers or None,
         enable_fp_fusion=True)  # by default Triton 3.9 does so with a warning, and newer ones may not
     return losses, grad

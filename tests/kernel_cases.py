@@ -4,7 +4,10 @@ from torchvision.transforms import AutoAugment
 
 import kernels
 from augment import BatchAugmenter
+from augment.fused import FusedBatches
 from augment.naive import augment_batch
+from augment.policy import build_tables
+from augment.sampling import Sampler
 from kernels.softmax_kl import softmax_kl_naive
 from losses import Targets
 
@@ -82,9 +85,46 @@ def specified(images, epoch, step, dtype=torch.float32, **options):
 
 
 def differing(batch, expected) -> int:
-    """In how many numbers an augmenter's batch differs from (images, label, other, lam), bit by bit."""
-    found = [column.cpu() for column in (batch.images, *batch.targets)]
+    """In how many numbers an (images, targets) differs from an (images, label, other, lam), bit by bit."""
+    images, targets = batch
+    found = [column.cpu() for column in (images, *targets)]
     assert [(one.dtype, one.shape) for one in found] == [(two.dtype, two.shape) for two in expected]
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}
     return sum((one.view(bits[one.element_size()]) != two.contiguous().view(bits[two.element_size()])).sum().item()
                for one, two in zip(found, expected))
+
+
+# --- launches that are compiled without a GPU: tests/ptx.py, tests/sass.py
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def hard_logits(classes: int, kind: str, count: int):
+    """Logits of student and teacher, fp32 (count, classes): "normal", "huge", "masked" or "one-hot"; and targets."""
+    z, v, targets = rows(count, classes, seed=classes)
+    if kind == "huge":
+        z, v = 1e3 * z, 1e3 * v
+    if kind == "masked" and classes > 3:
+        z[:, 1] = v[:, 1] = -torch.inf
+    if kind == "one-hot":
+        v = 60 * torch.nn.functional.one_hot(targets.other, classes).float()
+    return z, v, targets
+
+
+def fused_batches(policy: str, size: int, mode: str, dtype, batch_size: int):
+    """What makes batches by the kernel whatever kernels.choose says, in epoch 5; and step -> batch by the specification."""
+    g = torch.Generator().manual_seed(size)
+    sampler = Sampler(size, build_tables(policy, size), seed=3, crop_pad=4, flip=True, random_erasing=0.5, mixup=0.8, cutmix=1.0,
+                      mix_prob=0.8)
+    count = 2 * batch_size + 3
+    coarse = torch.nn.functional.interpolate(torch.rand(count, 3, 4, 4, generator=g), (size, size), mode="bilinear")
+    images = (200 * coarse + 55 * torch.rand(count, 3, size, size, generator=g)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    labels = torch.randint(100, (count,), generator=g)
+    options = {"batch_size": batch_size, "mix_each": mode == "elem", "mean": (0.5, 0.48, 0.44), "std": (0.2, 0.25, 0.27)}
+    batches = FusedBatches(images, labels, sampler, dtype=dtype, **options)
+    batches.set_epoch(5, sampler.order(5, count))
+
+    def expected(step: int):
+        result, targets = augment_batch(images, labels, sampler, 5, step, **options)
+        return result.to(dtype), *targets
+    return batches, expected

@@ -4,7 +4,8 @@
         op.softmax_kl_triton(...)                                the real launcher, on CPU tensors
     launches[0].counts["warp instructions"]
 
-Needs a process in which Triton compiles instead of interpreting: see sass.in_a_process.
+Needs a process in which Triton compiles instead of interpreting: `python ptx.py FILE` prints a JSON object for each of the
+`cases()` of FILE, `{sm, case} | execute(sm, *case)`, or the fault, and for each barrier of `without_barriers(sm)`.
 
 It shows what the interpreter of Triton cannot: what the compiler made of the kernel.  `Fault` is raised for an address outside
 of a tensor or not aligned, for memory that is read before it was written, for a race in shared memory between two barriers, for
@@ -16,7 +17,9 @@ All programs run at once: a register is an array with one number per thread of t
 all threads that are at it.  What numpy cannot tell: ex2, lg2, rcp and sqrt are rounded correctly here and approximated on a GPU;
 fma is rounded twice, from 64 bits.  There is no time and no cache.
 """
+import json
 import re
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -768,3 +771,28 @@ class ByGrid:
 
     def __getitem__(self, grid):
         return partial(self.launch, grid)
+
+
+def in_a_process(file) -> list[dict]:
+    """What `python ptx.py FILE` prints."""
+    return sass.in_a_process(__file__, file)
+
+
+def main(file) -> None:
+    torch.set_num_threads(1)
+    module = sass.load(file)
+    for sm in (80, 90):
+        for case in module.cases():
+            try:
+                found = module.execute(sm, *case)
+            except (Fault, NotImplementedError) as fault:
+                found = {"fault": str(fault)}
+            print(json.dumps({"sm": sm, "case": case} | found), flush=True)
+    for sm in (80, 90):
+        for number, noticed in module.without_barriers(sm):
+            print(json.dumps({"sm": sm, "removed": number, "noticed": noticed}), flush=True)
+
+
+if __name__ == "__main__":
+    import ptx  # not this module under another name, whose Fault would be another class
+    ptx.main(sys.argv[1])

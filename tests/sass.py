@@ -23,7 +23,7 @@ OLD = Version(triton.__version__) < Version("3.8")  # takes more registers and i
 
 
 def inspect(file) -> list[dict]:
-    """Of every launch in `file`: its dict with sm, registers, spills (instructions), stack (bytes), instructions (the kernel's
+    """Of every launch in `file`: its dict with sm, limit (of registers), registers, spills (instructions), stack (bytes), instructions (the kernel's
     length, padding included), warps, loads128, stores128, fused (FFMA)."""
     return in_a_process(__file__, file)
 
@@ -35,6 +35,14 @@ def in_a_process(*command) -> list[dict]:
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def load(file):
+    """The module of a file."""
+    specification = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 class OfflineDriver:
@@ -77,7 +85,8 @@ def describe(compiled) -> dict:
                                check=True).stdout
         sass = subprocess.run([tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True).stdout
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "limit": compiled.metadata.maxnreg or 255, "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s", sass)), "warps": compiled.metadata.num_warps,
         "loads128": len(re.findall(r"ld\.global(?:\.L1\S*)?\.(?:v4\.b32|v2\.b64)", compiled.asm["ptx"])),
@@ -87,9 +96,6 @@ def describe(compiled) -> dict:
 
 
 if __name__ == "__main__":
-    specification = importlib.util.spec_from_file_location("launching", sys.argv[1])
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    for about, kernel, call in module.launches():
+    for about, kernel, call in load(sys.argv[1]).launches():
         for sm in ARCHITECTURES:
             print(json.dumps(about | {"sm": sm} | describe(compile_for(sm, kernel, call))), flush=True)

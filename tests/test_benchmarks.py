@@ -16,7 +16,7 @@ from benchmarks import loss, table
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 A_KERNEL_AND_A_STEP = """
-from benchmarks import instructions
+import instructions
 for row in (next(instructions.losses(80, {10: 8})), next(instructions.batches(80, ("none",)))):
     print(row.kernel, row.warp_instructions, row.sectors_over_ideal)
 code = next(instructions.assembled(quick=True))

@@ -8,56 +8,56 @@ import torch
 from cuda_path import BOOKKEEPING, CudaPath, MixedDevices, NotRepeatable, Wait
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
+from augment import cpu, fused
 from diagnostics.gradients import LOG_EVERY
+from losses import Targets
 from training import evaluation, run
 from training.metrics import Metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # a deep copy of one asks for it
-STUDENTS = ("--method kd", "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda",
-            "--method kd --kl reverse --amp off --model-ema 0.9",
-            "--method dkd --model-ema 0.9 --dkd-warmup 2", "--method dkd --amp bf16 --opt sgd --momentum 0 --deterministic",
-            "--method dkd --amp off --kernels reference --mixed-target dominant",
-            "--method dkd --kernels reference --opt sgd --policy none",
-            "--method kd --grad-checkpoint --model-ema 0.9", "--method dkd --grad-checkpoint --amp bf16 --opt sgd")
-TEACHERS = ("", "--opt sgd --model-ema 0.9 --deterministic --device cuda:0",
-            "--amp bf16 --kernels reference --policy randaugment", "--amp off --mixup 0 --cutmix 0")
+CAPTURED = "--method dkd --model-ema 0.9 --dkd-warmup 2 --grad-accum 2"
+STUDENTS = (CAPTURED, "--method kd --deterministic", "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda",
+            "--method kd --kl reverse --amp off --kernels reference",
+            "--method dkd --kernels reference --mixed-target dominant --opt sgd --momentum 0 --policy none",
+            "--method dkd --grad-checkpoint --amp bf16 --opt sgd")
+TEACHERS = ("--opt sgd --model-ema 0.9 --deterministic --device cuda:0", "--amp off --mixup 0 --cutmix 0",
+            "--amp bf16 --kernels reference --policy randaugment")
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """How many images each evaluation takes at once."""
+    sizes, evaluate = [], evaluation.evaluate
+    for user in (run, evaluation):
+        monkeypatch.setattr(user, "evaluate", lambda *args, **named: sizes.append(args[5]) or evaluate(*args, **named))
+    return sizes
 
 
 @pytest.mark.parametrize("flags", STUDENTS)
-def test_a_student_is_distilled_without_waiting(tmp_path, flags):
+def test_a_student_is_distilled_without_waiting(tmp_path, flags, evaluated):
     with CudaPath(tmp_path) as path:
         path.distill(flags)
-    assert path.watch.steps == 8 and (tmp_path / "run" / "summary.json").exists()
+    watch = path.watch
+    assert watch.steps == 8 and (tmp_path / "run" / "summary.json").exists()
+    assert len(evaluated) >= 4 and set(evaluated) == {64 if flags == CAPTURED else 128}, "as many images at once as in training"
     launch_by_launch = any(flag in flags for flag in ("--deterministic", "--kernels reference", "--grad-checkpoint"))
-    assert path.watch.recordings == (0 if launch_by_launch else 2), "a diagnostics step and another one"
+    assert watch.recordings == (0 if launch_by_launch else 2), "a step with diagnostics, and one without"
+    if flags == CAPTURED:
+        eager, *replays = (watch.by_step[step] for step in range(3, 9))
+        assert eager > 200 and len(replays) == 5
+        assert max(replays) <= 4, "position, learning rate, the graph, and a copy of rows to the host, which is frequent here"
 
 
 @pytest.mark.parametrize("flags", TEACHERS)
-def test_a_teacher_is_trained_without_waiting(tmp_path, flags):
+def test_a_teacher_is_trained_without_waiting(tmp_path, flags, evaluated):
     with CudaPath(tmp_path) as path:
         path.train_teacher(flags)
         assert torch.backends.cudnn.allow_tf32 == ("--amp off" not in flags), "fp32 is exact, or it was not asked for"
         assert not torch.utils.deterministic.fill_uninitialized_memory, "a launch more for every new tensor"
-    assert path.watch.steps == 8 and (tmp_path / "run" / "summary.json").exists()
-
-
-def test_nothing_fake_is_left_behind(tmp_path):
-    """What is cached on the way, such as the constants of the augmentation on a CPU, is real again afterwards."""
-    from augment import cpu
-    with CudaPath(tmp_path) as path:
-        path.train_teacher("")
+    assert path.watch.steps == 8 and (tmp_path / "run" / "summary.json").exists() and set(evaluated) == {128}
+    # What is cached on the way, such as the constants of the augmentation on a CPU, is real again afterwards.
     pixels = torch.full((1, 12), 255, dtype=torch.uint8)
     assert torch.equal(cpu.normalise(pixels, torch.zeros(12), torch.ones(12)), torch.ones(1, 12))
-
-
-@pytest.mark.parametrize("script", ["distill", "train_teacher"])
-def test_evaluation_takes_no_more_images_at_once_than_training(tmp_path, monkeypatch, script):
-    sizes, evaluate = [], evaluation.evaluate
-    for user in (run, evaluation):
-        monkeypatch.setattr(user, "evaluate", lambda *args, **named: sizes.append(args[5]) or evaluate(*args, **named))
-    with CudaPath(tmp_path) as path:
-        getattr(path, script)("--batch-size 64")
-    assert len(sizes) >= 4 and set(sizes) == {64}
 
 
 def plant_a_read(logits, labels):
@@ -104,32 +104,32 @@ def plant_a_number_from_the_host(logits, labels):
     (plant_a_size_from_data, DynamicOutputShapeException, "nonzero"),
     (plant_a_tensor_on_the_cpu, RuntimeError, "cuda:0(,| and) cpu"),
     (plant_a_synchronisation, Wait, "synchronize")], ids=lambda value: getattr(value, "__name__", None))
-def test_a_planted_fault_is_caught(tmp_path, monkeypatch, plant, refused, reason):
+def test_a_planted_fault_is_caught(tmp_path, plant, refused, reason):
+    """In a step after the first, or while it is recorded."""
+    with CudaPath(tmp_path) as path, path.mode, path.watch:
+        logits, labels = torch.empty(8, 4, device="cuda"), torch.empty(8, dtype=torch.int64, device="cuda")
+        path.watch.steps, path.watch.inside = 2, True
+        with pytest.raises(refused, match=reason):
+            plant(logits, labels)
+            path.watch.record(lambda: plant(logits, labels), None, None)
+
+
+def test_a_read_in_the_step_of_a_script_is_caught(tmp_path, monkeypatch):
     def add(self, logits, targets, *losses, add=Metrics.add):
-        plant(logits, targets.dominant)
+        plant_a_read(logits, targets.dominant)
         add(self, logits, targets, *losses)
 
     with CudaPath(tmp_path) as path:
         monkeypatch.setattr(Metrics, "add", add)
-        with pytest.raises(refused, match=reason):
+        with pytest.raises(Wait, match="a value is read"):
             path.distill("--method kd --debug")
 
 
 def test_a_kernel_that_is_given_a_tensor_on_the_cpu_is_caught(tmp_path, monkeypatch):
-    from augment import fused
-    from losses import Targets
     with CudaPath(tmp_path) as path:
         monkeypatch.setattr(fused, "Targets", lambda label, other, lam: Targets(label, other, torch.ones(len(label))))
         with pytest.raises((MixedDevices, RuntimeError), match="cpu"):
             path.distill("--method kd --debug")
-
-
-def test_a_recorded_step_is_few_launches(tmp_path):
-    with CudaPath(tmp_path) as path:
-        path.distill("--method dkd --model-ema 0.9 --grad-accum 2")
-    eager, *replays = (path.watch.by_step[step] for step in range(3, 9))
-    assert eager > 200 and len(replays) == 5
-    assert max(replays) <= 4, "position, learning rate, the graph, and a copy of rows to the host, which is frequent here"
 
 
 def test_few_launches_are_our_own(tmp_path):

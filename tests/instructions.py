@@ -1,11 +1,11 @@
 """What the kernels and a training step cost, counted without a GPU.
 
-    PYTHONPATH=tests python -m benchmarks.instructions            -> benchmarks/results/kernels-ptx-sm80.csv and -sm90.csv
-    PYTHONPATH=tests python -m benchmarks.instructions --quick    the two smallest sizes of the loss and one policy
-    PYTHONPATH=tests python -m benchmarks.instructions --case assembled    -> kernels-sass-triton-<version>.csv beside them
+    PYTHONPATH=. python tests/instructions.py            -> benchmarks/results/kernels-ptx-sm80.csv and -sm90.csv
+    PYTHONPATH=. python tests/instructions.py --quick    the two smallest sizes of the loss and one policy
+    PYTHONPATH=. python tests/instructions.py --case assembled    -> kernels-sass-triton-<version>.csv beside them
 
-The compiled kernels are executed in numpy (tests/ptx.py), and the scripts run on fake CUDA tensors (tests/cuda_path.py), which
-counts the launches of a step: counts are exact.  What is assembled depends on Triton's version: install another one to compare.
+The compiled kernels are executed in numpy (ptx.py), and the scripts run on fake CUDA tensors (cuda_path.py), which counts the
+launches of a step: counts are exact.  What is assembled depends on Triton's version: install another one to compare.
 The bounds in nanoseconds are a model and no measurement: the counts over the rates in GPUS, which are those of the vendor's data
 sheets for clock and schedulers and our estimates of what can be reached for bandwidth; overlap, latency and caches are left out.
 """
@@ -22,17 +22,15 @@ os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: it is to 
 import cuda_path
 import ptx
 import sass
-import test_ptx_augment
-import test_ptx_softmax_kl
-import test_sass_augment
-import test_sass_softmax_kl
+import test_sass
 import torch
 import triton
+from kernel_cases import fused_batches, hard_logits
 
 from benchmarks import table
 from diagnostics.gradients import LOG_EVERY
 from kernels import augment, softmax_kl
-from losses import Targets, dkd_loss, kd_loss
+from losses import dkd_loss, kd_loss
 from rundir import errors
 
 # Multiprocessors, schedulers of each, clock in GHz under load, and bytes per nanosecond that a copy reaches.
@@ -97,11 +95,11 @@ def losses(sm: int, sizes: dict):
     for classes, rows in sizes.items():
         for dtype in (torch.float32, torch.bfloat16):
             for name, function in (("KD", kd_loss), ("DKD", dkd_loss)):
-                z, v, targets = test_ptx_softmax_kl.logits(classes, "normal", rows)
-                function(z, v, Targets(*targets))  # its numbers are on the device before the executor watches
+                z, v, targets = hard_logits(classes, "normal", rows)
+                function(z, v, targets)  # its hyperparameters are on the device before the executor watches
                 with (ptx.executed(softmax_kl, "_softmax_kl_kernel", sm) as launches,
                       mock.patch.object(softmax_kl, "use_triton", lambda tensor: True)):
-                    function(z.to(dtype), v.to(dtype), Targets(*targets))
+                    function(z.to(dtype), v.to(dtype), targets)
                 ideal = classes * (2 * dtype.itemsize + 4)
                 yield row(sm, "softmax_kl", f"{name} C={classes}", dtype, "row", launches[0], rows, ideal, classes)
 
@@ -110,19 +108,19 @@ def batches(sm: int, policies):
     """The image's bytes read once and the batch written once would be ideal."""
     for policy in policies:
         for size in (32, 64):
-            for kind, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
+            for dtype in (torch.float32, torch.float16):
                 count = 64 if size == 32 else 16
-                maker, _ = test_ptx_augment.make(policy, size, "elem", kind, count)
+                made, _ = fused_batches(policy, size, "elem", dtype, count)
                 with ptx.executed(augment, "_augment_kernel", sm) as launches:
-                    maker.batch(1, range(count))
+                    made.batch(1, range(count))
                 ideal = 3 * size * size * (1 + dtype.itemsize)
                 yield row(sm, "augment", f"{policy} {size}x{size}", dtype, "image", launches[0], count, ideal)
 
 
 def assembled(quick: bool):
-    for kernel, tested in (("softmax_kl", test_sass_softmax_kl), ("augment", test_sass_augment)):
-        for about, function, call in itertools.islice(tested.launches(), 1 if quick else None):
-            case = " ".join(f"{name}={value}" for name, value in about.items() if name != "limit")
+    for kernel, cases in (("softmax_kl", test_sass.losses()), ("augment", test_sass.batches())):
+        for about, function, call in itertools.islice(cases, 1 if quick else None):
+            case = " ".join(f"{name}={value}" for name, value in about.items())
             for sm in sass.ARCHITECTURES:
                 code = sass.describe(sass.compile_for(sm, function, call))
                 yield Code(triton.__version__, sm, kernel, case, code["registers"], code["spills"], code["instructions"])
