@@ -47,7 +47,7 @@ def main(args):
     table = csv.writer(sys.stdout, lineterminator="\n")
     if args.csv:
         table.writerow(["path", "rank", "class", "probability"])
-    for paths, images in batches(pictures.named_by(args.images), model.metadata["image_size"], unreadable):
+    for paths, images in batches(pictures.image_paths(args.images), model.metadata["image_size"], unreadable):
         for path, image, row in zip(paths, images, model(images)[0]):
             best = [(classes[index], row[index]) for index in row.argsort()[::-1][:args.top]]
             if args.csv:
