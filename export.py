@@ -1,11 +1,11 @@
-"""Write a trained network as one file for ONNX Runtime, torch.export or ExecuTorch, checked in that runtime on the test set.
+"""Export a trained network to ONNX, torch.export or ExecuTorch, and check the file in its runtime on the test set.
 
     python export.py runs/v2-s42/best.pt                                  -> runs/v2-s42/export/best-fp32.onnx
-    python export.py runs/v2-s42/best.pt --precision int8                 a quarter of the weights; refused above --max-drop
+    python export.py runs/v2-s42/best.pt --precision int8                 weights 4 times smaller; refused above --max-drop
     python export.py runs/v2-s42/best.pt --format executorch --precision int8 --output phone
 
-The file takes images and gives probabilities and logits.  Beside it lie its description, FILE.json, and its line of export.csv,
-which compares it with the checkpoint.  An export that fails or is refused leaves nothing.
+The exported graph maps images to probabilities and logits.  FILE.json beside it has its metadata, export.csv the comparison with
+the checkpoint.  A failed or refused export leaves no files.
 """
 from deploy.options import parse_export
 from rundir import errors
@@ -21,22 +21,22 @@ def main(args):
     runtime.require(*writers.needs(args.format, args.precision))
     checkpoint = Path(args.checkpoint)
     trained = models.read(checkpoint)
-    original, module = runtime.of_checkpoint(trained), writers.deployed(trained, args.input, args.precision)
-    with check.workplace(args.output or checkpoint.parent / "export") as place:
+    original, module = runtime.from_checkpoint(trained), writers.from_checkpoint(trained, args.input, args.precision)
+    with check.temporary_folder(args.output or checkpoint.parent / "export") as folder:
         data = check.data_of_run(checkpoint, module.info["classes"], args.data_dir)
         print(data)
-        takes_float = "-float" if args.input == "float" else ""
-        path = place / f"{checkpoint.stem}-{args.precision}{takes_float}{writers.SUFFIXES[args.format]}"
+        suffix = "-float" if args.input == "float" else ""
+        path = folder / f"{checkpoint.stem}-{args.precision}{suffix}{writers.SUFFIXES[args.format]}"
         writers.export(module, args.format, args.precision, check.calibration(data), path)
 
         metadata = writers.metadata(module, args.format, args.precision, trained["sha256"])
         images, labels = (part.numpy() for part in data.test)
-        found, expected = (model(images)[1] for model in (runtime.start(path, metadata), original))
-        row = check.compare(path, checkpoint, metadata, found, expected, labels)
+        exported, expected = (model(images)[1] for model in (runtime.open_exported(path, metadata), original))
+        row = check.compare(path, checkpoint, metadata, exported, expected, labels)
         print(row)
         check.judge(row, args.max_drop, module.info["test_acc1"], module.info["amp"])
         metadata |= {"test_acc1": row.accuracy, "checkpoint_test_acc1": row.checkpoint_accuracy, "sha256": digest(path)}
-        print(f"{check.publish(path, metadata, row, place.parent)}: {metadata['images']} -> {' and '.join(metadata['outputs'])}")
+        print(f"{check.publish(path, metadata, row, folder.parent)}: {metadata['images']} -> {' and '.join(metadata['outputs'])}")
 
 
 if __name__ == "__main__":

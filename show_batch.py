@@ -1,10 +1,10 @@
-"""Draw a contact sheet of one augmented training batch: what the network sees, what was drawn for it, and its labels.
+"""Draw a contact sheet of an augmented training batch, with the augmentation parameters and the labels.
 
     python show_batch.py                                              CIFAR-100 under the study's augmentation -> batch.png
-    python show_batch.py --dataset synthetic --policy none            the embedded data, Mixup/CutMix and erasing only
-    python show_batch.py --mix-mode elem --epoch 7 --step 3           one draw per image; any batch of any epoch
+    python show_batch.py --dataset synthetic --policy none            synthetic data; only Mixup/CutMix and erasing
+    python show_batch.py --mix-mode elem --epoch 7 --step 3           Mixup/CutMix per image; any batch of any epoch
 
-The same flags and seed as a training run give the very batch that the run saw.
+With the flags and the seed of a training run, the batch is identical to that of the run.
 """
 from cli import options
 from rundir import errors
@@ -29,12 +29,12 @@ def main(args):
     mean, std = (torch.tensor(values, device=context.device).view(3, 1, 1) for values in (data.mean, data.std))
     images = (batch.images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
-    shown, targets = [], (part.tolist() for part in batch.targets)
-    for image, drawn, label, other, lam in zip(images[:args.images], augmenter.describe(args.step), *targets):
+    cells, targets = [], (part.tolist() for part in batch.targets)
+    for image, parameters, label, other, lam in zip(images[:args.images], augmenter.describe(args.step), *targets):
         names = data.classes[label] if lam == 1 else f"{lam:.2f} {data.classes[label]}\n{1 - lam:.2f} {data.classes[other]}"
-        shown.append((image, names, drawn.replace(", ", ",\n").replace(" | ", "\n")))
-    write_atomic(args.output, pictures.contact_sheet(shown, height=1.42))
-    print(f"{args.output}: batch {args.step} of epoch {args.epoch}, {len(shown)} of {args.batch_size} images of {args.dataset}")
+        cells.append((image, names, parameters.replace(", ", ",\n").replace(" | ", "\n")))
+    write_atomic(args.output, pictures.contact_sheet(cells, height=1.42))
+    print(f"{args.output}: batch {args.step} of epoch {args.epoch}, {len(cells)} of {args.batch_size} images of {args.dataset}")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def onnxruntime_version() -> str:
 
 
 def torch_call(checkpoint: Path, device, compiled: bool):
-    net = writers.deployed(checkpoint).to(device, memory_format=torch.channels_last)
+    net = writers.from_checkpoint(checkpoint).to(device, memory_format=torch.channels_last)
     if compiled:
         net = torch.compile(net)
 
@@ -155,7 +155,7 @@ def memory(path: Path) -> dict:
 def contenders(run: Path, device, folder: Path, counts: tuple, quick: bool, common: dict):
     """Every engine for the best.pt of `run`, with each of these numbers of threads; `common` are columns of all rows."""
     checkpoint, on_cpu = run / "best.pt", device.type == "cpu"
-    module = writers.deployed(checkpoint)
+    module = writers.from_checkpoint(checkpoint)
     info, side = module.info, module.info["image_size"]
     common = common | {"run": run.name, "network": info["model"], "parameters": module.net.size, "process_mb": None,
                        "peak_mb": None, "flops": models.flops(module.net, side)}

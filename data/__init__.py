@@ -1,1 +1,1 @@
-"""Data sets as uint8 tensors on the device, and the pictures they are read from."""
+"""Data sets as uint8 tensors on the device, and the reading of image files."""

@@ -1,9 +1,10 @@
-"""Data sets as uint8 tensors on the device: training, validation and test images, their labels, the names of the classes.
+"""Loading of data sets as uint8 tensors on the device, split into training, validation and test images.
 
-Images are decoded once and stay as they are, (N, H, W, 3); augmentation and normalisation happen on the device, batch by batch.
+Images are decoded once and stored as (N, H, W, 3); augmentation and normalisation run on the device, per batch.
 To add a data set: one function that returns a `Source`, a line in `DATASETS`, its name in cli/options.py.
 """
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +16,17 @@ from data.split import Source, Split
 from data.synthetic import CLASSES, generate
 from rundir.errors import DATA, OUT_OF_MEMORY, USAGE, Failure
 
-SMALLEST = 8  # pixels: of the images that BatchAugmenter takes
-TEST_SEED = 0  # draws the test set of a folder that has none: the same for every --seed
-SYNTHETIC_SEEDS = (1, 2)  # of the training and the test images, the same for every --seed
+MIN_SIDE = 8  # pixels, of BatchAugmenter
+TEST_SEED = 0  # of the test set drawn from a folder without one; independent of --seed
+SYNTHETIC_SEEDS = (1, 2)  # of the training and test images; independent of --seed
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a training script needs to know of its data.
+    """The splits of a data set and its metadata.
 
-    mean, std: per channel, of images scaled to [0, 1]. selected_on: which images `val` holds, in words for summary.json.
-    fingerprint: of all images and labels before they were split, for a run that is resumed.
+    mean, std: per channel, of images scaled to [0, 1].  selected_on: description of `val` for summary.json.
+    fingerprint: SHA-256 of all classes, labels and images before the split; checked when a run is resumed.
     """
     name: str
     train: Split
@@ -51,22 +52,21 @@ class Dataset:
 def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu") -> Dataset:
     """Read the data set `name`, split it, and move it to `device`.
 
-    data_dir: where the files are, and where CIFAR is downloaded to if they are not.
-    val_size: how many training images, drawn by `seed` and stratified, become the validation split; None is 5000 for CIFAR
-    and a tenth elsewhere; 0 validates on the test set. An image folder without a test set first gives up a tenth of its
-    images as one, the same for every seed and `val_size`.
-    image_size: the square to which images are resized and cropped, unless all share one square size that is no larger: networks
-    enlarge such images themselves.
-    Raises Failure: DATA for anything wrong with the files, USAGE for a wrong size, DISK or OUT_OF_MEMORY where room is short.
+    data_dir: folder of the files; CIFAR is downloaded to it if missing.
+    val_size: number of training images in the stratified validation split drawn by `seed`; None: 5000 for CIFAR, else a tenth;
+    0: validate on the test set.  A tenth of an image folder without a test set becomes one, the same for every seed.
+    image_size: side of the square to which images are resized and cropped, unless all share a square size that is no larger:
+    networks upsample such images on the device.
+    Failure: DATA for unreadable files, USAGE for a wrong size, DISK or OUT_OF_MEMORY for insufficient space.
     """
     try:
         source = DATASETS[name](Path(data_dir), image_size)
     except OSError as failure:
         raise Failure(DATA, f"cannot read ({failure.filename}: {failure.strerror})", "check its permissions") from failure
-    if (side := source.train.images.shape[1]) < SMALLEST:
+    if (side := source.train.images.shape[1]) < MIN_SIDE:
         raise Failure(USAGE, f"images of {side}x{side} are too small to be augmented ({data_dir})",
-                      f"give it some of at least {SMALLEST}x{SMALLEST}")
-    train, test, mark = source.train, source.test, fingerprint(source)
+                      f"use images of at least {MIN_SIDE}x{MIN_SIDE}")
+    train, test, sha256 = source.train, source.test, fingerprint(source)
     if test is None:
         train, test = divide(train, a_tenth(train), TEST_SEED, source.classes, "a test split",
                              "add images, or give the folder train and test")
@@ -81,11 +81,10 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu
     else:
         train, test = upload([train, test], torch.device(device))
         val, selected_on = test, "test set"
-    return Dataset(name, train, val, test, source.classes, mean, std, selected_on, mark)
+    return Dataset(name, train, val, test, source.classes, mean, std, selected_on, sha256)
 
 
 def fingerprint(source: Source) -> str:
-    """SHA-256 of the names of the classes, the labels and the images, in their order."""
     content = hashlib.sha256(repr(source.classes).encode())
     for split in filter(None, (source.train, source.test)):
         content.update(split.labels.numpy().data)
@@ -97,53 +96,46 @@ def a_tenth(split: Split) -> int:
     return max(1, round(len(split.labels) / 10))
 
 
-def divide(split: Split, count: int, seed: int, classes: list[str], what: str, remedy: str) -> tuple[Split, Split]:
-    """The rest, and `count` rows drawn by `seed`: of each class its share, to within one image; both in the data set's order.
+def divide(split: Split, count: int, seed: int, classes: list[str], cause: str, remedy: str) -> tuple[Split, Split]:
+    """Stratified random split into the remainder and `count` rows, both in the order of the data set.
 
-    what, remedy: of the Failure, where a class would be left without images.
+    cause, remedy: for the Failure USAGE if a class would be left without training images.
     """
     sizes = torch.bincount(split.labels, minlength=len(classes))
     shares = count * sizes // len(split.labels)
-    # Largest remainders get the images that rounding down left over, but never a class's last image.
-    room = sizes - 1 - shares
-    remainders = torch.where(room > 0, count * sizes % len(split.labels), -1)
+    # Largest-remainder rounding, which leaves at least one image in each class.
+    spare = sizes - 1 - shares
+    remainders = torch.where(spare > 0, count * sizes % len(split.labels), -1)
     missing = int(count - shares.sum())
-    if (room < 0).any() or missing > int((room > 0).sum()):
+    if (spare < 0).any() or missing > int((spare > 0).sum()):
         smallest = int(sizes.argmin())
-        raise Failure(USAGE, f"{what} leaves a class without training images ({count} of {len(split.labels)} images; "
+        raise Failure(USAGE, f"{cause} leaves a class without training images ({count} of {len(split.labels)} images; "
                              f"class {classes[smallest]} has {sizes[smallest]})", remedy)
     shares[remainders.argsort(descending=True, stable=True)[:missing]] += 1
 
     order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed))
     order = order[split.labels[order].argsort(stable=True)]  # class by class, shuffled within each
-    place = torch.arange(len(order)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # within its class
+    index_in_class = torch.arange(len(order)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     chosen = torch.zeros(len(order), dtype=torch.bool)
-    chosen[order] = place < shares.repeat_interleave(sizes)
+    chosen[order] = index_in_class < shares.repeat_interleave(sizes)
     return split.take(~chosen), split.take(chosen)
 
 
 def mean_and_std(images: torch.Tensor) -> tuple[tuple, tuple]:
-    """Per channel, of `images` scaled to [0, 1]; from their histogram, which is exact and needs no copy as floats."""
-    histogram = torch.zeros(3, 256, dtype=torch.int64)
-    for part in images.split(1000):
-        for channel in range(3):
-            histogram[channel] += torch.bincount(part[..., channel].flatten(), minlength=256)
+    """Mean and standard deviation per channel of `images` scaled to [0, 1], from exact histograms without a float copy."""
+    histogram = torch.stack([torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in part.unbind(-1)])
+                             for part in images.split(1000)]).sum(0)
     levels = torch.arange(256, dtype=torch.float64) / 255
     weights = histogram / histogram.sum(1, keepdim=True, dtype=torch.float64)
     mean = weights @ levels
     variance = (weights * (levels - mean[:, None]) ** 2).sum(1)
-    std = variance.sqrt().clamp(min=1 / 255)  # a channel of one value must not divide by zero
+    std = variance.sqrt().clamp(min=1 / 255)  # avoids division by zero for a constant channel
     return tuple(round(value, 4) for value in mean.tolist()), tuple(round(value, 4) for value in std.tolist())
-
-
-def nbytes(splits: list[Split]) -> int:
-    """Of their tensors, each split counted once."""
-    return sum(tensor.nbytes for split in {id(split): split for split in splits}.values() for tensor in split)
 
 
 def upload(splits: list[Split], device: torch.device) -> list[Split]:
     if device.type == "cuda":
-        needed = nbytes(splits)
+        needed = sum(tensor.nbytes for split in splits for tensor in split)
         free, _ = torch.cuda.mem_get_info(device)
         if needed > free:
             raise Failure(OUT_OF_MEMORY, f"too many images for the GPU ({needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free)",
@@ -152,9 +144,11 @@ def upload(splits: list[Split], device: torch.device) -> list[Split]:
 
 
 def synthetic(data_dir: Path, image_size) -> Source:
-    """10,000 training and 5,000 test images of 32x32, drawn here and now; `data_dir` is not read."""
+    """10,000 training and 5,000 test images of 32x32; both arguments are ignored."""
     train, test = (Split(*generate(count, seed)) for count, seed in zip((10_000, 5_000), SYNTHETIC_SEEDS))
     return Source(train, test, CLASSES)
 
 
-DATASETS = {"cifar100": cifar100, "cifar10": cifar10, "imagefolder": imagefolder, "synthetic": synthetic}
+DATASETS: dict[str, Callable[[Path, int | None], Source]] = {
+    "cifar100": cifar100, "cifar10": cifar10, "imagefolder": imagefolder, "synthetic": synthetic,
+}

@@ -1,4 +1,4 @@
-"""Folders of images: decoded once, resized where asked for, and kept in a cache beside them."""
+"""Image folders with one subfolder per class; decoded once, resized to --image-size, cached in the folder."""
 import hashlib
 import io
 import os
@@ -18,12 +18,12 @@ from rundir.errors import DATA, OUT_OF_MEMORY, USAGE, Failure
 from rundir.files import write_atomic
 from rundir.terminal import live, say
 
-THUMBNAIL = 128  # pixels; larger images gain from threads, smaller ones lose
-DECODER = b"1"  # another number makes every cache outdated: for a `decode` that gives other pixels
+THREADS_ABOVE = 128  # pixels; decoding of smaller images is slower with threads
+CACHE_VERSION = b"1"  # to be changed with the pixels that `decode` returns
 
 
 class Tree(NamedTuple):
-    """The class folders under `root`, sorted, with the image files in them and their labels."""
+    """The sorted class folders under `root`; path and label of each image."""
     root: Path
     classes: list[str]
     paths: list[str]
@@ -31,18 +31,18 @@ class Tree(NamedTuple):
 
 
 def imagefolder(data_dir: Path, image_size) -> Source:
-    """`data_dir`/train and /test with one folder per class, or the class folders in `data_dir` itself."""
+    """The images of `data_dir`/train and /test with one folder per class, or of class folders in `data_dir` itself."""
     if not data_dir.is_dir():
         raise Failure(DATA, f"no such folder ({data_dir})",
                       "--data-dir names one that holds train/CLASS/* and test/CLASS/*, or CLASS/* alone")
     roots = [data_dir / "train", data_dir / "test"] if (data_dir / "train").is_dir() else [data_dir]
     trees = [find_images(root) for root in roots]
-    odd = set(trees[0].classes) ^ set(trees[-1].classes)
-    if odd:
-        name = min(odd)
-        there, missing = roots if name in trees[0].classes else roots[::-1]
-        raise Failure(DATA, f"class folder without a counterpart ({there / name}, no {missing / name})",
-                      "add the one or remove the other")
+    unmatched = set(trees[0].classes) ^ set(trees[-1].classes)
+    if unmatched:
+        name = min(unmatched)
+        present, missing = roots if name in trees[0].classes else roots[::-1]
+        raise Failure(DATA, f"class folder without a counterpart ({present / name}, no {missing / name})",
+                      "add the missing folder or remove the other")
     images = read_images(data_dir, trees, image_size)
     train, *test = (Split(images_of_tree, torch.tensor(tree.labels)) for images_of_tree, tree in zip(images, trees))
     return Source(train, test[0] if test else None, trees[0].classes)
@@ -56,17 +56,17 @@ def find_images(root: Path) -> Tree:
         raise Failure(DATA, f"fewer than two class folders ({root})", "give each class a folder of its own there")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(image_files(root / name))
-        if not found:
+        files = sorted(image_files(root / name))
+        if not files:
             raise Failure(DATA, f"class folder without images ({root / name})", "add images to it, or remove it")
-        paths += found
-        labels += [label] * len(found)
+        paths += files
+        labels += [label] * len(files)
     return Tree(root, classes, paths, labels)
 
 
 def read_images(data_dir: Path, trees: list[Tree], image_size) -> list[torch.Tensor]:
-    """The images of each tree, from the cache in `data_dir` if the files are still what was decoded into it."""
-    listing = hashlib.sha256(DECODER)
+    """The images of each tree, from the cache in `data_dir` if sizes and times of the files are unchanged."""
+    listing = hashlib.sha256(CACHE_VERSION)
     for tree in trees:
         for path in tree.paths:
             file = os.stat(path)
@@ -92,27 +92,27 @@ def read_images(data_dir: Path, trees: list[Tree], image_size) -> list[torch.Ten
 
 
 def read_cache(path: Path, trees: list[Tree]) -> list[torch.Tensor] | None:
-    """The tensors that `write_cache` wrote, None if the file is damaged."""
+    """The images of each tree; None if the file is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load does not look at the checksums
+            if archive.testzip():  # torch.load does not verify the checksums
                 return None
         images = torch.load(path, map_location="cpu", weights_only=True)
         return images if [len(part) for part in images] == [len(tree.paths) for tree in trees] else None
-    except Exception:  # zipfile and the unpickler raise a dozen types on damaged bytes
+    except Exception:  # zipfile and the unpickler raise many types on damaged files
         return None
 
 
 def write_cache(path: Path, images: list[torch.Tensor]) -> None:
     buffer = io.BytesIO()
     torch.save(images, buffer)
-    own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # another process may be writing the same cache
-    write_atomic(own, buffer.getbuffer())
-    os.replace(own, path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # unique, for concurrent writers
+    write_atomic(temporary, buffer.getbuffer())
+    os.replace(temporary, path)
 
 
 def decode(trees: list[Tree], image_size) -> tuple[list[torch.Tensor], bool]:
-    """RGB images uint8 (N, side, side, 3) of each tree, and whether `side` is their own size rather than `image_size`."""
+    """RGB images uint8 (N, side, side, 3) of each tree, and whether `side` is their stored size rather than `image_size`."""
     paths = [path for tree in trees for path in tree.paths]
     first_with = distinct_sizes(paths)
     width, height = next(iter(first_with))
@@ -129,13 +129,13 @@ def decode(trees: list[Tree], image_size) -> tuple[list[torch.Tensor], bool]:
                       "use smaller images or fewer") from failure
     slots = [slot for tensor in images for slot in tensor.numpy()]
     with ThreadPoolExecutor() as pool:
-        # Pillow decodes without the interpreter's lock, but takes it often: on two cores threads read photographs 1.7 times
-        # as fast as a plain loop, and images of 32x32 at 0.6 of its speed.
-        apply = pool.map if max(max(first_with)) > THUMBNAIL else map
+        # Pillow releases the GIL only while decoding: on two cores, threads are 1.7 times as fast as a loop for photographs, but
+        # 0.6 times as fast for images of 32x32.
+        apply = pool.map if max(max(first_with)) > THREADS_ABOVE else map
         decoded = progress(apply(decode_into, slots, paths), len(paths), "decoding")
         try:
             failed = [path for is_read, path in zip(decoded, paths) if not is_read]
-        except BaseException:  # a signal does not wait for all the others
+        except BaseException:  # such as a signal, which must not wait for the queue
             pool.shutdown(cancel_futures=True)
             raise
     if failed:
@@ -144,7 +144,7 @@ def decode(trees: list[Tree], image_size) -> tuple[list[torch.Tensor], bool]:
 
 
 def distinct_sizes(paths: list[str]) -> dict[tuple[int, int], str]:
-    """Every (width, height) that occurs, with the first image that has it; from the headers, not yet the pixels."""
+    """Each (width, height) in the image headers, with the first path of that size."""
     first_with: dict[tuple[int, int], str] = {}
     for size, path in zip(progress(map(size_of, paths), len(paths), "measuring"), paths):
         if size:
@@ -160,12 +160,12 @@ def unreadable(paths: list[str], total: int) -> Failure:
 
 
 def progress(items: Iterable, total: int, verb: str) -> Iterator:
-    """Pass `items` on and say how far they are: in one live line on a terminal, else in a line per quarter."""
+    """Yield `items` and print the progress: in a live line on a terminal, else in one line per quarter."""
     step, show = (1, live) if sys.stdout.isatty() else (25, say)
-    said = 0
+    printed = 0
     for count, item in enumerate(items, 1):
         percent = 100 * count // total
-        if percent >= said + step:
-            said = percent - percent % step
-            (say if percent == 100 else show)(f"{verb} {total} images: {said}%")
+        if percent >= printed + step:
+            printed = percent - percent % step
+            (say if percent == 100 else show)(f"{verb} {total} images: {printed}%")
         yield item

@@ -1,4 +1,4 @@
-"""Image files as pixels: which files of a folder are images, how one is decoded, and sheets of them.  Imports no torch."""
+"""Image files: search in folders, decoding, contact sheets.  Imports no torch."""
 import io
 import os
 import sys
@@ -9,38 +9,38 @@ from PIL import Image, ImageOps
 
 from rundir.errors import DATA, Failure
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder has the same
-COLUMNS, INCHES = 8, 1.7  # of a contact sheet: images in a row, and the width of one
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision's ImageFolder
+COLUMNS, INCHES = 8, 1.7  # of a contact sheet; width of an image
 
 
-def image_files(folder, above: tuple = ()) -> Iterator[str]:
-    """Paths of the images in `folder` and below; hidden files and folders are left out, and links that would lead in a circle.
+def image_files(folder, parents: tuple = ()) -> Iterator[str]:
+    """Paths of the images in `folder` and its subfolders, without hidden entries and cyclic links.
 
-    above: the folders on the way here.
+    parents: real paths of the enclosing folders.
     """
-    above = (*above, os.path.realpath(folder))
+    parents = (*parents, os.path.realpath(folder))
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
             target = os.path.realpath(entry.path)
-            if not any(path == target or path.startswith(target + os.sep) for path in above):
-                yield from image_files(entry.path, above)
+            if not any(path == target or path.startswith(target + os.sep) for path in parents):
+                yield from image_files(entry.path, parents)
         elif entry.name.lower().endswith(SUFFIXES):
             yield entry.path
 
 
 def size_of(path: str) -> tuple[int, int] | None:
-    """Width and height from the header, None if it is not that of an image."""
+    """Width and height from the header; None if it is unreadable."""
     try:
         with Image.open(path) as image:
             return image.size
-    except Exception:  # Pillow raises a dozen types on damaged files; decode_into fails on the same ones
+    except Exception:  # Pillow raises many types on damaged files; decode_into returns False for the same files
         return None
 
 
 def decode_into(slot: np.ndarray, path: str) -> bool:
-    """Fill `slot` (side, side, 3) with the centre of an image, its short side resized to `side`; False if it cannot be read."""
+    """Resize the short side of an image to `side` and write its centre crop to `slot` (side, side, 3); False if unreadable."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # 16 and 32 bits per channel: Pillow would clip them at 255
@@ -52,8 +52,10 @@ def decode_into(slot: np.ndarray, path: str) -> bool:
 
 
 def read(path: str, image_size: int) -> np.ndarray | None:
-    """RGB uint8 (side, side, 3) as a data set of `image_size` would hold it: a square no larger than that stays as it is, any
-    other image is shrunk or enlarged to it and cropped to its centre.  None if it cannot be read."""
+    """RGB uint8 (side, side, 3), None if unreadable.
+
+    A square image of at most `image_size` keeps its size; any other is resized and centre-cropped, as in data.imagefolder.
+    """
     size = size_of(path)
     if size is None:
         return None
@@ -62,15 +64,15 @@ def read(path: str, image_size: int) -> np.ndarray | None:
     return pixels if decode_into(pixels, path) else None
 
 
-def contact_sheet(shown: list, height: float) -> bytes:
-    """A PNG of (image, title, caption) triples.  height: of a row, over the width of an image."""
+def contact_sheet(cells: list, height: float) -> bytes:
+    """PNG of (image, title, caption) triples.  height: of a row, relative to the width of an image."""
     from matplotlib.figure import Figure
-    rows, columns = -(-len(shown) // COLUMNS), min(COLUMNS, len(shown))
+    rows, columns = -(-len(cells) // COLUMNS), min(COLUMNS, len(cells))
     figure = Figure(figsize=(columns * INCHES, rows * INCHES * height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, (image, title, caption) in zip(axes.flat, shown):
+    for axis, (image, title, caption) in zip(axes.flat, cells):
         axis.imshow(image, interpolation="nearest")
         axis.set_title(title, fontsize=7)
         axis.text(0.5, -0.04, caption, transform=axis.transAxes, ha="center", va="top", fontsize=6, color="0.3")
@@ -79,8 +81,8 @@ def contact_sheet(shown: list, height: float) -> bytes:
     return sheet.getvalue()
 
 
-def named_by(source: str) -> Iterator[str]:
-    """Paths: of the images in a folder and below, sorted; of every line of stdin for `-`; else `source` itself."""
+def image_paths(source: str) -> Iterator[str]:
+    """Sorted paths of the images in a folder and its subfolders; the lines of stdin for `-`; else `source` itself."""
     if source == "-":
         yield from filter(None, (line.rstrip("\n") for line in sys.stdin))
     elif os.path.isdir(source):

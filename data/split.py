@@ -1,4 +1,4 @@
-"""A data set as it is found, before it is split: images as uint8 tensors, their labels, the names of the classes."""
+"""A split, and a data set before the validation split is drawn."""
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,13 +11,13 @@ class Split(NamedTuple):
     labels: torch.Tensor
 
     def take(self, chosen: torch.Tensor) -> "Split":
-        """The rows where `chosen`, bool (N,), in the order that they have."""
+        """The rows selected by the mask `chosen`, bool (N,)."""
         return Split(self.images[chosen], self.labels[chosen])
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it is found: no validation split yet. What is None, data.datasets's `load` makes."""
+    """A data set as stored on disk; data.datasets.load draws or computes the fields that are None."""
     train: Split
     test: Split | None
     classes: list[str]

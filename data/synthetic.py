@@ -1,21 +1,20 @@
-"""An image data set drawn by a formula: 100 classes in 20 superclasses, no download, 15,000 images in 1.4 s of one core.
+"""Synthetic image classification: 100 classes in 20 superclasses, no download, 15,000 images in 1.4 s on one core.
 
-A superclass is what the object IS: one of four styles (solid, star, ring, beads) with 2 to 6 lobes, in a hue of its own.
-A class is how that object is PAINTED: one of five points of a pentagon in the plane of (stripe frequency, hue gap between
-the two stripe colours). So each class has two near and two far siblings in its superclass, and kin outside it: the same
-style with one lobe more or less, the same lobes in another style. A network confuses kin more readily than strangers, and
-that order among the wrong classes, the "dark knowledge" of Hinton et al. 2015 (arXiv:1503.02531), is what a student can
-learn from a teacher beyond the labels. Classes that were all equally unlike would have none to give.
+The superclass is the shape of the object: one of four styles (solid, star, ring, beads) with 2 to 6 lobes, and a mean hue.
+The class is its texture: one of five corners of a pentagon in the plane of stripe frequency and hue gap between the stripes.
+So each class has two near and two far siblings in its superclass, and similar classes outside it: the same style with one
+lobe more or less, the same number of lobes in another style. A student learns this similarity of the classes from the
+teacher's probabilities: the "dark knowledge" of Hinton et al. 2015 (arXiv:1503.02531). Equally dissimilar classes have none.
 
-Position, size, rotation, aspect, colours, stripes, background, distractors, an occluding bar, light and noise vary from
-image to image, so no cheap statistic tells the class (pixel 1-nearest-neighbour: 10 %).
+Position, size, rotation, aspect, colours, stripes, background, distractors, an occluding bar, light and noise are random,
+so simple pixel statistics do not separate the classes (pixel 1-nearest-neighbour: 10 %).
 """
 import math
 
 import torch
 
 NO_HOLE, NO_CUT = -1.0, 9.0
-STYLES = {  # amplitude of the lobes, radius of the hole, cut between the beads, factor on the size
+STYLES = {  # amplitude of the lobes, radius of the hole, cut between the beads, scale factor
     "solid": (0.16, NO_HOLE, NO_CUT, 1.00),
     "star": (0.45, NO_HOLE, NO_CUT, 0.95),
     "ring": (0.16, 0.52, NO_CUT, 1.10),
@@ -27,21 +26,20 @@ SIBLINGS = 5
 
 CLASSES = [f"{style}{lobes}_{letter}" for style in STYLES for lobes in LOBES for letter in "abcde"]
 
-GOLDEN_RATIO = 0.61803  # multiples of it spread the superclass hues evenly around the colour circle
-CHUNK = 250  # images drawn at once, few enough for the processor's cache; another number would give other images
+GOLDEN_RATIO = 0.61803  # its multiples, modulo 1, spread the superclass hues evenly
+CHUNK = 250  # images per batch, which fits the CPU cache; another size would change the images
 
 
 def generate(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> images uint8 (count, 32, 32, 3) and class indices int64 (count,), the classes as equally frequent as `count` allows.
+    """Images uint8 (count, 32, 32, 3) and balanced class indices int64 (count,).
 
-    The same seed gives the same bytes for any number of threads; another processor or version of torch may round a few of them
-    by one.
+    The result is bit-identical for any number of threads; on another processor or torch version a few values may differ by one.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = (torch.arange(count) % len(CLASSES))[torch.randperm(count, generator=generator)]
     images = torch.empty(count, SIZE, SIZE, 3, dtype=torch.uint8)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine two threads spent 25 times as long waiting for each other as one on the drawing
+    torch.set_num_threads(1)  # on a busy machine two threads took 25 times as long, waiting for each other
     try:
         for chunk, chunk_labels in zip(images.split(CHUNK), labels.split(CHUNK)):
             chunk.copy_(render(chunk_labels, generator))
@@ -51,7 +49,7 @@ def generate(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Draws:
-    """Independent random numbers for each of `count` images, (count, 1, 1) unless a shape per image is given."""
+    """Independent random numbers per image, (count, 1, 1) unless a shape per image is given."""
 
     def __init__(self, count: int, generator: torch.Generator):
         self.count, self.generator = count, generator
@@ -66,12 +64,12 @@ class Draws:
         return self.uniform(0, 1) < probability
 
     def colour(self, saturation, value) -> torch.Tensor:
-        """RGB (count, 3, 1, 1) of any hue, saturation and value from the given ranges."""
+        """RGB (count, 3, 1, 1) with a random hue; saturation and value are drawn from the given ranges."""
         return hsv_to_rgb(self.uniform(0, 1), self.uniform(*saturation), self.uniform(*value))
 
 
 def render(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Images uint8 (N, 32, 32, 3) of the classes `labels` (N,), painted from back to front, then lit."""
+    """Images uint8 (N, 32, 32, 3) of the classes `labels` (N,), composed from back to front, then lit."""
     draws = Draws(len(labels), generator)
     labels = labels.view(-1, 1, 1)
     superclass, sibling = labels // SIBLINGS, labels % SIBLINGS
@@ -83,19 +81,19 @@ def render(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     x, y = object_frame(draws, across, down, size_factor)
     amplitude = amplitude + draws.normal(0.01)
     inside = lobed_shape(x, y, lobes, amplitude, hole, cut, softness=0.06)
-    stripes = striped_paint(draws, x, y, superclass, sibling)
+    stripes = stripe_texture(draws, x, y, superclass, sibling)
 
     images = background(draws, across, down)
     for _ in range(2):
-        images = over(images, *distractor(draws, across, down))
-    images = over(images, inside * draws.uniform(0.75, 1.0), stripes)
-    images = over(images, *occluding_bar(draws, across, down))
+        images = blend(images, *distractor(draws, across, down))
+    images = blend(images, inside * draws.uniform(0.75, 1.0), stripes)
+    images = blend(images, *occluding_bar(draws, across, down))
     images = light_and_noise(draws, images, across)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def object_frame(draws, across, down, size_factor):
-    """Pixel coordinates x and y, each (N, 32, 32), in the object's own frame, in which its rim is near radius 1."""
+    """Pixel coordinates x and y, each (N, 32, 32), in the frame of the object, whose contour is near radius 1."""
     scale = size_factor * torch.exp(draws.uniform(math.log(0.65), math.log(0.85)))
     room = (0.95 - scale).clamp(min=0.05)
     centre_x, centre_y = draws.uniform(-1, 1) * room / 2, draws.uniform(-1, 1) * room / 2
@@ -108,41 +106,41 @@ def object_frame(draws, across, down, size_factor):
 
 
 def lobed_shape(x, y, lobes, amplitude, hole, cut, softness):
-    """How far each pixel is inside the shape, (N, 32, 32) in [0, 1]: one implicit function draws all four styles.
+    """Soft mask (N, 32, 32) in [0, 1] from one implicit function for all four styles.
 
-    Its rim is at radius 1 + amplitude * cos(lobes * angle); `hole` is cut out of the middle, and a small `cut` leaves only
-    the sectors around the lobes, the beads.
+    The contour is at radius 1 + amplitude * cos(lobes * angle).  hole: radius of the cut-out disc.  cut: a small value keeps
+    only the sectors around the lobes, the beads.
     """
     radius, lobe = torch.hypot(x, y), torch.cos(lobes * torch.atan2(y, x))
     depth = torch.minimum(torch.minimum(1 + amplitude * lobe - radius, radius - hole), cut + 0.45 * lobe)
     return torch.sigmoid(depth / softness)
 
 
-def striped_paint(draws, x, y, superclass, sibling):
-    """RGB (N, 3, 32, 32) of stripes whose frequency and hue gap are the class; the mean hue belongs to the superclass."""
-    corner = 2 * math.pi * (sibling + 0.37 * superclass) / SIBLINGS  # each superclass turns its pentagon in its own way
+def stripe_texture(draws, x, y, superclass, sibling):
+    """RGB stripes (N, 3, 32, 32): frequency and hue gap depend on the class, the mean hue on the superclass."""
+    corner = 2 * math.pi * (sibling + 0.37 * superclass) / SIBLINGS  # each superclass has a rotated pentagon
     frequency = 1.9 * torch.exp(0.36 * torch.cos(corner) + draws.normal(0.06))  # cycles across the object
     hue_gap = 0.27 + 0.16 * torch.sin(corner) + draws.normal(0.025)
     phase, direction = draws.uniform(0, 2 * math.pi), draws.normal(0.25)
     along = torch.cos(direction) * x + torch.sin(direction) * y
-    blend = torch.sigmoid(4 * torch.sin(math.pi * frequency * along + phase))[:, None]
+    share = torch.sigmoid(4 * torch.sin(math.pi * frequency * along + phase))[:, None]
     hue = superclass * GOLDEN_RATIO + draws.normal(0.04)
-    hue = hue + draws.uniform(0, 1) * draws.chance(0.1)  # a few objects have any hue: it must not be a sure sign
+    hue = hue + draws.uniform(0, 1) * draws.chance(0.1)  # random for a tenth of the objects: no sure sign of the superclass
     hues = ((hue + side * hue_gap / 2) % 1 for side in (-1, 1))
     first, second = (hsv_to_rgb(hue, draws.uniform(0.45, 1.0), draws.uniform(0.5, 1.0)) for hue in hues)
-    return blend * first + (1 - blend) * second
+    return share * first + (1 - share) * second
 
 
 def background(draws, across, down):
     """RGB (N, 3, 32, 32): three random waves between two random colours."""
     waves = sum(torch.sin(draws.uniform(-6, 6) * across + draws.uniform(-6, 6) * down + draws.uniform(0, 6.3)) for _ in range(3))
-    blend = (waves / 3 + 0.5)[:, None]
+    share = (waves / 3 + 0.5)[:, None]
     first, second = (draws.colour(saturation=(0, 0.7), value=(0.1, 1.0)) for _ in range(2))
-    return blend * first + (1 - blend) * second
+    return share * first + (1 - share) * second
 
 
 def distractor(draws, across, down):
-    """Cover (N, 32, 32) and colour (N, 3, 1, 1) of a small lobed blob, in some of the images."""
+    """Mask (N, 32, 32) and colour (N, 3, 1, 1) of a small lobed blob, in some of the images."""
     scale = draws.uniform(0.10, 0.28)
     x, y = (across - draws.uniform(-1, 1)) / scale, (down - draws.uniform(-1, 1)) / scale
     lobes, amplitude = draws.uniform(2, 7).floor(), draws.uniform(0, 0.4)
@@ -151,7 +149,7 @@ def distractor(draws, across, down):
 
 
 def occluding_bar(draws, across, down):
-    """Cover (N, 32, 32) and colour (N, 3, 1, 1) of a straight bar across some of the images."""
+    """Mask (N, 32, 32) and colour (N, 3, 1, 1) of a straight bar, in some of the images."""
     angle, offset = draws.uniform(0, 6.3), draws.uniform(0.15, 0.9)
     distance = (torch.cos(angle) * across + torch.sin(angle) * down - offset).abs()
     bar = distance < draws.uniform(0.05, 0.16)
@@ -159,7 +157,7 @@ def occluding_bar(draws, across, down):
 
 
 def light_and_noise(draws, images, across):
-    """The images under another brightness, contrast and exposure, lit from one side, with the noise of a sensor."""
+    """`images` with random brightness, contrast, exposure, a lateral light gradient and sensor noise."""
     gradient = draws.uniform(0.75, 1.2) * (1 + draws.normal(0.075) * across)
     contrast, exposure = draws.uniform(0.6, 1.1), draws.normal(0.03)
     images = (images - 0.5) * contrast[:, None] + 0.5 + exposure[:, None]
@@ -167,12 +165,12 @@ def light_and_noise(draws, images, across):
     return images * gradient[:, None] + noise
 
 
-def over(images, cover, colour):
-    """`images` (N, 3, 32, 32) painted over with `colour` where `cover` (N, 32, 32) is 1."""
-    return images + cover[:, None] * (colour - images)
+def blend(images, mask, colour):
+    """`images` (N, 3, 32, 32) where `mask` (N, 32, 32) is 0, `colour` where it is 1."""
+    return images + mask[:, None] * (colour - images)
 
 
 def hsv_to_rgb(hue, saturation, value):
-    """Three tensors (N, 1, 1) with values in [0, 1] -> RGB (N, 3, 1, 1)."""
+    """RGB (N, 3, 1, 1) of three tensors (N, 1, 1) in [0, 1]."""
     sector = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + 6 * hue[:, None]) % 6
     return value[:, None] - (value * saturation)[:, None] * torch.minimum(sector, 4 - sector).clamp(0, 1)

@@ -1,1 +1,1 @@
-"""A trained network outside of this project: files for other runtimes, checked, described, and in use."""
+"""Export of trained networks to other runtimes: conversion, comparison with the checkpoint, inference."""

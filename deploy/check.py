@@ -1,4 +1,4 @@
-"""An exported file beside the network that it was made of: what differs, whether that is too much, and how it is put in place."""
+"""Comparison of an exported file with its checkpoint, acceptance limits, and atomic publication."""
 import csv
 import json
 import os
@@ -19,14 +19,14 @@ from rundir.files import as_csv, make_directory, write_atomic, write_json
 from training.evaluation import tolerance
 
 CALIBRATION_IMAGES = 512
-TOLERANCE = 1e-4  # on logits in fp32, relative where the largest is above 1; other predictions are then ties within twice that
+TOLERANCE = 1e-4  # on fp32 logits; relative where the largest is above 1
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of export.csv: a file in its own runtime against its checkpoint in PyTorch, on the test set.
+    """A row of export.csv: an exported file in its runtime and its checkpoint in PyTorch, on the test set.
 
-    Accuracies in percent, drop in percentage points; largest_difference: of two logits, and largest_logit to compare it with.
+    Accuracies in percent, drop in percentage points.  largest_difference: of a logit between the two.
     """
     file: str
     format: str
@@ -43,56 +43,56 @@ class Row:
     largest_logit: float
 
     def __str__(self) -> str:
-        return (f"{self.file}: {self.bytes / 1e6:.3f} MB; {self.same_predictions} of {self.images} predictions as the "
-                f"checkpoint's, accuracy {self.accuracy:.2f} % against {self.checkpoint_accuracy:.2f} % "
+        return (f"{self.file}: {self.bytes / 1e6:.3f} MB; compared with the checkpoint: {self.same_predictions} of {self.images} "
+                f"predictions equal, accuracy {self.accuracy:.2f} % and {self.checkpoint_accuracy:.2f} % "
                 f"(drop {self.drop:.2f}), logits within {self.largest_difference:.1e}")
 
 
 def data_of_run(checkpoint: Path, classes, data_dir: str | None = None) -> datasets.Dataset:
-    """The data set, split as it was, of the run that `checkpoint` lies in; `data_dir`: where its files are now.
+    """The data set of the run that wrote `checkpoint`, with the same split.  data_dir: its new place, if it has moved.
 
-    Failure CHECKPOINT: no config.json there; USAGE: other `classes` than the checkpoint's; and those of data.datasets.load.
+    Failure CHECKPOINT: no config.json beside the checkpoint; USAGE: classes other than `classes`; and those of datasets.load.
     """
     path = Path(checkpoint).parent / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         flags = options.data(SimpleNamespace(**config))
     except (OSError, ValueError, TypeError, AttributeError) as failure:
-        raise Failure(CHECKPOINT, f"nothing says which data set the checkpoint is of ({path}: {failure})",
+        raise Failure(CHECKPOINT, f"the data set of the checkpoint is unknown ({path}: {failure})",
                       "name the best.pt in its run directory") from failure
     data = datasets.load(**flags | ({"data_dir": data_dir} if data_dir else {}))
     if list(data.classes) != list(classes):
         where = f"{flags['name']} in {data_dir or flags['data_dir']}"
-        raise Failure(USAGE, f"the data has other classes than the checkpoint ({where})",
-                      "name the folder that it was trained on by --data-dir")
+        raise Failure(USAGE, f"the classes of the data differ from the checkpoint's ({where})",
+                      "set --data-dir to its training data")
     return data
 
 
 def calibration(data: datasets.Dataset) -> torch.Tensor:
-    """Validation images from all over the split, uint8 (N, H, W, 3); training images where the test set was validated on."""
+    """Evenly spaced validation images, uint8 (N, H, W, 3); training images if validation used the test set."""
     images = (data.train if data.val is data.test else data.val).images
     return images[:: max(1, len(images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
 
 
-def compare(path: Path, checkpoint: Path, metadata: dict, found, expected, labels) -> Row:
-    """found, expected: logits of the test images, float32 (N, C) arrays, by the file and by its checkpoint; labels int64 (N,)."""
-    accuracy, reference = (100 * float(np.mean(logits.argmax(1) == labels)) for logits in (found, expected))
-    kinds = (metadata[name] for name in ("format", "precision", "input"))
-    return Row(path.name, *kinds, path.stat().st_size, Path(checkpoint).stat().st_size,
-               len(labels), int(np.sum(found.argmax(1) == expected.argmax(1))), round(accuracy, 4), round(reference, 4),
-               round(reference - accuracy, 4), float(np.abs(found - expected).max()), float(np.abs(expected).max()))
+def compare(path: Path, checkpoint: Path, metadata: dict, exported, expected, labels) -> Row:
+    """exported, expected: test logits of the file and of its checkpoint, float32 (N, C) arrays.  labels: int64 (N,)."""
+    accuracy, reference = (100 * float(np.mean(logits.argmax(1) == labels)) for logits in (exported, expected))
+    settings = (metadata[name] for name in ("format", "precision", "input"))
+    return Row(path.name, *settings, path.stat().st_size, Path(checkpoint).stat().st_size,
+               len(labels), int(np.sum(exported.argmax(1) == expected.argmax(1))), round(accuracy, 4), round(reference, 4),
+               round(reference - accuracy, 4), float(np.abs(exported - expected).max()), float(np.abs(expected).max()))
 
 
 def judge(row: Row, max_drop: float, stated: float | None, amp: str) -> None:
-    """Failure DIVERGED for a file that does not do what its checkpoint does.
+    """Failure DIVERGED for an exported file beyond the limits; USAGE if the checkpoint's accuracy is not reproduced.
 
-    stated: accuracy as the checkpoint says, read in the precision `amp`; Failure USAGE where it has another one on this test set.
+    stated: accuracy in the metadata of the checkpoint, measured in the precision `amp`.
     """
     if stated is not None and abs(row.checkpoint_accuracy - stated) > tolerance(row.images, "off", amp):
-        raise Failure(USAGE, f"the checkpoint's test accuracy is not what it was ({row.checkpoint_accuracy:.2f} %, it says "
-                      f"{stated:.2f} %)", "nothing was written; name the folder that it was trained on by --data-dir")
-    if row.precision == "fp32" and not row.largest_difference <= TOLERANCE * max(1, row.largest_logit):  # NaN is refused, too
-        raise Failure(DIVERGED, f"the exported file has other logits ({row.file}: by up to {row.largest_difference:.1e})",
+        raise Failure(USAGE, f"test accuracy does not match the checkpoint ({row.checkpoint_accuracy:.2f} % instead of "
+                      f"{stated:.2f} %)", "nothing was written; set --data-dir to its training data")
+    if row.precision == "fp32" and not row.largest_difference <= TOLERANCE * max(1, row.largest_logit):  # also refuses NaN
+        raise Failure(DIVERGED, f"the exported file has different logits ({row.file}: by up to {row.largest_difference:.1e})",
                       "nothing was written; choose another --format")
     if not row.drop <= max_drop:
         raise Failure(DIVERGED, f"the exported file is less accurate than --max-drop {max_drop:g} allows ({row.file}: "
@@ -101,34 +101,30 @@ def judge(row: Row, max_drop: float, stated: float | None, amp: str) -> None:
 
 
 @contextmanager
-def workplace(directory):
-    """A folder in `directory` that is removed in the end, and so is `directory` if it was made here and nothing is left there."""
+def temporary_folder(directory):
+    """A temporary folder in `directory`; folders created for it are removed on exit if they are empty."""
     directory = Path(directory)
-    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    created = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         make_directory(directory)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=directory) as folder:
             yield Path(folder)
     finally:
-        for folder in made:
-            with suppress(OSError):  # it is not empty, or was never made
+        for folder in created:
+            with suppress(OSError):  # not empty, or never created
                 folder.rmdir()
 
 
 def publish(path: Path, metadata: dict, row: Row, directory: Path) -> Path:
-    """Move the file `path`, its metadata and its line of export.csv into `directory`, on the same disk, each in one step.
+    """Move the exported file, its metadata and the updated export.csv into `directory`, on the same disk, each atomically.
 
-    The file goes first, so that metadata never describe another file."""
-    table, beside = path.with_name("export.csv"), metadata_path(path)
-    write_json(beside, metadata)
-    write_atomic(table, as_csv([field.name for field in fields(Row)], [*others(directory / table.name, row), asdict(row)]))
-    for each in (path, beside, table):
+    The file is first, so that the metadata never describes an older file.
+    """
+    table, description, rows = path.with_name("export.csv"), metadata_path(path), []
+    with suppress(FileNotFoundError), open(directory / table.name, newline="", encoding="utf-8") as file:
+        rows = [old for old in csv.DictReader(file) if old["file"] != row.file]
+    write_json(description, metadata)
+    write_atomic(table, as_csv([field.name for field in fields(Row)], [*rows, asdict(row)]))
+    for each in (path, description, table):
         os.replace(each, directory / each.name)
     return directory / path.name
-
-
-def others(table: Path, row: Row) -> list[dict]:
-    """The lines of an export.csv that are about other files than that of `row`."""
-    with suppress(FileNotFoundError), open(table, newline="", encoding="utf-8") as file:
-        return [line for line in csv.DictReader(file) if line["file"] != row.file]
-    return []

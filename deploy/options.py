@@ -13,10 +13,10 @@ def parse_export(description, usage_lines, argv=None):
     add("--format", choices=FORMATS, default="onnx", help="pt2 is torch.export's; " + DEFAULT)
     add("--precision", choices=PRECISIONS, default="fp32", help="int8 is calibrated on validation images; " + DEFAULT)
     add("--input", choices=("uint8", "float"), default="uint8",
-        help="what the file takes: uint8 images (N, H, W, 3), or float32 (N, 3, H, W) between 0 and 1; " + DEFAULT)
+        help="input type: uint8 images (N, H, W, 3), or float32 (N, 3, H, W) between 0 and 1; " + DEFAULT)
     add("--max-drop", type=nonnegative, default=1.0, metavar="POINTS",
-        help="refuse a file that is less accurate than the checkpoint by more percentage points of the test set; " + DEFAULT)
-    add("--data-dir", type=nonempty, metavar="DIR", help="where the run's data set is now; default: as in its config.json")
+        help="largest accepted loss of test accuracy, in percentage points; " + DEFAULT)
+    add("--data-dir", type=nonempty, metavar="DIR", help="folder of the run's data set; default: as in its config.json")
     add("--output", type=nonempty, metavar="DIR", help="default: the folder export beside the checkpoint")
     debug_flag(add)
     args = parser.parse_args(argv)
@@ -29,10 +29,10 @@ def parse_predict(description, usage_lines, argv=None):
     """The checked flags of predict.py; exits with 2 and one line otherwise."""
     parser = new_parser(description, usage_lines)
     add = parser.add_argument
-    add("model", type=nonempty, metavar="MODEL", help="a run's best.pt, or a file that export.py made of one")
+    add("model", type=nonempty, metavar="MODEL", help="a run's best.pt, or a file exported by export.py")
     add("images", type=nonempty, metavar="IMAGE|DIR|-", help="an image, a folder of images, or - for paths on stdin, one a line")
-    add("--top", type=count, default=5, metavar="K", help="how many classes of each image; " + DEFAULT)
-    add("--csv", action="store_true", help="a table with the columns path, rank, class, probability")
-    add("--output", type=png, metavar="FILE.png", help="draw a contact sheet, too")
+    add("--top", type=count, default=5, metavar="K", help="classes per image; " + DEFAULT)
+    add("--csv", action="store_true", help="print a table with the columns path, rank, class, probability")
+    add("--output", type=png, metavar="FILE.png", help="also draw a contact sheet")
     debug_flag(add)
     return parser.parse_args(argv)

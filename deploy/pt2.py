@@ -1,6 +1,6 @@
-"""What a .pt2 file may hold, checked before torch.export.load, which unpickles parts of a file and evaluates texts in it as code.
+"""Validation of .pt2 files before torch.export.load, which unpickles parts of a file and evaluates strings in it as code.
 
-Only what export.py writes is let through: raw tensors, and a graph of PyTorch's operators whose sizes are plain arithmetic.
+Accepted is only the output of export.py: raw tensors, and a graph of PyTorch's operators whose sizes are plain arithmetic.
 """
 import contextlib
 import io
@@ -13,24 +13,24 @@ from pathlib import Path
 from rundir.errors import CHECKPOINT, Failure
 
 SETTINGS = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
-SAMPLES = "archive/data/sample_inputs/model.pt"  # a pickle; empty in a file of ours
+SAMPLES = "archive/data/sample_inputs/model.pt"  # a pickle; empty in our files
 MEMBERS = re.compile(rf"{re.escape(SAMPLES)}|archive/(byteorder|\.data/(version|serialization_id)|archive_(format|version)|"
                      r"models/model\.json|data/weights/(weight_[0-9]+|model_weights_config\.json)|"
                      r"data/constants/(tensor_[0-9]+|model_constants_config\.json))")
 KEY = re.compile(r"[\w.+-]*", re.ASCII)
 NAME = re.compile(r"(?!torch|_operator|math)[\w.+-]*|torch\.ops\.(aten|quantized_decomposed)(\.(?!__)\w+){2}|"
-                  r"_operator\.(add|floordiv|mod|mul|sub)", re.ASCII)  # an operator, or what is none
+                  r"_operator\.(add|floordiv|mod|mul|sub)", re.ASCII)  # an allowed operator, or a name that is no operator
 STRUCTURE = re.compile(r'("(type|context|children_spec|builtins\.(dict|list|tuple)|null|\[\])"|null|[][{}:, 1])*')
-TEXTS = {  # by the key that a text stands under; NAME elsewhere
+STRINGS = {  # allowed strings by key; NAME elsewhere
     "expr_str": re.compile(r"((Add|FloorDiv|Integer|Max|Min|Mod|Mul|Symbol)\(|'s[0-9]+'|(integer|positive)=True|[-0-9(), ])+"),
     "in_spec": STRUCTURE, "out_spec": STRUCTURE,
 }
-VALUES = {"use_pickle": False, "guards_code": []}  # by their key; guards are Python code
+VALUES = {"use_pickle": False, "guards_code": []}  # required values by key; guards are Python code
 
 
 @contextlib.contextmanager
 def weights_only():
-    """Has torch.load take plain data alone, whatever its caller asks for and the user's environment says."""
+    """Forces torch.load to weights_only=True, overriding its arguments and the environment."""
     before = {name: os.environ.get(name) for name in SETTINGS}
     os.environ.update(SETTINGS)
     try:
@@ -43,32 +43,32 @@ def weights_only():
 
 
 def checked(path: Path) -> io.BytesIO:
-    """A copy of a .pt2 file, written anew so that torch reads the very members that were checked.
+    """A copy of a .pt2 file, rewritten so that torch reads exactly the validated members.
 
-    Failure CHECKPOINT: it holds what export.py does not write.
+    Failure CHECKPOINT: content that export.py does not write.
     """
     copy = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as written:
         for name in archive.namelist():
             content = archive.read(name)
-            foreign = not_ours(name, content)
+            foreign = find_foreign(name, content)
             if foreign is not None:
-                raise Failure(CHECKPOINT, f"a program that export.py does not write ({path}: {foreign[:80]!r})",
-                              "use the best.pt that it was made of, which is data alone")
+                raise Failure(CHECKPOINT, f"not a file written by export.py ({path}: {foreign[:80]!r})",
+                              "export it again from its best.pt, which contains data only")
             written.writestr(name, content)
     copy.seek(0)
     return copy
 
 
-def not_ours(name: str, content: bytes) -> str | None:
-    """The first thing in a member of the archive that export.py does not write."""
+def find_foreign(name: str, content: bytes) -> str | None:
+    """The first part of an archive member that export.py does not write; None if there is none."""
     if not MEMBERS.fullmatch(name) or name == SAMPLES and content:
         return name
     if name.endswith(".json"):
         for key, node in nodes(json.loads(content.decode())):
-            if key == "as_string":  # no operator of ours takes a text, which could be the name of a file
-                return f"a text, {node}"
-            if key in VALUES and node != VALUES[key] or isinstance(node, str) and not TEXTS.get(key, NAME).fullmatch(node):
+            if key == "as_string":  # a string argument could be a file name; our operators have none
+                return f"a string argument, {node}"
+            if key in VALUES and node != VALUES[key] or isinstance(node, str) and not STRINGS.get(key, NAME).fullmatch(node):
                 return f"{key}: {node}"
             if not KEY.fullmatch(key):
                 return key
@@ -76,7 +76,7 @@ def not_ours(name: str, content: bytes) -> str | None:
 
 
 def nodes(tree, key: str = ""):
-    """(key, node) of every node of a JSON tree, from the root; what lies in a list has the key of the list."""
+    """(key, node) of every node of a JSON tree, from the root; elements of a list have its key."""
     yield key, tree
     if isinstance(tree, dict):
         for name, node in tree.items():

@@ -1,10 +1,10 @@
-"""A trained network in use, in the runtime of its file: a run's best.pt, or what export.py made of one.
+"""Inference with a run's best.pt or an exported file, in its runtime.
 
     from deploy import runtime
     model = runtime.load("runs/v2-s42/export/best-int8.onnx")
     probabilities, logits = model(images)       # uint8 (N, H, W, 3) -> two arrays, float32 (N, C)
 
-Imports no torch for an .onnx file.  What describes an exported file, its metadata, is the JSON file beside it.
+Imports no torch for an .onnx file.  The metadata of an exported file is in the JSON file beside it.
 """
 import contextlib
 import importlib
@@ -25,18 +25,18 @@ INSTALL = "python -m pip install -r requirements-export.txt"
 
 
 def require(*packages: str) -> None:
-    """Failure USAGE where one of these packages cannot be imported."""
+    """Failure USAGE if one of these packages cannot be imported."""
     for package in packages:
         try:
             with quiet():
                 importlib.import_module(package)
         except ImportError as failure:
-            raise Failure(USAGE, f"this needs the package {package} ({failure})", INSTALL) from failure
+            raise Failure(USAGE, f"missing package {package} ({failure})", INSTALL) from failure
 
 
 @contextlib.contextmanager
 def quiet():
-    """Without the warnings and the log of others' code, which are about its insides."""
+    """Suppresses warnings and logging of other packages."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -48,9 +48,9 @@ def quiet():
 
 
 class Model:
-    """A network that takes uint8 images (N, H, W, 3) of any N and gives their (probabilities, logits), float32 (N, C) each.
+    """A callable from uint8 images (N, H, W, 3) to (probabilities, logits), float32 (N, C) each.
 
-    run: takes one batch as the file wants it, no larger than `metadata["largest_batch"]`, and returns both outputs as arrays.
+    run: the same for one batch of at most `metadata["largest_batch"]` images in the input format of the file.
     """
 
     def __init__(self, metadata: dict, run):
@@ -58,31 +58,31 @@ class Model:
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         size = self.metadata["largest_batch"] or BATCH
-        outputs = [self.run(self.as_wanted(images[first:first + size])) for first in range(0, len(images), size)]
+        outputs = [self.run(self.as_input(images[first:first + size])) for first in range(0, len(images), size)]
         probabilities, logits = map(np.concatenate, zip(*outputs))
         return probabilities, logits
 
-    def as_wanted(self, images: np.ndarray) -> np.ndarray:
-        """The input of the file: the images themselves, or float32 (N, 3, H, W) between 0 and 1."""
+    def as_input(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (N, H, W, 3), or float32 (N, 3, H, W) between 0 and 1, as the file requires."""
         if self.metadata["input"] == "uint8":
             return np.ascontiguousarray(images)
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
 
 
 def load(path, threads: int | None = None) -> Model:
-    """The network in a file, ready to run on the CPU; by the name, .onnx, .pt2 and .pte are exported files.
+    """The network of a checkpoint, or of an exported file by the suffixes .onnx, .pt2 and .pte, on the CPU.
 
-    threads: of ONNX Runtime; the other runtimes have one setting for the whole process.
-    A .pt2 or .pte file is a program: open none of a stranger, whose SHA-256 says nothing.
-    Failure CHECKPOINT: missing, damaged, not ours, a .pt2 that export.py does not write; USAGE: its runtime is not installed.
+    threads: of ONNX Runtime; the other runtimes have a process-wide setting.
+    A .pt2 or .pte file is a program: open only trusted files; the SHA-256 does not prove their origin.
+    Failure CHECKPOINT: missing, damaged, or not written by export.py; USAGE: the runtime is not installed.
     """
     path = Path(path)
     if path.suffix not in RUNTIMES:
-        return of_checkpoint(path)
+        return from_checkpoint(path)
     sha256, metadata = digest(path), read_metadata(path)
     if sha256 != metadata["sha256"]:
-        raise Failure(CHECKPOINT, f"not the file that its description is of ({path}: wrong SHA-256)", "export it again")
-    return start(path, metadata, threads)
+        raise Failure(CHECKPOINT, f"file does not match its metadata ({path}: wrong SHA-256)", "export it again")
+    return open_exported(path, metadata, threads)
 
 
 def metadata_path(path: Path) -> Path:
@@ -90,20 +90,19 @@ def metadata_path(path: Path) -> Path:
 
 
 def read_metadata(path: Path) -> dict:
-    beside = metadata_path(path)
+    description = metadata_path(path)
     try:
-        metadata = json.loads(beside.read_text(encoding="utf-8"))
+        metadata = json.loads(description.read_text(encoding="utf-8"))
         missing = {"classes", "image_size", "input", "largest_batch", "precision", "sha256"} - set(metadata)
     except (OSError, ValueError, TypeError) as failure:
-        raise Failure(CHECKPOINT, f"no description of an exported file ({beside}: {failure})",
+        raise Failure(CHECKPOINT, f"unreadable metadata of an exported file ({description}: {failure})",
                       "copy both files, or export again") from failure
     if missing:
-        raise Failure(CHECKPOINT, f"not the description of an exported file ({beside}: no {min(missing)})", "export again")
+        raise Failure(CHECKPOINT, f"incomplete metadata of an exported file ({description}: no {min(missing)})", "export again")
     return metadata
 
 
-def start(path: Path, metadata: dict, threads: int | None = None) -> Model:
-    """The exported file `path`, which `metadata` describes, in its runtime."""
+def open_exported(path: Path, metadata: dict, threads: int | None = None) -> Model:
     packages, runner = RUNTIMES[path.suffix]
     require(*packages)
     try:
@@ -111,17 +110,17 @@ def start(path: Path, metadata: dict, threads: int | None = None) -> Model:
             return Model(metadata, runner(path, metadata, threads))
     except Failure:
         raise
-    except Exception as failure:  # each runtime raises its own types
-        raise Failure(CHECKPOINT, f"cannot be opened by its runtime ({path}: {first_line(failure)})",
-                      "export it again with the versions that are installed here") from failure
+    except Exception as failure:  # each runtime has its own exception types
+        raise Failure(CHECKPOINT, f"the runtime cannot open the file ({path}: {first_line(failure)})",
+                      "export it again with the installed versions") from failure
 
 
 def onnx_session(path: Path, metadata: dict, threads: int | None):
     import onnxruntime
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # an error is raised, too
+    options.log_severity_level = 4  # errors are raised anyway
     options.intra_op_num_threads = threads or 0
-    # Weights may lie in other files, which no SHA-256 would cover.  Ours do not: none is found where there is no folder.
+    # Blocks external weight files, which the SHA-256 does not cover and our files do not use.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(["probabilities", "logits"], {"images": images})
@@ -130,7 +129,7 @@ def onnx_session(path: Path, metadata: dict, threads: int | None):
 def exported_program(path: Path, metadata: dict, threads: int | None):
     import torch
     if metadata["precision"] == "int8":
-        require("torchao.quantization.pt2e")  # registers the operators of the file
+        require("torchao.quantization.pt2e")  # registers its operators
     with pt2.weights_only():
         module = torch.export.load(pt2.checked(path)).module()
 
@@ -145,19 +144,19 @@ def executorch_program(path: Path, metadata: dict, threads: int | None):
     import torch
     from executorch.runtime import Runtime
     program = Runtime.get().load_program(path.read_bytes())
-    # Through the program every time: it keeps its methods, and a method does not keep its program.
+    # Loaded anew for each call: the program caches its methods, and a method holds no reference to its program.
     return lambda images: [output.numpy() for output in program.load_method("forward").execute((torch.from_numpy(images),))]
 
 
-RUNTIMES = {  # by the suffix of a file: the packages it needs, and (path, metadata, threads) -> run
+RUNTIMES = {  # suffix: required packages, and (path, metadata, threads) -> run
     ".onnx": (("onnxruntime",), onnx_session),
     ".pt2": (("torch",), exported_program),
     ".pte": (("torch", "executorch.runtime"), executorch_program),
 }
 
 
-def of_checkpoint(source) -> Model:
-    """The network in a best.pt: its path, or what models.read returned."""
+def from_checkpoint(source) -> Model:
+    """The network of a best.pt.  source: its path, or the result of models.read."""
     import torch
 
     import models

@@ -1,10 +1,10 @@
-"""Networks by name, their weights, and trained networks in use.
+"""Networks by name: construction, weights, inference.
 
     import models
-    net = models.load("runs/teacher/best.pt")       # eval mode, frozen; net.info holds classes, image size, mean, deviation
+    net = models.load("runs/teacher/best.pt")       # eval mode, frozen; net.info: classes, image size, mean, std, ...
     probabilities = models.predict(net, images)     # uint8 (N, H, W, 3) -> float32 (N, C)
 
-networks.py builds them, weights.py fills, reads and writes them, cifar_networks.py defines those that torchvision lacks.
+networks.py builds networks, weights.py loads and saves weights, cifar_networks.py defines the networks missing in torchvision.
 """
 from models.networks import build, flops, is_torchvision, names, parameters
 from models.weights import fold, initialise, load, normalise, predict, read, save

@@ -1,4 +1,4 @@
-"""The networks that are not torchvision's: functions of the number of classes, by name in NETWORKS."""
+"""The networks missing in torchvision: functions of the number of classes, by name in NETWORKS."""
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -10,29 +10,23 @@ from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from torchvision.ops import Conv2dNormActivation
 
 
-def _classifier(features, channels: int, num_classes: int) -> nn.Sequential:
-    """A chain of modules, global average pooling and one linear head, initialised as the published networks are."""
+def _classifier(features, channels: int, num_classes: int, *, head_std: float | None = None, zero_bias=False) -> nn.Module:
+    """A chain of modules, global average pooling and a linear head, initialised as in the published networks.
+
+    head_std: standard deviation of the head's weights.  zero_bias: of the head.  Default: PyTorch's initialisation.
+    """
+    head = nn.Linear(channels, num_classes)
     net = nn.Sequential(OrderedDict(
-        features=nn.Sequential(*features), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
-        head=nn.Linear(channels, num_classes),
-    ))
+        features=nn.Sequential(*features), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), head=head))
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    return net
-
-
-def _head(net: nn.Sequential) -> nn.Linear:
-    head = net.get_submodule("head")
-    assert isinstance(head, nn.Linear)
-    return head
-
-
-def _small_head(net: nn.Sequential) -> nn.Sequential:
-    nn.init.normal_(_head(net).weight, std=0.01)
-    nn.init.zeros_(_head(net).bias)
+    if head_std is not None:
+        nn.init.normal_(head.weight, std=head_std)
+    if zero_bias:
+        nn.init.zeros_(head.bias)
     return net
 
 
@@ -52,7 +46,7 @@ def resnet(num_classes: int, *, depth: int, widths) -> nn.Module:
 
 
 class PreActivationBlock(nn.Module):
-    """Normalise, activate, convolve, twice; a shortcut that changes the width starts after the first activation."""
+    """Pre-activation residual block; a shortcut that changes the width branches off after the first activation."""
 
     def __init__(self, channels: int, width: int, stride: int):
         super().__init__()
@@ -74,13 +68,11 @@ def wide_resnet(num_classes: int, *, depth: int, widen: int) -> nn.Module:
         for block in range((depth - 4) // 6):
             features.append(PreActivationBlock(channels, width, 2 if stage > 0 and block == 0 else 1))
             channels = width
-    net = _classifier([*features, nn.BatchNorm2d(channels), nn.ReLU()], channels, num_classes)
-    nn.init.zeros_(_head(net).bias)
-    return net
+    return _classifier([*features, nn.BatchNorm2d(channels), nn.ReLU()], channels, num_classes, zero_bias=True)
 
 
 class LargeImagePool(nn.MaxPool2d):
-    """The VGGs' fourth pooling: 64-pixel images need it, 32-pixel ones reach it with 4x4 positions left and keep them."""
+    """Fourth pooling of the VGGs, skipped for feature maps below 8x8: images of 32x32 keep 4x4 positions."""
 
     def forward(self, features):
         return super().forward(features) if features.shape[-1] >= 8 else features
@@ -95,11 +87,11 @@ def vgg(num_classes: int, *, convolutions: int) -> nn.Module:
             channels = width
         if pool:
             features.append(pool(2))
-    return _small_head(_classifier(features, channels, num_classes))
+    return _classifier(features, channels, num_classes, head_std=0.01, zero_bias=True)
 
 
 class InvertedResidual(nn.Sequential):
-    """Expand, filter each channel, project; unlike torchvision's it expands by a convolution even where the factor is one."""
+    """Inverted residual block; unlike torchvision's, it has an expansion convolution even for a factor of one."""
 
     def __init__(self, channels: int, width: int, stride: int, expansion: int):
         hidden = channels * expansion
@@ -115,7 +107,7 @@ class InvertedResidual(nn.Sequential):
 
 
 def half_mobilenet_v2(num_classes: int) -> nn.Module:
-    """MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381) of half width, with one stride fewer than for ImageNet, and ReLUs."""
+    """MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381) with half the width, one stride fewer than for ImageNet, and ReLU."""
     channels = 16
     features = [Conv2dNormActivation(3, channels, stride=2)]
     for expansion, width, blocks, first_stride in (
@@ -124,11 +116,11 @@ def half_mobilenet_v2(num_classes: int) -> nn.Module:
         for block in range(blocks):
             features.append(InvertedResidual(channels, width, first_stride if block == 0 else 1, expansion))
             channels = width
-    return _small_head(_classifier([*features, Conv2dNormActivation(channels, 1280, 1)], 1280, num_classes))
+    return _classifier([*features, Conv2dNormActivation(channels, 1280, 1)], 1280, num_classes, head_std=0.01, zero_bias=True)
 
 
 def small_efficientnet_v2(num_classes: int, *, stem: int, stages, last: int) -> nn.Module:
-    """torchvision's EfficientNetV2 with few stages of (block, expansion, stride, width, layers), all 3x3, and no dropout."""
+    """torchvision's EfficientNetV2 with few 3x3 stages of (block, expansion, stride, width, layers), without dropout."""
     channels, settings = stem, []
     for block, expansion, stride, width, layers in stages:
         settings.append(block(expansion, 3, stride, channels, width, layers))

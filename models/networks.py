@@ -1,15 +1,15 @@
-"""Networks by name, with random weights.
+"""Construction of networks by name, with random weights.
 
 Three kinds of names (`names()` lists them):
-- the CIFAR networks of the published distillation tables (CRD, Tian et al. 2020, arXiv 1910.10699, and its followers), the
-  same layer for layer: their ResNets have 1x1 convolutions as shortcuts, their MobileNetV2 has half the width;
-- `v2_pico` and `v2_tiny`, EfficientNetV2 (Tan and Le 2021, arXiv 2104.00298) in miniature, student and teacher of the demo;
-- torchvision's classifiers.  `vgg13` and `mobilenet_v2` mean the CIFAR networks; torchvision's are `torchvision/vgg13` and
-  `torchvision/mobilenet_v2`.  The prefix is allowed before every torchvision name.
+- the CIFAR networks of the published distillation tables (CRD, Tian et al. 2020, arXiv 1910.10699), layer for layer: the
+  ResNets have 1x1 convolutions as shortcuts, MobileNetV2 has half the width;
+- `v2_pico` and `v2_tiny`, small EfficientNetV2s (Tan and Le 2021, arXiv 2104.00298), student and teacher of the demo;
+- torchvision's classifiers, with an optional prefix: `torchvision/vgg13` and `torchvision/mobilenet_v2` need it, because
+  `vgg13` and `mobilenet_v2` are the CIFAR networks.
 
-Every network maps float images (N, 3, H, W) to logits (N, C); images of another size than its own it resizes first, on their
-device, so that a 224-pixel teacher and a 32-pixel student can be given the same batch.  Adding a network is one function and
-one line in `NETWORKS` of models/cifar_networks.py.
+Every network maps float images (N, 3, H, W) to logits (N, C).  It resizes its input to its own image size on the device, so a
+224-pixel teacher and a 32-pixel student can share a batch.  To add a network: one function and one line in `NETWORKS` of
+models/cifar_networks.py.
 """
 import difflib
 from functools import partial
@@ -28,38 +28,38 @@ PREFIX = "torchvision/"
 
 
 def torchvision_name(name: str) -> str | None:
-    """torchvision's own name for the network that `name` means here; None where it means one of ours or nothing."""
+    """`name` without prefix if it is a torchvision classifier; None for a network of this project or an unknown name."""
     short = name.removeprefix(PREFIX)
     return short if name not in NETWORKS and short in torchvision.models.list_models(module=torchvision.models) else None
 
 
 def is_torchvision(name: str) -> bool:
-    """Whether `name` is a torchvision classifier, which has ImageNet weights; `vgg13` and `mobilenet_v2` are not."""
+    """Whether `name` is a torchvision classifier, which has ImageNet weights; False for `vgg13` and `mobilenet_v2`."""
     return torchvision_name(name) is not None
 
 
 def names() -> list[str]:
-    """Every name that `build` accepts, each network once: ours, then torchvision's."""
-    theirs = torchvision.models.list_models(module=torchvision.models)
-    return [*NETWORKS, *(PREFIX + name if name in NETWORKS else name for name in theirs)]
+    """The names that `build` accepts, one per network: CIFAR networks first, then torchvision's."""
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    return [*NETWORKS, *(PREFIX + name if name in NETWORKS else name for name in classifiers)]
 
 
 def natural_size(name: str) -> int:
-    """The side in pixels of the images that a network was designed for."""
-    theirs = torchvision_name(name)
-    return torchvision.models.get_model_weights(theirs).DEFAULT.transforms.keywords["crop_size"] if theirs else 32
+    """Image size in pixels of the published network."""
+    short_name = torchvision_name(name)
+    return torchvision.models.get_model_weights(short_name).DEFAULT.transforms.keywords["crop_size"] if short_name else 32
 
 
 def resize(image_size: int, net, inputs):
-    """Forward pre-hook: bilinear to `image_size`, keeping dtype and memory format; nothing where the size is right."""
+    """Forward pre-hook: bilinear resize to `image_size`, which keeps dtype and memory format."""
     images, = inputs
     if images.shape[-2:] == (image_size, image_size):
         return None
     return F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False, antialias=False)
 
 
-def on_meta(net, image_size: int):
-    """The logits of one image in eval mode, in shape only: no arithmetic, no random number, nothing left changed."""
+def meta_forward(net, image_size: int):
+    """Forward pass of one image in eval mode on the meta device; consumes no random numbers and leaves `net` unchanged."""
     training = [module for module in net.modules() if module.training]
     tensors = {name: tensor.to("meta") for name, tensor in (*net.named_parameters(), *net.named_buffers())}
     net.eval()
@@ -73,7 +73,7 @@ def on_meta(net, image_size: int):
 
 def _build_torchvision(name: str, num_classes: int, image_size: int) -> nn.Module:
     if name in ("googlenet", "inception_v3"):
-        # Auxiliary heads would make training mode return a tuple; the ImageNet weights expect inputs rescaled by the network.
+        # With auxiliary heads, training mode returns a tuple; the ImageNet weights expect inputs rescaled by the network.
         options: dict[str, Any] = {"aux_logits": False, "init_weights": True, "transform_input": True}
     elif name.startswith("vit_"):
         options = {"image_size": image_size}
@@ -85,39 +85,39 @@ def _build_torchvision(name: str, num_classes: int, image_size: int) -> nn.Modul
 
 
 def build(name: str, num_classes: int, image_size: int = 32) -> nn.Module:
-    """The network `name` with random weights in channels_last and a head of `num_classes`, for images of `image_size` pixels.
+    """The network `name` with random weights in channels_last, for images of `image_size` pixels; others are resized.
 
-    Images of another size are resized as they come in.  Failure USAGE: no such name, or one that cannot work at that size.
+    Failure USAGE: unknown name, or a network that does not support this size.
     """
-    theirs = torchvision_name(name)
-    if theirs is None and name not in NETWORKS:
+    short_name = torchvision_name(name)
+    if short_name is None and name not in NETWORKS:
         close = difflib.get_close_matches(name, names())
         question = f"did you mean {' or '.join(close)}? " if close else ""
         command = 'python -c "import models; print(*models.names())"'
         raise Failure(USAGE, f"unknown model ({name})", f"{question}all names: {command}")
     try:
-        net = _build_torchvision(theirs, num_classes, image_size) if theirs else NETWORKS[name](num_classes)
+        net = _build_torchvision(short_name, num_classes, image_size) if short_name else NETWORKS[name](num_classes)
         for module in net.modules():
             if isinstance(module, nn.SiLU):
-                module.inplace = False  # in place, training copies what the backward pass needs
+                module.inplace = False  # autograd would copy the input
         net.register_forward_pre_hook(partial(resize, image_size))
-        on_meta(net, image_size)
-    except (RuntimeError, ValueError, AssertionError) as failure:  # what layers raise for sizes they cannot take
+        meta_forward(net, image_size)
+    except (RuntimeError, ValueError, AssertionError) as failure:  # raised by layers for unsupported sizes
         raise Failure(USAGE, f"{name} cannot work on images of {image_size}x{image_size} ({first_line(failure)})",
                       f"use --image-size {natural_size(name)}") from failure
     return net.to(memory_format=torch.channels_last)
 
 
 def parameters(net) -> int:
-    """The number of trainable numbers, as published: buffers are not counted."""
+    """The number of trainable parameters, without buffers."""
     return sum(parameter.numel() for parameter in net.parameters())
 
 
 def flops(net, image_size: int) -> int:
-    """Floating-point operations of one image in eval mode, 2 per multiply-add, of matrix products and convolutions.
+    """FLOPs of matrix products and convolutions for one image in eval mode, 2 per multiply-add.
 
-    Traced without arithmetic: on real tensors the counter misses the fused attention that torch uses in eval mode.
+    Counted on the meta device: on real tensors the counter misses PyTorch's fused attention of eval mode.
     """
     with FlopCounterMode(display=False) as counter:
-        on_meta(net, image_size)
+        meta_forward(net, image_size)
     return counter.get_total_flops()

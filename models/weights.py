@@ -1,4 +1,4 @@
-"""Weights of networks: from files of ours, from torchvision, and trained networks in use."""
+"""Weights: initialisation from checkpoints or torchvision, loading and saving of trained networks, inference."""
 import re
 import ssl
 import sys
@@ -18,69 +18,69 @@ from rundir import checkpoint
 from rundir.errors import CHECKPOINT, DATA, USAGE, Failure
 from rundir.files import digest
 
-# What a file of weights must hold for `load` to use it; the scripts store more.
+# Required keys of a weights file; the scripts store more.
 METADATA = ("model", "classes", "image_size", "mean", "std", "dataset", "state_dict")
 
 
 def initialise(net, name: str, *, pretrained: bool = False, init=None) -> str | None:
-    """Give `net`, just built as `name`, the weights in the file `init` or else, if `pretrained`, ImageNet's, all but the head.
+    """Load weights into `net`, except for the head: from the file `init`, or ImageNet weights if `pretrained`.
 
-    `init` is a best.pt of ours or a bare state_dict; returns its SHA-256.  The head stays random; all else must fit exactly.
-    Failure DATA: weights missing, damaged, not to be downloaded, or another network's; USAGE: no ImageNet weights for this
+    init: a best.pt or a bare state_dict; its SHA-256 is returned.  All keys but those of the head must match exactly.
+    Failure DATA: weights missing, damaged, not downloadable, or of another network; USAGE: no ImageNet weights for this
     network or size.
     """
-    head, sha256 = _head(net), None
+    head, sha256 = _head_keys(net), None
     if init is not None:
         content, sha256 = checkpoint.read_tensors(init, DATA)
         if isinstance(content, dict) and "state_dict" in content:
             content = content["state_dict"]
-        if misfit := _fill(net, content, head):
-            raise Failure(DATA, f"these weights are not a {name} ({init}: {misfit})", "name the weights of the same network")
+        if mismatch := _load_state(net, content, head):
+            raise Failure(DATA, f"these weights are not a {name} ({init}: {mismatch})", "name the weights of the same network")
     elif pretrained:
-        theirs = torchvision_name(name)
-        if theirs is None:
+        short_name = torchvision_name(name)
+        if short_name is None:
             raise Failure(USAGE, f"there are no ImageNet weights of {name}", "use --no-pretrained, or --init PATH")
-        if misfit := _fill(net, _imagenet_weights(theirs), head):
-            raise Failure(USAGE, f"the ImageNet weights of {name} do not fit this image size ({misfit})",
+        if mismatch := _load_state(net, _imagenet_weights(short_name), head):
+            raise Failure(USAGE, f"the ImageNet weights of {name} do not fit this image size ({mismatch})",
                           f"use --image-size {natural_size(name)}, or --no-pretrained")
     return sha256
 
 
-def _head(net) -> frozenset[str]:
-    """The state_dict keys of the layer that makes the logits: in every network here the last one that has such weights."""
+def _head_keys(net) -> frozenset[str]:
+    """The state_dict keys of the classification head, the last linear or convolutional layer of every network here."""
     name, layer = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
     return frozenset(f"{name}.{key}" for key in layer.state_dict())
 
 
-def _fill(net, weights, without=frozenset()) -> str | None:
-    """Copy `weights` into `net`, all but the keys `without`; on a misfit, what is wrong with the first key that does not fit."""
+def _load_state(net, weights, skip=frozenset()) -> str | None:
+    """Copy `weights` into `net`, except for the keys `skip`; returns a description of the first mismatch."""
     if not isinstance(weights, dict) or not weights or not all(isinstance(key, str) for key in weights):
         return "no weights in it"
     state: OrderedDict = OrderedDict()
-    # Layer versions travel as an attribute; by them, or their absence, torch and torchvision read older layouts of single layers.
-    # A plain dict has lost them; MNASNet alone insists on one, for the whole network.
+    # The attribute _metadata has the layer versions by which torch and torchvision convert older layouts.  A plain dict lacks it,
+    # and MNASNet requires one for the whole network.
     state._metadata = getattr(weights, "_metadata", None) or {"": {"version": net._version}}  # type: ignore[attr-defined]
     for key, tensor in weights.items():
-        # Files of torchvision hold training-time heads that we do not build, and DenseNets name their layers in an older way.
-        if key not in without and not key.startswith(("aux1.", "aux2.", "AuxLogits.")):
+        # torchvision's files contain auxiliary heads, which are not built here, and older layer names of DenseNets.
+        if key not in skip and not key.startswith(("aux1.", "aux2.", "AuxLogits.")):
             state[re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)] = tensor
     try:
         missing, unexpected = net.load_state_dict(state, strict=False)
     except RuntimeError as failure:
         return str(failure).splitlines()[1].strip().rstrip(".")
-    missing = [key for key in missing if key not in without]
+    missing = [key for key in missing if key not in skip]
     if missing:
         return f"{missing[0]} is missing"
     return f"{unexpected[0]} is unexpected" if unexpected else None
 
 
 def _imagenet_weights(name: str):
-    """torchvision's ImageNet state_dict from torch.hub's cache or the network, checked by the SHA-256 in its file name."""
+    """torchvision's ImageNet state_dict from torch.hub's cache or a download, verified by the SHA-256 in the file name."""
     url = torchvision.models.get_model_weights(name).DEFAULT.url
     folder = Path(torch.hub.get_dir(), "checkpoints")
     path = folder / url.rpartition("/")[2]
     prefix = path.stem.rpartition("-")[2]
-    if path.exists():  # torch.hub itself never looks at a cached file again
+    if path.exists():  # torch.hub does not verify cached files
         if not digest(path).startswith(prefix):
             raise Failure(DATA, f"damaged ImageNet weights of {name} ({path}: wrong SHA-256)",
                           "delete the file to download it again")
@@ -95,37 +95,37 @@ def _imagenet_weights(name: str):
 
 
 def normalise(images, mean, std):
-    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) channels_last: (x / 255 - mean) / std, as ToTensor and Normalize do.
+    """Images uint8 (N, H, W, 3) -> (x / 255 - mean) / std, float32 (N, 3, H, W) in channels_last, as by ToTensor and Normalize.
 
-    `mean` and `std` are three numbers each, or tensors of them on the images' device, which saves copying them.
+    mean, std: three numbers, or tensors on the images' device, which saves a copy.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images must be uint8 (N, H, W, 3), not {images.dtype} {tuple(images.shape)}")
-    mean, std = (torch.as_tensor(numbers, dtype=torch.float32, device=images.device).view(3, 1, 1) for numbers in (mean, std))
+    mean, std = (torch.as_tensor(values, dtype=torch.float32, device=images.device).view(3, 1, 1) for values in (mean, std))
     scaled = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
     return scaled.div_(255).sub_(mean).div_(std)
 
 
 def save(path, net, **info) -> None:
-    """Write a file for `load`: the weights of `net`, and `info`, which has all of METADATA in plain types."""
+    """Save the weights of `net` for `load`.  info: the entries of METADATA, in plain types."""
     checkpoint.write(path, **info | {"kind": "weights", "state_dict": checkpoint.on_cpu(net.state_dict())})
 
 
 class _Tracer(fx.Tracer):
-    """Looks into no layer without parts, also where its forward depends on its input."""
+    """Tracer that treats every module without children as a leaf, also one with data-dependent control flow."""
 
     def is_leaf_module(self, module, qualified_name: str) -> bool:
         return super().is_leaf_module(module, qualified_name) or not list(module.children())
 
 
 def fold(net, image_size: int):
-    """`net`, in eval mode, for inference alone: each BatchNorm behind a convolution becomes part of it, by PyTorch's own pass.
+    """`net`, in eval mode, with BatchNorm folded into convolutions by PyTorch's fuse pass, for inference only.
 
-    The logits are the same to 1e-5 of the largest.  A network that cannot be traced is given back as it is.
+    The logits change by at most 1e-5 of the largest.  A network that cannot be traced is returned unchanged.
     """
     try:
         traced = fx.GraphModule(net, _Tracer().trace(net))
-    except Exception:  # tracing calls forward with stand-ins, on which it may do anything
+    except Exception:  # forward may raise anything for the proxies of the tracer
         return net
     folded = fuse(traced, no_trace=True)
     folded.register_forward_pre_hook(partial(resize, image_size))  # hooks are not traced
@@ -133,11 +133,11 @@ def fold(net, image_size: int):
 
 
 def read(path, missing: str = "check the path") -> dict:
-    """A best.pt, every byte checked: what METADATA names and more, its weights in "state_dict", its "path" and "sha256".
+    """The verified content of a best.pt: the entries of METADATA and more, its "path" and "sha256".
 
     Failure CHECKPOINT: damaged, not the weights of a network, or no such file, for which `missing` is the remedy.
     """
-    content = {"amp": "bf16"} | checkpoint.read(path, missing) | {"path": path}  # older files state no precision: the coarsest
+    content = {"amp": "bf16"} | checkpoint.read(path, missing) | {"path": path}  # the coarsest, for older files without it
     lacking = [key for key in METADATA if key not in content]
     if content.get("kind") != "weights" or lacking:
         reason = f"{lacking[0]} is missing" if lacking else f"its kind is {content.get('kind')}"
@@ -146,29 +146,29 @@ def read(path, missing: str = "check the path") -> dict:
 
 
 def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False) -> nn.Module:
-    """The trained network in a best.pt, in eval mode and frozen; `net.info` is what the file says of it, all but the weights.
+    """The trained network of a best.pt, in eval mode and frozen.
 
-    source: its path, or what `read` returned.
-    dtype: in which convolutions and linear layers are held.  Under autocast it saves casting their weights at every call.
-    folded: without the BatchNorms that can be folded into convolutions, which saves time and, on a GPU, launches.
-    `net.size` is the number of its parameters, unfolded.
-    Failure CHECKPOINT: as for `read`, and weights that are not those of the network that they name.
+    `net.info`: the metadata of the file.  `net.size`: the number of parameters before folding.
+    source: the path, or the result of `read`.
+    dtype: of convolutions and linear layers; autocast's type saves casting the weights in every call.
+    folded: fold BatchNorm into convolutions, which saves time and kernel launches.
+    Failure CHECKPOINT: as in `read`, and weights that do not match the network of their metadata.
     """
     info = dict(source) if isinstance(source, dict) else read(source)
     weights, path, _ = map(info.pop, ("state_dict", "path", "sha256"))
     try:
-        with torch.random.fork_rng(devices=()):  # a student's random weights must not depend on the teacher loaded before it
+        with torch.random.fork_rng(devices=()):  # keeps a student's random weights independent of the teacher
             net = build(info["model"], len(info["classes"]), info["image_size"])
     except Failure as failure:
         raise Failure(CHECKPOINT, f"cannot build the network of a checkpoint ({path}: {info['model']})",
                       "use the version of this project that wrote it") from failure
-    if misfit := _fill(net, weights):
-        raise Failure(CHECKPOINT, f"these weights are not a {info['model']} ({path}: {misfit})",
+    if mismatch := _load_state(net, weights):
+        raise Failure(CHECKPOINT, f"these weights are not a {info['model']} ({path}: {mismatch})",
                       "restore the file from a copy or make it again")
     size = parameters(net)
     if folded:
         net = fold(net.eval(), info["image_size"])
-    net.info, net.size = info, size  # type: ignore[assignment]  # a Module takes any attribute
+    net.info, net.size = info, size  # type: ignore[assignment]  # attributes of any type are allowed
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(dtype)
@@ -177,7 +177,7 @@ def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False) -> 
 
 @torch.no_grad()
 def predict(net, images, batch_size: int = 256):
-    """Class probabilities, float32 (N, C) on the CPU, of uint8 images (N, H, W, 3), for a network that `load` returned."""
+    """Class probabilities, float32 (N, C) on the CPU, of images uint8 (N, H, W, 3), by a network from `load`."""
     device = next(net.parameters()).device
     return torch.cat([net(normalise(batch.to(device), net.info["mean"], net.info["std"])).float().softmax(1).cpu()
                       for batch in torch.as_tensor(images).split(batch_size)])

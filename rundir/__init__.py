@@ -1,1 +1,1 @@
-"""Run directories: their files, checkpoints, lock and summary; the errors and lines that a user sees."""
+"""Run directories: files, checkpoints, lock, summary; error messages and terminal output."""

@@ -1,8 +1,8 @@
-"""Tensors and weights on disk: written in one step, read back only after every byte is checked.
+"""Checkpoints on disk: written atomically, read after verification of every byte, always with weights_only=True.
 
-torch.load does not check the archive's CRCs (a flipped bit loads as a wrong weight), and they do not cover its directory
-(one flip in 25,000 there exchanges tensors).  So `write` seals the whole file with its SHA-256, as the zip archive's comment,
-and reading checks that, or the CRCs of a file without one, and always uses weights_only=True: a file holds data, never code.
+torch.load does not verify the CRCs of the zip archive (a flipped bit loads as a wrong weight), and the CRCs do not cover its
+directory (one flip in 25,000 there swaps tensors).  So `write` appends the SHA-256 of the file as the archive's comment, and
+reading verifies it, or the CRCs of a file without it.
 """
 import hashlib
 import io
@@ -18,21 +18,21 @@ from rundir.files import write_atomic
 
 FORMAT = 1
 SEAL = b"sha256:"
-SEALED = len(SEAL) + 64  # bytes, with the digest
+SEAL_BYTES = len(SEAL) + 64  # with the digest
 REMEDY = "restore it from a copy or make it again"
 
 
 def write(path, *, previous=None, **content) -> None:
-    """Save `content` (tensors and plain Python types) as a checkpoint of ours, atomically; `previous` as in write_atomic."""
+    """Save `content` (tensors and plain Python types) atomically as a checkpoint.  previous: as in write_atomic."""
     write_atomic(path, Sealed({"format": FORMAT, **content}), previous)
 
 
 class Sealed:
-    """A checkpoint that is serialised and hashed while it is written to a file, and sealed at its end.
+    """Content for write_atomic: a checkpoint that is serialised and hashed while it is written, followed by its seal.
 
-    Serialising to memory first would hold the interpreter, and with it the training loop.  The last two bytes are held back: a
-    zip archive ends with the length of its comment, which will be the seal's.  torch.save would replace the reason of a failed
-    write by one of its own, so from there on nothing is written any more, only counted, and the reason is raised at the end.
+    Serialisation to memory first would hold the GIL and stop the training loop.  The last two bytes are held back: a zip archive
+    ends with the length of its comment, here of the seal.  torch.save would replace the error of a failed write by one of its
+    own, so after a failure bytes are only counted, and the error is raised at the end.
     """
 
     def __init__(self, content: dict):
@@ -41,8 +41,8 @@ class Sealed:
 
     def __call__(self, file) -> None:
         self.file = file
-        torch.save(self.content, self)  # type: ignore[arg-type]  # it needs write and flush alone
-        self._put(self.held[:-2] + SEALED.to_bytes(2, "little"))
+        torch.save(self.content, self)  # type: ignore[arg-type]  # needs only write and flush
+        self._put(self.held[:-2] + SEAL_BYTES.to_bytes(2, "little"))
         self._put(SEAL + self.sha256.hexdigest().encode())
         if self.failure:
             raise self.failure
@@ -61,7 +61,7 @@ class Sealed:
         return len(data)
 
     def flush(self) -> None:
-        """torch.save wants it; whoever opened the file flushes it."""
+        """Required by torch.save; write_atomic flushes the file."""
 
     def _put(self, data) -> None:
         self.size += len(data)
@@ -74,7 +74,7 @@ class Sealed:
 
 
 def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") -> tuple:
-    """Whatever plain data a `torch.save` file holds, every byte checked, and the SHA-256 of these bytes.
+    """The verified content of a `torch.save` file of plain data, and the SHA-256 of the file.
 
     Failure `code`: damaged, or no such file, for which `missing` is the remedy.
     """
@@ -84,7 +84,7 @@ def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") 
             raise Failure(code, f"no such file ({path})", missing)
         data = io.BytesIO(path.read_bytes())
         with data.getbuffer() as content:
-            seal, sha256 = bytes(content[-SEALED:]), hashlib.sha256(content[:-SEALED])
+            seal, sha256 = bytes(content[-SEAL_BYTES:]), hashlib.sha256(content[:-SEAL_BYTES])
             if seal.startswith(SEAL) and seal != SEAL + sha256.hexdigest().encode():
                 raise Failure(code, f"damaged file ({path}: wrong checksum)", REMEDY)
             sha256.update(seal)
@@ -97,15 +97,15 @@ def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") 
         raise Failure(code, f"cannot read ({path}): permission denied", "change its permissions") from None
     except Failure:
         raise
-    except Exception as failure:  # zipfile and the unpickler raise a dozen types on hostile bytes
+    except Exception as failure:  # zipfile and the unpickler raise many types on damaged files
         reason = "truncated, or not made by torch.save of torch 1.6 or newer"
         if "Unsupported" in str(failure) or "WeightsUnpickler" in str(failure):
-            reason = "it holds more than plain data"
+            reason = "not only plain data"
         raise Failure(code, f"unreadable file ({path}: {reason})", REMEDY) from failure
 
 
 def read(path, missing: str = "check the path") -> dict:
-    """The content of a checkpoint that `write` made, with the keys it was given, and the "sha256" of the file."""
+    """The content of a checkpoint from `write`, and the "sha256" of the file."""
     content, sha256 = read_tensors(path, missing=missing)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise Failure(CHECKPOINT, f"not a checkpoint of this project ({path})", "use a run's best.pt, or --init for bare weights")
@@ -113,26 +113,26 @@ def read(path, missing: str = "check the path") -> dict:
 
 
 def on_cpu(tree):
-    """A copy of nested containers whose tensors lie on the CPU and share nothing with the originals."""
-    copy = queue_copy(tree)
+    """A deep copy of nested containers with all tensors on the CPU."""
+    copy = copy_async(tree)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return copy
 
 
-def queue_copy(tree):
-    """What `on_cpu` returns, not yet filled where it comes from a GPU: copies to pinned memory, which are waited for together."""
+def copy_async(tree):
+    """`on_cpu` without the synchronisation: copies from a GPU are asynchronous, to pinned memory."""
     if isinstance(tree, torch.Tensor):
         return tree.detach().to("cpu", copy=True, non_blocking=True)
     if isinstance(tree, Mapping):
-        return {key: queue_copy(value) for key, value in tree.items()}
+        return {key: copy_async(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map(queue_copy, tree))
+        return type(tree)(map(copy_async, tree))
     return tree
 
 
 class Writer:
-    """One thread that writes while training goes on; `writer(job)` first waits for the job before it.
+    """A background thread for writing during training; `writer(job)` waits for the previous job.
 
     An error of a job is raised by the next call, by `wait`, or at the end of the `with` block.
     """

@@ -1,6 +1,6 @@
-"""How a script ends: exit codes, errors in one line, signals.
+"""Exit codes, one-line error messages, signals.
 
-Every expected error is one line on stderr, `error: what (path or value). what to do`, and one of the exit codes below;
+Every expected error is one line on stderr, `error: what (path or value). what to do`, with one of the exit codes below;
 anything else is a bug and keeps its traceback.  Imports no torch.
 """
 import argparse
@@ -20,7 +20,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTD
 
 
 class Failure(Exception):
-    """An error that the user can fix: exit `code`, `what` went wrong and with which file or value, and the `remedy`."""
+    """A user error.  code: exit code.  what: cause with path or value.  remedy: advice."""
 
     def __init__(self, code: int, what: str, remedy: str):
         super().__init__(f"{what}. {remedy}")
@@ -28,7 +28,7 @@ class Failure(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr, also where torchrun starts several processes, and exit code 2."""
+    """ArgumentParser with one-line errors and exit code 2; under torchrun, only rank 0 prints."""
 
     def error(self, message):
         if os.environ.get("RANK", "0") == "0":
@@ -37,15 +37,15 @@ class Parser(argparse.ArgumentParser):
 
 
 class Unwritable(OSError):
-    """A file or directory of a run that cannot be written, for any reason that the system gives.
+    """The error for an output file or directory that cannot be written.
 
-    `needed` and `free` are bytes, `saved` the epoch of the last good checkpoint; 0 where there is none.
+    needed, free: bytes.  saved: epoch of the last good checkpoint, 0 for none.
     """
     needed = free = saved = 0
 
 
 class Stopped(KeyboardInterrupt):
-    """The process got SIGINT or SIGTERM."""
+    """Raised on SIGINT or SIGTERM."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -53,20 +53,19 @@ class Stopped(KeyboardInterrupt):
 
 
 def first_line(failure: BaseException) -> str:
-    """The message of other software's error, without the lines that follow the first."""
     return str(failure).strip().partition("\n")[0]
 
 
 def expected(failure: BaseException, batch_size: int | None = None, resumes: bool = True) -> tuple[int, str] | None:
-    """The exit code and the line of an error that is not a bug; None for one that is.  resumes: whether there is a --resume."""
-    names, message = [kind.__name__ for kind in type(failure).__mro__], str(failure)  # torch's by name: it is not imported
+    """Exit code and message of an expected error, None for a bug.  resumes: whether the script has --resume."""
+    names, message = [kind.__name__ for kind in type(failure).__mro__], str(failure)  # by name, because torch is not imported
     if isinstance(failure, Stopped):
         remedy = "the same command with --resume auto continues" if resumes else "run it again"
         return STOPPED + failure.number, f"stopped ({failure}). {remedy}"
     if isinstance(failure, Failure):
         return failure.code, message
     if isinstance(failure, BrokenPipeError):
-        return STOPPED + signal.SIGPIPE, "nobody reads what is printed (broken pipe). send it to a file"
+        return STOPPED + signal.SIGPIPE, "the output has no reader (broken pipe). redirect it to a file"
     if isinstance(failure, Unwritable) or isinstance(failure, OSError) and failure.errno in DISK_ERRORS:
         return DISK, unwritable_line(failure)
     if isinstance(failure, PermissionError):
@@ -81,7 +80,7 @@ def expected(failure: BaseException, batch_size: int | None = None, resumes: boo
     if type(failure).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return USAGE, f"the networks cannot be compiled ({type(failure).__name__}: {first_line(failure)}). leave out --compile"
     if "does not have a deterministic implementation" in message:
-        return USAGE, f"an operation without a deterministic form here ({message.split()[0]}). leave out --deterministic"
+        return USAGE, f"an operation without a deterministic implementation ({message.split()[0]}). leave out --deterministic"
     return None
 
 
@@ -104,28 +103,28 @@ def gpu_memory_line(batch_size: int) -> str:
 
 
 def run(main, args) -> None:
-    """Run `main(args)` and exit by the rules above; `--debug`, where there is one, shows the traceback of an expected error too.
+    """Run `main(args)` and exit with the codes above; with `--debug`, expected errors also show a traceback.
 
-    Of several processes on one run only the first to fail says why: the others fail because of it, or as it did.
+    In a distributed run only the first process to fail prints its error: the others fail as a consequence, or in the same way.
     """
-    attempt = ended_by_the_rules
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's report shows the traceback of a bug
+    attempt = run_main
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # for the traceback of a bug in torchrun's report
         from torch.distributed.elastic.multiprocessing.errors import record
         attempt = record(attempt)
     attempt(main, args)
 
 
-def ended_by_the_rules(main, args) -> None:
+def run_main(main, args) -> None:
     with stopping_on_signals() as stopped:
         try:
             main(args)
         except BaseException as failure:
-            # Whatever the interrupted code made of the exception, the signal is what ended the run.
+            # The interrupted code may have converted Stopped to another exception.
             outcome = expected(stopped[0] if stopped else failure, vars(args).get("batch_size"), "resume" in vars(args))
             first = first_to_fail()
             if first and (outcome is None or vars(args).get("debug")):
                 raise
-            if isinstance(failure, BrokenPipeError):  # else Python would fail once more, when it empties stdout at the end
+            if isinstance(failure, BrokenPipeError):  # avoids a second error when Python flushes stdout at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code, line = outcome or (BUG, "")
             if first:
@@ -134,26 +133,26 @@ def ended_by_the_rules(main, args) -> None:
 
 
 def first_to_fail() -> bool:
-    """Whether no other process of this run has asked this before; alone, always."""
+    """True for the first process of a run that calls this, and always for a single process."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
     from torch.distributed import TCPStore
     try:
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5))
         return store.add(f"fusekd/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
-    except (KeyError, ValueError, RuntimeError):  # the store has ended with the process that kept it
+    except (KeyError, ValueError, RuntimeError):  # the process of the store has ended
         return True
 
 
 @contextmanager
 def stopping_on_signals():
-    """SIGINT and SIGTERM raise Stopped wherever the main thread is, a second signal ends the process at once.
+    """SIGINT and SIGTERM raise Stopped in the main thread; a second signal ends the process at once.
 
-    That drops the epoch in flight; the epochs before it are in last.pt or being written by another thread, which is waited
-    for.  Under torchrun a handler would only delay its own shutdown.  Yields the list of what was raised.
+    The current epoch is lost; earlier ones are in last.pt or in the writer thread, which finishes.  Under torchrun no handler is
+    installed, since it would delay torchrun's shutdown.  Yields the list of the raised exceptions.
     """
     stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in numbers}
 
     def stop(number, frame):
         for each in numbers:
@@ -169,5 +168,5 @@ def stopping_on_signals():
     try:
         yield stopped
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Files of JSON, CSV and Markdown, replaced in one step: a reader, or a crash, sees the old one or the new one."""
+"""JSON, CSV and Markdown files, replaced atomically; SHA-256 of files."""
 import csv
 import hashlib
 import io
@@ -11,10 +11,10 @@ from rundir.errors import CHECKPOINT, DATA, Failure, Unwritable
 
 
 def write_atomic(path, content, previous=None) -> None:
-    """Replace `path` by `content` in one step: a reader, or a crash, sees the old file or the new one, never half of it.
+    """Replace `path` atomically: a reader, or a crash, sees the complete old or new file.
 
-    content: bytes, or a callable that writes to an open file, and has a length, at the latest when it fails.
-    previous: a name under which the old file is kept.  Raises Unwritable.
+    content: bytes, or a callable that writes to an open file; its len() is the size, known at the latest on failure.
+    previous: path under which the old file is kept.  Raises Unwritable.
     """
     path = Path(path)
     partial, link = (Path(f"{name}.tmp") for name in (path, previous or path))
@@ -28,24 +28,24 @@ def write_atomic(path, content, previous=None) -> None:
             link.unlink(missing_ok=True)
             os.link(path, link)
             os.replace(link, previous)
-            link.unlink(missing_ok=True)  # where both were one file already, replacing leaves both names
+            link.unlink(missing_ok=True)  # still there if both names were the same file
         os.replace(partial, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # or a power failure could undo the replacement
+            os.fsync(folder)  # makes the replacement survive a power failure
         finally:
             os.close(folder)
     except OSError as failure:
-        for leftover in (partial, link):  # they would keep the space that is missing
+        for leftover in (partial, link):  # free their space
             leftover.unlink(missing_ok=True)
         raise unwritable(path, failure, len(content)) from failure
 
 
 def unwritable(path: Path, failure: OSError, needed: int) -> Unwritable:
-    """The failure to write `needed` bytes to `path`, with the room that there is."""
-    named = Unwritable(failure.errno, failure.strerror, str(path))
-    named.needed, named.free = needed, shutil.disk_usage(path.parent).free
-    return named
+    """The error for `needed` bytes that cannot be written to `path`, with the free space."""
+    error = Unwritable(failure.errno, failure.strerror, str(path))
+    error.needed, error.free = needed, shutil.disk_usage(path.parent).free
+    return error
 
 
 def make_directory(path: Path) -> None:
@@ -60,7 +60,7 @@ def write_json(path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-    """An object of a JSON file; None where there is no file."""
+    """The object in a JSON file; None if the file is missing."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -73,13 +73,13 @@ def read_json(path: Path) -> dict | None:
 
 
 def damaged(path: Path, reason) -> Failure:
-    """The error for a file of a run that cannot be read.  reason: an exception, or words."""
+    """The error for an unreadable file of a run.  reason: exception or text."""
     why = getattr(reason, "strerror", None) or reason
-    return Failure(DATA, f"cannot read {path.name}: {why} ({path})", "repair the file, or take its run away")
+    return Failure(DATA, f"cannot read {path.name}: {why} ({path})", "repair the file, or remove its run")
 
 
 def as_csv(names: list[str], rows: list[dict]) -> bytes:
-    """A table with these columns; None is an empty cell."""
+    """CSV with the columns `names`; None is an empty cell."""
     text = io.StringIO()
     table = csv.DictWriter(text, names, lineterminator="\n")
     table.writeheader()
@@ -88,9 +88,9 @@ def as_csv(names: list[str], rows: list[dict]) -> bytes:
 
 
 def as_markdown(columns: dict[str, list[str]], left: set[str], note: str) -> str:
-    """A table that reads well in a terminal too, and below it the note.
+    """Markdown table, padded for terminals, followed by `note`.
 
-    columns: header -> cells.  left: the headers of columns aligned to the left.
+    columns: header -> cells.  left: headers of left-aligned columns.
     """
     padded = []
     for header, cells in columns.items():
@@ -102,7 +102,7 @@ def as_markdown(columns: dict[str, list[str]], left: set[str], note: str) -> str
 
 
 def digest(path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Hexadecimal SHA-256 of a file."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -111,5 +111,5 @@ def digest(path) -> str:
 
 
 def existing_digest(path) -> str | None:
-    """`digest` of a file; None where there is none."""
+    """`digest` of a file; None if it is missing."""
     return digest(path) if path and os.path.isfile(path) else None

@@ -1,18 +1,18 @@
-"""Whether two runs are the same experiment: by their flags, of files by content.  Imports no torch."""
+"""Comparison of the flags of two runs; files are compared by content.  Imports no torch."""
 
-# Flags that say where and how a run is done, not what it computes: a resumed run may change them, runs of one table may differ.
+# Flags without an effect on the result: they may change on resume and differ between the runs of a table.
 NON_EXPERIMENT_FLAGS = {"output", "device", "cuda_graph", "grad_checkpoint", "resume", "overwrite", "debug", "dry_run"}
-# Flags that are paths: their content counts, whose SHA-256 config.json has under this name.
+# Path flags, and the entries of config.json with the SHA-256 of the content, which is compared instead of the path.
 DIGESTS = {"data_dir": "data_sha256", "teacher_checkpoint": "teacher_sha256",
            "init": "init_sha256", "student_init": "init_sha256"}
 
 
 def same_flag(name: str, old: dict, new: dict, sha256_of) -> bool:
-    """Whether flag `name` means the same in the configuration `old` of a run and in `new` flags.
+    """Whether flag `name` is equivalent in the configuration `old` of a run and the flags `new`.
 
-    sha256_of: called with the name of a flag that is a path, if the path changed -> SHA-256 of its content now, or None.
+    sha256_of: function from the name of a changed path flag to the SHA-256 of its present content, or None.
     """
-    if name not in old or name not in new:  # of another version: a flag that one of them does not have is off there
+    if name not in old or name not in new:  # of another version: a missing flag is off
         return not old.get(name) and not new.get(name)
     if old[name] == new[name]:
         return True
@@ -25,5 +25,5 @@ def same_flag(name: str, old: dict, new: dict, sha256_of) -> bool:
 
 
 def images_per_step(config: dict) -> int:
-    """The global batch size, of all processes."""
+    """Global batch size."""
     return config["batch_size"] * config.get("processes", 1)

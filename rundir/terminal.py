@@ -1,17 +1,17 @@
-"""What a terminal shows: lines, and a live one, which the next one of either kind takes the place of.  Imports no torch."""
+"""Terminal output: lines, and a live line that the next output replaces.  Imports no torch."""
 import shutil
 import sys
 
-CLEAR = "\r\033[K"  # back to the start of the terminal's line, and empty it
+CLEAR = "\r\033[K"  # carriage return, and erase to the end of the line
 
 
 def live(text: str) -> None:
-    """Show `text` on the terminal that is stdout, cut to its width: of a longer one, only the last row could be replaced."""
+    """Print a live line on stdout, cut to the width of the terminal, since a wrapped line cannot be replaced."""
     print(CLEAR + text[:shutil.get_terminal_size().columns - 1], end="", flush=True)
 
 
 def say(text: str, stream=None) -> None:
-    """Print a line of its own.  stream: where; None is stdout."""
+    """Print a line, in place of a live line.  stream: default stdout."""
     stream = stream or sys.stdout
     print(f"{CLEAR * stream.isatty()}{text}", file=stream, flush=True)
 

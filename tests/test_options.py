@@ -81,13 +81,13 @@ def test_choices_are_those_of_the_code():
     from losses.methods import METHODS
 
     assert options.POLICIES == tuple(POLICIES)
-    assert options.parse_teacher("", "", ["--image-size", str(datasets.SMALLEST)]).image_size == datasets.SMALLEST
-    for side in (datasets.SMALLEST, datasets.SMALLEST - 1):
+    assert options.parse_teacher("", "", ["--image-size", str(datasets.MIN_SIDE)]).image_size == datasets.MIN_SIDE
+    for side in (datasets.MIN_SIDE, datasets.MIN_SIDE - 1):
         images, labels = torch.zeros(4, side, side, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
-        with nullcontext() if side == datasets.SMALLEST else pytest.raises(ValueError, match="size >= 8"):
+        with nullcontext() if side == datasets.MIN_SIDE else pytest.raises(ValueError, match="size >= 8"):
             BatchAugmenter(images, labels, batch_size=2, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3)
     with pytest.raises(SystemExit):
-        options.parse_teacher("", "", ["--image-size", str(datasets.SMALLEST - 1)])
+        options.parse_teacher("", "", ["--image-size", str(datasets.MIN_SIDE - 1)])
     assert METHODS["dkd"].hyperparameters["mixed_target"].choices == softmax_kl.SPLITS
     assert METHODS["kd"].hyperparameters["kl"].choices == kd.DIRECTIONS
     assert [options.parse_teacher("", "", ["--kernels", name]).kernels for name in kernels.CHOICES] == list(kernels.CHOICES)

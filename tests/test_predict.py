@@ -83,7 +83,7 @@ def test_what_cannot_be_read_is_named_and_nothing_else_is_lost(trained, place, t
     code, out, err = run(capsys, "predict.py", f"{trained}/best.pt - --csv --top 1 --output {tmp_path}/sheet.png")
     assert code == 4 and [row["path"] for row in table(out)] == good, err
     *named, _, last = err.splitlines()
-    assert [line.split()[2] for line in named] == [str(tmp_path / "bad.png"), "nowhere.png", str(tmp_path / "deep.png")]
+    assert [line.split()[1] for line in named] == [str(tmp_path / "bad.png"), "nowhere.png", str(tmp_path / "deep.png")]
     assert last.startswith("error: 3 of 13 images could not be read (-). ") and "10 of 10 images" in err
     assert Image.open(tmp_path / "sheet.png").width > 300
 

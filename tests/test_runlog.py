@@ -194,5 +194,5 @@ def test_a_reader_that_goes_is_one_line():
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == "line\n"
     process.stdout.close()
-    assert process.stderr.read() == "error: nobody reads what is printed (broken pipe). send it to a file\n"
+    assert process.stderr.read() == "error: the output has no reader (broken pipe). redirect it to a file\n"
     assert process.wait() == 141
