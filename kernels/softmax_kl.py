@@ -28,7 +28,7 @@ masked by a large number, 1 - p is never formed, and everything else stays in lo
 """
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -242,7 +242,8 @@ def _derived(hyper, n, classes) -> tuple:
 def softmax_kl_cpu(z, v, label, other, lam, hyper, *, terms: str, split: str, reverse: bool):
     """The formulas of the module docstring in fp32 PyTorch; arguments and results of the operator."""
     wanted, z, scalars = terms.split(), z.float(), Scalars.of(hyper, *z.shape)
-    means, grad = dict.fromkeys(Weights._fields, hyper.new_full((), torch.nan)), None
+    means: dict = dict.fromkeys(Weights._fields, hyper.new_full((), torch.nan))
+    grad: Any = None
     log_softmax = z.log_softmax(1) if "ce" in wanted else None
     whole = wanted[-1] == "kl" and not reverse  # without a split
     if whole:
@@ -255,9 +256,9 @@ def softmax_kl_cpu(z, v, label, other, lam, hyper, *, terms: str, split: str, re
     if log_softmax is not None:
         means["ce"], on_logits = _cross_entropy(log_softmax, labels, shares, scalars)
         grad = on_logits.mul_(scalars.ce) if grad is None else grad.addcmul_(on_logits, scalars.ce)
-    means = torch.stack(list(means.values()))
-    weighted = hyper[:4] * means  # a term of weight 0 does not count, even if it is infinite or NaN: nansum leaves it out
-    losses = torch.cat([weighted.nansum(0, keepdim=True), means])
+    stacked = torch.stack(list(means.values()))
+    weighted = hyper[:4] * stacked  # a term of weight 0 does not count, even if it is infinite or NaN: nansum leaves it out
+    losses = torch.cat([weighted.nansum(0, keepdim=True), stacked])
     return losses.add_(grad.sum(), alpha=0), grad  # NaN where the gradient is: the sums above leave out a row that diverged
 
 
