@@ -45,7 +45,7 @@ class Ours:
 
     def __init__(self, teacher, student, args, context, images, labels, *, captured: bool = False):
         method = method_flags.chosen(args)
-        self.recipe, self.context, self.epoch, self.lap = Recipe(**options.recipe(args)), context, 0, lambda phase: None
+        self.recipe, self.context, self.epoch, self.lap = Recipe.of(args), context, 0, lambda phase: None
         with TemporaryDirectory() as folder:
             models.save(Path(folder, "best.pt"), teacher, **teacher.info)
             teacher = models.load(Path(folder, "best.pt"), context.device, context.dtype, folded=True)

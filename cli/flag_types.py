@@ -23,23 +23,18 @@ def number(kind, at_least=None, above=None, at_most=None, below=None):
     return parse
 
 
-def nonempty(text):
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty ('')")
-    return text
+def matching(pattern: str, wanted: str):
+    """An argparse type: a string that matches a regular expression."""
+
+    def parse(text):
+        if not re.fullmatch(pattern, text, re.DOTALL):
+            raise argparse.ArgumentTypeError(f"{wanted} ({text})")
+        return text
+
+    return parse
 
 
-def device(text):
-    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", text):
-        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N ({text})")
-    return text
-
-
-def png(text):
-    if not text.endswith(".png"):
-        raise argparse.ArgumentTypeError(f"must end in .png ({text})")
-    return text
-
-
+nonempty, png = matching(".+", "must not be empty"), matching(r".*\.png", "must end in .png")
+device = matching(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", "must be auto, cpu, cuda or cuda:N")
 count, whole, seed = number(int, above=0), number(int, at_least=0), number(int, at_least=0, below=2**63)
 positive, nonnegative, probability = number(float, above=0), number(float, at_least=0), number(float, at_least=0, at_most=1)

@@ -187,9 +187,3 @@ def augmentation(args) -> dict:
     """Keyword arguments of augment.BatchAugmenter."""
     names = ("seed", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")
     return {name: getattr(args, name) for name in names}
-
-
-def recipe(args) -> dict:
-    """Fields of training.optimization.Recipe."""
-    names = ("opt", "lr", "momentum", "weight_decay", "sched", "milestones", "warmup_epochs", "epochs", "clip_grad", "model_ema")
-    return {name: getattr(args, name) for name in names}

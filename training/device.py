@@ -48,14 +48,6 @@ class RunContext:
         on_gpu = self.device.type == "cuda"
         return torch.compile(net, mode="reduce-overhead" if on_gpu and not captured else None)
 
-    def memory(self) -> str:
-        """Peak reserved memory of this process, CUDA graphs included, and the GPU's total."""
-        reserved, total = torch.cuda.max_memory_reserved(self.device), torch.cuda.mem_get_info(self.device)[1]
-        return f"{reserved / 2**30:.1f} of {total / 2**30:.1f} GiB"
-
-    def peak_memory_mb(self):
-        return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if self.device.type == "cuda" else None
-
 
 def setup_context(device: str, amp: str | None, seed: int, kernels_choice: str = "auto", deterministic: bool = False,
                   compiled: bool = False) -> RunContext:

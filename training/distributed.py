@@ -68,14 +68,10 @@ class Ranks:
 
     def all_equal(self, numbers: torch.Tensor) -> bool:
         """Whether `numbers`, int64 (K,), are the same on all ranks."""
-        if self.size == 1:
-            return True
-        extremes = torch.stack([numbers, -numbers])
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        return torch.equal(extremes[0], -extremes[1])
+        return all(torch.equal(numbers, other) for other in self.gather(numbers))
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The `tensor` of every rank, on the CPU and of one shape."""
+        """The `tensor` of every rank, of one shape."""
         if self.size == 1:
             return [tensor]
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]

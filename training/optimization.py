@@ -12,7 +12,7 @@ from rundir.errors import BUG, DIVERGED, NONFINITE_HINT, Failure
 from training.device import RunContext
 
 SMALLEST_SCALE = 2.0**-14  # a loss that overflows FP16 at this scale is broken, not large
-ALIGNMENT = 16  # elements
+ALIGNMENT = 16  # elements, for vector loads
 
 
 class Recipe(NamedTuple):
@@ -27,6 +27,10 @@ class Recipe(NamedTuple):
     epochs: int
     clip_grad: float
     model_ema: float
+
+    @classmethod
+    def of(cls, args) -> "Recipe":
+        return cls(*(getattr(args, name) for name in cls._fields))
 
 
 def build_optimizer(net, recipe: Recipe) -> torch.optim.Optimizer:
@@ -92,6 +96,7 @@ class Update:
         seed = torch.addcmul(self.share, loss.detach(), self.zero)  # NaN for a non-finite loss; all-reduced, so all ranks skip
         loss.backward(self.scaler.scale(seed))
 
+    @torch.no_grad()
     def __call__(self, lr: float | torch.Tensor, diagnose: bool = False) -> StepResult:
         """Take the step.  diagnose: also measure the relative update."""
         self.set_learning_rate(lr)
@@ -129,17 +134,14 @@ class Update:
         torch.where(finite, self.buffers.words, self.before, out=self.before)
         self.buffers.words.copy_(self.before)
 
-    @torch.no_grad()
     def copy_parameters(self) -> list:
         return list(torch._foreach_mul(self.parameters, 1.0))
 
-    @torch.no_grad()
     def relative_update(self, before: list):
         weights = torch.stack(torch._foreach_norm(before)).norm()
         torch._foreach_sub_(before, self.parameters)
         return torch.stack(torch._foreach_norm(before)).norm() / weights
 
-    @torch.no_grad()
     def update_average(self) -> None:
         """Average weights and running statistics; the first call copies them."""
         share = 1 - self.decay if self.started else 1.0
@@ -203,21 +205,18 @@ class FlatBuffers:
     """
 
     def __init__(self, net):
-        grouped, parts, end = {}, [], 0
+        grouped = {}
         for buffer in net.buffers():
             grouped.setdefault(buffer.dtype, []).append(buffer)
-        for dtype, buffers in sorted(grouped.items(), key=lambda item: -item[0].itemsize):  # widest first, for alignment
-            starts = [0]
-            for buffer in buffers:  # aligned for vector loads
-                starts.append(starts[-1] + -(-buffer.numel() // ALIGNMENT) * ALIGNMENT)
-            begin, end = end, end + starts[-1] * dtype.itemsize // 4
-            parts.append((dtype, buffers, starts, begin, end))
-        self.words = torch.zeros(end, dtype=torch.int32, device=next(net.parameters()).device)
+        grouped = dict(sorted(grouped.items(), key=lambda item: -item[0].itemsize))  # widest first, for alignment
+        sizes = [[-(-buffer.numel() // ALIGNMENT) * ALIGNMENT for buffer in buffers] for buffers in grouped.values()]
+        words = [sum(each) * dtype.itemsize // 4 for each, dtype in zip(sizes, grouped)]
+        self.words = torch.zeros(sum(words), dtype=torch.int32, device=next(net.parameters()).device)
         self.floats, self.others = [], []
-        for dtype, buffers, starts, begin, end in parts:
-            part = self.words[begin:end].view(dtype)
+        for (dtype, buffers), each, part in zip(grouped.items(), sizes, self.words.split(words)):
+            part = part.view(dtype)
             (self.floats if dtype.is_floating_point else self.others).append(part)
-            for buffer, start in zip(buffers, starts):
-                view = part[start:start + buffer.numel()].view(buffer.shape)
+            for buffer, padded in zip(buffers, part.split(each)):
+                view = padded[:buffer.numel()].view(buffer.shape)
                 view.copy_(buffer)
                 buffer.data = view

@@ -129,13 +129,17 @@ class Run:
     def end_epoch(self, val: Evaluation, **more) -> None:
         """Save the epoch and print its line.  more: columns of log.csv that only this script has."""
         best, evaluated, train_s = self.stop.update(self.epoch, val), time.perf_counter(), self.trained - self.begun
+        device = self.context.device
+        on_gpu = device.type == "cuda"
         row = EpochRow(
             epoch=self.epoch, lr=self.lr, **self.columns, **val.columns(), **self.stop.columns(), **more, samples=self.samples,
             images_per_s=self.samples / train_s, epoch_s=train_s, val_s=evaluated - self.trained,
-            total_s=self.directory.elapsed(), peak_mem_mb=self.context.peak_memory_mb())
+            total_s=self.directory.elapsed(),
+            peak_mem_mb=round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if on_gpu else None)
         clean = self.evaluate(self.update.evaluated, self.clean).acc1
-        if self.epoch == self.first and self.context.device.type == "cuda":
-            say(f"peak memory in the first epoch: {self.context.memory()}")
+        if self.epoch == self.first and on_gpu:
+            reserved, total = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]  # with CUDA graphs
+            say(f"peak memory in the first epoch: {reserved / 2**30:.1f} of {total / 2**30:.1f} GiB")
         diagnostics = {"epoch": self.epoch, **{name: self.columns[name] for name in FROM_LOG}, **self.measured,
                        "dead_classes": val.dead_classes(len(self.data.classes)), "train_acc1_clean": clean}
         self.state.save(row, diagnostics, self.update.net.info if best else None)
