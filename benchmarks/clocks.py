@@ -13,9 +13,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(calls: dict, time_one, repeats: int) -> dict[str, list[float]]:
-    """The times of each call; calls take turns within a repeat, after one that is not timed."""
-    for call in calls.values():
-        time_one(call)
+    """The times of each call; the calls take turns within a repeat."""
     times = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
