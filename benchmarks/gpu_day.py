@@ -31,19 +31,15 @@ WORK = ROOT / "runs" / "gpu-day"
 GRACE = 5  # seconds from SIGTERM to SIGKILL
 POLL = 5  # seconds between two copies of new rows
 LEAST = 15  # seconds that a part needs
-KEPT = 2**20  # bytes of the end of a part's output
 ON_THE_GPU = ["tests/test_softmax_kl.py", "tests/test_augment_kernel.py", "tests/test_capture.py", "tests/test_loop.py"]
-LEFT_OUT = {"tests-all": "by --tiny: they are `make test`", "step-compiled": "by --tiny: torch.compile takes minutes"}
-NOT_RUN = {"not begun", "left out"}  # outcomes
+TOO_LONG = ("tests-all", "step-compiled")  # for --tiny
 
 
 class Part(NamedTuple):
-    """name: of its files.  command: Python's arguments, in which {folder} and {seconds} are filled in.  most: seconds.
-    left_out: why it does not run."""
+    """name: of its files.  command: Python's arguments, in which {folder} and {seconds} are filled in.  most: seconds."""
     name: str
     command: list[str]
     most: float
-    left_out: str = ""
 
 
 def parts_of(args) -> list[Part]:
@@ -78,108 +74,81 @@ def parts_of(args) -> list[Part]:
             benchmark("augmentation", 70, "--quick", "--case", "128", "512"), benchmark("step-compiled", 600, *pairs)],
         3: [training("unpack", 120, *archive), training("runs", 600, *archive)],
     }
-    return [part._replace(left_out=LEFT_OUT.get(part.name, "") if args.tiny else "") for part in stages[args.stage]]
+    return [part for part in stages[args.stage] if not (args.tiny and part.name in TOO_LONG)]
 
 
-class Outcome(NamedTuple):
-    """A row of the table of parts."""
-    stage: int
-    part: str
-    outcome: str
-    seconds: float
-    last_line: str
+def run_part(part: Part, seconds: float, rows: Path, log: Path) -> str:
+    """Run a part's process, copy its rows as they come and append its output to `log`; how it ended, with its children."""
+    with open(log, "a") as file:
+        file.write(f"=== {part.name}, {max(0.0, seconds):.0f} s\n")
+    if seconds < LEAST:
+        return "not begun"
+    folder = WORK / rows.stem.partition("-")[0] / part.name
+    shutil.rmtree(folder, ignore_errors=True)
+    make_directory(folder)
+    command = [word.replace("{folder}", str(folder)).replace("{seconds}", str(round(seconds))) for word in part.command]
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    rows.unlink(missing_ok=True)  # of an earlier call
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"})
+    end = time.monotonic() + seconds
+    try:
+        while (code := process.poll()) is None and time.monotonic() < end:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(POLL, max(0.0, end - time.monotonic())))
+            copy_rows(folder, rows)
+    finally:
+        end_group(process)
+        lost = copy_rows(folder, rows)
+    if code is None:
+        return f"out of time ({seconds:.0f} s){lost}"
+    return ("ok" if code == 0 else f"failed ({code})" if code > 0 else f"killed ({signal.Signals(-code).name})") + lost
 
 
-class Day:
-    """Runs the parts of a stage one after the other, and keeps their rows and output in `output`."""
+def copy_rows(folder: Path, rows: Path) -> str:
+    """Copy the CSV file in `folder` to `rows`; why that could not be done."""
+    try:
+        for path in folder.glob("*.csv"):
+            write_atomic(rows, path.read_bytes())
+    except OSError as failure:
+        return f", not kept: {failure.strerror}"
+    return ""
 
-    def __init__(self, stage: int, output: Path, seconds: float):
-        self.stage, self.output, self.rows = stage, output, []
-        self.end = time.monotonic() + seconds - GRACE - 1
 
-    def file(self, name: str) -> Path:
-        return self.output / f"stage{self.stage}-{name}"
+def last_line(log: Path) -> str:
+    """The last line of `log` that is not empty, its printable characters."""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 2000))
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        return "".join(filter(str.isprintable, lines[-1]))[:160]
+    return ""
 
-    def folder(self, part: Part) -> Path:
-        return WORK / f"stage{self.stage}" / part.name
 
-    def go(self, part: Part) -> None:
-        """Run a part and add its row, however it ends."""
-        if part.left_out:
-            return self.add(part, "left out", 0, part.left_out)
-        left, started = self.end - time.monotonic(), time.monotonic()
-        if left < LEAST:
-            return self.add(part, "not begun", 0, f"{max(0, left):.0f} s are left, it needs {LEAST}")
-        outcome = "stopped"
+def run_stage(stage: int, parts: list[Part], output: Path, end: float, table: list[dict]) -> None:
+    """Run the parts one after the other until `end`; a row of each goes to `table`, which is written each time."""
+    log = output / f"stage{stage}-log.txt"
+    log.unlink(missing_ok=True)
+    for part in parts:
+        started, outcome = time.monotonic(), "stopped"
         try:
-            self.file(f"{part.name}.csv").unlink(missing_ok=True)  # of an earlier call
-            outcome = self.run(part, min(part.most, left))
+            outcome = run_part(part, min(part.most, end - started), output / f"stage{stage}-{part.name}.csv", log)
         except OSError as failure:
             outcome = f"failed ({failure.strerror})"
         finally:
-            outcome += self.collect(part)
-            lines = [line for line in self.printed(part, 2000).splitlines() if line.strip()]
-            last_line = "".join(filter(str.isprintable, lines[-1]))[:160] if lines else ""
-            self.add(part, outcome, time.monotonic() - started, last_line)
+            table.append({"stage": stage, "part": part.name, "outcome": outcome,
+                          "seconds": round(time.monotonic() - started, 1), "last_line": last_line(log)})
+            try:
+                write_atomic(output / f"stage{stage}-parts.csv", as_csv(list(table[0]), table))
+            except OSError as failure:
+                print(f"the table of parts is not kept in {output}: {failure.strerror}", flush=True)
 
-    def run(self, part: Part, seconds: float) -> str:
-        """Run a part's process and copy its rows as they come; how it ended.  Its child processes end with it."""
-        folder = self.folder(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        make_directory(folder)
-        command = [word.replace("{folder}", str(folder)).replace("{seconds}", str(round(seconds))) for word in part.command]
-        paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with open(folder / "log.txt", "wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"})
-        end = time.monotonic() + seconds
-        try:
-            while (code := process.poll()) is None and time.monotonic() < end:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(min(POLL, max(0.0, end - time.monotonic())))
-                self.collect(part)
-        finally:
-            end_group(process)
-        if code is None:
-            return f"out of time ({seconds:.0f} s)"
-        return "ok" if code == 0 else f"failed ({code})" if code > 0 else f"killed ({signal.Signals(-code).name})"
 
-    def collect(self, part: Part) -> str:
-        """Copy the rows of a part to `output`; why that could not be done."""
-        try:
-            for path in self.folder(part).glob("*.csv"):
-                write_atomic(self.file(f"{part.name}.csv"), path.read_bytes())
-        except OSError as failure:
-            return f", not kept: {failure.strerror}"
-        return ""
-
-    def printed(self, part: Part, size: int) -> str:
-        """The end of a part's output."""
-        path = self.folder(part) / "log.txt"
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
-            return file.read().decode(errors="replace")
-        return ""
-
-    def add(self, part: Part, outcome: str, seconds: float, line: str) -> None:
-        """Add a row to the table of parts, and the part's output to the log."""
-        first = all(row.outcome in NOT_RUN for row in self.rows)
-        self.rows.append(Outcome(self.stage, part.name, outcome, round(seconds, 1), line))
-        print(f"{part.name}: {outcome}, {seconds:.0f} s. {line}".rstrip(), flush=True)
-        try:
-            write_atomic(self.file("parts.csv"), as_csv(list(Outcome._fields), [row._asdict() for row in self.rows]))
-            if outcome not in NOT_RUN:
-                with open(self.file("log.txt"), "w" if first else "a", encoding="utf-8") as log:
-                    log.write(f"=== {part.name}: {outcome}\n{self.printed(part, KEPT)}\n")
-        except OSError as failure:
-            print(f"not kept of {part.name} in {self.output}: {failure.strerror}", flush=True)
-
-    def print_table(self) -> None:
-        widths = [max(len(str(row[column])) for row in self.rows) for column in range(4)]
-        for row in self.rows:
-            cells = (f"{cell!s:{width}}" for cell, width in zip(row, widths))
-            print(*cells, row.last_line, sep="  ", flush=True)
+def print_table(table: list[dict]) -> None:
+    widths = [max(map(len, column)) for column in zip(*(map(str, list(row.values())[:4]) for row in table))]
+    for row in table:
+        print(*(f"{cell!s:{width}}" for cell, width in zip(row.values(), [*widths, 0])), sep="  ", flush=True)
 
 
 def end_group(process) -> None:
@@ -195,25 +164,22 @@ def end_group(process) -> None:
 def main(args) -> None:
     if args.stage == 3 and not (args.data and args.data.is_file()):
         raise Failure(USAGE, f"stage 3 needs an archive of images (--data {args.data})", "name a .tar.xz of train/CLASS/*.jpg")
-    device, parts = table.device(args.device), parts_of(args)
-    names = [part.name for part in parts]
-    if unknown := set(args.part or ()) - set(names):
-        raise Failure(USAGE, f"no such part of stage {args.stage} ({', '.join(sorted(unknown))})", f"choose of {', '.join(names)}")
+    end, device, parts = time.monotonic() + 60 * args.minutes - GRACE - 1, table.device(args.device), parts_of(args)
+    names, rows = [part.name for part in parts], []
+    if unknown := sorted(set(args.part or ()) - set(names)):
+        raise Failure(USAGE, f"no such part of stage {args.stage} ({', '.join(unknown)})", f"choose of {', '.join(names)}")
     if args.tiny and device.type == "cpu":
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     make_directory(args.output)
-    day = Day(args.stage, args.output, 60 * args.minutes)
     try:
         with stopping_on_signals():
-            for part in parts:
-                if part.name in (args.part or names):
-                    day.go(part)
+            run_stage(args.stage, [part for part in parts if part.name in (args.part or names)], args.output, end, rows)
     except Stopped as stopped:
         raise SystemExit(STOPPED + stopped.number) from None
     finally:
-        day.print_table()
-    outcomes = [row.outcome for row in day.rows]
-    if any(each.startswith(("failed", "killed")) or "not kept" in each for each in outcomes) or NOT_RUN.issuperset(outcomes):
+        print_table(rows)
+    outcomes = {row["outcome"] for row in rows}
+    if any(each.startswith(("failed", "killed")) or "not kept" in each for each in outcomes) or outcomes == {"not begun"}:
         raise SystemExit(1)
 
 

@@ -4,8 +4,8 @@
     python -m benchmarks.gpu_runs unpack --output DIR/unpack --data images.tar.xz         once, to DIR/<its digest>/images
     python -m benchmarks.gpu_runs runs --output DIR/runs --data images.tar.xz --seconds 500
 
-runs: two chains, in parallel where there are cores: a teacher, then its students and one alone.  Epochs and seeds are planned
-from short runs that measure an epoch, and kept in DIR/<digest>/plan.json: a later call goes on with the same plan.
+runs: two chains, in parallel where there are cores: a teacher, then its students and one alone.  Epochs are planned from
+short runs that measure one, and kept in DIR/<digest>/plan.json: a later call goes on with the same plan.
 """
 import csv
 import lzma
@@ -43,7 +43,7 @@ AGREE = {"dkd-eager": ("dkd", 0.05), "fp32-eager": ("fp32", 0.05), "deterministi
 CHAINS = {"resnet": ("resnet32x4", "resnet8x4", "--opt sgd --lr 0.1 --weight-decay 5e-4"),
           "efficientnet": ("efficientnet_v2_s", "v2_tiny", "--lr 2e-3")}  # teacher, student, recipe
 TINY_VARIANTS, TINY_CHAINS = ("deterministic", "killed"), {"tiny": ("v2_pico", "v2_pico", "--batch-size 8")}
-STUDENTS, MOST_EPOCHS, SEEDS = ("v2", "v3", "v3.1", "alone", "v1"), 30, (42, 43, 44)
+STUDENTS, MOST_EPOCHS = ("v2", "v3", "v3.1", "alone", "v1"), 30
 LEAST, GRACE = 10, 5  # seconds that a run needs, and from SIGTERM to SIGKILL
 
 
@@ -158,57 +158,45 @@ def train_chain(args, name: str, seconds: float, rows: table.Rows) -> None:
     teacher, student, recipe = (CHAINS | TINY_CHAINS)[name]
     recipe += f" --dataset imagefolder --data-dir {folder.parent / 'images'} --device {args.device} --patience 0"
 
-    def command(which: str, seed: int, epochs: int) -> str:
-        flags = f"{recipe} --seed {seed} --epochs {epochs} --warmup-epochs {min(2, epochs - 1)}"
+    def command(which: str, epochs: int) -> str:
+        flags = f"{recipe} --epochs {epochs} --warmup-epochs {min(2, epochs - 1)}"
         if which in ("teacher", "alone"):
             return f"train_teacher.py --model {teacher if which == 'teacher' else student} --no-pretrained {flags}"
-        checkpoint = folder / f"teacher-s{SEEDS[0]}" / "best.pt"
+        checkpoint = folder / "teacher" / "best.pt"
         return f"distill.py --experiment {which} --student {student} --teacher-checkpoint {checkpoint} {flags}"
 
     def measure(which: str) -> tuple[float, float]:
         """Seconds of a run outside its epochs, and of an epoch."""
         probe = folder / "probe" / which
         shutil.rmtree(probe, ignore_errors=True)  # one that is whole would start in no time
-        if (ended := run(command(which, SEEDS[0], 2), probe, end)).outcome != "ok":
+        if (ended := run(command(which, 2), probe, end)).outcome != "ok":
             raise errors.Failure(errors.BUG, f"no epoch could be measured ({name} {which}: {ended.line})", "see its log")
         epoch = sum(float(log_of(probe)[-1][column]) for column in ("epoch_s", "val_s"))
         return max(0.0, ended.seconds - 2 * epoch), epoch
 
-    if not (folder / "plan.json").exists():
-        write_json(folder / "plan.json", plan(measure("teacher"), measure("alone")[1], end - time.monotonic(), args.tiny))
-    planned = read_json(folder / "plan.json")
-    print(f"plan of {name}: {planned}", flush=True)
-    epochs, students = planned["epochs"], STUDENTS[:1 if args.tiny else None]
-    for which, seed in [("teacher", SEEDS[0]), *((which, seed) for seed in planned["seeds"] for which in students)]:
-        output = folder / f"{which}-s{seed}"
-        ended, log = run(command(which, seed, epochs), output, end), log_of(output)
+    if not (folder / "plan.json").exists():  # all runs are to take four fifths of the time
+        (start, teacher_s), (_, student_s) = measure("teacher"), measure("alone")
+        runs = len(STUDENTS)  # those with a teacher also take its forward passes, a third of its step
+        epochs = (0.8 * (end - time.monotonic()) - (1 + runs) * start) / (teacher_s * (1 + (runs - 1) / 3) + runs * student_s)
+        write_json(folder / "plan.json", {"epochs": max(2, min(2 if args.tiny else MOST_EPOCHS, int(epochs))), "start_s": start,
+                                          "teacher_epoch_s": teacher_s, "student_epoch_s": student_s})
+    epochs = read_json(folder / "plan.json")["epochs"]
+    for which in ("teacher", *STUDENTS[:1 if args.tiny else None]):
+        output = folder / which
+        ended, log = run(command(which, epochs), output, end), log_of(output)
         summary, first, last = read_json(output / "summary.json") or {}, *((log[0], log[-1]) if log else ({}, {}))
         rows.add(table.Row(
-            **table.versions(args.device, torch), chain=name, run=which, seed=seed, outcome=ended.outcome, epochs=len(log),
+            **table.versions(args.device, torch), chain=name, run=which, outcome=ended.outcome, epochs=len(log),
             of_epochs=epochs, test_acc1=summary.get("test_acc1_best"), retention=summary.get("retention"),
             verdict=summary.get("verdict"), images_per_s=last.get("images_per_s"), first_epoch_s=first.get("epoch_s"),
             last_epoch_s=last.get("epoch_s"), peak_mem_mb=last.get("peak_mem_mb"), line=ended.line))
-
-
-def plan(of_teacher: tuple[float, float], of_student: float, seconds: float, tiny: bool) -> dict:
-    """Epochs and seeds with which all runs take four fifths of `seconds`.
-
-    of_teacher: seconds before its epochs, and of one.  of_student: seconds of an epoch alone; under distillation it also takes a
-    third of the teacher's, for the teacher's forward passes.
-    """
-    before, once = of_teacher
-    runs, each = len(STUDENTS), len(STUDENTS) * of_student + (len(STUDENTS) - 1) * once / 3  # an epoch of all students
-    epochs = max(2, min(2 if tiny else MOST_EPOCHS, int((0.8 * seconds - (1 + runs) * before) / (once + each))))
-    seeds = int((0.8 * seconds - before - epochs * once) / (runs * before + epochs * each))
-    return {"epochs": epochs, "seeds": SEEDS[:1 if tiny else max(1, seeds)], "start_s": before, "teacher_epoch_s": once,
-            "student_epoch_s": of_student}
 
 
 def train(args) -> None:
     if not (kept(args) / "images").exists():
         raise errors.Failure(errors.DATA, f"not unpacked yet ({args.data})", "begin with the part unpack")
     chains, failures = list(TINY_CHAINS if args.tiny else CHAINS), []
-    rows = table.Rows(args, "runs", table.short(args.device), "chain run seed outcome epochs of_epochs test_acc1 verdict line")
+    rows = table.Rows(args, "runs", table.short(args.device), "chain run outcome epochs of_epochs test_acc1 verdict line")
     parallel = min(len(chains), os.cpu_count())
 
     def one(name: str) -> None:
