@@ -29,14 +29,14 @@ def main(args):
         path = place / f"{checkpoint.stem}-{args.precision}{takes_float}{writers.SUFFIXES[args.format]}"
         writers.export(module, args.format, args.precision, check.calibration(data), path)
 
-        metadata = writers.metadata(module, args.format, args.precision, trained["sha256"])
+        card = writers.card(module, args.format, args.precision, trained["sha256"])
         images, labels = (part.numpy() for part in data.test)
-        found, expected = (model(images)[1] for model in (runtime.start(path, metadata), original))
-        row = check.compare(path, checkpoint, metadata, found, expected, labels)
+        found, expected = (model(images)[1] for model in (runtime.start(path, card), original))
+        row = check.compare(path, checkpoint, card, found, expected, labels)
         print(row)
         check.judge(row, args.max_drop, module.info["test_acc1"], module.info["amp"])
-        metadata |= {"test_acc1": row.accuracy, "checkpoint_test_acc1": row.checkpoint_accuracy, "sha256": digest(path)}
-        print(f"{check.publish(path, metadata, row, place.parent)}: {metadata['images']} -> {' and '.join(metadata['outputs'])}")
+        card |= {"test_acc1": row.accuracy, "checkpoint_test_acc1": row.checkpoint_accuracy, "sha256": digest(path)}
+        print(f"{check.publish(path, card, row, place.parent)}: {card['images']} -> {' and '.join(card['outputs'])}")
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ def main(args):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="surrogateescape")  # names of files may be any bytes
     model, unreadable, shown, count = runtime.load(args.model), [], [], 0
-    classes = model.metadata["classes"]
+    classes = model.card["classes"]
     table = csv.writer(sys.stdout, lineterminator="\n")
     if args.csv:
         table.writerow(["path", "rank", "class", "probability"])
-    for paths, images in batches(pictures.named_by(args.images), model.metadata["image_size"], unreadable):
+    for paths, images in batches(pictures.named_by(args.images), model.card["image_size"], unreadable):
         for path, image, row in zip(paths, images, model(images)[0]):
             best = [(classes[index], row[index]) for index in row.argsort()[::-1][:args.top]]
             if args.csv:

@@ -13,7 +13,7 @@ import torch
 
 from cli import options
 from data import datasets
-from deploy.runtime import metadata_path
+from deploy.runtime import card_path
 from rundir.errors import CHECKPOINT, DIVERGED, USAGE, Failure
 from rundir.files import as_csv, make_directory, write_atomic, write_json
 from training.evaluation import tolerance
@@ -74,10 +74,10 @@ def calibration(data: datasets.Dataset) -> torch.Tensor:
     return images[:: max(1, len(images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
 
 
-def compare(path: Path, checkpoint: Path, metadata: dict, found, expected, labels) -> Row:
+def compare(path: Path, checkpoint: Path, card: dict, found, expected, labels) -> Row:
     """found, expected: logits of the test images, float32 (N, C) arrays, by the file and by its checkpoint; labels int64 (N,)."""
     accuracy, reference = (100 * float(np.mean(logits.argmax(1) == labels)) for logits in (found, expected))
-    return Row(path.name, metadata["format"], metadata["precision"], metadata["input"], path.stat().st_size, Path(checkpoint).stat().st_size,
+    return Row(path.name, card["format"], card["precision"], card["input"], path.stat().st_size, Path(checkpoint).stat().st_size,
                len(labels), int(np.sum(found.argmax(1) == expected.argmax(1))), round(accuracy, 4), round(reference, 4),
                round(reference - accuracy, 4), float(np.abs(found - expected).max()), float(np.abs(expected).max()))
 
@@ -114,11 +114,11 @@ def workplace(directory):
                 folder.rmdir()
 
 
-def publish(path: Path, metadata: dict, row: Row, directory: Path) -> Path:
-    """Move the file `path`, its metadata and its line of export.csv into `directory`, on the same disk: each in one step, the file
-    first, so that a metadata never describes another file than it says."""
-    table, beside = path.with_name("export.csv"), metadata_path(path)
-    write_json(beside, metadata)
+def publish(path: Path, card: dict, row: Row, directory: Path) -> Path:
+    """Move the file `path`, its card and its line of export.csv into `directory`, on the same disk: each in one step, the file
+    first, so that a card never describes another file than it says."""
+    table, beside = path.with_name("export.csv"), card_path(path)
+    write_json(beside, card)
     write_atomic(table, as_csv([field.name for field in fields(Row)], [*others(directory / table.name, row), asdict(row)]))
     for each in (path, beside, table):
         os.replace(each, directory / each.name)

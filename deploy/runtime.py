@@ -4,7 +4,7 @@
     model = runtime.load("runs/v2-s42/export/best-int8.onnx")
     probabilities, logits = model(images)       # uint8 (N, H, W, 3) -> two arrays, float32 (N, C)
 
-Imports no torch for an .onnx file.  What describes an exported file, its metadata, is the JSON file beside it.
+Imports no torch for an .onnx file.  What describes an exported file, its card, is the JSON file beside it.
 """
 import contextlib
 import importlib
@@ -50,21 +50,21 @@ def quiet():
 class Model:
     """A network that takes uint8 images (N, H, W, 3) of any N and gives their (probabilities, logits), float32 (N, C) each.
 
-    run: takes one batch as the file wants it, no larger than `metadata["largest_batch"]`, and returns both outputs as arrays.
+    run: takes one batch as the file wants it, no larger than `card["largest_batch"]`, and returns both outputs as arrays.
     """
 
-    def __init__(self, metadata: dict, run):
-        self.metadata, self.run = metadata, run
+    def __init__(self, card: dict, run):
+        self.card, self.run = card, run
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        size = self.metadata["largest_batch"] or BATCH
+        size = self.card["largest_batch"] or BATCH
         outputs = [self.run(self.as_wanted(images[first:first + size])) for first in range(0, len(images), size)]
         probabilities, logits = map(np.concatenate, zip(*outputs))
         return probabilities, logits
 
     def as_wanted(self, images: np.ndarray) -> np.ndarray:
         """The input of the file: the images themselves, or float32 (N, 3, H, W) between 0 and 1."""
-        if self.metadata["input"] == "uint8":
+        if self.card["input"] == "uint8":
             return np.ascontiguousarray(images)
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
 
@@ -79,36 +79,36 @@ def load(path, threads: int | None = None) -> Model:
     path = Path(path)
     if path.suffix not in RUNTIMES:
         return of_checkpoint(path)
-    sha256, metadata = digest(path), read_metadata(path)
-    if sha256 != metadata["sha256"]:
+    sha256, card = digest(path), read_card(path)
+    if sha256 != card["sha256"]:
         raise Failure(CHECKPOINT, f"not the file that its description is of ({path}: wrong SHA-256)", "export it again")
-    return start(path, metadata, threads)
+    return start(path, card, threads)
 
 
-def metadata_path(path: Path) -> Path:
+def card_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def read_metadata(path: Path) -> dict:
-    beside = metadata_path(path)
+def read_card(path: Path) -> dict:
+    beside = card_path(path)
     try:
-        metadata = json.loads(beside.read_text(encoding="utf-8"))
-        missing = {"classes", "image_size", "input", "largest_batch", "precision", "sha256"} - set(metadata)
+        card = json.loads(beside.read_text(encoding="utf-8"))
+        missing = {"classes", "image_size", "input", "largest_batch", "precision", "sha256"} - set(card)
     except (OSError, ValueError, TypeError) as failure:
         raise Failure(CHECKPOINT, f"no description of an exported file ({beside}: {failure})",
                       "copy both files, or export again") from failure
     if missing:
         raise Failure(CHECKPOINT, f"not the description of an exported file ({beside}: no {min(missing)})", "export again")
-    return metadata
+    return card
 
 
-def start(path: Path, metadata: dict, threads: int | None = None) -> Model:
-    """The exported file `path`, which `metadata` describes, in its runtime."""
+def start(path: Path, card: dict, threads: int | None = None) -> Model:
+    """The exported file `path`, which `card` describes, in its runtime."""
     packages, runner = RUNTIMES[path.suffix]
     require(*packages)
     try:
         with quiet():
-            return Model(metadata, runner(path, metadata, threads))
+            return Model(card, runner(path, card, threads))
     except Failure:
         raise
     except Exception as failure:  # each runtime raises its own types
@@ -116,7 +116,7 @@ def start(path: Path, metadata: dict, threads: int | None = None) -> Model:
                       "export it again with the versions that are installed here") from failure
 
 
-def onnx_session(path: Path, metadata: dict, threads: int | None):
+def onnx_session(path: Path, card: dict, threads: int | None):
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # an error is raised, too
@@ -127,9 +127,9 @@ def onnx_session(path: Path, metadata: dict, threads: int | None):
     return lambda images: session.run(["probabilities", "logits"], {"images": images})
 
 
-def exported_program(path: Path, metadata: dict, threads: int | None):
+def exported_program(path: Path, card: dict, threads: int | None):
     import torch
-    if metadata["precision"] == "int8":
+    if card["precision"] == "int8":
         require("torchao.quantization.pt2e")  # registers the operators of the file
     with pt2.weights_only():
         module = torch.export.load(pt2.checked(path)).module()
@@ -141,7 +141,7 @@ def exported_program(path: Path, metadata: dict, threads: int | None):
     return run
 
 
-def executorch_program(path: Path, metadata: dict, threads: int | None):
+def executorch_program(path: Path, card: dict, threads: int | None):
     import torch
     from executorch.runtime import Runtime
     program = Runtime.get().load_program(path.read_bytes())
@@ -149,7 +149,7 @@ def executorch_program(path: Path, metadata: dict, threads: int | None):
     return lambda images: [output.numpy() for output in program.load_method("forward").execute((torch.from_numpy(images),))]
 
 
-RUNTIMES = {  # by the suffix of a file: the packages it needs, and (path, metadata, threads) -> run
+RUNTIMES = {  # by the suffix of a file: the packages it needs, and (path, card, threads) -> run
     ".onnx": (("onnxruntime",), onnx_session),
     ".pt2": (("torch",), exported_program),
     ".pte": (("torch", "executorch.runtime"), executorch_program),

@@ -206,7 +206,7 @@ def needs(format: str, precision: str) -> tuple[str, ...]:
     return (*torchao, "executorch.exir", "executorch.runtime") if format == "executorch" else torchao
 
 
-def metadata(module: Deployed, format: str, precision: str, checkpoint_sha256: str) -> dict:
+def card(module: Deployed, format: str, precision: str, checkpoint_sha256: str) -> dict:
     """What describes an exported file, all but its own SHA-256 and accuracy."""
     takes = "uint8 (N, H, W, 3)" if module.takes == "uint8" else "float32 (N, 3, H, W) between 0 and 1"
     bounded = format == "executorch"

@@ -34,16 +34,16 @@ class Alarm(NamedTuple):
     text: str
 
 
-def judge(method, monitor: str, rows: list, diagnostics: list[dict], classes: int, stopped_early: bool) -> dict:
+def judge(method, monitor: str, rows: list, looked: list[dict], classes: int, stopped_early: bool) -> dict:
     """What summary.json says of a run: verdict, health, alarms, advice.
 
-    method: a losses.chosen_method.ChosenMethod.  monitor: the flag.  rows: of log.csv.  diagnostics: rows of
+    method: a losses.chosen_method.ChosenMethod.  monitor: the flag.  rows: of log.csv.  looked: rows of
     diagnostics.csv.  classes: their number.
     advice: of a run that went wrong, what lowers each number beyond its limit; None of others.
     """
-    found = alarms(method, monitor, rows, diagnostics, classes, stopped_early)
+    found = alarms(method, monitor, rows, looked, classes, stopped_early)
     names = {alarm.name for alarm in found}
-    remedies = [f"{name}: {remedy}" for name, remedy in advice(method, diagnostics).items() if name in names]
+    remedies = [f"{name}: {remedy}" for name, remedy in advice(method, looked).items() if name in names]
     verdict = "collapsed" if names & {"collapse", "chance"} else "early stop" if stopped_early else "completed"
     return {"verdict": verdict,
             "health": f"{len(found)} alarm{'s' * (len(found) > 1)}" if found else "healthy",
@@ -51,9 +51,9 @@ def judge(method, monitor: str, rows: list, diagnostics: list[dict], classes: in
             "advice": "; ".join(remedies) or None if verdict == "collapsed" or "dead" in names else None}
 
 
-def alarms(method, monitor, rows, diagnostics, classes: int, stopped_early: bool) -> list[Alarm]:
+def alarms(method, monitor, rows, looked, classes: int, stopped_early: bool) -> list[Alarm]:
     """Every number of a run that is beyond its limit; arguments as above."""
-    found, steps, loud = [], sum(row.steps for row in rows), shares(method, diagnostics)
+    found, steps, loud = [], sum(row.steps for row in rows), shares(method, looked)
 
     def check(name: str, value, limit: float, text: str, epoch=None) -> None:
         if value is not None and value > limit:
@@ -61,7 +61,7 @@ def alarms(method, monitor, rows, diagnostics, classes: int, stopped_early: bool
 
     def worst(column: str) -> tuple:
         """Its largest value and the epoch of it."""
-        return max(((row[column], row["epoch"]) for row in diagnostics if row.get(column) is not None), default=(None, None))
+        return max(((row[column], row["epoch"]) for row in looked if row.get(column) is not None), default=(None, None))
 
     accuracy, last = [row.val_acc1 for row in rows], rows[-1].val_acc1
     best, chance = max(accuracy), 100 / classes
@@ -72,10 +72,10 @@ def alarms(method, monitor, rows, diagnostics, classes: int, stopped_early: bool
     if last <= near:
         found.append(Alarm("chance", last, near, rows[-1].epoch, f"validation accuracy is {last:.1f} % at the end, near the "
                            f"chance of {chance:.3g} % with {classes} classes (alarm up to {near:.3g} %)"))
-    dead = diagnostics[-1]["dead_classes"] if diagnostics else None
+    dead = looked[-1]["dead_classes"] if looked else None
     if dead:
         check("dead", dead / classes, DEAD, f"the student never predicts {dead} of {classes} classes at the end "
-              f"(alarm above {DEAD:.0%})", diagnostics[-1]["epoch"])
+              f"(alarm above {DEAD:.0%})", looked[-1]["epoch"])
     skipped = sum(row.skipped_steps for row in rows) / steps
     check("skipped", skipped, SKIPPED, f"{skipped:.1%} of the steps were skipped: loss or gradient was not finite "
           f"(alarm above {SKIPPED:.0%})")
@@ -83,21 +83,21 @@ def alarms(method, monitor, rows, diagnostics, classes: int, stopped_early: bool
     check("move", move, MOVE, f"steps are large: in epoch {epoch} one changes the weights by {move or 0:.1%} of their norm "
           f"(alarm above {MOVE:.0%})" + "".join(f"; {term.upper()} makes {share:.0%} of the logit gradient"
                                                  for term, share in list(loud.items())[:1]), epoch)
-    dominant, minor = mean(diagnostics, "pull_whole"), mean(diagnostics, "pull_minor_whole")
+    dominant, minor = mean(looked, "pull_whole"), mean(looked, "pull_minor_whole")
     if dominant is not None and minor > dominant:
         found.append(Alarm("inverted", minor, dominant, None, "mixed images: the loss raises the logit of the smaller label more "
                            f"than that of the larger one ({minor:.3f} against {dominant:.3f} an image)"))
     clipped = sum(row.clip_frac * (row.steps - row.skipped_steps) for row in rows) / max(1, steps - sum(
         row.skipped_steps for row in rows))
-    factors = [row["clip_factor"] for row in diagnostics if row["clip_factor"]]
+    factors = [row["clip_factor"] for row in looked if row["clip_factor"]]
     check("clipped", clipped, CLIPPED, f"{clipped:.0%} of the steps were clipped (alarm above {CLIPPED:.0%}), to "
           f"{sum(factors) / max(1, len(factors)):.0%} of the gradient on average")
     for term, share in loud.items():
         check("share", share, SHARE, f"{term.upper()} makes {share:.0%} of the logit gradient (alarm above {SHARE:.0%})")
-    teacher = mean(diagnostics, "teacher_acc1")
+    teacher = mean(looked, "teacher_acc1")
     if teacher is not None and teacher < TEACHER:
         found.append(Alarm("teacher", teacher, TEACHER, None, f"the teacher is right about {teacher:.0f} % of the augmented "
-                           f"images (alarm below {TEACHER:g} %; about either label {mean(diagnostics, 'teacher_either'):.0f} %)"))
+                           f"images (alarm below {TEACHER:g} %; about either label {mean(looked, 'teacher_either'):.0f} %)"))
     if stopped_early:
         kept = accuracy[rows[-1].best_epoch - 1]
         check("early stop", last - kept, 0.0, "early stopping ended the run while validation accuracy was rising: "
@@ -105,22 +105,22 @@ def alarms(method, monitor, rows, diagnostics, classes: int, stopped_early: bool
     return found
 
 
-def mean(diagnostics: list[dict], column: str) -> float | None:
+def mean(looked: list[dict], column: str) -> float | None:
     """Of a column of diagnostics.csv, over the run, each image the same; None where it is empty."""
-    there = [(row[column], row["images"]) for row in diagnostics if row.get(column) is not None]
+    there = [(row[column], row["images"]) for row in looked if row.get(column) is not None]
     return sum(value * images for value, images in there) / sum(images for _, images in there) if there else None
 
 
-def shares(method, diagnostics: list[dict]) -> dict:
+def shares(method, looked: list[dict]) -> dict:
     """Each distillation term's part of the logit gradient over the run, the largest first; empty for a teacher."""
-    found = {term: mean(diagnostics, f"share_{term}") or 0.0 for term in method.record.terms if term != "ce"}
+    found = {term: mean(looked, f"share_{term}") or 0.0 for term in method.record.terms if term != "ce"}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def advice(method, diagnostics: list[dict]) -> dict[str, str]:
+def advice(method, looked: list[dict]) -> dict[str, str]:
     """What to change, by alarm."""
     weights = method.record.weight_of
-    loudest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(method, diagnostics))[:1] if term in weights]
+    loudest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(method, looked))[:1] if term in weights]
     quieter = "".join(f" or {flag}" for flag in loudest)
     return {
         "skipped": f"lower --lr{quieter}, or use --amp bf16",

@@ -348,7 +348,7 @@ def _divergences(z, v, targets, scalars, reverse, with_kl):
         above = torch.cat([(q * (one - level)).nansum(1, keepdim=True) for one in level.split(1, 1)], 1)
         on_targets = _finite(q * above)[:, :-1] * scalars.kl
         on_rest = distance.addcmul_(q_inside, above[:, -1:] - mean_distance).mul_(q[:, -1:] / q_total * scalars.kl)
-        on_rest.add_(v.amax(1, keepdim=True), alpha=0)  # NaN for a non-finite teacher, which the sums above leave out
+        on_rest.add_(v.amax(1, keepdim=True), alpha=0)  # NaN for a sick teacher, which the sums above leave out
     sums = {"tckd": tckd, "nckd": nckd.nansum()}
     if with_kl:
         sums["kl"] = tckd + ((q if reverse else p)[:, -1:] * nckd).nansum()
@@ -381,7 +381,7 @@ def _inverse(x):
 
 @triton.jit
 def _times(p, value):
-    """p * value, 0 where p is 0: an impossible class contributes nothing.  NaN is not 0: a non-finite row must show."""
+    """p * value, 0 where p is 0: an impossible class contributes nothing.  NaN is not 0: a sick row must show."""
     return tl.where(p != 0, p * value, 0.0)
 
 

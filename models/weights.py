@@ -19,7 +19,7 @@ from rundir.errors import CHECKPOINT, DATA, USAGE, Failure
 from rundir.files import digest
 
 # What a file of weights must hold for `load` to use it; the scripts store more.
-METADATA = ("model", "classes", "image_size", "mean", "std", "dataset", "state_dict")
+CARD = ("model", "classes", "image_size", "mean", "std", "dataset", "state_dict")
 
 
 def initialise(net, name: str, *, pretrained: bool = False, init=None) -> str | None:
@@ -107,7 +107,7 @@ def normalise(images, mean, std):
 
 
 def save(path, net, **info) -> None:
-    """Write what `load` reads: the weights of `net` and, in plain types, all that `METADATA` asks for, as a loaded `info` has it."""
+    """Write what `load` reads: the weights of `net` and, in plain types, all that `CARD` asks for, as a loaded `info` has it."""
     checkpoint.write(path, **info | {"kind": "weights", "state_dict": checkpoint.on_cpu(net.state_dict())})
 
 
@@ -133,12 +133,12 @@ def fold(net, image_size: int):
 
 
 def read(path, missing: str = "check the path") -> dict:
-    """A best.pt, every byte checked: what METADATA names and more, its weights in "state_dict", its "path" and "sha256".
+    """A best.pt, every byte checked: what CARD names and more, its weights in "state_dict", its "path" and "sha256".
 
     Failure CHECKPOINT: damaged, not the weights of a network, or no such file, for which `missing` is the remedy.
     """
     content = {"amp": "bf16"} | checkpoint.read(path, missing) | {"path": path}  # older files state no precision: the coarsest
-    lacking = [key for key in METADATA if key not in content]
+    lacking = [key for key in CARD if key not in content]
     if content.get("kind") != "weights" or lacking:
         reason = f"{lacking[0]} is missing" if lacking else f"its kind is {content.get('kind')}"
         raise Failure(CHECKPOINT, f"not the weights of a network ({path}: {reason})", "name a run's best.pt")

@@ -142,8 +142,8 @@ class State:
             checkpoint.write(self.run / "best.pt", **best)
         return saved["epoch"] + 1
 
-    def save(self, row: EpochRow, diagnostics_row: dict, metadata: dict | None) -> None:
-        """End an epoch: last.pt, then best.pt where `metadata` says what is in it (None: not the best epoch), then the tables.
+    def save(self, row: EpochRow, diagnostics_row: dict, card: dict | None) -> None:
+        """End an epoch: last.pt, then best.pt where `card` says what is in it (None: not the best epoch), then the tables.
 
         diagnostics_row: of diagnostics.csv.
         """
@@ -154,7 +154,7 @@ class State:
             generators["cuda"] = self.ranks.gather(torch.cuda.get_rng_state())
         if not self.ranks.is_main:
             return
-        best = metadata and {"kind": "weights", **metadata, "epoch": row.epoch, "val_acc1": row.val_acc1, "test_acc1": None}
+        best = card and {"kind": "weights", **card, "epoch": row.epoch, "val_acc1": row.val_acc1, "test_acc1": None}
         content = on_cpu({
             "kind": "run", "epoch": row.epoch, "config": self.config, "began": self.began, "best": best,
             "rng": generators,
