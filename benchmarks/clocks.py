@@ -1,20 +1,42 @@
-"""How long one call takes, on the host's clock or as a CUDA graph on the GPU's, and how much memory."""
+"""Wall time, CUDA graph time, kernels and peak memory of a call."""
 import itertools
 import time
 
 import torch
 
-from benchmarks import table
 from rundir.errors import first_line
 
 
-def captured(call, pool):
-    """The replay of a CUDA graph of `call`, None where it cannot be captured.  Graphs of one pool reuse each other's memory."""
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(calls: dict, time_one, repeats: int) -> dict[str, list[float]]:
+    """The times of each call; the calls take turns within a repeat."""
+    times = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(time_one(call))
+    return times
+
+
+def wall_us(call, calls: int, device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - started) / calls * 1e6
+
+
+def captured(call, pool=None, warm_ups: int = 3):
+    """The replay of a CUDA graph of `call`; None where capture fails.  Graphs of one pool share memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
-            for _ in range(3):  # compiles, and makes what is made once
+            for _ in range(warm_ups):
                 call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -27,8 +49,28 @@ def captured(call, pool):
         return None
 
 
+def graph_us(replay, flush) -> float:
+    """Of one replay, after `flush` has overwritten the L2 cache."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flush.zero_()
+    start.record()
+    replay()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) * 1e3
+
+
+def kernels_of(call) -> tuple[int, float]:
+    """How many CUDA kernels and copies `call` starts, and their microseconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    found = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len(found), sum(event.time_range.elapsed_us() for event in found)
+
+
 def peak_bytes(call, device) -> int:
-    """The most that is allocated at a time during one call."""
+    """The most that PyTorch allocates at a time during one call."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -39,22 +81,3 @@ def peak_bytes(call, device) -> int:
         call()
     events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-
-
-def wall_us(call, calls: int, device) -> float:
-    table.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(calls):
-        call()
-    table.synchronize(device)
-    return (time.perf_counter() - started) / calls * 1e6
-
-
-def graph_us(replay, flush) -> float:
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.zero_()
-    start.record()
-    replay()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop) * 1e3

@@ -1,10 +1,10 @@
-"""What benchmarks.gpu_day measures and checks of the GPU and of both kernels; each part writes its rows as they come.
+"""Checks and measurements of the GPU and of both kernels for benchmarks.gpu_day.
 
     PYTHONPATH=tests python -m benchmarks.gpu_checks kernels --output DIR
 
-machine: versions, clocks, and the ceilings of copies and matrix products.  kernels: the loss and its gradient against their
+machine: versions, clocks, and the rates of copies and matrix products.  kernels: the loss and its gradient against their
 definitions in float64.  augmentation: a million images against the CPU, bit for bit.  sanitizer: every kind of launch under
-compute-sanitizer, where that is installed.  bounds: each kernel beside the model of benchmarks/results/kernels-ptx-sm90.csv.
+compute-sanitizer, where it is installed.  bounds: each kernel beside the model of benchmarks/results/kernels-ptx-sm90.csv.
 On a CPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1).
 """
 import csv
@@ -18,8 +18,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -29,12 +27,11 @@ import kernels
 from augment import POLICIES, BatchAugmenter
 from benchmarks import clocks, table
 from benchmarks.augmentation_rivals import MEAN, STD
-from cli.options import debug_flag
+from benchmarks.table import DTYPES
 from kernels.softmax_kl import Weights, hyperparameters, softmax_kl, softmax_kl_naive
 from losses import Targets
 from rundir import errors
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ROWS = {1: 37, 2: 37, 3: 37, 10: 513, 100: 257, 300: 65, 1000: 37, 2048: 9, 5000: 5, 32000: 3}  # by the number of classes
 OBJECTIVES = {"pair": Weights(0.7, 0.3, 1.0, 8.0), "dominant": Weights(1.0, None, 1.0, 2.0),
               "first": Weights(1.0, None, 1.0, 8.0), "reverse": Weights(0.2, 1.5)}
@@ -43,22 +40,8 @@ IMAGES = {32: (56_100, 255), 64: (4_064, 127)}  # of each policy and type, a mil
 TINY = ("KD C=10", "none 32x32")  # cases of the model
 
 
-@dataclass(frozen=True)
-class Compared:
-    """error: relative, of the loss or of its gradient's largest entry, the larger; of images, how many numbers differ."""
-    hardware: str
-    torch: str
-    triton: str
-    case: str
-    count: int
-    error: float | None
-    allowed: float | None
-    ok: bool
-    failure: str = ""
-
-
 def compare_loss(device: str, classes: int, kind: str) -> Iterator[tuple]:
-    """Case, count, error and what is allowed, for each objective."""
+    """Case, count, error and tolerance for each objective; the error of the loss or of its gradient, whichever is larger."""
     generator = torch.Generator().manual_seed(classes)
     z, v = (3 * torch.randn(2, ROWS[classes], classes, generator=generator)).to(DTYPES[kind])
     label, other = torch.randint(classes, (2, len(z)), generator=generator)
@@ -69,25 +52,31 @@ def compare_loss(device: str, classes: int, kind: str) -> Iterator[tuple]:
     allowed = 2e-5 + (kind != "float32") * torch.finfo(DTYPES[kind]).eps / (1 if device == "cpu" else 2)
     for name, weights in OBJECTIVES.items():
         how = {"split": "pair", "reverse": True} if name == "reverse" else {"split": name}
-        terms = softmax_kl_naive(exact, v.double(), *targets, temperature=4.0, label_smoothing=SMOOTHING, **how)
+        how |= {"temperature": 4.0, "label_smoothing": SMOOTHING}
+        terms = softmax_kl_naive(exact, v.double(), *targets, **how)
         total = sum(weight * term for weight, term in zip(weights, terms) if weight)
         (gradient,), expected = torch.autograd.grad(total, exact), total.item()
         leaf = z.to(device, copy=True).requires_grad_()
-        got, _ = softmax_kl(leaf, v.to(device), *(part.to(device) for part in targets), weights, temperature=4.0,
-                            label_smoothing=SMOOTHING, **how)
+        got, _ = softmax_kl(leaf, v.to(device), *(part.to(device) for part in targets), weights, **how)
         got.backward()
         off = (leaf.grad.cpu().double() - gradient).abs().max() / gradient.abs().max().clamp(min=0.01)
         yield (f"{len(z)} rows of {classes} classes, {kind}, {name}", len(z),
                max(abs(got.item() - expected) / max(1.0, abs(expected)), off.item()), allowed)
 
 
+def augmenter(images, kind: str, policy: str, batch: int, **options) -> BatchAugmenter:
+    labels = torch.arange(len(images), device=images.device) // 3
+    return BatchAugmenter(images, labels, batch_size=batch, seed=3, policy=policy, mean=MEAN, std=STD, mix_mode="elem",
+                          dtype=DTYPES[kind], **options)
+
+
 def compare_batches(device: str, policy: str, size: int, kind: str, count: int, batch: int) -> Iterator[tuple]:
+    """Case, count, how many numbers differ from those of the CPU path, and 0."""
     images = torch.randint(256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
     made = []
     for where, kernel in ((device, "triton"), ("cpu", "reference")):
         kernels.choose(kernel)
-        made.append(BatchAugmenter(images.to(where), torch.arange(count, device=where) // 3, batch_size=batch, seed=3,
-                                   policy=policy, mean=MEAN, std=STD, mix_mode="elem", random_erasing=0.5, dtype=DTYPES[kind]))
+        made.append(augmenter(images.to(where), kind, policy, batch, random_erasing=0.5))
         made[-1].set_epoch(1)
     assert [each.fused for each in made] == [True, False]
     differ = 0
@@ -99,7 +88,7 @@ def compare_batches(device: str, policy: str, size: int, kind: str, count: int, 
 
 
 def poisoned(compare, case) -> list[tuple]:
-    """What `compare` yields where new tensors hold NaN, so that a number that is not written is seen."""
+    """The rows of `compare` where new tensors hold NaN, which shows elements that a kernel leaves out."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -108,27 +97,29 @@ def poisoned(compare, case) -> list[tuple]:
 
 
 def alone(compare, case) -> list[tuple]:
-    """The same in a process of its own: an illegal address, once met, fails every later call, and a death the whole pool."""
+    """The same in a process of its own: an illegal address fails every later call, and a death the whole pool."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(poisoned, compare, case).result()
 
 
 def compare_all(args, compare, cases) -> None:
-    """A row for each comparison, side by side, as each case compiles a kernel; the exit code is 1 where any is wrong."""
-    rows, wrong = table.Rows(args, args.check, table.short(args.device)), 0
-    workers = 1 if args.tiny else max(1, min(12, os.cpu_count() - 1))
-    with ThreadPoolExecutor(workers) as pool:
+    """A row for each comparison, in parallel, as each case compiles a kernel; exit code 1 where any is wrong."""
+    def row(case, count, error, allowed, failure=""):
+        return table.Row(**table.versions(args.device, torch, triton), case=case, count=count, error=error, allowed=allowed,
+                         ok=not failure and error <= allowed, failure=failure)
+
+    rows = table.Rows(args, args.check, table.short(args.device), "ok case error failure")
+    with ThreadPoolExecutor(1 if args.tiny else max(1, min(12, os.cpu_count() - 1))) as pool:
         futures = {pool.submit(alone, compare, (str(args.device), *case)): case for case in cases}
         for future in as_completed(futures):
             try:
-                found = [Compared(*versions(args), *row, ok=row[2] <= row[3]) for row in future.result()]
+                found = [row(*each) for each in future.result()]
             except Exception as failure:  # the other cases have rows all the same
-                found = [Compared(*versions(args), str(futures[future]), 0, None, None, False, errors.first_line(failure))]
-            for row in found:
-                rows.add(row)
-                wrong += not row.ok
-                print("ok   " if row.ok else "WRONG", row.case, row.error, row.failure, flush=True)
-    print(f"{wrong} of {len(rows.all)} comparisons are wrong; {sum(row.count for row in rows.all)} rows or images")
+                found = [row(str(futures[future]), 0, None, None, errors.first_line(failure))]
+            for each in found:
+                rows.add(each)
+    wrong = sum(not each.ok for each in rows.all)
+    print(f"{wrong} of {len(rows.all)} comparisons are wrong; {sum(each.count for each in rows.all)} rows or images")
     raise SystemExit(bool(wrong))
 
 
@@ -141,69 +132,55 @@ def check_augmentation(args) -> None:
     compare_all(args, compare_batches, [("none", 32, "float32", 8, 8)] if args.tiny else cases)
 
 
-def versions(args) -> tuple[str, str, str]:
-    return table.hardware(args.device), torch.__version__, triton.__version__
-
-
-@dataclass(frozen=True)
-class Fact:
-    name: str
-    value: str | float
-
-
 def check_machine(args) -> None:
-    rows, device = table.Rows(args, "machine", table.short(args.device)), args.device
+    device, rows = args.device, table.Rows(args, "machine", table.short(args.device), "name value")
     on_gpu = device.type == "cuda"
 
-    def say(name, value):
-        rows.add(Fact(name, value))
-        print(f"{name}: {value}", flush=True)
+    def say(**facts):
+        for name, value in facts.items():
+            rows.add(table.Row(name=name, value=value))
 
     def best_s(call):
         call()
         return min(clocks.wall_us(call, 1, device) for _ in range(10)) / 1e6
 
-    say("hardware", table.hardware(device))
-    say("python", platform.python_version())
-    say("cores", os.cpu_count())
     installed = {each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}
-    for name in "torch torchvision triton numpy scipy matplotlib pytest pytest-xdist timm liger-kernel".split():
-        say(name, installed.get(name, "missing"))
+    say(hardware=table.hardware(device), python=platform.python_version(), cores=os.cpu_count(),
+        **{name: installed.get(name, "missing") for name in
+           "torch torchvision triton numpy scipy matplotlib pytest pytest-xdist timm liger-kernel".split()})
     if on_gpu:
-        say("properties", str(torch.cuda.get_device_properties(device)))
-        say("cuda", f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+        say(properties=str(torch.cuda.get_device_properties(device)),
+            cuda=f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     if on_gpu and shutil.which("nvidia-smi"):
-        for name in ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu"):
-            asked = subprocess.run(["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader"], capture_output=True, text=True)
-            say(name, asked.stdout.strip())
+        names = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+        asked = subprocess.run(["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"], capture_output=True, text=True)
+        say(**{names: asked.stdout.strip()})
     size, side = (2**30, 8192) if on_gpu else (2**22, 256)
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
-    say("copy, GB/s read and written", round(2 * size / best_s(lambda: target.copy_(source)) / 1e9, 1))
+    say(**{"copy, GB/s read and written": round(2 * size / best_s(lambda: target.copy_(source)) / 1e9, 1)})
     for kind in ("float32", "bfloat16"):
         matrix = torch.randn(side, side, device=device).to(DTYPES[kind])
-        say(f"matrix product, {kind}, TFLOP/s", round(2 * side**3 / best_s(lambda: matrix @ matrix) / 1e12, 3))
+        say(**{f"matrix product, {kind}, TFLOP/s": round(2 * side**3 / best_s(lambda: matrix @ matrix) / 1e12, 3)})
     one = torch.zeros(1, device=device)
-    say("a launch, us", round(clocks.wall_us(lambda: one.add_(1), 1000, device), 2))
+    say(**{"a launch, us": round(clocks.wall_us(lambda: one.add_(1), 1000, device), 2)})
 
 
-def model() -> list[dict]:
+def model(args) -> list[dict]:
     """Rows of tests/instructions.py."""
     with open(table.RESULTS / "kernels-ptx-sm90.csv", newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if not args.tiny or row["case"] in TINY]
 
 
 def launch(row: dict, device, count: int):
     """A call that launches the kernel of a row of the model on so many rows or images, and does nothing else."""
     kernels.choose("triton")
-    dtype = DTYPES[row["dtype"]]
     if row["kernel"] == "augment":
         policy, size = row["case"].split()[0], int(row["case"].split("x")[-1])
         images = torch.randint(256, (count, size, size, 3), dtype=torch.uint8, device=device)
-        augmenter = BatchAugmenter(images, torch.zeros(count, dtype=torch.int64, device=device), batch_size=count, seed=0,
-                                   policy=policy, mean=MEAN, std=STD, mix_mode="elem", dtype=dtype)
-        return lambda: augmenter(0)
+        made = augmenter(images, row["dtype"], policy, count)
+        return lambda: made(0)
     name, classes = row["case"].split(" C=")
-    student, teacher = torch.randn(2, count, int(classes), device=device).to(dtype)
+    student, teacher = torch.randn(2, count, int(classes), device=device).to(DTYPES[row["dtype"]])
     targets = Targets.unmixed(torch.arange(count, device=device) % int(classes))
     weights = Weights(ce=0.3, kl=0.7) if name == "KD" else Weights(ce=1.0, tckd=1.0, nckd=8.0)
     hyper = hyperparameters(weights, 4.0, SMOOTHING, device)
@@ -216,51 +193,33 @@ def check_sanitizer(args) -> None:
     if tool:
         command = [tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_checks", *sys.argv[1:]]
         raise SystemExit(subprocess.run(command, env=os.environ | {"FUSEKD_SANITIZED": "1"}).returncode)
-    rows = [row for row in model() if not args.tiny or row["case"] in TINY]
-    for row in rows:
+    for row in model(args):
         launch(row, args.device, 2 if args.tiny else 5)()
-        table.synchronize(args.device)
+        clocks.synchronize(args.device)
         print(row["case"], row["dtype"], flush=True)
-    print(f"{len(rows)} launches {'under' if inside else 'without'} compute-sanitizer")
-
-
-@dataclass(frozen=True)
-class Beside:
-    """A kernel replayed from a CUDA graph, per row or image, beside the model's bounds; times_bound: of the larger one."""
-    hardware: str
-    torch: str
-    triton: str
-    kernel: str
-    case: str
-    dtype: str
-    unit: str
-    count: int
-    ns: float
-    model: str
-    issue_ns: float
-    bytes_ns: float
-    times_bound: float
+    print(f"{len(model(args))} launches {'under' if inside else 'without'} compute-sanitizer")
 
 
 def check_bounds(args) -> None:
-    rows, device, on_gpu = table.Rows(args, "bounds", table.short(args.device)), args.device, args.device.type == "cuda"
+    """ns: of a row or image in a replayed CUDA graph; times_bound: over the larger bound."""
+    device, on_gpu = args.device, args.device.type == "cuda"
+    rows = table.Rows(args, "bounds", table.short(device), "kernel case dtype ns times_bound")
     gpu = "h200" if "H200" in table.hardware(device) else "h100"
     flush = torch.empty(2**28, dtype=torch.uint8, device=device) if on_gpu else None
-    for row in model():
-        if args.tiny and row["case"] not in TINY:
-            continue
-        width = int(row["case"].split("=")[-1]) if row["kernel"] == "softmax_kl" else int(row["case"].split("x")[-1])**2
-        count = 2 if args.tiny else max(1024, 2**26 // width) if row["kernel"] == "softmax_kl" else 2**23 // width
+    for row in model(args):
+        loss = row["kernel"] == "softmax_kl"
+        width = int(row["case"].split("=")[-1]) if loss else int(row["case"].split("x")[-1])**2
+        count = 2 if args.tiny else max(1024, 2**26 // width) if loss else 2**23 // width
         call = launch(row, device, count)
         call()
-        replay = clocks.captured(call, torch.cuda.graph_pool_handle()) if on_gpu else None
+        replay = clocks.captured(call) if on_gpu else None
         if on_gpu and not replay:
             continue
         us = median([clocks.graph_us(replay, flush) for _ in range(22)][2:]) if on_gpu else clocks.wall_us(call, 1, device)
-        ns, bounds = 1000 * us / count, [float(row[f"{gpu}_{bound}_ns"]) for bound in ("issue", "bytes")]
-        rows.add(Beside(*versions(args), row["kernel"], row["case"], row["dtype"], row["unit"], count, round(ns, 3), gpu, *bounds,
-                        round(ns / max(bounds), 2)))
-        print(f"{row['case']}, {row['dtype']}: {ns:.2f} ns a {row['unit']}, {ns / max(bounds):.2f} times the bound", flush=True)
+        ns, bounds = 1000 * us / count, {f"{bound}_ns": float(row[f"{gpu}_{bound}_ns"]) for bound in ("issue", "bytes")}
+        rows.add(table.Row(**table.versions(device, torch, triton), kernel=row["kernel"], case=row["case"], dtype=row["dtype"],
+                           unit=row["unit"], count=count, ns=round(ns, 3), model=gpu, **bounds,
+                           times_bound=round(ns / max(bounds.values()), 2)))
         del call, replay
         torch.cuda.empty_cache()
 
@@ -275,10 +234,6 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = errors.Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = table.parser(__doc__, tiny=True)
     parser.add_argument("check", choices=CHECKS)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    table.device_flag(parser.add_argument)
-    parser.add_argument("--tiny", action="store_true", help="the smallest cases")
-    debug_flag(parser.add_argument)
     errors.run(main, parser.parse_args())

@@ -1,14 +1,14 @@
-"""What a GPU is asked for when there is one: three stages of nine minutes each, without a network and with nothing to install.
+"""All checks and measurements that need a GPU: three stages of nine minutes each, without network or installation.
 
     python -m benchmarks.gpu_day --stage 1 --output DIR                      is everything right?
     python -m benchmarks.gpu_day --stage 2 --output DIR                      how fast is it?
     python -m benchmarks.gpu_day --stage 3 --output DIR --data FILE.tar.xz   real training, on train/CLASS/*.jpg, test/CLASS/*.jpg
     make gpu PYTHON=python3 STAGE=2 OUTPUT=dir                               the same
 
-Needs torch, torchvision, triton, numpy, matplotlib and pytest.  The parts of a stage stand in the order of their worth.  Each is
-a process with a limit in seconds, and whatever becomes of it, the next one begins, as long as the minutes last.  What a part
-writes, row by row, comes to DIR/stage<N>-<part>.csv, what it prints to DIR/stage<N>-log.txt, and how it ended to
-DIR/stage<N>-parts.csv: at most 8 files.  runs/gpu-day holds all else and stays there: stage 3, called again, goes on.
+Needs torch, torchvision, triton, numpy, matplotlib and pytest.  The parts of a stage are ordered by importance.  Each is a
+process with a time limit, and however it ends, the next one begins, as long as the minutes last.  The rows of a part are copied
+to DIR/stage<N>-<part>.csv as they come, its output to DIR/stage<N>-log.txt, and how it ended to DIR/stage<N>-parts.csv: at most 8
+files.  All else is in runs/gpu-day and stays there: stage 3, called again, goes on.
 """
 import contextlib
 import os
@@ -17,179 +17,142 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import table
 from cli.flag_types import positive
-from cli.options import debug_flag
-from rundir.errors import STOPPED, USAGE, Failure, Parser, Stopped, run, stopping_on_signals
+from rundir.errors import STOPPED, USAGE, Failure, Stopped, run, stopping_on_signals
 from rundir.files import as_csv, make_directory, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "gpu-day"
 GRACE = 5  # seconds from SIGTERM to SIGKILL
-LOOK = 5  # seconds between two looks for new rows
-KEPT = 2**20  # bytes of the end of what a part prints
-LARGEST = 15 * 2**20  # bytes of a file of rows
+POLL = 5  # seconds between two copies of new rows
+LEAST = 15  # seconds that a part needs
 ON_THE_GPU = ["tests/test_softmax_kl.py", "tests/test_augment_kernel.py", "tests/test_capture.py", "tests/test_loop.py"]
-LEFT_OUT = {"tests-all": "by --tiny: they are `make test`", "step-compiled": "by --tiny: torch.compile takes minutes"}
-NOT_RUN = {"not begun", "left out"}  # outcomes
+TOO_LONG = ("tests-all", "step-compiled")  # for --tiny
 
 
 class Part(NamedTuple):
-    """name: of its files.  command: Python's arguments, in which {folder} and {seconds} are filled in.  most: seconds; it is not
-    begun with fewer than `least` left.  left_out: why it does not run."""
+    """name: of its files.  command: Python's arguments, in which {folder} and {seconds} are filled in.  most: seconds."""
     name: str
     command: list[str]
     most: float
-    least: float = 15
-    left_out: str = ""
 
 
 def parts_of(args) -> list[Part]:
-    """The parts of a stage, the most valuable first."""
+    """The parts of a stage, the most important first."""
     tiny = ["--tiny"] * args.tiny
-    where = ["--device", args.device, "--output", "{folder}"]
 
-    def check(name: str, most: float, *more: str) -> Part:
-        return Part(name, ["-m", "benchmarks.gpu_checks", name, *where, *tiny, *more], most)
+    def part(name: str, most: float, module: str, *more: str) -> Part:
+        return Part(name, ["-m", f"benchmarks.{module}", "--device", args.device, "--output", "{folder}", *tiny, *more], most)
+
+    def check(name: str, most: float) -> Part:
+        return part(name, most, "gpu_checks", name)
 
     def training(name: str, most: float, *more: str) -> Part:
-        return Part(name, ["-m", "benchmarks.gpu_runs", name, *where, *tiny, "--seconds", "{seconds}", *more], most)
+        return part(name, most, "gpu_runs", name, "--seconds", "{seconds}", *more)
 
-    def benchmark(name: str, what: str, most: float, quick: bool, *cases: str) -> Part:
-        return Part(name, ["-m", f"benchmarks.{what}", *where, *(tiny or [*["--quick"] * quick, "--case", *cases])], most)
+    def benchmark(name: str, most: float, *more: str) -> Part:
+        return part(name, most, name.partition("-")[0], *more * (not args.tiny))
 
     def tests(name: str, most: float, *files: str) -> Part:
-        together = ["-n", str(min(12, os.cpu_count())), "--dist", "loadfile"] if find_spec("xdist") and not args.tiny else []
-        return Part(name, ["-m", "pytest", "-q", "-p", "no:cacheprovider", *together, *files], most)
+        parallel = ["-n", str(min(12, os.cpu_count())), "--dist", "loadfile"] if find_spec("xdist") and not args.tiny else []
+        return Part(name, ["-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel, *files], most)
 
-    pairs = [f"resnet32x4-resnet8x4-{batch}" for batch in (128, 64, 512)]
-    pairs.insert(1, "efficientnet_v2_l-efficientnet_v2_s-128")
+    pairs = ["--case", "resnet32x4-resnet8x4-128", "efficientnet_v2_l-efficientnet_v2_s-128", "resnet32x4-resnet8x4-64",
+             "resnet32x4-resnet8x4-512"]
     archive = ["--data", str(args.data and args.data.resolve())]
     few = ["tests/test_softmax_kl.py", "-k", "test_cross_entropy_alone"] if args.tiny else []
     stages = {
         1: [check("machine", 60), check("kernels", 100), check("augmentation", 100), training("variants", 200),
             tests("tests-gpu", 120, *few or ON_THE_GPU), check("sanitizer", 90), tests("tests-all", 600)],
-        2: [benchmark("loss", "loss", 110, False, "128x100", "512x100", "1024x1000", "4096x8192", "4096x32000"),
-            benchmark("step", "step", 150, True, *pairs), check("bounds", 60),
-            benchmark("augmentation", "augmentation", 70, True, "128", "512"),
-            benchmark("step-compiled", "step", 600, False, *pairs)],
+        2: [benchmark("loss", 110, "--case", "128x100", "512x100", "1024x1000", "4096x8192", "4096x32000"),
+            benchmark("step", 150, "--quick", *pairs), check("bounds", 60),
+            benchmark("augmentation", 70, "--quick", "--case", "128", "512"), benchmark("step-compiled", 600, *pairs)],
         3: [training("unpack", 120, *archive), training("runs", 600, *archive)],
     }
-    return [part._replace(left_out=LEFT_OUT.get(part.name, "") if args.tiny else "") for part in stages[args.stage]]
+    return [part for part in stages[args.stage] if not (args.tiny and part.name in TOO_LONG)]
 
 
-class Outcome(NamedTuple):
-    """A row of the table."""
-    stage: int
-    part: str
-    outcome: str
-    seconds: float
-    last_line: str
+def run_part(part: Part, seconds: float, rows: Path, log: Path) -> str:
+    """Run a part's process, copy its rows as they come and append its output to `log`; how it ended, with its children."""
+    with open(log, "a") as file:
+        file.write(f"=== {part.name}, {max(0.0, seconds):.0f} s\n")
+    if seconds < LEAST:
+        return "not begun"
+    folder = WORK / rows.stem.partition("-")[0] / part.name
+    shutil.rmtree(folder, ignore_errors=True)
+    make_directory(folder)
+    command = [word.replace("{folder}", str(folder)).replace("{seconds}", str(round(seconds))) for word in part.command]
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    rows.unlink(missing_ok=True)  # of an earlier call
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"})
+    end = time.monotonic() + seconds
+    try:
+        while (code := process.poll()) is None and time.monotonic() < end:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(POLL, max(0.0, end - time.monotonic())))
+            copy_rows(folder, rows)
+    finally:
+        end_group(process)
+        lost = copy_rows(folder, rows)
+    if code is None:
+        return f"out of time ({seconds:.0f} s){lost}"
+    return ("ok" if code == 0 else f"failed ({code})" if code > 0 else f"killed ({signal.Signals(-code).name})") + lost
 
 
-class Day:
-    """One call: its parts, one after the other, and what is kept of them in `output`."""
+def copy_rows(folder: Path, rows: Path) -> str:
+    """Copy the CSV file in `folder` to `rows`; why that could not be done."""
+    try:
+        for path in folder.glob("*.csv"):
+            write_atomic(rows, path.read_bytes())
+    except OSError as failure:
+        return f", not kept: {failure.strerror}"
+    return ""
 
-    def __init__(self, stage: int, output: Path, seconds: float):
-        self.stage, self.output, self.rows = stage, output, []
-        self.end = time.monotonic() + seconds - GRACE - 1
 
-    def file(self, name: str) -> Path:
-        return self.output / f"stage{self.stage}-{name}"
+def last_line(log: Path) -> str:
+    """The last line of `log` that is not empty, its printable characters."""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 2000))
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        return "".join(filter(str.isprintable, lines[-1]))[:160]
+    return ""
 
-    def folder(self, part: Part) -> Path:
-        return WORK / f"stage{self.stage}" / part.name
 
-    def go(self, part: Part) -> None:
-        """Run a part; its row, whatever becomes of it."""
-        if part.left_out:
-            return self.add(part, "left out", 0, part.left_out)
-        left, started = self.end - time.monotonic(), time.monotonic()
-        if left < part.least:
-            return self.add(part, "not begun", 0, f"{max(0, left):.0f} s are left, it needs {part.least:g}")
-        outcome = "stopped"
+def run_stage(stage: int, parts: list[Part], output: Path, end: float, table: list[dict]) -> None:
+    """Run the parts one after the other until `end`; a row of each goes to `table`, which is written each time."""
+    log = output / f"stage{stage}-log.txt"
+    log.unlink(missing_ok=True)
+    for part in parts:
+        started, outcome = time.monotonic(), "stopped"
         try:
-            self.file(f"{part.name}.csv").unlink(missing_ok=True)  # of an earlier call
-            outcome = self.watch(part, min(part.most, left))
+            outcome = run_part(part, min(part.most, end - started), output / f"stage{stage}-{part.name}.csv", log)
         except OSError as failure:
             outcome = f"failed ({failure.strerror})"
         finally:
-            self.add(part, outcome, time.monotonic() - started, self.last_line(part))
+            table.append({"stage": stage, "part": part.name, "outcome": outcome,
+                          "seconds": round(time.monotonic() - started, 1), "last_line": last_line(log)})
+            try:
+                write_atomic(output / f"stage{stage}-parts.csv", as_csv(list(table[0]), table))
+            except OSError as failure:
+                print(f"the table of parts is not kept in {output}: {failure.strerror}", flush=True)
 
-    def watch(self, part: Part, seconds: float) -> str:
-        """How the process of a part ended; all that it has begun ends with it."""
-        folder = self.folder(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        make_directory(folder)
-        command = [word.replace("{folder}", str(folder)).replace("{seconds}", str(round(seconds))) for word in part.command]
-        paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with open(folder / "log.txt", "wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"})
-        end = time.monotonic() + seconds
-        try:
-            while (code := process.poll()) is None and time.monotonic() < end:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(min(LOOK, max(0.0, end - time.monotonic())))
-                self.collect(part)
-        finally:
-            end_group(process)
-        if code is None:
-            return f"out of time ({seconds:.0f} s)"
-        return "ok" if code == 0 else f"failed ({code})" if code > 0 else f"killed ({signal.Signals(-code).name})"
 
-    def collect(self, part: Part) -> str:
-        """Take the rows of a part to `output`; why that could not be done."""
-        try:
-            for path in sorted(self.folder(part).glob("*.csv")):
-                if path.stat().st_size > LARGEST:
-                    return f", not kept: larger than {LARGEST // 2**20} MiB"
-                write_atomic(self.file(f"{part.name}.csv"), path.read_bytes())
-        except OSError as failure:
-            return f", not kept: {failure.strerror}"
-        return ""
-
-    def last_line(self, part: Part) -> str:
-        lines = [line for line in self.printed(part, 2000).splitlines() if line.strip()]
-        return "".join(filter(str.isprintable, lines[-1]))[:160] if lines else ""
-
-    def printed(self, part: Part, size: int) -> str:
-        """The end of what a part has printed."""
-        path = self.folder(part) / "log.txt"
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
-            return file.read().decode(errors="replace")
-        return ""
-
-    def add(self, part: Part, outcome: str, seconds: float, line: str) -> None:
-        ran = outcome not in NOT_RUN
-        if ran:
-            outcome += self.collect(part)
-        self.rows.append(Outcome(self.stage, part.name, outcome, round(seconds, 1), line))
-        print(f"{part.name}: {outcome}, {seconds:.0f} s. {line}".rstrip(), flush=True)
-        try:
-            write_atomic(self.file("parts.csv"), as_csv(list(Outcome._fields), [row._asdict() for row in self.rows]))
-            if ran:
-                earlier = any(row.outcome not in NOT_RUN for row in self.rows[:-1])
-                with open(self.file("log.txt"), "a" if earlier else "w", encoding="utf-8") as log:
-                    log.write(f"=== {part.name}: {outcome}\n{self.printed(part, KEPT)}\n")
-        except OSError as failure:
-            print(f"not kept of {part.name} in {self.output}: {failure.strerror}", flush=True)
-
-    def table(self) -> Iterator[str]:
-        widths = [max(len(str(row[column])) for row in self.rows) for column in range(4)]
-        for row in self.rows:
-            yield "  ".join([*(f"{cell!s:{width}}" for cell, width in zip(row, widths)), row.last_line]).rstrip()
+def print_table(table: list[dict]) -> None:
+    widths = [max(map(len, column)) for column in zip(*(map(str, list(row.values())[:4]) for row in table))]
+    for row in table:
+        print(*(f"{cell!s:{width}}" for cell, width in zip(row.values(), [*widths, 0])), sep="  ", flush=True)
 
 
 def end_group(process) -> None:
-    """End a process and all of its group: SIGTERM, and SIGKILL for what is still there after a while."""
+    """End a process and all of its group: SIGTERM, then SIGKILL."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -201,40 +164,31 @@ def end_group(process) -> None:
 def main(args) -> None:
     if args.stage == 3 and not (args.data and args.data.is_file()):
         raise Failure(USAGE, f"stage 3 needs an archive of images (--data {args.data})", "name a .tar.xz of train/CLASS/*.jpg")
-    table.device(args.device)  # or no part could begin
-    parts = parts_of(args)
-    unknown = set(args.part or ()) - {part.name for part in parts}
-    if unknown:
-        raise Failure(USAGE, f"no such part of stage {args.stage} ({', '.join(sorted(unknown))})",
-                      f"choose of {', '.join(part.name for part in parts)}")
-    if args.tiny and table.device(args.device).type == "cpu":
+    end, device, parts = time.monotonic() + 60 * args.minutes - GRACE - 1, table.device(args.device), parts_of(args)
+    names, rows = [part.name for part in parts], []
+    if unknown := sorted(set(args.part or ()) - set(names)):
+        raise Failure(USAGE, f"no such part of stage {args.stage} ({', '.join(unknown)})", f"choose of {', '.join(names)}")
+    if args.tiny and device.type == "cpu":
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    parts = [part for part in parts if not args.part or part.name in args.part]
     make_directory(args.output)
-    day = Day(args.stage, args.output, 60 * args.minutes)
     try:
         with stopping_on_signals():
-            for part in parts:
-                day.go(part)
+            run_stage(args.stage, [part for part in parts if part.name in (args.part or names)], args.output, end, rows)
     except Stopped as stopped:
         raise SystemExit(STOPPED + stopped.number) from None
     finally:
-        print(*day.table(), sep="\n", flush=True)
-    outcomes = [row.outcome for row in day.rows]
-    if any(each.startswith(("failed", "killed")) or "not kept" in each for each in outcomes) or NOT_RUN.issuperset(outcomes):
+        print_table(rows)
+    outcomes = {row["outcome"] for row in rows}
+    if any(each.startswith(("failed", "killed")) or "not kept" in each for each in outcomes) or outcomes == {"not begun"}:
         raise SystemExit(1)
 
 
 def command() -> None:
-    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = table.parser(__doc__, tiny=True)
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="what is to be kept")
     parser.add_argument("--minutes", type=positive, default=9, metavar="N", help="of all parts together; default: %(default)s")
     parser.add_argument("--part", nargs="+", metavar="NAME", help="these parts alone")
     parser.add_argument("--data", type=Path, metavar="FILE", help="of stage 3: an archive of images")
-    table.device_flag(parser.add_argument)
-    parser.add_argument("--tiny", action="store_true", help="the smallest of everything, to try the command itself")
-    debug_flag(parser.add_argument)
     run(main, parser.parse_args())
 
 

@@ -1,14 +1,13 @@
-"""Whole runs of the scripts for benchmarks.gpu_day: in all their variants, which must agree, and real training that can go on.
+"""Whole runs of the scripts for benchmarks.gpu_day: all variants, which must agree, and resumable training.
 
     python -m benchmarks.gpu_runs variants --output DIR                                   on the embedded images
     python -m benchmarks.gpu_runs unpack --output DIR/unpack --data images.tar.xz         once, to DIR/<its digest>/images
     python -m benchmarks.gpu_runs runs --output DIR/runs --data images.tar.xz --seconds 500
 
-runs: two chains, side by side where there are cores: a teacher, then its students and one alone.  Epochs and seeds are planned
-from short runs that measure an epoch, and kept in DIR/<digest>/plan.json: called again, it goes on with the same plan.
+runs: two chains, in parallel where there are cores: a teacher, then its students and one alone.  Epochs are planned from
+short runs that measure one, and kept in DIR/<digest>/plan.json: a later call goes on with the same plan.
 """
 import csv
-import json
 import lzma
 import os
 import shutil
@@ -17,22 +16,20 @@ import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 from benchmarks import table
 from cli.flag_types import positive
-from cli.options import debug_flag
 from data import datasets
 from rundir import errors
-from rundir.files import as_csv, digest, make_directory, write_atomic, write_json
+from rundir.files import digest, make_directory, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-CLOCKS = {"images_per_s", "epoch_s", "val_s", "total_s", "peak_mem_mb"}  # columns of log.csv that no two runs share
+CLOCKS = {"images_per_s", "epoch_s", "val_s", "total_s", "peak_mem_mb"}  # columns of log.csv that differ between equal runs
 VARIANTS = {  # of a student of v2_pico, after the teacher; fp16 and a CUDA graph are the default on a GPU
     "dkd": "--method dkd", "dkd-eager": "--method dkd --no-cuda-graph", "fp32": "--method dkd --amp off",
     "fp32-eager": "--method dkd --amp off --no-cuda-graph", "deterministic": "--method dkd --deterministic",
@@ -44,16 +41,16 @@ VARIANTS = {  # of a student of v2_pico, after the teacher; fp16 and a CUDA grap
 AGREE = {"dkd-eager": ("dkd", 0.05), "fp32-eager": ("fp32", 0.05), "deterministic-2": ("deterministic", 0.0),
          "killed": ("deterministic", 0.0)}  # with which one, and how far losses may be apart, relative; 0 is the same text
 CHAINS = {"resnet": ("resnet32x4", "resnet8x4", "--opt sgd --lr 0.1 --weight-decay 5e-4"),
-          "efficientnet": ("efficientnet_v2_s", "v2_tiny", "--lr 2e-3")}
+          "efficientnet": ("efficientnet_v2_s", "v2_tiny", "--lr 2e-3")}  # teacher, student, recipe
 TINY_VARIANTS, TINY_CHAINS = ("deterministic", "killed"), {"tiny": ("v2_pico", "v2_pico", "--batch-size 8")}
-STUDENTS, MOST_EPOCHS, SEEDS = ("v2", "v3", "v3.1", "alone", "v1"), 30, (42, 43, 44)
-LEAST, GRACE = 10, 5  # seconds that a run needs, and that one that is stopped may take to end
+STUDENTS, MOST_EPOCHS = ("v2", "v3", "v3.1", "alone", "v1"), 30
+LEAST, GRACE = 10, 5  # seconds that a run needs, and from SIGTERM to SIGKILL
 
 
 class Ended(NamedTuple):
     outcome: str
     seconds: float
-    line: str  # the error, or the last that it printed
+    line: str  # the error, or the last line of output
 
 
 def run(command: str, output: Path, end: float, kill_after: int | None = None) -> Ended:
@@ -65,17 +62,17 @@ def run(command: str, output: Path, end: float, kill_after: int | None = None) -
     with open(text, "wb") as log:
         process = subprocess.Popen([sys.executable, *command.split(), "--output", str(output), "--resume", "auto"], cwd=ROOT,
                                    stdout=log, stderr=log)
-        asked = False
+        terminated = False
         while process.poll() is None:
             late = time.monotonic() - end
             if late > GRACE or kill_after and len(log_of(output)) >= kill_after:
                 process.kill()
-            elif late > 0 and not asked:
-                asked = not process.terminate()
+            elif late > 0 and not terminated:
+                terminated = not process.terminate()
             time.sleep(0.1)
     lines = text.read_text(errors="replace").splitlines() or [""]
     line = next((line for line in lines if line.startswith("error:")), lines[-1])[:200]
-    outcome = "ok" if process.returncode == 0 else "out of time" if asked else f"failed ({process.returncode})"
+    outcome = "ok" if process.returncode == 0 else "out of time" if terminated else f"failed ({process.returncode})"
     print(f"--- {output.name}: {outcome}", *lines[-60:], sep="\n", flush=True)
     return Ended(outcome, round(time.monotonic() - started, 1), line)
 
@@ -84,24 +81,6 @@ def log_of(output: Path) -> list[dict]:
     """The rows of log.csv."""
     path = output / "log.csv"
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Columns of its last epoch; difference: from the log of another variant, see AGREE."""
-    variant: str
-    outcome: str
-    seconds: float
-    epochs: int
-    train_loss: str
-    val_acc1: str
-    images_per_s: str
-    skipped_steps: str
-    peak_mem_mb: str
-    compared_with: str
-    difference: float | None
-    ok: bool
-    line: str
 
 
 def difference(one: list[dict], other: list[dict], exact: bool) -> float:
@@ -114,43 +93,43 @@ def difference(one: list[dict], other: list[dict], exact: bool) -> float:
 
 
 def variants(args) -> None:
-    end, folder, rows = args.end, args.output / "variants", table.Rows(args, "variants", table.short(args.device))
+    """Columns are of the last epoch; difference: from the log of the variant in compared_with."""
+    folder, rows = args.output / "variants", table.Rows(args, "variants", table.short(args.device), "variant outcome ok line")
     recipe = "--dataset synthetic --epochs 3 --warmup-epochs 1 --batch-size 128 --opt sgd --lr 0.05 --patience 0"
     if args.tiny:
         pictures(args.output / "images")
         recipe = f"--dataset imagefolder --data-dir {args.output}/images --epochs 2 --warmup-epochs 1 --batch-size 8 --lr 0.01"
     recipe += f" --device {args.device}"
 
-    def one(name: str, flags: str) -> None:
-        command = f"distill.py --student v2_pico --teacher-checkpoint {folder}/teacher/best.pt {recipe} {flags}"
-        if name == "killed" and (ended := run(command, folder / name, end, kill_after=1)).outcome != "failed (-9)":
+    def distill(name: str) -> None:
+        command = f"distill.py --student v2_pico --teacher-checkpoint {folder}/teacher/best.pt {recipe} {VARIANTS[name]}"
+        if name == "killed" and (ended := run(command, folder / name, args.end, kill_after=1)).outcome != "failed (-9)":
             keep(name, ended._replace(outcome=f"{ended.outcome} before it was killed"))
         else:
-            keep(name, run(command, folder / name, end))
+            keep(name, run(command, folder / name, args.end))
 
     def keep(name: str, ended: Ended) -> None:
         other, allowed = AGREE.get(name, ("", 0.0))
         log = log_of(folder / name)
         apart = difference(log, log_of(folder / other), allowed == 0) if other else None
-        last = log[-1] if log else {}
-        columns = (last.get(column, "") for column in ("train_loss", "val_acc1", "images_per_s", "skipped_steps", "peak_mem_mb"))
-        rows.add(Variant(name, ended.outcome, ended.seconds, len(log), *columns, other, apart,
-                         ended.outcome == "ok" and (apart or 0.0) <= allowed, ended.line))
+        columns = ("train_loss", "val_acc1", "images_per_s", "skipped_steps", "peak_mem_mb")
+        rows.add(table.Row(variant=name, outcome=ended.outcome, seconds=ended.seconds, epochs=len(log),
+                           **{column: log[-1].get(column, "") if log else "" for column in columns}, compared_with=other,
+                           difference=apart, ok=ended.outcome == "ok" and (apart or 0.0) <= allowed, line=ended.line))
 
-    keep("teacher", run(f"train_teacher.py --model v2_tiny {recipe}", folder / "teacher", end))
-    chosen = {name: VARIANTS[name] for name in (TINY_VARIANTS if args.tiny else VARIANTS)}
+    keep("teacher", run(f"train_teacher.py --model v2_tiny {recipe}", folder / "teacher", args.end))
+    chosen = TINY_VARIANTS if args.tiny else tuple(VARIANTS)
     bases = {other for other, _ in AGREE.values()}
-    for together in (bases, AGREE, chosen.keys() - bases - AGREE.keys()):  # what others are compared with is there before them
+    for together in (bases, AGREE, VARIANTS.keys() - bases - AGREE.keys()):  # a variant after that which it is compared with
         with ThreadPoolExecutor(min(5, os.cpu_count())) as pool:
-            list(pool.map(lambda name: one(name, chosen[name]), [name for name in chosen if name in together]))
+            list(pool.map(distill, [name for name in chosen if name in together]))
     wrong = [row.variant for row in rows.all if not row.ok]
     print(f"{len(wrong)} of {len(rows.all)} variants failed or differ", *wrong, sep="; ")
     raise SystemExit(bool(wrong))
 
 
 def pictures(folder: Path) -> None:
-    """Two classes of noise, as JPEG."""
-    from PIL import Image
+    """Write two classes of noise as JPEG files."""
     for name, count in (("train/a", 20), ("train/b", 20), ("test/a", 8), ("test/b", 8)):
         make_directory(folder / name)
         for index in range(count):
@@ -173,112 +152,64 @@ def unpack(args) -> None:
     print(datasets.load("imagefolder", whole))  # which decodes them
 
 
-@dataclass(frozen=True)
-class Trained:
-    """images_per_s, last_epoch_s and peak_mem_mb: of the last epoch; the first one includes what is compiled and chosen."""
-    hardware: str
-    torch: str
-    chain: str
-    run: str
-    seed: int
-    outcome: str
-    epochs: int
-    of_epochs: int
-    test_acc1: float | None
-    retention: float | None
-    verdict: str | None
-    images_per_s: str | None
-    first_epoch_s: str | None
-    last_epoch_s: str | None
-    peak_mem_mb: str | None
-    line: str
+def train_chain(args, name: str, seconds: float, rows: table.Rows) -> None:
+    """Plan and train one of CHAINS, in kept(args)/`name`, in at most so many seconds."""
+    end, folder = time.monotonic() + seconds, kept(args) / name
+    teacher, student, recipe = (CHAINS | TINY_CHAINS)[name]
+    recipe += f" --dataset imagefolder --data-dir {folder.parent / 'images'} --device {args.device} --patience 0"
 
-
-class Chain:
-    """A teacher and its students in `folder`/<name>."""
-
-    def __init__(self, args, name: str, networks: tuple, folder: Path):
-        self.args, self.name, self.folder = args, name, folder / name
-        self.teacher, self.student, recipe = networks
-        self.flags = f"--dataset imagefolder --data-dir {folder / 'images'} --device {args.device} --patience 0 {recipe}"
-
-    def command(self, which: str, seed: int, epochs: int, folder: Path) -> str:
-        flags = f"{self.flags} --seed {seed} --epochs {epochs} --warmup-epochs {min(2, epochs - 1)}"
+    def command(which: str, epochs: int) -> str:
+        flags = f"{recipe} --epochs {epochs} --warmup-epochs {min(2, epochs - 1)}"
         if which in ("teacher", "alone"):
-            return f"train_teacher.py --model {self.teacher if which == 'teacher' else self.student} --no-pretrained {flags}"
-        teacher = folder / f"teacher-s{SEEDS[0]}" / "best.pt"
-        return f"distill.py --experiment {which} --student {self.student} --teacher-checkpoint {teacher} {flags}"
+            return f"train_teacher.py --model {teacher if which == 'teacher' else student} --no-pretrained {flags}"
+        checkpoint = folder / "teacher" / "best.pt"
+        return f"distill.py --experiment {which} --student {student} --teacher-checkpoint {checkpoint} {flags}"
 
-    def measure(self, which: str, end: float) -> tuple[float, float]:
-        """Seconds before the epochs of a run, and of an epoch."""
-        probe = self.folder / "probe" / which
+    def measure(which: str) -> tuple[float, float]:
+        """Seconds of a run outside its epochs, and of an epoch."""
+        probe = folder / "probe" / which
         shutil.rmtree(probe, ignore_errors=True)  # one that is whole would start in no time
-        if (ended := run(self.command(which, SEEDS[0], 2, probe.parent), probe, end)).outcome != "ok":
-            raise errors.Failure(errors.BUG, f"no epoch could be measured ({self.name} {which}: {ended.line})", "see its log")
-        epoch = sum(float(log_of(probe)[-1][name]) for name in ("epoch_s", "val_s"))
+        if (ended := run(command(which, 2), probe, end)).outcome != "ok":
+            raise errors.Failure(errors.BUG, f"no epoch could be measured ({name} {which}: {ended.line})", "see its log")
+        epoch = sum(float(log_of(probe)[-1][column]) for column in ("epoch_s", "val_s"))
         return max(0.0, ended.seconds - 2 * epoch), epoch
 
-    def plan(self, seconds: float) -> dict:
-        """Epochs and seeds with which all runs take at most so many seconds, in four fifths of them: kept once it is made.
-
-        The step of a student takes its own time and that of the teacher's forward pass, a third of the teacher's step.
-        """
-        path, end = self.folder / "plan.json", time.monotonic() + seconds
-        if not path.exists():
-            (before, long), (_, short) = (self.measure(which, end) for which in ("teacher", "alone"))
-            budget = 0.8 * (end - time.monotonic())
-            once, each = long, len(STUDENTS) * short + (len(STUDENTS) - 1) * long / 3  # an epoch of all of a seed
-            most = 2 if self.args.tiny else MOST_EPOCHS
-            epochs = max(2, min(most, int((budget - (1 + len(STUDENTS)) * before) / (once + each))))
-            more = (budget - before - epochs * once) / (len(STUDENTS) * before + epochs * each)
-            write_json(path, {"epochs": epochs, "seeds": SEEDS[:1 if self.args.tiny else max(1, int(more))], "start_s": before,
-                              "teacher_epoch_s": long, "student_epoch_s": short})
-        found = json.loads(path.read_text())
-        print(f"plan of {self.name}: {found}", flush=True)
-        return found
-
-    def go(self, seconds: float, keep) -> None:
-        """Every run of the plan; keep: is called with the row of each."""
-        end, plan = time.monotonic() + seconds, self.plan(seconds)
-        epochs, students = plan["epochs"], STUDENTS[:1 if self.args.tiny else None]
-        for which, seed in [("teacher", SEEDS[0]), *((which, seed) for seed in plan["seeds"] for which in students)]:
-            output = self.folder / f"{which}-s{seed}"
-            keep(self.row(which, seed, epochs, output, run(self.command(which, seed, epochs, self.folder), output, end)))
-
-    def row(self, which: str, seed: int, epochs: int, output: Path, ended: Ended) -> Trained:
-        log, summary = log_of(output), output / "summary.json"
-        found = json.loads(summary.read_text()) if summary.exists() else {}
-        first, last = (log[0], log[-1]) if log else ({}, {})
-        return Trained(table.hardware(self.args.device), torch.__version__, self.name, which, seed, ended.outcome, len(log),
-                       epochs, *map(found.get, ("test_acc1_best", "retention", "verdict")), last.get("images_per_s"),
-                       first.get("epoch_s"), last.get("epoch_s"), last.get("peak_mem_mb"), ended.line)
+    if not (folder / "plan.json").exists():  # all runs are to take four fifths of the time
+        (start, teacher_s), (_, student_s) = measure("teacher"), measure("alone")
+        runs = len(STUDENTS)  # those with a teacher also take its forward passes, a third of its step
+        epochs = (0.8 * (end - time.monotonic()) - (1 + runs) * start) / (teacher_s * (1 + (runs - 1) / 3) + runs * student_s)
+        write_json(folder / "plan.json", {"epochs": max(2, min(2 if args.tiny else MOST_EPOCHS, int(epochs))), "start_s": start,
+                                          "teacher_epoch_s": teacher_s, "student_epoch_s": student_s})
+    epochs = read_json(folder / "plan.json")["epochs"]
+    for which in ("teacher", *STUDENTS[:1 if args.tiny else None]):
+        output = folder / which
+        ended, log = run(command(which, epochs), output, end), log_of(output)
+        summary, first, last = read_json(output / "summary.json") or {}, *((log[0], log[-1]) if log else ({}, {}))
+        rows.add(table.Row(
+            **table.versions(args.device, torch), chain=name, run=which, outcome=ended.outcome, epochs=len(log),
+            of_epochs=epochs, test_acc1=summary.get("test_acc1_best"), retention=summary.get("retention"),
+            verdict=summary.get("verdict"), images_per_s=last.get("images_per_s"), first_epoch_s=first.get("epoch_s"),
+            last_epoch_s=last.get("epoch_s"), peak_mem_mb=last.get("peak_mem_mb"), line=ended.line))
 
 
 def train(args) -> None:
     if not (kept(args) / "images").exists():
         raise errors.Failure(errors.DATA, f"not unpacked yet ({args.data})", "begin with the part unpack")
-    rows, lock, failures = [], Lock(), []
+    chains, failures = list(TINY_CHAINS if args.tiny else CHAINS), []
+    rows = table.Rows(args, "runs", table.short(args.device), "chain run outcome epochs of_epochs test_acc1 verdict line")
+    parallel = min(len(chains), os.cpu_count())
 
-    def keep(row: Trained) -> None:
-        with lock:
-            rows.append(asdict(row))
-            write_atomic(args.output / "runs.csv", as_csv(list(rows[0]), rows))
-        print(*asdict(row).values(), flush=True)
-
-    chains = [Chain(args, name, networks, kept(args)) for name, networks in (TINY_CHAINS if args.tiny else CHAINS).items()]
-    together = min(len(chains), os.cpu_count())
-
-    def go(chain: Chain) -> None:
+    def one(name: str) -> None:
+        left = args.end - time.monotonic()
         try:
-            left = args.end - time.monotonic()
-            chain.go(left if together > 1 else left / (len(chains) - chains.index(chain)), keep)
+            train_chain(args, name, left if parallel > 1 else left / (len(chains) - chains.index(name)), rows)
         except errors.Failure as failure:  # the other chain goes on
             failures.append(str(failure))
 
-    with ThreadPoolExecutor(together) as pool:
-        list(pool.map(go, chains))
-    bad = [*failures, *(f"{row['chain']} {row['run']}" for row in rows if row["outcome"].startswith("failed"))]
-    print(f"{sum(row['outcome'] == 'ok' for row in rows)} of {len(rows)} runs are whole", *bad, sep="; ")
+    with ThreadPoolExecutor(parallel) as pool:
+        list(pool.map(one, chains))
+    bad = [*failures, *(f"{row.chain} {row.run}" for row in rows.all if row.outcome.startswith("failed"))]
+    print(f"{sum(row.outcome == 'ok' for row in rows.all)} of {len(rows.all)} runs are whole", *bad, sep="; ")
     raise SystemExit(bool(bad))
 
 
@@ -288,12 +219,8 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = errors.Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = table.parser(__doc__, tiny=True)
     parser.add_argument("task", choices=("variants", "unpack", "runs"))
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="FILE", help="an archive of train/CLASS/*.jpg and test/CLASS/*.jpg")
     parser.add_argument("--seconds", type=positive, default=540)
-    table.device_flag(parser.add_argument)
-    parser.add_argument("--tiny", action="store_true", help="the smallest networks on a few images")
-    debug_flag(parser.add_argument)
     errors.run(main, parser.parse_args())

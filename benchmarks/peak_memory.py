@@ -1,6 +1,6 @@
-"""The memory of a process that does nothing but open a network in its runtime and predict one image, on a CPU.
+"""Peak memory of this process, which opens a network in its runtime and predicts one image, on a CPU.
 
-    python -m benchmarks.peak_memory runs/v2-s42/best.pt        -> megabytes of the process, and of them what the network took
+    python -m benchmarks.peak_memory runs/v2-s42/best.pt        -> megabytes of the process, and of them those of the network
 """
 import re
 import sys

@@ -1,11 +1,13 @@
-"""What all benchmarks share: their flags, the name of the hardware, the wait for it, and the CSV."""
+"""Flags, hardware names, printed rows and CSV files of the benchmarks."""
 import csv
 import platform
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
+from statistics import median
+from threading import Lock
+from types import SimpleNamespace
 
 import torch
 
@@ -15,20 +17,27 @@ from cli.options import debug_flag
 from rundir.errors import USAGE, Failure, Parser, Unwritable
 from rundir.files import make_directory
 
+Row = SimpleNamespace  # its attributes are the columns
 RESULTS = Path(__file__).resolve().parent / "results"
-TINY = "tiny"  # what --tiny makes of --quick
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def parser(description: str, quick: str, cases=(), tiny: bool = False) -> Parser:
-    """The flags of a benchmark.  quick: what --quick does.  cases: the names that --case takes.  tiny: whether it has --tiny."""
+def parser(description: str, quick: str = "", cases=(), tiny: bool = False) -> Parser:
+    """The flags of a benchmark.
+
+    quick: what --quick does; without it there is no such flag, and --output is required.  cases: the choices of --case.
+    tiny: whether there is --tiny.
+    """
     made = Parser(description=description.partition("\n")[0], allow_abbrev=False)
+    made.set_defaults(quick=False, tiny=False, case=None, seconds=None)
     add = made.add_argument
-    add("--quick", action="store_true", help=f"{quick}; nothing is written without --output")
+    if quick:
+        add("--quick", action="store_true", help=f"{quick}; nothing is written without --output")
     if tiny:
-        add("--tiny", dest="quick", action="store_const", const=TINY, help="one repeat of the least, to try the command itself")
-    device_flag(add)
-    add("--output", type=Path, metavar="DIR", help="where the CSV goes; default: benchmarks/results")
-    made.set_defaults(case=None, seconds=None)
+        add("--tiny", action="store_true", help="one repeat of the smallest case, to try the command itself")
+    add("--device", type=flag_types.device, default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
+    add("--output", type=Path, metavar="DIR", required=not quick,
+        help="folder of the CSV" + "; default: benchmarks/results" * bool(quick))
     if cases:
         add("--case", nargs="+", choices=cases, metavar="NAME", help=f"of {', '.join(cases)}; default: what suits the device")
         add("--seconds", type=positive, metavar="N", help="begin no further case after so long")
@@ -36,12 +45,8 @@ def parser(description: str, quick: str, cases=(), tiny: bool = False) -> Parser
     return made
 
 
-def device_flag(add) -> None:
-    add("--device", type=flag_types.device, default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
-
-
 def device(name: str) -> torch.device:
-    """What --device names.  Failure USAGE: no such GPU."""
+    """The device of --device.  Failure USAGE: no such GPU."""
     found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise Failure(USAGE, f"no such GPU here (--device {name})", "use --device cpu, or check the driver")
@@ -49,11 +54,11 @@ def device(name: str) -> torch.device:
 
 
 def repeats(args, quick: int, whole: int) -> int:
-    return 1 if args.quick == TINY else quick if args.quick else whole
+    return 1 if args.tiny else quick if args.quick else whole
 
 
 def chosen(args, usual) -> Iterator[str]:
-    """The names that --case gives, or those of `usual`, as long as --seconds last."""
+    """The cases of --case, or `usual`, until --seconds have passed."""
     end = time.monotonic() + (args.seconds or float("inf"))
     names = list(args.case or usual)
     while names and time.monotonic() < end:
@@ -69,44 +74,55 @@ def hardware(device: torch.device) -> str:
 
 
 def short(device: torch.device) -> str:
-    """The hardware as a part of a file's name."""
+    """The hardware in a file name."""
     return hardware(device) if device.type == "cuda" else "cpu"
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def versions(device: torch.device, *packages) -> dict:
+    """The first columns of a row: the hardware, and the version of each package."""
+    return {"hardware": hardware(device)} | {package.__name__: package.__version__ for package in packages}
+
+
+def spread(column: str, values, digits: int | None = 3) -> dict:
+    """Median, minimum and maximum in `column`, `column`_min and `column`_max; None without values.  digits None: integers."""
+    picked = {"": median, "_min": min, "_max": max}
+    return {column + end: round(pick(values), digits) if values else None for end, pick in picked.items()}
 
 
 class Rows:
-    """Rows of one kind of dataclass.  Each is appended to <what>-<where>.csv as it comes, so a benchmark that is cut off leaves
-    what it had; the first one replaces the file of an earlier run.
+    """Rows with the same columns, appended to <what>-<where>.csv one by one, so an interrupted benchmark keeps what it had.
 
-    where: in words, of which the file's name has the letters and digits.  args: of `parser`.
+    The first row replaces the file of an earlier run.  args: of `parser`.  where: in words; the file name has its letters and
+    digits.  show: the columns to print, separated by spaces.
     """
 
-    def __init__(self, args, what: str, where: str):
-        folder = args.output or (None if args.quick else RESULTS)
+    def __init__(self, args, what: str, where: str, show: str = ""):
+        folder = args.output or (None if args.quick or args.tiny else RESULTS)
         self.path = folder and folder / f"{what}-{re.sub('[^a-z0-9]+', '-', where.lower()).strip('-')}.csv"
-        self.all = []
+        self.all, self.show, self.lock = [], show.split(), Lock()
         if self.path:  # before anything is measured
             make_directory(self.path.parent)
 
     def add(self, row) -> None:
-        if self.path:
-            try:
-                with open(self.path, "a" if self.all else "w", newline="", encoding="utf-8") as file:
-                    table = csv.DictWriter(file, asdict(row), lineterminator="\n")
-                    if not self.all:
-                        table.writeheader()
-                    table.writerow(asdict(row))
-            except OSError as failure:
-                raise Unwritable(failure.errno, failure.strerror, str(self.path)) from failure
-        self.all.append(row)
+        """Print and write a row; several threads may."""
+        columns = vars(row)
+        with self.lock:
+            if self.show:
+                cells = [f"{name} {columns[name]}" if isinstance(columns[name], int | float) else str(columns[name] or "-")
+                         for name in self.show]
+                print(*cells, sep=", ", flush=True)
+            if self.path:
+                try:
+                    with open(self.path, "a" if self.all else "w", newline="", encoding="utf-8") as file:
+                        table = csv.DictWriter(file, columns, lineterminator="\n")
+                        if not self.all:
+                            table.writeheader()
+                        table.writerow(columns)
+                except OSError as failure:
+                    raise Unwritable(failure.errno, failure.strerror, str(self.path)) from failure
+            self.all.append(row)
 
-    def close(self, draw=None) -> None:
-        """Draw all rows into a PNG beside the CSV, by `draw(rows, path)`; say where both are."""
+    def close(self) -> None:
+        """Print where the rows are."""
         if self.path and self.all:
-            if draw:
-                draw(self.all, self.path.with_suffix(".png"))
             print(self.path)

@@ -1,5 +1,4 @@
-"""benchmarks.gpu_day: whatever becomes of a part, the others have their results, and a table says how each ended."""
-import csv
+"""benchmarks.gpu_day: however a part ends, the others have their results, and a table says how each ended."""
 import errno
 import functools
 import multiprocessing
@@ -9,12 +8,12 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import table_of, wait_for
 
 from benchmarks import augmentation, gpu_checks, gpu_day, gpu_runs, loss, step
 
@@ -27,30 +26,23 @@ PARTS = {"first": WRITES, "hangs": HANGS, "killed": "import os; print('begun'); 
          "imports": "import no_such_module", "last": WRITES}
 
 
-def planted(parts: dict, seconds: float = 3) -> list:
-    return [gpu_day.Part(name, ["-c", code], 1.5 if name == "hangs" else 60, seconds) for name, code in parts.items()]
-
-
-def rows_of(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.read_text().splitlines()))
-
-
 @pytest.fixture
 def day(tmp_path, monkeypatch):
-    """Runs a stage of planted parts; gives its exit code, and how each part ended."""
+    """Runs a stage of planted parts (name -> code); gives its exit code, and how each part ended."""
     monkeypatch.setattr(gpu_day, "WORK", tmp_path / "work")
     monkeypatch.setattr(gpu_day, "GRACE", 1)
 
-    def run(parts: list, minutes: float = 1):
-        monkeypatch.setattr(gpu_day, "parts_of", lambda args: parts)
+    def run(parts: dict, seconds: float = 60, least: float = 1):
+        monkeypatch.setattr(gpu_day, "LEAST", least)
+        planted = [gpu_day.Part(name, ["-c", code], 1.5 if name == "hangs" else 60) for name, code in parts.items()]
+        monkeypatch.setattr(gpu_day, "parts_of", lambda args: planted)
         code = 0
         try:
-            gpu_day.main(SimpleNamespace(stage=2, output=tmp_path / "out", minutes=minutes, part=None, data=None, device="cpu",
-                                         tiny=False))
+            gpu_day.main(SimpleNamespace(stage=2, output=tmp_path / "out", minutes=seconds / 60, part=None, data=None,
+                                         device="cpu", tiny=False))
         except SystemExit as leave:
             code = leave.code
-        path = tmp_path / "out" / "stage2-parts.csv"
-        return code, {row["part"]: row["outcome"] for row in rows_of(path)} if path.exists() else {}
+        return code, {row["part"]: row["outcome"] for row in table_of(tmp_path / "out" / "stage2-parts.csv")}
     return run
 
 
@@ -60,35 +52,34 @@ def alive(pid: int) -> bool:
 
 
 def test_a_part_that_fails_leaves_the_others_their_results(day, tmp_path, capsys):
-    code, outcomes = day(planted(PARTS))
+    code, outcomes = day(PARTS)
     assert code == 1 and list(outcomes) == list(PARTS)
     assert outcomes["first"] == outcomes["last"] == "ok" and outcomes["killed"] == "killed (SIGKILL)"
     assert outcomes["imports"] == "failed (1)" and outcomes["hangs"].startswith("out of time")
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [f"stage2-{name}" for name in (
         "first.csv", "hangs.csv", "last.csv", "log.txt", "parts.csv")]
-    assert rows_of(out / "stage2-last.csv") == [{"a": "1"}] and "no_such_module" in (out / "stage2-log.txt").read_text()
-    lines = {row["part"]: row["last_line"] for row in rows_of(out / "stage2-parts.csv")}
+    assert table_of(out / "stage2-last.csv") == [{"a": "1"}] and "no_such_module" in (out / "stage2-log.txt").read_text()
+    lines = {row["part"]: row["last_line"] for row in table_of(out / "stage2-parts.csv")}
     assert lines["first"] == "well" and "no_such_module" in lines["imports"] and not alive(int(lines["hangs"]))
     table = capsys.readouterr().out.splitlines()[-len(PARTS):]
     assert [line.split()[1] for line in table] == list(PARTS)
 
 
-def test_no_part_is_begun_that_has_too_little_time(day):
-    slow = {"slow": "import time; time.sleep(3)", "quick": WRITES}
-    code, outcomes = day([gpu_day.Part(name, ["-c", code], 60, 4) for name, code in slow.items()], minutes=8 / 60)
-    assert (code, outcomes) == (0, {"slow": "ok", "quick": "not begun"})
+def test_no_part_is_begun_that_has_too_little_time(day, tmp_path):
+    slow = {"slow": "import time; time.sleep(1)", "quick": WRITES}
+    assert day(slow, seconds=7, least=4.5) == (0, {"slow": "ok", "quick": "not begun"})
+    assert day({"quick": WRITES}, seconds=2) == (1, {"quick": "not begun"})
+    assert not (tmp_path / "out" / "stage2-quick.csv").exists()
 
 
-def test_a_part_that_is_left_out_says_why(day, tmp_path, capsys):
-    parts = [*planted({"first": WRITES}), gpu_day.Part("last", ["-c", WRITES], 60, left_out="too long")]
-    assert day(parts) == (0, {"first": "ok", "last": "left out"})
-    assert capsys.readouterr().out.splitlines()[-1].endswith("too long")
-    assert "=== last" not in (tmp_path / "out" / "stage2-log.txt").read_text()
-    assert day(parts[1:]) == (1, {"last": "left out"}), "nothing has run"
+def test_rows_of_an_earlier_call_do_not_stay(day, tmp_path):
+    assert day({"first": WRITES}) == (0, {"first": "ok"})
+    assert day({"first": "print()"}) == (0, {"first": "ok"})
+    assert not (tmp_path / "out" / "stage2-first.csv").exists()
 
 
-def test_a_full_disk_is_said_and_the_others_are_kept(day, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported_and_the_others_are_kept(day, tmp_path, monkeypatch, capsys):
     whole = gpu_day.write_atomic
 
     def full(path, content):
@@ -97,9 +88,8 @@ def test_a_full_disk_is_said_and_the_others_are_kept(day, tmp_path, monkeypatch,
         whole(path, content)
 
     monkeypatch.setattr(gpu_day, "write_atomic", full)
-    day(planted({"first": WRITES, "fills": WRITES}))
-    assert rows_of(tmp_path / "out" / "stage2-first.csv") == [{"a": "1"}]
-    assert [row["part"] for row in rows_of(tmp_path / "out" / "stage2-parts.csv")] == ["first"]
+    code, outcomes = day({"first": WRITES, "fills": WRITES})
+    assert code == 1 and outcomes == {"first": "ok"} and table_of(tmp_path / "out" / "stage2-first.csv") == [{"a": "1"}]
     first, fills = capsys.readouterr().out.splitlines()[-2:]
     assert " ok  " in first and "not kept" not in first and f"ok, not kept: {os.strerror(errno.ENOSPC)}" in fills
 
@@ -111,20 +101,18 @@ import sys
 from pathlib import Path
 from benchmarks import gpu_day
 gpu_day.WORK, gpu_day.GRACE = Path({str(tmp_path / "work")!r}), 1
-gpu_day.parts_of = lambda args: [gpu_day.Part("hangs", ["-c", {HANGS!r}], 60, 1), gpu_day.Part("never", ["-c", ""], 60, 1)]
+gpu_day.parts_of = lambda args: [gpu_day.Part("hangs", ["-c", {HANGS!r}], 60), gpu_day.Part("never", ["-c", ""], 60)]
 sys.argv[1:] = ["--stage", "2", "--output", {str(tmp_path / "out")!r}]
 gpu_day.command()
 """
     process = subprocess.Popen([sys.executable, "-c", plant], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "work" / "stage2" / "hangs" / "log.txt"
-    while not (log.exists() and log.read_text()):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
+    wait_for(tmp_path / "work" / "stage2" / "hangs" / "some.csv")
     process.send_signal(number)
     output, error = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and not error and not alive(int(log.read_text()))
+    pid = int((tmp_path / "out" / "stage2-log.txt").read_text().splitlines()[-1])
+    assert process.returncode == 128 + number and not error and not alive(pid)
     assert output.splitlines()[-1].split()[:3] == ["2", "hangs", "stopped"]
-    assert [row["outcome"] for row in rows_of(tmp_path / "out" / "stage2-parts.csv")] == ["stopped"]
+    assert [row["outcome"] for row in table_of(tmp_path / "out" / "stage2-parts.csv")] == ["stopped"]
 
 
 @pytest.fixture(scope="module")
@@ -157,21 +145,20 @@ def dry(archive, tmp_path_factory):
 WRITTEN = {1: {"machine": 17, "kernels": 4, "augmentation": 1, "variants": 3}, 2: {"loss": 4, "step": 3, "bounds": 4,
            "augmentation": 11}, 3: {"runs": 2}}  # rows of each part, at least
 SILENT = {1: {"tests-gpu", "sanitizer"}, 2: set(), 3: {"unpack"}}
-LEFT_OUT = {1: {"tests-all"}, 2: {"step-compiled"}, 3: set()}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_dry_run_has_rows_of_every_part(dry, stage):
     out = dry(stage) / "out"
-    parts = {row["part"]: row for row in rows_of(out / f"stage{stage}-parts.csv")}
-    args = SimpleNamespace(stage=stage, device="cuda", tiny=False, data=None)
-    assert list(parts) == [part.name for part in gpu_day.parts_of(args)] and all(row["last_line"] for row in parts.values())
-    assert {name: row["outcome"] for name, row in parts.items()} == (
-        dict.fromkeys(WRITTEN[stage].keys() | SILENT[stage], "ok") | dict.fromkeys(LEFT_OUT[stage], "left out"))
+    parts = table_of(out / f"stage{stage}-parts.csv")
+    args = SimpleNamespace(stage=stage, device="cuda", tiny=True, data=None)
+    assert [row["part"] for row in parts] == [part.name for part in gpu_day.parts_of(args)]
+    assert {row["part"] for row in parts} == WRITTEN[stage].keys() | SILENT[stage]
+    assert all(row["outcome"] == "ok" and row["last_line"] for row in parts), parts
     assert {path.name for path in out.iterdir()} == {f"stage{stage}-{name}" for name in (
         "parts.csv", "log.txt", *(f"{name}.csv" for name in WRITTEN[stage]))}
     for name, least in WRITTEN[stage].items():
-        rows = rows_of(out / f"stage{stage}-{name}.csv")
+        rows = table_of(out / f"stage{stage}-{name}.csv")
         assert len(rows) >= least and all(row.get("ok", "True") == "True" for row in rows), rows
 
 
@@ -179,8 +166,8 @@ def test_training_goes_on_from_call_to_call(dry, archive, monkeypatch):
     folder = dry(3)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("best.pt")}
     assert gpu_runs_code(monkeypatch, "runs", folder / "stage3" / "runs", archive, "--tiny") == 0
-    for path in (folder / "out" / "stage3-runs.csv", folder / "stage3" / "runs" / "runs.csv"):
-        rows = rows_of(path)
+    for path in (folder / "out" / "stage3-runs.csv", folder / "stage3" / "runs" / "runs-cpu.csv"):
+        rows = table_of(path)
         assert [(row["run"], row["outcome"]) for row in rows] == [("teacher", "ok"), ("v2", "ok")]
         assert all(float(row["test_acc1"]) >= 0 and row["verdict"] and row["first_epoch_s"] for row in rows)
         assert all(row["retention"] for row in rows if row["run"] == "v2")
@@ -230,7 +217,7 @@ def test_a_comparison_whose_process_dies_leaves_the_others(tmp_path, monkeypatch
     args = SimpleNamespace(check="kernels", device=torch.device("cpu"), output=tmp_path, tiny=True)
     with pytest.raises(SystemExit) as leave:
         gpu_checks.compare_all(args, dies_at_two, [(1,), (2,), (3,)])
-    rows = rows_of(tmp_path / "kernels-cpu.csv")
+    rows = table_of(tmp_path / "kernels-cpu.csv")
     assert leave.value.code == 1 and [row["ok"] for row in rows if row["failure"]] == ["False"]
     assert {row["case"] for row in rows if row["ok"] == "True"} == {"case 1", "case 3"}
 
@@ -241,13 +228,6 @@ def test_variants_are_compared():
     assert gpu_runs.difference(one, other, exact=True) == 1
     assert gpu_runs.difference(one, other, exact=False) == pytest.approx(0.03 / 1.03)
     assert gpu_runs.difference(one, one[:1], exact=False) == gpu_runs.difference([], [], exact=True) == float("inf")
-
-
-def test_a_part_that_is_not_begun_has_no_rows_of_an_earlier_call(day, tmp_path):
-    assert day(planted({"first": WRITES})) == (0, {"first": "ok"})
-    (tmp_path / "out" / "stage2-first.csv").unlink()
-    assert day(planted({"first": WRITES}, seconds=100)) == (1, {"first": "not begun"})
-    assert not (tmp_path / "out" / "stage2-first.csv").exists()
 
 
 @pytest.mark.parametrize("task", ["unpack", "runs"])

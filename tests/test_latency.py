@@ -1,10 +1,11 @@
-"""benchmarks.latency on a small run: what it prints, its rows and figure, and what it does without ONNX Runtime."""
-import csv
+"""benchmarks.latency on a small run: what it prints, its rows, and what it does without ONNX Runtime."""
+import re
 import sys
 
+import numpy as np
 import pytest
+import torch
 from exporting import needs_onnx, one_line, trained_run
-from PIL import Image
 
 from benchmarks import latency, peak_memory, table
 
@@ -33,7 +34,7 @@ def benchmark(capsys, monkeypatch, *arguments):
 
 
 def engines(out):
-    return {line[17:34].strip() for line in out.splitlines() if line.startswith("run ") and "threads" not in line}
+    return set(re.findall(r"^run, (.*?), threads \d", out, re.MULTILINE))
 
 
 @needs_onnx
@@ -55,34 +56,17 @@ def test_a_directory_that_is_no_run_is_one_line(tmp_path, capsys, monkeypatch):
     assert "best.pt" in one_line(code, 5, err)
 
 
-def test_what_lies_on_the_front():
-    points = [(3, 50), (1, 40), (2, 45), (2, 44), (4, 49), (5, 60), (0.5, 40)]
-    assert latency.front(points) == [(0.5, 40), (2, 45), (3, 50), (5, 60)]
-
-
-def test_rows_become_a_table_and_a_figure(tmp_path, monkeypatch):
+def test_rows_add_up(monkeypatch):
     monkeypatch.setattr(latency, "BLOCK_S", 0.001)
-    rows = table.Rows(table.parser("", "").parse_args(["--output", str(tmp_path)]), "latency", "cpu")
-    entered = (("teacher", "eager", 60.0), ("student", "compiled", 55.0), ("student", "onnxruntime int8", None))
-    for run, engine, accuracy in entered:
-        for threads in (1, 2):
-            sizes = []
-            contender = latency.Contender(
-                lambda images, sizes=sizes: sizes.append(len(images)), 8, threads, hardware="a CPU", processor="A",
-                torch="2", onnxruntime="1", run=run, network="net", parameters=5, flops=7, engine=engine, file_mb=1.0,
-                process_mb=None, peak_mb=None, accuracy=accuracy, repeats=2)
-            before = latency.torch.get_num_threads()
-            contender.warm_up()
-            contender.take_turn()
-            contender.take_turn()
-            latency.torch.set_num_threads(before)
-            assert len(contender.single_s) == 2 * latency.CALLS and set(sizes) == {1, *latency.BATCHES}
-            rows.add(contender.row())
-    latency.draw(rows.path)
-    found = list(csv.DictReader(rows.path.read_text().splitlines()))
-    assert len(found) == 6 and all(float(row["ms_median"]) <= float(row["ms_p95"]) for row in found)
-    assert all(int(row["best_batch"]) in (1, *latency.BATCHES) for row in found)
-    assert Image.open(rows.path.with_suffix(".png")).width > 600
+    sizes, before = [], torch.get_num_threads()
+    entered = [latency.contender(lambda images: sizes.append((torch.get_num_threads(), len(images))),
+                                 np.zeros((max(latency.BATCHES), 8, 8, 3), np.uint8), threads=threads) for threads in (1, 2)]
+    rows = list(latency.measure(entered, repeats=2))
+    torch.set_num_threads(before)
+    assert set(sizes) == {(threads, size) for threads in (1, 2) for size in (1, *latency.BATCHES)}
+    assert [len(each.ms) for each in entered] == [2 * latency.CALLS] * 2 and [row.threads for row in rows] == [1, 2]
+    for row in rows:
+        assert 0 < row.ms_median <= row.ms_p95 and row.best_batch in (1, *latency.BATCHES) and row.images_per_s > 0
 
 
 def test_the_memory_is_that_of_another_process(trained):
