@@ -3,7 +3,8 @@ import functools
 
 import pytest
 import torch
-from test_scripts import make_images, run
+from command import run
+from helpers import make_images
 
 FLAGS = ("--dataset imagefolder --data-dir {place}/images --warmup-epochs 0 --batch-size 8 --val-size 12 --device cpu "
          "--model resnet8")

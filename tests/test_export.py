@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from exporting import CLASSES, needs_executorch, needs_onnx, needs_torchao, one_line, trained_run
-from test_scripts import make_images, run
+from command import one_line, run
+from exporting import CLASSES, needs_executorch, needs_onnx, needs_torchao, trained_run
+from helpers import make_images
 
 import models
 from deploy import check, runtime, writers

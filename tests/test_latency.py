@@ -3,7 +3,8 @@ import csv
 import sys
 
 import pytest
-from exporting import needs_onnx, one_line, trained_run
+from command import one_line
+from exporting import needs_onnx, trained_run
 from PIL import Image
 
 from benchmarks import latency, peak_memory, table

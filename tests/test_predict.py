@@ -14,9 +14,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from exporting import CLASSES, needs_onnx, one_line, trained_run
+from command import ROOT, one_line, run
+from exporting import CLASSES, needs_onnx, trained_run
 from PIL import Image, ImageOps
-from test_scripts import ROOT, run
 
 import models
 from data import pictures

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
-import test_distributed
-import test_scripts
 import torch
+from command import SMALL, run
+from helpers import make_images
 from torch import nn
 from torchvision.ops import StochasticDepth
 
@@ -93,7 +94,7 @@ def together(machine, folder):
 
 
 def test_no_bit_changes_in_two_processes(tmp_path):
-    test_distributed.together(2, together, tmp_path)
+    processes.together(2, together, tmp_path)
 
 
 def test_less_is_kept_and_no_name_changes():
@@ -153,11 +154,11 @@ def log(folder):
 def test_a_run_has_the_same_log_and_may_change_the_flag_when_it_goes_on(tmp_path, monkeypatch, capsys):
     classes = [f"class{index}" for index in range(6)]
     for seed, split in enumerate(("train", "test")):
-        test_scripts.make_images(tmp_path / "images" / split, classes, 16, seed=seed)
+        make_images(tmp_path / "images" / split, classes, 16, seed=seed)
     monkeypatch.chdir(tmp_path)
 
-    def run(output, flags=""):
-        code, out, err = test_scripts.run(capsys, "train_teacher.py", f"--model v2_pico {test_scripts.SMALL} --data-dir images "
+    def train(output, flags=""):
+        code, out, err = run(capsys, "train_teacher.py", f"--model v2_pico {SMALL} --data-dir images "
                                           f"--val-size 12 --model-ema 0.5 --sched multistep --output {output} {flags}")
         assert code == 0, err
         return out
@@ -165,17 +166,17 @@ def test_a_run_has_the_same_log_and_may_change_the_flag_when_it_goes_on(tmp_path
     def weights(folder, name="best.pt"):
         return torch.load(Path(folder, name), weights_only=True)
 
-    run("plain", "--epochs 3")
-    run("checkpointed", "--epochs 3 --grad-checkpoint")
-    run("changed", "--epochs 2 --grad-checkpoint")
+    train("plain", "--epochs 3")
+    train("checkpointed", "--epochs 3 --grad-checkpoint")
+    train("changed", "--epochs 2 --grad-checkpoint")
     shutil.copytree("changed", "elsewhere")
-    run("changed", "--epochs 3 --resume")
-    run("elsewhere", "--epochs 3 --resume --grad-checkpoint")
+    train("changed", "--epochs 3 --resume")
+    train("elsewhere", "--epochs 3 --resume --grad-checkpoint")
     for folder in ("checkpointed", "changed", "elsewhere"):
         assert log(folder) == log("plain"), folder
         assert same(weights(folder)["state_dict"], weights("plain")["state_dict"])
         assert same(weights(folder, "last.pt")["update"], weights("plain", "last.pt")["update"])
     assert json.loads(Path("checkpointed/config.json").read_text())["grad_checkpoint"] is True
-    code, _, err = test_scripts.run(capsys, "train_teacher.py", f"--model alexnet {test_scripts.SMALL} --data-dir images "
+    code, _, err = run(capsys, "train_teacher.py", f"--model alexnet {SMALL} --data-dir images "
                                     "--image-size 64 --no-pretrained --output none --grad-checkpoint")
     assert code == 2 and "--grad-checkpoint" in err and err.count("\n") == 1

@@ -2,38 +2,18 @@
 import csv
 import json
 import re
-import runpy
-import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command import SMALL, run
 from helpers import make_images
 from PIL import Image
 
 import models
 from data import datasets
 from training import device, evaluation
-
-ROOT = Path(__file__).parent.parent
-SMALL = ("--dataset imagefolder --epochs 2 --warmup-epochs 0 --batch-size 16 --opt sgd --lr 0.02 --weight-decay 5e-4 "
-         "--label-smoothing 0.1 --val-size 20 --device cpu")
-
-
-def run(capsys, script, line):
-    """Run a script as `python script.py line` would -> (exit code, stdout, stderr)."""
-    capsys.readouterr()
-    argv, sys.argv = sys.argv, [str(ROOT / script), *shlex.split(line)]
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        sys.argv = argv
-    return (code, *capsys.readouterr())
 
 
 @pytest.fixture(scope="module")
