@@ -1,7 +1,8 @@
-"""Calls a function in several processes that are one run, as under torchrun."""
+"""Calls functions in several processes that are one run, as under torchrun."""
 import os
 import traceback
 from dataclasses import replace
+from functools import cache
 
 import torch
 import torture
@@ -13,29 +14,43 @@ from training.distributed import Ranks
 ALONE = Machine(torch.device("cpu"), "off")
 
 
-def be_a_rank(function, args, environment, answer):
+def be_a_rank(timeout, environment, calls):
     os.environ |= environment
     torch.set_num_threads(1)
-    distributed.TIMEOUT = getattr(function, "timeout", distributed.TIMEOUT)
-    try:
-        with Ranks.of_environment() as ranks:
-            function(replace(ALONE, ranks=ranks), *args)
-        answer.send("")
-    except BaseException:
-        answer.send(traceback.format_exc())
+    distributed.TIMEOUT = timeout
+    with Ranks.of_environment() as ranks:
+        while True:
+            function, args = calls.recv()
+            try:
+                function(replace(ALONE, ranks=ranks), *args)
+                calls.send("")
+            except BaseException:
+                calls.send(traceback.format_exc())
 
 
-def together(size, function, *args):
-    """Call `function(machine, *args)` in `size` processes that are one run; fails with the traceback of the first that fails."""
+@cache
+def group(size, timeout):
+    """The pipes to `size` new processes, and the store where they find each other, which has to outlive them."""
     store, environments = torture.as_torchrun_does(size)
     pipes = []
     for environment in environments:
         here, there = torture.CONTEXT.Pipe()
-        torture.CONTEXT.Process(target=be_a_rank, args=(function, args, environment, there), daemon=True).start()
+        torture.CONTEXT.Process(target=be_a_rank, args=(timeout, environment, there), daemon=True).start()
         there.close()
         pipes.append(here)
-    for rank, pipe in enumerate(pipes):
-        assert pipe.poll(60), f"rank {rank} of {size} does not answer"
-        trace = pipe.recv()
-        assert not trace, f"rank {rank} of {size}: {trace}"
-    del store  # which has to outlive them
+    return pipes, store
+
+
+def together(size, function, *args, timeout=distributed.TIMEOUT):
+    """Call `function(machine, *args)` in `size` processes that are one run; fails with the traceback of the first that fails."""
+    pipes, _ = group(size, timeout)
+    try:
+        for pipe in pipes:
+            pipe.send((function, args))
+        for rank, pipe in enumerate(pipes):
+            assert pipe.poll(60), f"rank {rank} of {size} does not answer"
+            trace = pipe.recv()
+            assert not trace, f"rank {rank} of {size}: {trace}"
+    except BaseException:
+        group.cache_clear()  # some may still wait for the others
+        raise
