@@ -1,7 +1,15 @@
-"""Calls the main() of a script in this process, as a command would."""
+"""Runs a script in this process, as a command would."""
 import contextlib
 import io
 import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--dataset imagefolder --epochs 2 --warmup-epochs 0 --batch-size 16 --opt sgd --lr 0.02 --weight-decay 5e-4 "
+         "--label-smoothing 0.1 --val-size 20 --device cpu")
 
 
 def run_main(main, *arguments):
@@ -20,4 +28,25 @@ def refused(main, code, *arguments):
     got, output, errors = run_main(main, *arguments)
     assert (got, output) == (code, ""), (got, output, errors)
     assert re.fullmatch(r"error: [^\n]+\. [^\n]+\n", errors), errors
+    return errors
+
+
+def run(capsys, script, line):
+    """Run a script as `python script.py line` would -> (exit code, stdout, stderr)."""
+    capsys.readouterr()
+    argv, sys.argv = sys.argv, [str(ROOT / script), *shlex.split(line)]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = argv
+    return (code, *capsys.readouterr())
+
+
+def one_line(code: int, expected: int, errors: str) -> str:
+    """stderr, which must be the one line of an expected error."""
+    assert code == expected, errors
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and ". " in errors, errors
     return errors

@@ -3,7 +3,8 @@ import importlib
 from pathlib import Path
 
 import pytest
-from test_scripts import SMALL, make_images, run
+from command import SMALL, run
+from helpers import make_images
 
 CLASSES = [f"class{index}" for index in range(6)]
 
@@ -33,10 +34,3 @@ def trained_run(place: Path, capsys) -> Path:
     code, _, errors = run(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --data-dir {place}/images --output {place}/run")
     assert code == 0, errors
     return place / "run"
-
-
-def one_line(code: int, expected: int, errors: str) -> str:
-    """stderr, which must be the one line of an expected error."""
-    assert code == expected, errors
-    assert errors.startswith("error: ") and errors.count("\n") == 1 and ". " in errors, errors
-    return errors

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from command import run
 from cuda_path import tensors
-from test_scripts import make_images, run
+from helpers import make_images
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 

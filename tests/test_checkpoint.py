@@ -26,7 +26,7 @@ def test_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
 
 
-def test_a_file_is_what_torch_save_makes_with_its_checksum_as_the_comment(tmp_path):
+def test_a_file_is_that_of_torch_save_with_a_checksum(tmp_path):
     """Written piece by piece: from tensors of all sizes, and in one piece."""
     for weights in ({}, {"w": torch.arange(3.0)}, {str(size): torch.randn(size) for size in (1, 17, 4096, 100_000)}):
         checkpoint.write(tmp_path / "x.pt", kind="weights", state_dict=weights)
@@ -42,17 +42,16 @@ def test_no_flipped_bit_and_no_truncation_passes_unseen(tmp_path):
     broken = tmp_path / "broken.pt"
     g = torch.Generator().manual_seed(0)
     caught = 0
-    for _ in range(200):
+    for _ in range(100):
         position, bit = torch.randint(len(good), (), generator=g).item(), torch.randint(8, (), generator=g).item()
         broken.write_bytes(good[:position] + bytes([good[position] ^ 1 << bit]) + good[position + 1:])
         try:
-            assert torch.equal(checkpoint.read(broken)["state_dict"]["w"],
-                               wanted), f"bit {bit} of byte {position} changed a weight"
+            assert torch.equal(checkpoint.read(broken)["state_dict"]["w"], wanted), f"bit {bit} of byte {position}"
         except Failure as failure:
             caught += 1
             assert failure.code == 5 and str(broken) in str(failure)
-    assert caught > 150, f"only {caught} of 200 flips were noticed"
-    for length in torch.randint(len(good), (50,), generator=g).tolist():
+    assert caught > 75, f"only {caught} of 100 flips were noticed"
+    for length in torch.randint(len(good), (25,), generator=g).tolist():
         broken.write_bytes(good[:length])
         with pytest.raises(Failure, match="broken.pt"):
             checkpoint.read(broken)
@@ -64,10 +63,10 @@ class Evil:
 
 
 @pytest.mark.parametrize("content", [
-    lambda path: path.write_bytes(os.urandom(500)), lambda path: path.write_bytes(b""), lambda path: path.mkdir(),
-    lambda path: None,
-    lambda path: torch.save({"format": 1, "w": Evil()}, path), lambda path: torch.save({"w": torch.ones(2)}, path),
-    lambda path: torch.save([1], path), lambda path: torch.save({"format": 99}, path)])
+    lambda path: path.write_bytes(bytes(range(256))), lambda path: path.write_bytes(b""), lambda path: path.mkdir(),
+    lambda path: None, lambda path: torch.save({"format": 1, "w": Evil()}, path),
+    lambda path: torch.save({"w": torch.ones(2)}, path), lambda path: torch.save([1], path),
+    lambda path: torch.save({"format": 99}, path)])
 def test_foreign_files_are_refused_in_one_line(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content(tmp_path / "x.pt")
@@ -159,10 +158,10 @@ class FailsAt:
 def test_a_failed_write_keeps_its_reason_and_counts_what_is_needed():
     """torch.save itself would say "unexpected pos" of a file that is full."""
     content = {"weights": torch.ones(10_000)}
-    whole, full = checkpoint.Sealed(content), checkpoint.Sealed(content)
+    whole = checkpoint.Sealed(content)
     whole(io.BytesIO())
     for room in (0, 100, 20_000, len(whole) - 1):
+        full = checkpoint.Sealed(content)
         with pytest.raises(OSError, match="No space left"):
             full(FailsAt(room))
         assert len(full) == len(whole)
-        full = checkpoint.Sealed(content)

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
+from functools import cache
 from urllib.error import URLError
 
 import numpy as np
@@ -164,19 +165,14 @@ def test_a_cifar_pickle_cannot_run_code_even_with_the_right_checksum(cifar100, w
 
 
 def test_the_archive_is_unpacked_where_the_folder_is_absent(archive):
-    loaded = datasets.load("cifar100", archive.parent, val_size=0)
-    assert len(loaded.train.labels) == 300
-    assert sorted(os.listdir(archive.parent)) == ["cifar-100-python", "cifar-100-python.tar.gz"]
-
-
-def test_several_processes_may_unpack_at_once(archive):
+    """By several processes at once."""
     with ThreadPoolExecutor(6) as pool:
         loads = list(pool.map(lambda _: datasets.load("cifar100", archive.parent, val_size=0), range(6)))
     assert all(torch.equal(one.train.images, loads[0].train.images) for one in loads)
     assert sorted(os.listdir(archive.parent)) == ["cifar-100-python", "cifar-100-python.tar.gz"]
 
 
-@pytest.mark.parametrize("kept", [0, 1, 2000, -1])
+@pytest.mark.parametrize("kept", [0, 2000, -1])
 def test_a_truncated_archive_is_named_and_left_alone(archive, kept):
     archive.write_bytes(archive.read_bytes()[:kept])
     size = archive.stat().st_size
@@ -243,8 +239,8 @@ def server(archive, monkeypatch):
 
 
 def test_a_download_that_is_cut_anywhere_leaves_nothing_and_the_next_one_repairs_it(server, tmp_path):
-    for tenth in range(10):
-        server.kept = server.length * tenth // 10
+    for third in range(3):
+        server.kept = server.length * third // 3
         fails(4, "cifar-100-python.tar.gz", tmp_path / "new", name="cifar100", data_dir=tmp_path / "new")
         assert os.listdir(tmp_path / "new") == []
     server.kept = server.length
@@ -306,12 +302,6 @@ def test_a_folder_is_read_in_the_order_of_its_names(two_trees):
     torch.testing.assert_close(torch.tensor(loaded.std).double(), scaled.std((0, 1, 2), correction=0), rtol=0, atol=5.1e-5)
 
 
-def test_normalisation_does_not_move_with_the_split(two_trees):
-    loads = [load_folder(two_trees, seed=seed, val_size=size)[0] for seed in (1, 2) for size in (0, 6)]
-    constants = {(loaded.mean, loaded.std) for loaded in loads}
-    assert len(constants) == 1, constants
-
-
 def test_a_channel_of_one_value_can_be_divided_by_its_deviation(two_trees):
     for path in two_trees.glob("*/*/*"):
         Image.new("RGB", (8, 8), (10, 20, 30)).save(path)
@@ -347,13 +337,16 @@ def test_images_of_several_sizes_need_an_image_size(two_trees):
     draw(odd, (9, 8))
     first = two_trees / "train" / "cat" / "000.png"
     fails(2, f"{odd}: 9x8", f"{first}: 8x8", "--image-size", name="imagefolder", data_dir=two_trees)
-    assert load_folder(two_trees, image_size=8)[0].image_size == 8
+    sizes = [load_folder(two_trees, image_size=size)[0].image_size for size in (8, 9, 8, 9)]
+    assert sizes == [8, 9, 8, 9] and len(list(two_trees.glob(".fusekd*"))) == 2, "a cache for each size"
+    fails(7, "10000000x10000000", "GiB", name="imagefolder", data_dir=two_trees, image_size=10**7)
 
 
-def test_images_of_one_size_that_are_not_square_need_one_too(two_trees):
+@pytest.mark.parametrize("size, code, words", [((9, 8), 2, ["9x8", "000.png", "--image-size"]), ((7, 7), 2, ["7x7", "8x8"])])
+def test_images_that_are_not_square_or_too_small(two_trees, size, code, words):
     for path in two_trees.glob("*/*/*"):
-        draw(path, (9, 8))
-    fails(2, "9x8", "000.png", "--image-size", name="imagefolder", data_dir=two_trees)
+        draw(path, size)
+    fails(code, *words, name="imagefolder", data_dir=two_trees)
 
 
 def test_images_larger_than_asked_for_are_made_smaller(two_trees):
@@ -361,15 +354,9 @@ def test_images_larger_than_asked_for_are_made_smaller(two_trees):
         draw(path, (12, 12))
     plain, _ = load_folder(two_trees)
     for size, stored in ((9, 9), (12, 12), (20, 12), (9, 9)):  # from the folder, from the cache of the native size, from its own
-        assert load_folder(two_trees, image_size=size)[0].image_size == stored
-    assert plain.image_size == 12
-
-
-def test_images_of_one_square_size_keep_it(two_trees):
-    sized, _ = load_folder(two_trees, image_size=16)
-    plain, said = load_folder(two_trees)
-    assert sized.image_size == 8 and torch.equal(sized.train.images, plain.train.images)
-    assert said == "", "the same cache serves both"
+        sized, said = load_folder(two_trees, image_size=size)
+        assert sized.image_size == stored
+    assert plain.image_size == 12 and said == "", "the same cache serves both"
 
 
 @pytest.mark.parametrize("upright", [False, True])
@@ -388,13 +375,12 @@ def test_the_short_side_is_resized_and_the_middle_kept(two_trees, upright):
 
 
 def test_photographs_are_decoded_by_threads_into_the_same_places(two_trees):
-    for path in two_trees.glob("*/*/*"):
-        image = np.asarray(Image.open(path)).repeat(20, 0).repeat(20, 1)
-        Image.fromarray(image).save(path)
-    loaded, _ = load_folder(two_trees, val_size=0)
-    assert loaded.image_size == 160
     paths = sorted((two_trees / "train").glob("*/*"))
-    assert np.array_equal(loaded.train.images.numpy(), np.stack([np.asarray(Image.open(path)) for path in paths]))
+    wanted = np.stack([np.asarray(Image.open(path)).repeat(20, 1).repeat(20, 0) for path in paths])
+    for path in two_trees.glob("*/*/*"):
+        Image.open(path).resize((160, 160), Image.Resampling.NEAREST).save(path)
+    loaded, _ = load_folder(two_trees, val_size=0)
+    assert loaded.image_size == 160 and np.array_equal(loaded.train.images.numpy(), wanted)
 
 
 def test_an_interruption_does_not_wait_for_the_photographs_that_are_left(two_trees, monkeypatch):
@@ -406,12 +392,11 @@ def test_an_interruption_does_not_wait_for_the_photographs_that_are_left(two_tre
     started, fit = [], pictures.ImageOps.fit
     for path in two_trees.glob("*/*/*"):
         Image.open(path).resize((160, 160)).save(path)
-    monkeypatch.setattr(pictures.ImageOps, "fit", lambda *args: (started.append(1), time.sleep(0.1), fit(*args))[-1])
-    total = len(list(two_trees.glob("*/*/*")))
+    monkeypatch.setattr(pictures.ImageOps, "fit", lambda *args: (started.append(1), time.sleep(0.02), fit(*args))[-1])
     monkeypatch.setattr(imagefolder, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(2))
     with pytest.raises(KeyboardInterrupt), redirect_stdout(Interrupting()):
         datasets.load("imagefolder", two_trees, image_size=32)
-    assert len(started) <= total / 2, f"{len(started)} of {total} were decoded"
+    assert len(started) <= 37 / 2
 
 
 @pytest.mark.parametrize("case", ["no folder", "empty", "one class", "no test", "empty class", "odd in train", "odd in test",
@@ -455,17 +440,6 @@ def test_images_of_16_bits_are_refused_rather_than_clipped(two_trees):
     fails(4, path, "8-bit", name="imagefolder", data_dir=two_trees)
 
 
-def test_a_folder_of_text_files_called_png(two_trees):
-    for path in two_trees.glob("*/*/*"):
-        path.write_text("text")
-    fails(4, "37 of 37 images", name="imagefolder", data_dir=two_trees)
-
-
-def test_images_that_cannot_fit_in_memory(two_trees):
-    draw(two_trees / "test" / "dog" / "odd.png", (9, 8))
-    fails(7, "10000000x10000000", "GiB", name="imagefolder", data_dir=two_trees, image_size=10**7)
-
-
 # --- the cache of decoded images
 
 
@@ -493,12 +467,11 @@ def test_a_changed_folder_is_decoded_again(two_trees, change):
         path.rename(two_trees / "test" / "cat" / "000a.png")
     second, said = load_folder(two_trees, val_size=0)
     assert "decoding" in said
-    same = first.train.images.shape == second.train.images.shape and torch.equal(first.train.images, second.train.images)
-    assert not same, f"{change}: the old images came back"
+    assert not torch.equal(first.train.images, second.train.images), "the old images came back"
     assert len(list(two_trees.glob(".fusekd*"))) == 1, "the outdated cache was kept"
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "foreign", "pickle"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "foreign", "pickle"])
 def test_a_damaged_cache_is_decoded_again(two_trees, damage):
     first, _ = load_folder(two_trees)
     cache, = two_trees.glob(".fusekd*")
@@ -507,7 +480,7 @@ def test_a_damaged_cache_is_decoded_again(two_trees, damage):
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
     foreign = io.BytesIO()
     torch.save([torch.zeros(2, 8, 8, 3)], foreign)
-    cache.write_bytes({"flipped": flipped, "truncated": content[:-300], "empty": b"", "foreign": foreign.getvalue(),
+    cache.write_bytes({"flipped": flipped, "truncated": content[:-300], "foreign": foreign.getvalue(),
                        "pickle": b"cos\nsystem\n(S'exit 1'\ntR."}[damage])
     second, said = load_folder(two_trees)
     assert "cache is damaged" in said and str(cache) in said
@@ -531,12 +504,6 @@ def test_several_processes_may_write_one_cache(two_trees):
     assert len(list(two_trees.glob(".fusekd*"))) == 1 and load_folder(two_trees)[1] == ""
 
 
-def test_images_too_small_to_be_augmented(two_trees):
-    for path in two_trees.glob("*/*/*"):
-        draw(path, (7, 7))
-    fails(2, "7x7", "8x8", name="imagefolder", data_dir=two_trees)
-
-
 def test_a_folder_too_small_for_a_test_split_says_so(tmp_path):
     fails(2, "a test split leaves a class without", "train and test", name="imagefolder", data_dir=folder(tmp_path, cat=1, dog=1),
           val_size=0)
@@ -557,12 +524,6 @@ def test_the_fingerprint_is_that_of_what_was_read(two_trees):
     for tree in ("train", "test"):
         (two_trees / tree / "cat").rename(two_trees / tree / "cow")
     assert len({first, second, third, load_folder(two_trees)[0].fingerprint}) == 4
-
-
-def test_a_cache_for_each_image_size(two_trees):
-    draw(two_trees / "test" / "dog" / "odd.png", (9, 8))
-    sizes = [load_folder(two_trees, image_size=size)[0].image_size for size in (8, 9, 8, 9)]
-    assert sizes == [8, 9, 8, 9] and len(list(two_trees.glob(".fusekd*"))) == 2
 
 
 def test_progress_is_one_line_on_a_terminal():
@@ -588,7 +549,7 @@ def uneven():
     return Split(torch.arange(len(labels)), labels)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 16, 17, 50, 100, 150])
+@pytest.mark.parametrize("count", [1, 5, 17, 50, 150])
 def test_the_split_is_stratified_and_complete(uneven, count):
     rest, drawn = datasets.divide(uneven, count, 3, list("abcdef"), "it", "mend it")
     assert len(drawn.labels) == count
@@ -599,25 +560,21 @@ def test_the_split_is_stratified_and_complete(uneven, count):
     shares = sizes * count / sum(SIZES)
     assert (found - shares).abs().max() < 1, f"{found} drawn of {shares}"
     assert (found < sizes).all(), f"no training image left in a class: {found} of {sizes}"
-    could_have_had_more = (found < shares) & (found + 1 < sizes)
-    if (found > shares).any() and could_have_had_more.any():
-        assert (shares % 1)[found > shares].min() >= (shares % 1)[could_have_had_more].max(), f"{found} drawn of {shares}"
+    more = (found < shares) & (found + 1 < sizes)
+    assert not more.any() or (shares % 1)[found > shares].ge((shares % 1)[more].max()).all(), f"{found} drawn of {shares}"
 
 
-def test_the_split_follows_its_seed_and_nothing_else(uneven):
-    torch.manual_seed(0)
-    first = datasets.divide(uneven, 30, 3, list("abcdef"), "it", "mend it")[1].images
+def test_the_split_follows_its_seed_and_every_image_has_the_same_chance(uneven):
+    def drawn_by(seed):
+        return datasets.divide(uneven, 42, seed, list("abcdef"), "it", "mend it")[1].images
+
+    first, times = drawn_by(3), torch.zeros(len(uneven.labels))
     torch.manual_seed(1)
-    assert torch.equal(first, datasets.divide(uneven, 30, 3, list("abcdef"), "it", "mend it")[1].images)
-    assert not torch.equal(first, datasets.divide(uneven, 30, 4, list("abcdef"), "it", "mend it")[1].images)
-
-
-def test_every_image_has_the_same_chance(uneven):
-    times = torch.zeros(len(uneven.labels))
+    assert torch.equal(first, drawn_by(3)) and not torch.equal(first, drawn_by(4))
     for seed in range(400):
-        times[datasets.divide(uneven, 42, seed, list("abcdef"), "it", "mend it")[1].images] += 1
-    of_largest = times[uneven.labels == 4] / 400
-    assert 0.1 < of_largest.min() and of_largest.max() < 0.4, f"{of_largest.min():.2f} to {of_largest.max():.2f}, not 0.25"
+        times[drawn_by(seed)] += 1
+    share = times[uneven.labels == 4] / 400
+    assert 0.1 < share.min() and share.max() < 0.4, f"{share.min():.2f} to {share.max():.2f}, not 0.25"
 
 
 @pytest.mark.parametrize("count", [164, 168, 169, 5000])
@@ -637,6 +594,7 @@ def test_validation_size_and_seed(two_trees):
     for loaded in (default, six, other):
         assert as_set(loaded.train, loaded.val) == everything and loaded.train.images.is_contiguous()
     assert as_set(six.val) != as_set(other.val)
+    assert len({(loaded.mean, loaded.std) for loaded in (default, six, other)}) == 1, "normalisation moves with the split"
     fails(2, "--val-size", "5000 of 30", name="imagefolder", data_dir=two_trees, val_size=5000)
 
 
@@ -665,20 +623,19 @@ def test_images_are_weighed_before_they_go_to_the_gpu(two_trees, monkeypatch):
 
 @pytest.fixture(scope="module")
 def drawn():
-    return datasets.load("synthetic", "nowhere")
+    """The data set, and the same without a validation split under another seed, from images that are drawn once for each seed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "generate", cache(synthetic.generate))
+        return datasets.load("synthetic", "nowhere"), datasets.load("synthetic", "nowhere", seed=7, val_size=0)
 
 
-def test_synthetic_is_balanced_and_named(drawn):
-    assert drawn.train.images.shape == (9000, 32, 32, 3) and drawn.test.images.shape == (5000, 32, 32, 3)
-    assert drawn.train.images.dtype == torch.uint8 and drawn.train.images.is_contiguous()
+def test_synthetic_is_balanced_and_does_not_move_with_the_seed(drawn):
+    drawn, other = drawn
+    assert drawn.train.images.shape == (9000, 32, 32, 3) and drawn.train.images.dtype == torch.uint8
     assert drawn.selected_on == "validation split of 1000 training images"
     for split, count in ((drawn.train, 90), (drawn.val, 10), (drawn.test, 50)):
-        assert split.labels.bincount(minlength=100).unique().tolist() == [count]
+        assert split.labels.bincount(minlength=100).unique().tolist() == [count] and split.images.is_contiguous()
     assert len(set(drawn.classes)) == 100 and drawn.classes[42] == "star5_c"
-
-
-def test_synthetic_does_not_move_with_the_seed(drawn):
-    other = datasets.load("synthetic", "nowhere", seed=7, val_size=0)
     assert torch.equal(other.test.images, drawn.test.images) and (other.mean, other.std) == (drawn.mean, drawn.std)
     assert as_set(other.train) == as_set(drawn.train, drawn.val)
     assert not as_set(other.train) & as_set(other.test), "a test image is a training image"
@@ -697,24 +654,17 @@ def test_synthetic_bytes_depend_on_the_seed_alone():
     assert not torch.equal(images, synthetic.generate(300, 6)[0])
 
 
-def test_synthetic_statistics(drawn):
-    """Bounds around the measured mean 0.453 and deviation 0.193; a network needs contrast that is neither clipped nor flat."""
-    assert all(0.43 < value < 0.48 for value in drawn.mean), drawn.mean
-    assert all(0.17 < value < 0.22 for value in drawn.std), drawn.std
-    clipped = ((drawn.test.images == 0) | (drawn.test.images == 255)).float().mean()
-    assert clipped < 0.05, f"{clipped:.1%} of the values are black or full"
-
-
-def test_siblings_are_closer_than_strangers(drawn):
-    """The middle of the image holds the object: its mean colour per class is set by the superclass, so siblings lie together."""
+def test_synthetic_has_contrast_and_siblings_that_are_alike(drawn):
+    """Measured: mean 0.453, deviation 0.193.  The middle of an image holds the object, in the colour of its superclass."""
+    drawn, _ = drawn
+    assert all(0.43 < value < 0.48 for value in drawn.mean) and all(0.17 < value < 0.22 for value in drawn.std)
+    assert ((drawn.test.images == 0) | (drawn.test.images == 255)).float().mean() < 0.05, "too many values are black or full"
     middle = drawn.train.images[:, 8:24, 8:24].float().mean((1, 2)) / 255
     colours = torch.stack([middle[drawn.train.labels == label].mean(0) for label in range(100)])
-    distance = torch.cdist(colours, colours)
-    superclass = torch.arange(100) // synthetic.SIBLINGS
+    distance, superclass = torch.cdist(colours, colours), torch.arange(100) // synthetic.SIBLINGS
     assert drawn.classes == [f"{drawn.classes[5 * kind].partition('_')[0]}_{letter}" for kind in range(20) for letter in "abcde"]
     kin = superclass[:, None] == superclass
-    siblings = distance[kin & ~torch.eye(100, dtype=torch.bool)].mean()
-    strangers = distance[~kin].mean()
+    siblings, strangers = distance[kin & ~torch.eye(100, dtype=torch.bool)].mean(), distance[~kin].mean()
     assert siblings < 0.75 * strangers, f"siblings {siblings:.3f}, strangers {strangers:.3f}"
 
 
