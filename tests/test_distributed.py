@@ -58,10 +58,10 @@ def test_sums_and_decisions_are_the_same_everywhere():
     together(3, sums_and_answers)
 
 
-def first_come(machine, path):
-    with machine.ranks.local_main_first():
-        assert path.exists() == (machine.ranks.rank > 0), "the second did not wait for the first"
-        time.sleep(machine.ranks.is_main)
+def first_come(context, path):
+    with context.ranks.local_main_first():
+        assert path.exists() == (context.ranks.rank > 0), "the second did not wait for the first"
+        time.sleep(context.ranks.is_main)
         path.touch()
 
 
@@ -93,7 +93,7 @@ def test_every_image_is_evaluated_once(size):
     together(size, evaluate_in_shares)
 
 
-def train(machine, each, steps=24):
+def train(context, each, steps=24):
     """A network in float64 and without BatchNorm -> its weights and the means of the epoch."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (768, 8, 8, 3), generator=generator, dtype=torch.uint8)
@@ -123,8 +123,8 @@ def count(metrics, result, logits, targets, loss):
     metrics.log()
 
 
-def train_like_one(machine):
-    (shared, columns), (whole, expected) = train(machine, 16 // machine.ranks.size), train(ALONE, 16)
+def train_like_one(context):
+    (shared, columns), (whole, expected) = train(context, 16 // context.ranks.size), train(ALONE, 16)
     assert (shared - whole).norm() <= 1e-12 * whole.norm()
     assert columns == pytest.approx(expected, rel=1e-5)
 
@@ -141,7 +141,7 @@ def one_statistic(context):
     model = context.ranks.data_parallel(net, 0, (4,))
     assert torch.equal(net[1].running_mean, before[0]) and (context.ranks.rank or torch.equal(torch.get_rng_state(), before[1]))
     assert net[0].weight.grad is None
-    assert not torch.equal(*machine.ranks.gather(torch.rand(4))), "every process has dropout of its own"
+    assert not torch.equal(*context.ranks.gather(torch.rand(4))), "every process has dropout of its own"
     net.train()
     for _ in range(3):
         update.backward(model(torch.randn(8, 4)).square().mean())
@@ -198,8 +198,8 @@ def test_a_loss_that_is_sick_on_one_process_is_skipped_by_all():
     together(2, a_sick_loss_on_one)
 
 
-def speak(machine):
-    count = machine.ranks.sum(torch.tensor(float(errors.first_to_fail())))
+def speak(context):
+    count = context.ranks.sum(torch.tensor(float(errors.first_to_fail())))
     assert count == 1 and not errors.first_to_fail()
 
 
