@@ -79,18 +79,7 @@ def load(path, threads: int | None = None) -> Model:
     path = Path(path)
     if path.suffix not in RUNTIMES:
         return from_checkpoint(path)
-    sha256, metadata = digest(path), read_metadata(path)
-    if sha256 != metadata["sha256"]:
-        raise Failure(CHECKPOINT, f"file does not match its metadata ({path}: wrong SHA-256)", "export it again")
-    return open_exported(path, metadata, threads)
-
-
-def metadata_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
-def read_metadata(path: Path) -> dict:
-    description = metadata_path(path)
+    sha256, description = digest(path), metadata_path(path)
     try:
         metadata = json.loads(description.read_text(encoding="utf-8"))
         missing = {"classes", "image_size", "input", "largest_batch", "precision", "sha256"} - set(metadata)
@@ -99,7 +88,13 @@ def read_metadata(path: Path) -> dict:
                       "copy both files, or export again") from failure
     if missing:
         raise Failure(CHECKPOINT, f"incomplete metadata of an exported file ({description}: no {min(missing)})", "export again")
-    return metadata
+    if sha256 != metadata["sha256"]:
+        raise Failure(CHECKPOINT, f"file does not match its metadata ({path}: wrong SHA-256)", "export it again")
+    return open_exported(path, metadata, threads)
+
+
+def metadata_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
 
 
 def open_exported(path: Path, metadata: dict, threads: int | None = None) -> Model:
