@@ -472,7 +472,8 @@ def test_load_refuses_what_is_not_a_trained_network(tmp_path):
 @pytest.fixture
 def small_networks(monkeypatch):
     """torchvision's transformer and DenseNet under names of ours, with few layers."""
-    for name, make in (("small_vit", partial(small_vit, 64)), ("small_densenet", partial(torchvision.models.DenseNet, 8, (2, 2), 8))):
+    densenet = partial(torchvision.models.DenseNet, 8, (2, 2), 8)
+    for name, make in (("small_vit", partial(small_vit, 64)), ("small_densenet", densenet)):
         monkeypatch.setitem(cifar_networks.NETWORKS, name, lambda classes, make=make: make(num_classes=classes))
 
 

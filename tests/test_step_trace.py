@@ -10,8 +10,8 @@ from cli import options
 from training import optimization
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ("--dataset imagefolder --data-dir {place}/images --epochs 1 --warmup-epochs 0 --batch-size 16 --val-size 12 --device cpu "
-         "--output {place}/")
+FLAGS = ("--dataset imagefolder --data-dir {place}/images --epochs 1 --warmup-epochs 0 --batch-size 16 --val-size 12 "
+         "--device cpu --output {place}/")
 
 
 def test_a_step_on_a_cpu_runs_through_nine_files(tmp_path, monkeypatch):
