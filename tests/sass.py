@@ -23,9 +23,8 @@ OLD = Version(triton.__version__) < Version("3.8")  # takes more registers and i
 
 
 def inspect(file) -> list[dict]:
-    """Of every launch in `file`: its dict with sm, limit (of registers), registers, spills (instructions), stack (bytes), and
-    instructions (the kernel's
-    length, padding included), warps, loads128, stores128, fused (FFMA)."""
+    """A dict of every launch in `file`: sm, limit (of registers), registers, spills (instructions), stack (bytes), instructions
+    (the kernel's length, padding included), warps, loads128, stores128, fused (FFMA)."""
     return in_a_process(__file__, file)
 
 
