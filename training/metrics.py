@@ -19,7 +19,7 @@ class Metrics:
     """Means over an epoch, from a table on the device with a row per step: skipped, gradient norm, accuracy, losses.
 
     Inside the step, also in a CUDA graph, call `add` for each micro-batch and then `end_step`; after the step `log`, which does
-    not wait for the device; after the epoch `epoch_columns`, which averages over the ranks.
+    not wait for the device; after the epoch `epoch_columns`.  Rows are means over the ranks.
     """
 
     def __init__(self, ranks, steps: int, clip_grad: float = 0.0):
@@ -47,7 +47,10 @@ class Metrics:
         if self.table is None:
             self.table = torch.empty(self.steps, len(values), device=result.norm.device)
         if isinstance(position, int):
-            torch.stack(values, out=self.table[position])
+            row = self.table[position]
+            torch.stack(values, out=row)
+            if self.ranks.size > 1:
+                self.ranks.mean(row)  # so that all processes stop at the same step, for the same reason
         else:
             self.table.index_copy_(0, position.view(1), torch.stack(values)[None])
 
@@ -76,9 +79,9 @@ class Metrics:
             if self.consecutive_skips > MAX_SKIPPED:
                 raise self.failure(f"more than {MAX_SKIPPED} consecutive steps were skipped")
 
-    def means(self, rows: list | None = None) -> dict:
-        """Columns of log.csv: means over `rows`, default those that have arrived; NaN where every step was skipped."""
-        rows = kept(self.rows if rows is None else rows)
+    def means(self) -> dict:
+        """Columns of log.csv: means over the rows that have arrived; NaN where every step was skipped."""
+        rows = kept(self.rows)
         _, correct, *losses = zip(*rows) if rows else [()] * (2 + len(self.names))
         columns = zip((*self.names, "train_acc1"), (*losses, [100 * share for share in correct]))
         return {name: mean(column, math.nan) for name, column in columns}
@@ -89,8 +92,7 @@ class Metrics:
         Failure DIVERGED: every step was skipped.
         """
         self.read(self.table[len(self.rows):self.taken])
-        rows = self.ranks.mean(self.table[:self.taken]).tolist()
-        columns, norms = self.means(rows), [norm for norm, *_ in kept(rows)]
+        columns, norms = self.means(), [norm for norm, *_ in kept(self.rows)]
         if not all(map(math.isfinite, columns.values())):
             raise self.failure(f"all steps of epoch {epoch} were skipped")
         columns |= {"grad_norm_mean": mean(norms), "grad_norm_max": max(norms),
