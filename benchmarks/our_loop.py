@@ -55,7 +55,7 @@ class Ours:
         self.metrics = Metrics(context.ranks, self.augmenter.steps, args.clip_grad)
         self.diagnostics = Diagnostics(method, self.augmenter, range(args.batch_size), context.ranks)
         self.criterion = method.criterion(context.device)
-        self.teach, self.model = context.compile(teacher, captured), context.compile(student, captured)
+        self.teacher_model, self.model = context.compile(teacher, captured), context.compile(student, captured)
         self.take = CudaGraph(self.step, context.device) if captured else self.step
         first = next(student.parameters())  # its gradient comes last
         first.register_post_accumulate_grad_hook(lambda parameter: self.lap("backward"))
@@ -64,7 +64,7 @@ class Ours:
         batch = self.augmenter(position)
         self.lap("augment")
         with self.context.autocast:
-            teacher_logits = self.teach(batch.images)
+            teacher_logits = self.teacher_model(batch.images)
             self.lap("teacher")
             logits = self.model(batch.images)
         self.lap("student")
