@@ -376,12 +376,12 @@ def faults_of_ten_tensors():
     for each in range(20):
         if each == 10:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**20)
+        torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
 def test_memory_that_a_step_frees_is_there_for_the_next_one():
-    """Without it, each 4 MB tensor is 1024 pages that the kernel hands out anew; measured in a process of its own."""
+    """Without it, each tensor of 64 MiB is 16384 pages that the kernel hands out anew; measured in a process of its own."""
     with ProcessPoolExecutor(1, torture.CONTEXT) as pool:
         assert pool.submit(faults_of_ten_tensors).result() < 1000
