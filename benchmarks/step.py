@@ -37,7 +37,7 @@ from benchmarks.plain_loop import PREFETCH, PlainLoop
 from data.synthetic import generate
 from rundir import errors
 from training.cuda_graph import WARM_UP
-from training.device import setup_machine
+from training.device import setup_context
 
 CASES = ("v2_tiny-v2_pico-128", "resnet20-resnet8-128", "resnet32x4-resnet8x4-128")  # teacher, student, images of a batch
 GPU_CASES = (*CASES, "resnet32x4-resnet8x4-64", "resnet32x4-resnet8x4-512", "efficientnet_v2_l-efficientnet_v2_s-128")
@@ -118,14 +118,14 @@ def workers_of(device) -> int:
 
 
 def step_ms(contender, steps: int) -> float:
-    clock = Laps(contender.machine.device)
+    clock = Laps(contender.context.device)
     contender.run(steps)
     return 1000 * (clock.now() - clock.last) / steps
 
 
-def contenders(machine, compiled: bool, plain, ours):
+def contenders(context, compiled: bool, plain, ours):
     """Of each: its name, what makes it, the memory format of its networks, and its machine; the base first."""
-    on_gpu, channels_last = machine.device.type == "cuda", torch.channels_last
+    on_gpu, channels_last = context.device.type == "cuda", torch.channels_last
     half = not on_gpu and torch.cpu.get_capabilities().get("avx512_bf16")
     yield BASE, plain, torch.contiguous_format, machine
     yield "plain loop, channels_last", partial(plain, layout=channels_last), channels_last, machine
@@ -135,9 +135,9 @@ def contenders(machine, compiled: bool, plain, ours):
     if on_gpu:
         yield "ours, graph", partial(ours, captured=True), channels_last, machine
     if half:
-        yield "ours, bf16", ours, channels_last, replace(machine, precision="bf16")
+        yield "ours, bf16", ours, channels_last, replace(context, precision="bf16")
     if compiled:
-        made = replace(machine, compiled=True)
+        made = replace(context, compiled=True)
         yield "ours, compiled", ours, channels_last, made
         if on_gpu:
             yield "ours, compiled, graph", partial(ours, captured=True), channels_last, made
@@ -155,10 +155,10 @@ def profile(contender, ms: float) -> tuple[float, float]:
     return round(len(kernels) / PROFILED, 1), round(busy_us / PROFILED / 1000 / ms, 3)
 
 
-def benchmark(case, machine, images, labels, batch_size: int, repeats: int, compiled: bool, steps: int | None = None):
+def benchmark(case, context, images, labels, batch_size: int, repeats: int, compiled: bool, steps: int | None = None):
     """A row for each contender.  case: teacher and student.  steps: of a block; by default as many as the plain loop takes
     BLOCK_S for."""
-    device, args = machine.device, recipe(batch_size)
+    device, args = context.device, recipe(batch_size)
     on_gpu, running, held, began = device.type == "cuda", {}, {}, {}
 
     def memory() -> tuple[int, int]:
@@ -168,12 +168,12 @@ def benchmark(case, machine, images, labels, batch_size: int, repeats: int, comp
     torch._dynamo.config.recompile_limit = 64  # contenders share the classes of their layers
     plain = partial(PlainLoop, images=images, labels=labels, workers=workers_of(device))
     if not steps:
-        base = plain(*networks(case, device, torch.contiguous_format), args, machine)
+        base = plain(*networks(case, device, torch.contiguous_format), args, context)
         base.run(2)
         steps = min(BLOCK_STEPS, max(1, round(1000 * BLOCK_S / step_ms(base, 2))))
         del base
     ours = partial(Ours, images=images[:steps * batch_size], labels=labels[:steps * batch_size])
-    for name, make, layout, its_machine in contenders(machine, compiled, plain, ours):
+    for name, make, layout, its_machine in contenders(context, compiled, plain, ours):
         before = memory()
         try:
             contender = make(*networks(case, device, layout), args, its_machine)
@@ -211,7 +211,7 @@ def benchmark(case, machine, images, labels, batch_size: int, repeats: int, comp
                           for column in (times[name], ratios))
         shares = [None] * len(PHASES) if name.endswith("graph") else laps.shares()
         yield Row(table.hardware(device), torch.__version__, triton.__version__, " to ".join(case), batch_size, name,
-                  contender.machine.precision, torch.get_num_threads(), contender.workers, repeats, steps, *ms,
+                  contender.context.precision, torch.get_num_threads(), contender.workers, repeats, steps, *ms,
                   round(1000 * batch_size / ms[0], 1), BASE, *times_base, *taken, round(began[name], 2),
                   *(profile(contender, ms[0]) if on_gpu else (None, None)), *shares)
 
@@ -257,14 +257,14 @@ def draw(rows_of: list[Row], path: Path) -> None:
 
 
 def main(args) -> None:
-    machine = setup_machine(str(table.device(args.device)), None, seed=0)
+    context = setup_context(str(table.device(args.device)), None, seed=0)
     steps = 1 if args.quick == table.TINY else None
-    usual = CASES[:1] if args.quick else GPU_CASES if machine.device.type == "cuda" else CASES
-    found = table.Rows(args, "step", table.short(machine.device))
+    usual = CASES[:1] if args.quick else GPU_CASES if context.device.type == "cuda" else CASES
+    found = table.Rows(args, "step", table.short(context.device))
     for name in table.chosen(args, usual):
         *case, batch = name.split("-")
         images, labels = generate((steps or BLOCK_STEPS) * int(batch), 0)
-        for row in benchmark(case, machine, images, labels, int(batch), table.repeats(args, 3, 9), not args.quick, steps):
+        for row in benchmark(case, context, images, labels, int(batch), table.repeats(args, 3, 9), not args.quick, steps):
             found.add(row)
             shares = {phase: getattr(row, f"share_{phase}") for phase in PHASES}
             made_of = ", ".join(f"{phase} {100 * share:.1f}" for phase, share in shares.items() if share is not None)

@@ -8,10 +8,10 @@ import torch
 import torture
 
 from training import distributed
-from training.device import Machine
+from training.device import RunContext
 from training.distributed import Ranks
 
-ALONE = Machine(torch.device("cpu"), "off")
+ALONE = RunContext(torch.device("cpu"), "off")
 
 
 def be_a_rank(timeout, environment, calls):
@@ -42,7 +42,7 @@ def group(size, timeout):
 
 
 def together(size, function, *args, timeout=distributed.TIMEOUT):
-    """Call `function(machine, *args)` in `size` processes that are one run; fails with the traceback of the first that fails."""
+    """Call `function(context, *args)` in `size` processes that are one run; fails with the traceback of the first that fails."""
     pipes, _ = group(size, timeout)
     try:
         for pipe in pipes:

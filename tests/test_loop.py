@@ -22,12 +22,12 @@ from losses import Targets
 from rundir import errors, terminal
 from rundir.errors import Failure
 from rundir.run_directory import EpochRow
-from training.device import Machine, micro_batches, setup_machine
+from training.device import RunContext, micro_batches, setup_context
 from training.evaluation import EarlyStop, Evaluation, check_teacher, evaluate, tolerance
 from training.metrics import MAX_SKIPPED, Metrics, Progress
 from training.optimization import StepResult, Update, learning_rate
 
-CPU = Machine(torch.device("cpu"), "off")
+CPU = RunContext(torch.device("cpu"), "off")
 RECIPE = {"lr": 1.0, "epochs": 10, "warmup_epochs": 2, "sched": "cosine", "milestones": [4, 8]}
 OPTIMIZERS = [{"opt": "adamw", "lr": 0.1, "weight_decay": 0.05, "momentum": 0.9},
               {"opt": "sgd", "lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9}]
@@ -48,7 +48,7 @@ def batch(seed=0):
 
 
 def updater(model, recipe, *, precision="off", clip_grad=0.0, ema_decay=0.0):
-    return Update(model, SimpleNamespace(**recipe, clip_grad=clip_grad, model_ema=ema_decay), Machine(CPU.device, precision))
+    return Update(model, SimpleNamespace(**recipe, clip_grad=clip_grad, model_ema=ema_decay), RunContext(CPU.device, precision))
 
 
 def unmixed(labels):
@@ -366,13 +366,13 @@ def test_a_line_takes_the_place_of_the_live_one(monkeypatch):
 
 def test_devices_that_are_not_there_are_refused():
     with pytest.raises(Failure, match="cuda:99") as failure:
-        setup_machine("cuda:99", None, 0)
+        setup_context("cuda:99", None, 0)
     assert failure.value.code == 2
-    assert setup_machine("cpu", None, 0).dtype == torch.float32 and setup_machine("cpu", "bf16", 0).dtype == torch.bfloat16
+    assert setup_context("cpu", None, 0).dtype == torch.float32 and setup_context("cpu", "bf16", 0).dtype == torch.bfloat16
 
 
 def faults_of_ten_tensors():
-    setup_machine("cpu", None, 0)
+    setup_context("cpu", None, 0)
     for each in range(20):
         if each == 10:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -17,7 +17,7 @@ from benchmarks.plain_loop import Collate, PlainLoop, published_mixed_dkd
 from cli import options
 from data.synthetic import CLASSES
 from losses import dkd_loss
-from training.device import setup_machine
+from training.device import setup_context
 
 BATCH, STEPS, SIZE = 8, 2, 32
 CASE = ("v2_tiny", "v2_pico")
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def machine():
-    return setup_machine("cpu", None, seed=0)
+    return setup_context("cpu", None, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def data():
     return images, torch.randint(len(CLASSES), (BATCH * STEPS,), generator=generator)
 
 
-def test_every_contender_has_a_row_that_adds_up(machine, data, tmp_path):
-    rows = list(benchmark.benchmark(CASE, machine, *data, BATCH, repeats=2, compiled=False, steps=STEPS))
+def test_every_contender_has_a_row_that_adds_up(context, data, tmp_path):
+    rows = list(benchmark.benchmark(CASE, context, *data, BATCH, repeats=2, compiled=False, steps=STEPS))
     half = [("ours, bf16", "bf16", 0)] if torch.cpu.get_capabilities().get("avx512_bf16") else []
     assert [(row.contender, row.precision, row.workers) for row in rows] == [
         (benchmark.BASE, "off", 2), ("plain loop, channels_last", "off", 2), ("ours", "off", 0), *half]
@@ -54,21 +54,21 @@ def test_every_contender_has_a_row_that_adds_up(machine, data, tmp_path):
     assert (tmp_path / "step.png").stat().st_size > 10_000
 
 
-def test_a_contender_that_fails_does_not_keep_the_others_from_a_row(machine, data, monkeypatch, tmp_path):
+def test_a_contender_that_fails_does_not_keep_the_others_from_a_row(context, data, monkeypatch, tmp_path):
     def fail(*args, **named):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(benchmark, "PlainLoop", fail)
-    rows = list(benchmark.benchmark(CASE, machine, *data, BATCH, repeats=1, compiled=False, steps=STEPS))
+    rows = list(benchmark.benchmark(CASE, context, *data, BATCH, repeats=1, compiled=False, steps=STEPS))
     assert rows and all(row.ms > 0 and row.times_base is None for row in rows)
     benchmark.draw(rows, tmp_path / "step.png")
     assert not (tmp_path / "step.png").exists(), "there is nothing to compare with"
 
 
-def test_our_first_step_has_the_loss_of_a_direct_computation(machine, data):
-    args, (teacher, student) = our_loop.recipe(BATCH), our_loop.networks(CASE, machine.device)
+def test_our_first_step_has_the_loss_of_a_direct_computation(context, data):
+    args, (teacher, student) = our_loop.recipe(BATCH), our_loop.networks(CASE, context.device)
     before = copy.deepcopy(student)
-    ours = our_loop.Ours(teacher, student, args, machine, *data)
+    ours = our_loop.Ours(teacher, student, args, context, *data)
     columns = ours.run(1)
 
     augmenter = BatchAugmenter(*data, **options.augmentation(args), mean=MEAN, std=STD, batch_size=BATCH)
@@ -125,11 +125,11 @@ def test_mixed_labels_of_the_plain_loop_are_those_of_its_pixels():
     assert kinds == {False, True}
 
 
-def test_the_plain_loop_trains_on_the_published_loss(machine, data):
-    teacher, student = our_loop.networks(CASE, machine.device, torch.contiguous_format)
+def test_the_plain_loop_trains_on_the_published_loss(context, data):
+    teacher, student = our_loop.networks(CASE, context.device, torch.contiguous_format)
     assert all(parameter.is_contiguous() for net in (teacher, student) for parameter in net.parameters())
     before = copy.deepcopy(student)
-    loop = PlainLoop(teacher, student, our_loop.recipe(BATCH), machine, *data, workers=1)
+    loop = PlainLoop(teacher, student, our_loop.recipe(BATCH), context, *data, workers=1)
     batches = []
     loop.batches = (batches.append(batch) or batch for batch in loop.batches)
     losses = loop.run(2)
