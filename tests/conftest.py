@@ -11,6 +11,11 @@ if not torch.cuda.is_available():  # then Triton's kernels run in its interprete
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    torch.manual_seed(0)
+
+
 def pytest_configure():
     triton, numpy = version("triton"), version("numpy")
     if "TRITON_INTERPRET" in os.environ and Version(triton) < Version("3.7") and Version(numpy) >= Version("2.5"):

@@ -3,9 +3,13 @@ import csv
 import os
 import random
 import time
+from contextlib import contextmanager
 
+import pytest
 import torch
 from PIL import Image
+
+from rundir.errors import Failure
 
 
 def make_images(folder, classes, each, seed, size=16):
@@ -17,6 +21,15 @@ def make_images(folder, classes, each, seed, size=16):
         for number in range(each):
             noise = torch.randint(-40, 40, (size, size, 3), generator=g)
             Image.fromarray((base + noise).clamp(0, 255).byte().numpy()).save(folder / name / f"{number:03d}.png")
+
+
+@contextmanager
+def fails(code, *words):
+    """Expect a Failure with this exit code, whose one line holds all `words`."""
+    with pytest.raises(Failure) as caught:
+        yield
+    line = str(caught.value)
+    assert caught.value.code == code and "\n" not in line and not [word for word in words if str(word) not in line], line
 
 
 def table_of(path) -> list[dict]:

@@ -65,8 +65,7 @@ def test_a_file_does_what_its_checkpoint_does(trained, format, precision, takes,
     assert {path.name for path in (tmp_path / "out").iterdir()} == {name, f"{name}.json", "export.csv"}
 
     metadata = json.loads((tmp_path / "out" / f"{name}.json").read_text())
-    assert (metadata["classes"], metadata["image_size"]) == (CLASSES, 16)
-    assert (metadata["input"], metadata["precision"]) == (takes, precision)
+    assert metadata["classes"] == CLASSES and metadata["image_size"] == 16 and (metadata["input"], metadata["precision"]) == (takes, precision)
     assert metadata["checkpoint_sha256"] == files.digest(trained / "best.pt") and metadata["test_acc1"] > 50
     row, = table_of(tmp_path / "out" / "export.csv")
     assert row["file"] == name and row["images"] == "60" and f"{row['same_predictions']} of 60" in out

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import torture
 
 from data.datasets import Split
 from losses import Targets
@@ -83,12 +85,13 @@ def test_learning_rate_warms_up_linearly_and_falls_by_cosine_or_steps():
     assert learning_rate(0, args, 5) == 1.0
 
 
+@pytest.mark.parametrize("precision, rtol", [("off", 1e-5), ("fp16", 1e-3)])
 @both_optimizers
-def test_update_is_clip_then_step_of_the_plain_optimizer(recipe):
+def test_update_is_clip_then_step_of_the_plain_optimizer(recipe, precision, rtol):
     ours, theirs = net(), net()
     plain = (torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.05) if recipe["opt"] == "adamw" else
              torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4))
-    update, means, norms = updater(ours, recipe, clip_grad=0.5), Metrics(CPU.ranks, 4, 0.5), []
+    update, means, norms = updater(ours, recipe, precision=precision, clip_grad=0.5), Metrics(CPU.ranks, 4, 0.5), []
     for step in range(4):
         images, labels = batch(step)
         take(update, F.cross_entropy(ours(images), labels), means)
@@ -97,13 +100,13 @@ def test_update_is_clip_then_step_of_the_plain_optimizer(recipe):
         plain.step()
         plain.zero_grad()
     for one, two in zip(ours.parameters(), theirs.parameters()):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one, two, rtol=rtol, atol=0.1 * rtol)
     columns, looked = means.epoch_columns(1)
-    assert columns["grad_norm_mean"] == pytest.approx(sum(norms) / 4, rel=1e-5)
-    assert columns["grad_norm_max"] == pytest.approx(max(norms), rel=1e-5)
+    assert columns["grad_norm_mean"] == pytest.approx(sum(norms) / 4, rel=rtol)
+    assert columns["grad_norm_max"] == pytest.approx(max(norms), rel=rtol)
     assert columns["clip_frac"] == sum(norm > 0.5 for norm in norms) / 4 and columns["steps"] == 4
-    assert looked["clip_factor"] == pytest.approx(sum(min(1, 0.5 / norm) for norm in norms) / 4, rel=1e-5)
-    assert update.amp_scale() is None and columns["skipped_steps"] == 0
+    assert looked["clip_factor"] == pytest.approx(sum(min(1, 0.5 / norm) for norm in norms) / 4, rel=rtol)
+    assert update.amp_scale() == (65536 if precision == "fp16" else None) and columns["skipped_steps"] == 0
     take(update, F.cross_entropy(ours(images), labels), means)
     assert means.epoch_columns(2)[0]["steps"] == 1, "the counts start again every epoch"
 
@@ -135,27 +138,6 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole(recipe):
             micro_batches(rows, count)
 
 
-@both_optimizers
-def test_an_overflowing_fp16_step_is_skipped_and_counted(recipe):
-    """Also as the very first step, where fused SGD's momentum would otherwise be read before it was written."""
-    ours, without = net(), net()
-    update, plain = updater(ours, recipe, precision="fp16", clip_grad=1.0), updater(without, recipe, clip_grad=1.0)
-    counts, healthy = Metrics(CPU.ranks, 4, 1.0), Metrics(CPU.ranks, 3, 1.0)
-    images, labels = batch()
-    ours.eval(), without.eval()
-    before = copy.deepcopy(ours.state_dict())
-    take(update, F.cross_entropy(ours(images), labels) * math.inf, counts)
-    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
-    for _ in range(3):
-        take(update, F.cross_entropy(ours(images), labels), counts)
-        take(plain, F.cross_entropy(without(images), labels), healthy)
-    for one, two in zip(ours.parameters(), without.parameters()):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-    columns, healthy = counts.epoch_columns(1)[0], healthy.epoch_columns(1)[0]
-    assert (columns["skipped_steps"], columns["steps"], update.amp_scale()) == (1, 4, 32768.0)
-    assert columns["grad_norm_mean"] == pytest.approx(healthy["grad_norm_mean"], rel=1e-3), "unscaled before it is measured"
-
-
 @pytest.mark.parametrize("precision", ["off", "bf16", "fp16"])
 @all_optimizers
 @pytest.mark.parametrize("sick", [0, 2])
@@ -177,6 +159,7 @@ def test_a_sick_step_leaves_no_trace(recipe, precision, sick):
     assert [key for key, value in both[0].items() if not torch.equal(value, both[1][key])] == []
     columns, healthy = counts.epoch_columns(1)[0], healthy.epoch_columns(1)[0]
     assert columns["skipped_steps"] == 1 and columns["grad_norm_mean"] == healthy["grad_norm_mean"]
+    assert update.amp_scale() == (32768 if precision == "fp16" else None)
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
@@ -194,15 +177,6 @@ def tensors(tree, path=""):
         return {path: tree}
     inside = tree.items() if isinstance(tree, dict) else ()
     return {name: leaf for key, value in inside for name, leaf in tensors(value, f"{path}/{key}").items()}
-
-
-def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
-    model = net()
-    update = updater(model, OPTIMIZERS[1])
-    before = copy.deepcopy(model.state_dict())
-    images, labels = batch()
-    assert take(update, F.cross_entropy(model(images), labels) + math.inf)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_loss_scale_that_falls_without_end_stops_the_run():
@@ -231,39 +205,6 @@ def test_a_restored_update_goes_on_as_the_one_that_was_saved():
         both = [tensors(update.state_dict()) for update in (first, second)]
         assert all(torch.equal(value, both[1][key]) for key, value in both[0].items())
         assert first.scaler.get_scale() == second.scaler.get_scale() == 16384.0
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@both_optimizers
-def test_no_step_waits_for_the_gpu(recipe):
-    """Augmentation, loss, fp16 update and counting, under CUDA's own check for synchronisation."""
-    from augment import BatchAugmenter
-    from losses import dkd_loss
-
-    context = RunContext(torch.device("cuda"), "fp16")
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).cuda()
-    g = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (256, 32, 32, 3), generator=g, dtype=torch.uint8).cuda()
-    augmenter = BatchAugmenter(images, torch.randint(10, (256,), generator=g).cuda(), batch_size=64, seed=0, mean=(0.5,) * 3,
-                               std=(0.25,) * 3, dtype=context.dtype)
-    update = Update(model, SimpleNamespace(**recipe, clip_grad=1.0, model_ema=0.0), context)
-    means = Metrics(context.ranks, augmenter.steps)
-    for step in range(augmenter.steps):
-        if step == 2:  # what is made once has been made
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            batch = augmenter(step)
-            with context.autocast:
-                logits = model(batch.images)
-            loss, terms = dkd_loss(logits, logits.detach(), batch.targets)
-            update.backward(loss)
-            means.add(logits, batch.targets, loss, terms)
-            means.end_step(means.taken, update(0.1))
-            means.log()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert means.epoch_columns(1)[0]["steps"] == augmenter.steps
 
 
 def test_moving_average():
@@ -431,18 +372,17 @@ def test_devices_that_are_not_there_are_refused():
     assert setup_context("cpu", None, 0).dtype == torch.float32 and setup_context("cpu", "bf16", 0).dtype == torch.bfloat16
 
 
+def faults_of_ten_tensors():
+    setup_context("cpu", None, 0)
+    for each in range(20):
+        if each == 10:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
 def test_memory_that_a_step_frees_is_there_for_the_next_one():
-    """Without it, each 4 MB tensor is 1024 pages that the kernel hands out anew; measured in a process of its own."""
-    code = """if 1:
-        import resource, torch
-        from training.device import setup_context
-        setup_context("cpu", None, 0)
-        faults = []
-        for _ in range(20):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            torch.ones(2**20)
-            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        print(sum(faults[10:]))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert int(done.stdout) < 1000, done.stderr
+    """Without it, each tensor of 64 MiB is 16384 pages that the kernel hands out anew; measured in a process of its own."""
+    with ProcessPoolExecutor(1, torture.CONTEXT) as pool:
+        assert pool.submit(faults_of_ten_tensors).result() < 1000

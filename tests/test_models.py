@@ -4,7 +4,6 @@ import hashlib
 import io
 import pickle
 import re
-from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -13,12 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from helpers import fails
 from torch import nn
 
 import models
 from models import cifar_networks
 from rundir import checkpoint
-from rundir.errors import CHECKPOINT, DATA, USAGE, Failure
+from rundir.errors import CHECKPOINT, DATA, USAGE
 
 # With 100 classes, counted on the networks of RepDistiller, the code behind the published tables.
 PUBLISHED = {
@@ -39,18 +39,6 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     return tmp_path / "torch/hub/checkpoints"
-
-
-@contextmanager
-def fails(code, *words):
-    """Expect a Failure with `code` whose one line holds all `words`."""
-    with pytest.raises(Failure) as caught:
-        yield
-    line = str(caught.value)
-    assert caught.value.code == code, f"exit code {caught.value.code} instead of {code}: {line}"
-    assert "\n" not in line, f"more than one line: {line}"
-    for word in words:
-        assert str(word) in line, f"{word!s} is not in: {line}"
 
 
 class Evil:

@@ -198,7 +198,7 @@ def saved(value) -> bytes:
 
 
 def edited(trained, path, edit) -> str:
-    """Write best-fp32.pt2 of the run to `path` with its members, by name, changed by `edit`; and its metadata."""
+    """Write best-fp32.pt2 of the run to `path` with its members, by their names, as `edit` leaves them; and the metadata of that."""
     with zipfile.ZipFile(trained / "export" / "best-fp32.pt2") as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     edit(members)
