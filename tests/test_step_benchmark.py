@@ -34,7 +34,7 @@ def data():
     return images, torch.randint(len(CLASSES), (BATCH * STEPS,), generator=generator)
 
 
-def test_every_contender_has_a_row_that_adds_up(context, data, tmp_path):
+def test_every_contender_has_a_row_that_adds_up(context, data):
     rows = list(benchmark.benchmark(CASE, context, *data, BATCH, repeats=2, compiled=False, steps=STEPS))
     half = [("ours, bf16", "bf16", 0)] if torch.cpu.get_capabilities().get("avx512_bf16") else []
     assert [(row.contender, row.precision, row.workers) for row in rows] == [
@@ -49,7 +49,7 @@ def test_every_contender_has_a_row_that_adds_up(context, data, tmp_path):
     assert {row.times_base for row in rows if row.contender == row.base} == {1.0}
 
 
-def test_a_contender_that_fails_does_not_keep_the_others_from_a_row(context, data, monkeypatch, tmp_path):
+def test_a_contender_that_fails_does_not_keep_the_others_from_a_row(context, data, monkeypatch):
     def fail(*args, **named):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -59,9 +59,9 @@ def test_a_contender_that_fails_does_not_keep_the_others_from_a_row(context, dat
 
 
 def test_our_first_step_has_the_loss_of_a_direct_computation(context, data):
-    args, (teacher, student) = our_loop.recipe(BATCH), our_loop.networks(CASE, context.device)
+    args, (teacher, student) = loops.recipe(BATCH), loops.networks(CASE, context.device)
     before = copy.deepcopy(student)
-    ours = our_loop.Ours(teacher, student, args, context, *data)
+    ours = loops.Ours(teacher, student, args, context, *data)
     columns = ours.run(1)
 
     augmenter = BatchAugmenter(*data, **options.augmentation(args), mean=MEAN, std=STD, batch_size=BATCH)
@@ -119,10 +119,10 @@ def test_mixed_labels_of_the_plain_loop_are_those_of_its_pixels():
 
 
 def test_the_plain_loop_trains_on_the_published_loss(context, data):
-    teacher, student = our_loop.networks(CASE, context.device, torch.contiguous_format)
+    teacher, student = loops.networks(CASE, context.device, torch.contiguous_format)
     assert all(parameter.is_contiguous() for net in (teacher, student) for parameter in net.parameters())
     before = copy.deepcopy(student)
-    loop = PlainLoop(teacher, student, our_loop.recipe(BATCH), context, *data, workers=1)
+    loop = loops.PlainLoop(teacher, student, loops.recipe(BATCH), context, *data, workers=1)
     batches = []
     loop.batches = (batches.append(batch) or batch for batch in loop.batches)
     losses = loop.run(2)
