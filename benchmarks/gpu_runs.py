@@ -24,7 +24,6 @@ from PIL import Image
 
 from benchmarks import table
 from cli.flag_types import positive
-from data import datasets
 from rundir import errors
 from rundir.files import digest, make_directory, read_json, write_json
 
@@ -141,6 +140,7 @@ def kept(args) -> Path:
 
 
 def unpack(args) -> None:
+    from data import datasets
     whole, partial = kept(args) / "images", kept(args) / "images.partial"
     if not whole.exists():
         try:

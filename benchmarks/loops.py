@@ -10,8 +10,9 @@ from torchvision import transforms as v1
 
 import models
 from augment import BatchAugmenter
-from benchmarks.augmentation_rivals import MEAN, STD, Pictures, mixing, torchvision_pipeline
+from benchmarks.augmentation_rivals import Pictures, mixing, torchvision_pipeline
 from benchmarks.loss import ALPHA, BETA, EPS, T, decoupled
+from benchmarks.table import MEAN, STD
 from cli import method_flags, options
 from data.synthetic import CLASSES
 from diagnostics.gradients import LOG_EVERY, Diagnostics

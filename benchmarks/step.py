@@ -2,7 +2,7 @@
 
     python -m benchmarks.step                 the table -> benchmarks/results/step-<gpu or cpu>.csv
     python -m benchmarks.step --quick         the smallest pair, few repeats, nothing compiled
-    python -m benchmarks.step --case resnet20-resnet8-128 --seconds 60 --output DIR
+    python -m benchmarks.step --case resnet20-resnet8-128 --output DIR
 
 A case is teacher-student-batch size.  All contenders train the same pair on 32x32 images with DKD at beta 8 under AutoAugment,
 Random Erasing, Mixup and CutMix, with SGD and clipping at norm 1; in fp16 on a GPU, in fp32 on a CPU, and there ours in bf16,
