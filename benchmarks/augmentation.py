@@ -64,29 +64,15 @@ def ours(images, labels, batch_size: int, **options) -> dict:
     return found | {"ours, reference": epochs(reference, reference)}
 
 
-def torchvision_calls(images, labels) -> dict:
-    """stage -> name -> a call on single images; from PIL, too, on a CPU."""
-    floats = {"v1": (v1, [v1.ConvertImageDtype(torch.float32)], [v1.ToTensor()]),
-              "v2": (v2, conversion := [v2.ToDtype(torch.float32, scale=True)], [v2.ToImage(), *conversion])}
-    found, mix = {"policy": {}, "pipeline": {}}, mixing()
-    for version, (module, from_tensor, from_pil) in floats.items():
-        kinds = {"tensor": (images, from_tensor)}
-        if not images.is_cuda:
-            kinds["PIL"] = [v1.functional.to_pil_image(image) for image in images], from_pil
-        for kind, (pictures, to_float) in kinds.items():
-            policy, pipeline = module.AutoAugment(v1.AutoAugmentPolicy.CIFAR10), torchvision_pipeline(module, to_float)
-            name = f"torchvision {version}, {kind}"
-            found["policy"][name] = lambda each=policy, pictures=pictures: len([each(picture) for picture in pictures])
-            found["pipeline"][name] = lambda each=pipeline, pictures=pictures: len(
-                mix(torch.stack([each(picture) for picture in pictures]), labels)[0])
-    return found
-
-
 def contenders(images, labels, batch_size: int) -> dict:
     """stage -> name -> a call that returns how many images it made; the first is ours."""
-    few = images[:min(batch_size, IMAGE_BY_IMAGE)].permute(0, 3, 1, 2).contiguous()
-    found = {stage: ours(images, labels, batch_size, **STAGES[stage]) | calls
-             for stage, calls in torchvision_calls(few, labels[:len(few)]).items()}
+    found = {stage: ours(images, labels, batch_size, **options) for stage, options in STAGES.items()}
+    few, mix = images[:min(batch_size, IMAGE_BY_IMAGE)].permute(0, 3, 1, 2).contiguous(), mixing()
+    for name, module, to_float in (("v1", v1, v1.ConvertImageDtype(torch.float32)), ("v2", v2, v2.ToDtype(torch.float32, True))):
+        policy, pipeline = module.AutoAugment(v1.AutoAugmentPolicy.CIFAR10), torchvision_pipeline(module, [to_float])
+        found["policy"][f"torchvision {name}, tensor"] = lambda each=policy: len([each(image) for image in few])
+        found["pipeline"][f"torchvision {name}, tensor"] = lambda each=pipeline: len(
+            mix(torch.stack([each(image) for image in few]), labels[:len(few)])[0])
     many, pictures = min(4096, len(images)) // batch_size * batch_size, [v1.functional.to_pil_image(image.cpu()) for image in few]
     name, loader = loading([pictures[index % len(pictures)] for index in range(many)], labels[:many], batch_size, images.device)
     found["pipeline"][name] = loader

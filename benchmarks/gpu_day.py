@@ -64,7 +64,6 @@ def parts_of(args) -> list[Part]:
 
     pairs = ["--case", "resnet32x4-resnet8x4-128", "efficientnet_v2_l-efficientnet_v2_s-128", "resnet32x4-resnet8x4-64",
              "resnet32x4-resnet8x4-512"]
-    archive = ["--data", str(args.data and args.data.resolve())]
     few = ["tests/test_softmax_kl.py", "-k", "test_cross_entropy_alone"] if args.tiny else []
     stages = {
         1: [check("machine", 60), check("kernels", 100), check("augmentation", 100), training("variants", 200),
@@ -72,7 +71,7 @@ def parts_of(args) -> list[Part]:
         2: [benchmark("loss", 110, "--case", "128x100", "512x100", "1024x1000", "4096x8192", "4096x32000"),
             benchmark("step", 150, "--quick", *pairs), check("bounds", 60),
             benchmark("augmentation", 70, "--quick", "--case", "128", "512"), benchmark("step-compiled", 600, *pairs)],
-        3: [training("unpack", 120, *archive), training("runs", 600, *archive)],
+        3: [training("runs", 600, "--data", str(args.data and args.data.resolve()))],
     }
     return [part for part in stages[args.stage] if not (args.tiny and part.name in TOO_LONG)]
 

@@ -4,18 +4,16 @@
     python -m benchmarks.step --quick         the smallest pair, few repeats, nothing compiled
     python -m benchmarks.step --case resnet20-resnet8-128 --output DIR
 
-A case is teacher-student-batch size.  All contenders train the same pair on 32x32 images with DKD at beta 8 under AutoAugment,
-Random Erasing, Mixup and CutMix, with SGD and clipping at norm 1; in fp16 on a GPU, in fp32 on a CPU, and there ours in bf16,
-too, where the CPU has the instructions.  Ours is the step of distill.py, on a GPU also as a CUDA graph.  The plain loop has a
-DataLoader with PIL transforms of torchvision v1 in `workers` processes (2, or 16 on a GPU) besides the main process, which has
-all cores; it mixes in the collate function, takes the published loss on the dominant label, and reads the loss after every step.
+A case is teacher-student-batch size.  All contenders train the same pair on 32x32 images with DKD at beta 8, AutoAugment, Random
+Erasing, Mixup and CutMix, SGD and clipping; in fp16 on a GPU, in fp32 on a CPU, where ours is also run in bf16 if the CPU has it.
+Ours is the step of distill.py, on a GPU also as a CUDA graph.  The plain loop has a DataLoader with PIL transforms in `workers`
+processes, mixes in the collate function, takes the published loss on the dominant label, and reads the loss after every step.
 
-Contenders are interleaved in blocks of `steps`; times_base is the speed over that of the plain loop in the same repeat, so
-drifting clocks cancel.  Untimed steps before each block empty the queue that the loader filled while others ran.  A block of
-ours is an epoch, with its random draws and the columns at its end, which a run pays once in hundreds of steps.  share_*: parts
-of another block, synchronized after each phase (none in a CUDA graph); waiting is for the loader and the copy to the device.
-peak_mb, reserved_mb: the peak of allocated memory, and what the first steps reserved, CUDA graphs included.  begin_s: the first
-step, with compilation.  kernels, busy: of a step on a GPU, and the share of its time in which one runs.
+Contenders are interleaved in blocks of `steps`, after untimed steps that empty the loader's queue; times_base is the speed over
+that of the plain loop in the same repeat.  A block of ours is an epoch, with its random draws and columns.  share_*: parts of
+another block, synchronized after each phase; waiting is for the loader and the copy to the device.  peak_mb, reserved_mb: the
+peak of allocated memory, and what the first steps reserved.  begin_s: the first step, with compilation.  kernels, busy: of a step
+on a GPU, and the share of its time in which one runs.
 """
 import os
 import time
