@@ -74,8 +74,8 @@ def onnx_files(checkpoint: Path, module, folder: Path):
     for precision in ("fp32", "int8"):
         path = folder / f"{checkpoint.parent.name}-{precision}.onnx"
         writers.export(module, "onnx", precision, check.calibration(data), path)
-        card = writers.card(module, "onnx", precision, digest(checkpoint)) | {"sha256": digest(path)}
-        write_json(runtime.card_path(path), card)
+        metadata = writers.metadata(module, "onnx", precision, digest(checkpoint)) | {"sha256": digest(path)}
+        write_json(runtime.metadata_path(path), metadata)
         predictions = runtime.load(path)(images)[1].argmax(1)
         yield f"onnxruntime {precision}", path, round(100 * float(np.mean(predictions == labels)), 2)
 

@@ -49,26 +49,26 @@ class Ours:
     """
     workers = 0
 
-    def __init__(self, teacher, student, args, machine, images, labels, *, captured: bool = False):
+    def __init__(self, teacher, student, args, context, images, labels, *, captured: bool = False):
         method = method_flags.chosen(args)
-        self.recipe, self.machine, self.epoch, self.lap = Recipe(**options.recipe(args)), machine, 0, lambda phase: None
+        self.recipe, self.context, self.epoch, self.lap = Recipe(**options.recipe(args)), context, 0, lambda phase: None
         checkpoint = teacher.info | {"state_dict": teacher.state_dict(), "path": "", "sha256": ""}
-        teacher = models.load(checkpoint, machine.device, machine.dtype, folded=True)
-        self.augmenter = BatchAugmenter(images.to(machine.device), labels.to(machine.device), **options.augmentation(args),
-                                        mean=MEAN, std=STD, dtype=machine.dtype, batch_size=args.batch_size)
-        self.update = Update(student, self.recipe, machine)
-        self.metrics = Metrics(machine.ranks, self.augmenter.steps, args.clip_grad)
-        self.diagnostics = Diagnostics(method, self.augmenter, range(args.batch_size), machine.ranks)
-        self.criterion = method.criterion(machine.device)
-        self.teach, self.model = machine.compile(teacher, captured), machine.compile(student, captured)
-        self.take = CudaGraph(self.step, machine.device) if captured else self.step
+        teacher = models.load(checkpoint, context.device, context.dtype, folded=True)
+        self.augmenter = BatchAugmenter(images.to(context.device), labels.to(context.device), **options.augmentation(args),
+                                        mean=MEAN, std=STD, dtype=context.dtype, batch_size=args.batch_size)
+        self.update = Update(student, self.recipe, context)
+        self.metrics = Metrics(context.ranks, self.augmenter.steps, args.clip_grad)
+        self.diagnostics = Diagnostics(method, self.augmenter, range(args.batch_size), context.ranks)
+        self.criterion = method.criterion(context.device)
+        self.teach, self.model = context.compile(teacher, captured), context.compile(student, captured)
+        self.take = CudaGraph(self.step, context.device) if captured else self.step
         first = next(student.parameters())  # its gradient comes last
         first.register_post_accumulate_grad_hook(lambda parameter: self.lap("backward"))
 
     def step(self, position, lr, diagnose):
         batch = self.augmenter(position)
         self.lap("augment")
-        with self.machine.autocast:
+        with self.context.autocast:
             teacher_logits = self.teach(batch.images)
             self.lap("teacher")
             logits = self.model(batch.images)
@@ -117,26 +117,26 @@ class PlainLoop:
     images, labels: on the host.  args: of `recipe`.  layout: the memory format of networks and images.  lap: as in Ours.
     """
 
-    def __init__(self, teacher, student, args, machine, images, labels, workers: int, *, layout=torch.contiguous_format,
+    def __init__(self, teacher, student, args, context, images, labels, workers: int, *, layout=torch.contiguous_format,
                  compiled: bool = False):
-        self.machine, self.student, self.layout, self.workers, self.clip = machine, student, layout, workers, args.clip_grad
+        self.context, self.student, self.layout, self.workers, self.clip = context, student, layout, workers, args.clip_grad
         self.teacher, self.model = (torch.compile(net) if compiled else net for net in (teacher, student))
         self.optimizer = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-        self.scaler, self.lap = machine.scaler(), lambda phase: None
+        self.scaler, self.lap = context.scaler(), lambda phase: None
         transform = v1.Compose([Image.fromarray, torchvision_pipeline(v1, [v1.ToTensor()])])
         pictures = Pictures(images.numpy(), labels.tolist(), transform)
         self.batches = iter(DataLoader(
             pictures, args.batch_size, sampler=RandomSampler(pictures, replacement=True, num_samples=10**9), collate_fn=collate,
-            num_workers=workers, prefetch_factor=PREFETCH, pin_memory=machine.device.type == "cuda"))
+            num_workers=workers, prefetch_factor=PREFETCH, pin_memory=context.device.type == "cuda"))
 
     def run(self, steps: int) -> list[float]:
         """Train the next steps; their losses."""
         losses = []
         for images, soft in itertools.islice(self.batches, steps):
-            images = images.to(self.machine.device, non_blocking=True, memory_format=self.layout)
-            soft = soft.to(self.machine.device, non_blocking=True)
+            images = images.to(self.context.device, non_blocking=True, memory_format=self.layout)
+            soft = soft.to(self.context.device, non_blocking=True)
             self.lap("waiting")
-            with self.machine.autocast:
+            with self.context.autocast:
                 with torch.no_grad():
                     teacher_logits = self.teacher(images)
                 self.lap("teacher")

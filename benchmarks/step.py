@@ -29,7 +29,7 @@ from benchmarks.loops import PREFETCH, Ours, PlainLoop, networks, recipe
 from data.synthetic import generate
 from rundir import errors
 from training.cuda_graph import WARM_UP
-from training.device import setup_machine
+from training.device import setup_context
 
 CASES = ("v2_tiny-v2_pico-128", "resnet20-resnet8-128", "resnet32x4-resnet8x4-128")
 GPU_CASES = (*CASES, "resnet32x4-resnet8x4-64", "resnet32x4-resnet8x4-512", "efficientnet_v2_l-efficientnet_v2_s-128")
@@ -39,15 +39,15 @@ BLOCK_S, BLOCK_STEPS = 2.0, 64  # how long a block of the plain loop takes, and 
 BASE = "plain loop"
 
 
-def contenders(machine, compiled: bool, plain, ours):
+def contenders(context, compiled: bool, plain, ours):
     """Of each: its name, constructor, memory format and device setup; the base first."""
-    on_gpu, channels_last = machine.device.type == "cuda", torch.channels_last
+    on_gpu, channels_last = context.device.type == "cuda", torch.channels_last
     half = not on_gpu and torch.cpu.get_capabilities().get("avx512_bf16")
     yield BASE, plain, torch.contiguous_format, machine
     yield f"{BASE}, channels_last", partial(plain, layout=channels_last), channels_last, machine
     if compiled:
         yield f"{BASE}, compiled", partial(plain, compiled=True), torch.contiguous_format, machine
-    for suffix, setup in {"": machine, ", compiled": replace(machine, compiled=True)}.items():
+    for suffix, setup in {"": context, ", compiled": replace(context, compiled=True)}.items():
         if setup.compiled and not compiled:
             continue
         yield f"ours{suffix}", ours, channels_last, setup
@@ -59,7 +59,7 @@ def contenders(machine, compiled: bool, plain, ours):
 
 def shares(contender, steps: int) -> dict:
     """The part of each phase in the time of a block."""
-    device = contender.machine.device
+    device = contender.context.device
     seconds, last = dict.fromkeys(PHASES, 0.0), time.perf_counter()
 
     def lap(phase):
@@ -74,9 +74,9 @@ def shares(contender, steps: int) -> dict:
     return {f"share_{phase}": round(seconds[phase] / sum(seconds.values()), 4) for phase in PHASES}
 
 
-def benchmark(case, machine, images, labels, batch_size: int, repeats: int, compiled: bool, steps: int | None = None):
+def benchmark(case, context, images, labels, batch_size: int, repeats: int, compiled: bool, steps: int | None = None):
     """A row for each contender.  case: teacher and student.  steps: of a block; default: what the plain loop does in BLOCK_S."""
-    device, args = machine.device, recipe(batch_size)
+    device, args = context.device, recipe(batch_size)
     on_gpu, running, began = device.type == "cuda", {}, {}
 
     def memory() -> tuple[int, int]:
@@ -97,12 +97,12 @@ def benchmark(case, machine, images, labels, batch_size: int, repeats: int, comp
     workers = min(16, max(2, os.cpu_count() - 1)) if on_gpu else 2
     plain = partial(PlainLoop, images=images, labels=labels, workers=workers)
     if not steps:
-        base = plain(*networks(case, device, torch.contiguous_format), args, machine)
+        base = plain(*networks(case, device, torch.contiguous_format), args, context)
         base.run(2)
         steps = min(BLOCK_STEPS, max(1, round(1000 * BLOCK_S / block_ms(base, 2))))
         del base
     ours = partial(Ours, images=images[:steps * batch_size], labels=labels[:steps * batch_size])
-    for name, make, layout, setup in contenders(machine, compiled, plain, ours):
+    for name, make, layout, setup in contenders(context, compiled, plain, ours):
         before = memory()
         try:
             contender = make(*networks(case, device, layout), args, setup)
@@ -129,21 +129,21 @@ def benchmark(case, machine, images, labels, batch_size: int, repeats: int, comp
                      "kernels": round(count / PROFILED, 1), "busy": round(busy_us / PROFILED / 1000 / spread["ms"], 3)}
         yield table.Row(
             **table.versions(device, torch, triton), case=" to ".join(case), batch_size=batch_size, contender=name,
-            precision=contender.machine.precision, threads=torch.get_num_threads(), workers=contender.workers, repeats=repeats,
+            precision=contender.context.precision, threads=torch.get_num_threads(), workers=contender.workers, repeats=repeats,
             steps=steps, **spread, images_per_s=round(1000 * batch_size / spread["ms"], 1), base=BASE,
             **table.spread("times_base", [base / ms for base, ms in zip(times.get(BASE, ()), times[name])]), **cost,
             **(dict.fromkeys(parts) if name.endswith("graph") else parts))
 
 
 def main(args) -> None:
-    machine = setup_machine(str(table.device(args.device)), None, seed=0)
+    context = setup_context(str(table.device(args.device)), None, seed=0)
     steps, quick = 1 if args.tiny else None, args.quick or args.tiny
-    usual = CASES[:1] if quick else GPU_CASES if machine.device.type == "cuda" else CASES
-    found = table.Rows(args, "step", table.short(machine.device), "case batch_size contender ms times_base share_teacher")
+    usual = CASES[:1] if quick else GPU_CASES if context.device.type == "cuda" else CASES
+    found = table.Rows(args, "step", table.short(context.device), "case batch_size contender ms times_base share_teacher")
     for name in table.chosen(args, usual):
         *case, batch = name.split("-")
         images, labels = generate((steps or BLOCK_STEPS) * int(batch), 0)
-        for row in benchmark(case, machine, images, labels, int(batch), table.repeats(args, 3, 9), not quick, steps):
+        for row in benchmark(case, context, images, labels, int(batch), table.repeats(args, 3, 9), not quick, steps):
             found.add(row)
     found.close()
 

@@ -279,7 +279,7 @@ class CudaPath(ExitStack):
 
     @staticmethod
     def _restore(deterministic, benchmark, allow_tf32) -> None:
-        """What setup_machine sets in this process."""
+        """What setup_context sets in this process."""
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, allow_tf32
         kernels.choose("auto")

@@ -24,7 +24,7 @@ from losses import cross_entropy
 from rundir import checkpoint, errors
 from training import cuda_graph, evaluation
 from training import run as running
-from training.device import Machine
+from training.device import RunContext
 from training.distributed import Ranks
 
 EVERY = 2
@@ -136,7 +136,7 @@ def graphs(monkeypatch, often):
             self.lr = self.lr.double()
 
     monkeypatch.setattr(cuda_graph, "CudaGraph", CudaGraph)
-    monkeypatch.setattr(running, "use_cuda_graph", lambda wanted, machine, *, fused, **reasons: wanted and fused)
+    monkeypatch.setattr(running, "use_cuda_graph", lambda wanted, context, *, fused, **reasons: wanted and fused)
     monkeypatch.setattr(cuda_graph, "capture", found.record)
     monkeypatch.setattr(kernels.augment, "_augment_kernel", Launch(kernels.augment._augment_kernel, found))
     return found
@@ -199,8 +199,8 @@ def test_a_recorded_run_leaves_what_an_eager_one_leaves(capsys, place, teacher, 
 def test_a_gpu_records_steps(capsys, place, often, monkeypatch, precision):
     """Both scripts, recorded and launch by launch: the same losses, but for the order in which a GPU adds numbers."""
     monkeypatch.setattr(evaluation, "tolerance", lambda *args: 100.0)  # of 15 images one more or less is 7 %
-    monkeypatch.setattr(Machine, "scaler", lambda machine: torch.amp.GradScaler(  # which needs no search in so few steps
-        "cuda", init_scale=256.0, enabled=machine.precision == "fp16"))
+    monkeypatch.setattr(RunContext, "scaler", lambda context: torch.amp.GradScaler(  # which needs no search in so few steps
+        "cuda", init_scale=256.0, enabled=context.precision == "fp16"))
     flags = FLAGS.format(place=place).replace("--device cpu", "--device cuda --epochs 5 --opt sgd --lr 0.01 --amp " + precision)
     student = f"--student v2_pico --method dkd --teacher-checkpoint {place}/gpu-teacher-cuda-graph/best.pt"
     for script, network, more in (("train_teacher.py", "teacher", "--model resnet8"), ("distill.py", "student", student)):
@@ -284,9 +284,9 @@ def test_a_planted_read_is_noticed(capsys, place, teacher, graphs, monkeypatch):
     ("--deterministic", "cuda", True, 1, "--deterministic"), ("--grad-checkpoint", "cuda", True, 1, "--grad-checkpoint"),
     ("", "cuda", True, 1, None), ("--cuda-graph --compile", "cuda", True, 1, None)])
 def test_where_a_step_is_recorded(capsys, flags, device, fused, ranks, reason):
-    machine = Machine(torch.device(device), "off", ranks=Ranks(size=ranks))
+    context = RunContext(torch.device(device), "off", ranks=Ranks(size=ranks))
     args = options.parse_teacher("", "", flags.split())
-    captured = cuda_graph.use_cuda_graph(args.cuda_graph, machine, deterministic=args.deterministic,
+    captured = cuda_graph.use_cuda_graph(args.cuda_graph, context, deterministic=args.deterministic,
                                          grad_checkpoint=args.grad_checkpoint, fused=fused)
     out = capsys.readouterr().out
     assert captured == (reason is None)

@@ -15,7 +15,7 @@ from diagnostics.gradients import TREATMENTS, Diagnostics
 from losses import Targets
 from losses.methods import LABELS, METHODS, resolved
 from rundir.run_directory import RunDirectory
-from training.device import Machine
+from training.device import RunContext
 from training.distributed import Ranks
 from training.evaluation import Evaluation
 from training.optimization import StepResult, Update
@@ -171,7 +171,7 @@ def test_how_far_a_step_goes():
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 3, bias=False)
     recipe = argparse.Namespace(opt="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_grad=0.5, model_ema=0.0)
-    update = Update(net, recipe, Machine(torch.device("cpu"), "off"))
+    update = Update(net, recipe, RunContext(torch.device("cpu"), "off"))
     args, augment, ratios = student("--method kd"), augmenter(), []
     looking = Diagnostics(method_flags.chosen(args), augment, range(BATCH), Ranks(), range(4))
     looking.set_epoch(1)

@@ -17,13 +17,13 @@ from data.datasets import Split
 from rundir import errors
 from rundir.errors import Failure
 from training import distributed
-from training.device import Machine
+from training.device import RunContext
 from training.distributed import Ranks
 from training.evaluation import evaluate
 from training.metrics import Metrics
 from training.optimization import Update
 
-ALONE = Machine(torch.device("cpu"), "off")
+ALONE = RunContext(torch.device("cpu"), "off")
 
 
 def be_a_rank(function, args, environment, answer):
@@ -39,7 +39,7 @@ def be_a_rank(function, args, environment, answer):
 
 
 def together(size, function, *args):
-    """Call `function(machine, *args)` in `size` processes that are one run; fails with the traceback of the first that fails."""
+    """Call `function(context, *args)` in `size` processes that are one run; fails with the traceback of the first that fails."""
     store, environments = torture.as_torchrun_does(size)
     pipes = []
     for environment in environments:
@@ -80,8 +80,8 @@ def test_shares_cover_every_row_once(count, size):
 # --- together
 
 
-def sums_and_answers(machine):
-    ranks = machine.ranks
+def sums_and_answers(context):
+    ranks = context.ranks
     mine = torch.tensor([1.0, ranks.rank])
     assert ranks.sum(mine.clone()).tolist() == [3, 3] and ranks.mean(mine.clone()).tolist() == [1, 1]
     assert [row.tolist() for row in ranks.gather(mine)] == [[1, 0], [1, 1], [1, 2]]
@@ -95,10 +95,10 @@ def test_sums_and_decisions_are_the_same_everywhere():
     together(3, sums_and_answers)
 
 
-def first_come(machine, path):
-    with machine.ranks.local_main_first():
-        assert path.exists() == (machine.ranks.rank > 0), "the second did not wait for the first"
-        time.sleep(2 * machine.ranks.is_main)
+def first_come(context, path):
+    with context.ranks.local_main_first():
+        assert path.exists() == (context.ranks.rank > 0), "the second did not wait for the first"
+        time.sleep(2 * context.ranks.is_main)
         path.touch()
 
 
@@ -109,7 +109,7 @@ def test_one_downloads_and_the_others_find_it(tmp_path):
     together(3, first_come, tmp_path / "downloaded")
 
 
-def evaluate_in_shares(machine):
+def evaluate_in_shares(context):
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 6))
@@ -118,13 +118,13 @@ def evaluate_in_shares(machine):
         split = Split(images, torch.randint(6, (count,), generator=generator))
         whole = evaluate(net, split, (0.5,) * 3, (0.25,) * 3, ALONE, 500)
         for batch_size in range(1, 7):
-            shared = evaluate(net, split, (0.5,) * 3, (0.25,) * 3, machine, batch_size)
+            shared = evaluate(net, split, (0.5,) * 3, (0.25,) * 3, context, batch_size)
             assert torch.equal(shared.predictions, whole.predictions)
             assert (shared.acc1, shared.acc5) == (whole.acc1, whole.acc5)
             assert shared.loss == pytest.approx(whole.loss, rel=1e-6) and shared.ece == pytest.approx(whole.ece, rel=1e-6)
             assert shared.agreement(whole) == 1
     few = Split(images[:1], split.labels[:1])  # fewer images than processes
-    shared, whole = (evaluate(net, few, (0.5,) * 3, (0.25,) * 3, each, 500) for each in (machine, ALONE))
+    shared, whole = (evaluate(net, few, (0.5,) * 3, (0.25,) * 3, each, 500) for each in (context, ALONE))
     assert shared.acc1 == whole.acc1
 
 
@@ -140,19 +140,19 @@ METHODS = {
 }
 
 
-def train(machine, each, method, steps=24):
+def train(context, each, method, steps=24):
     """A network in float64 and without BatchNorm -> its weights and the means of the epoch."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (768, 8, 8, 3), generator=generator, dtype=torch.uint8)
     labels = torch.randint(10, (768,), generator=generator)
-    augmenter = BatchAugmenter(images, labels, batch_size=each * machine.ranks.size, seed=1, mean=(0.5,) * 3, std=(0.25,) * 3)
+    augmenter = BatchAugmenter(images, labels, batch_size=each * context.ranks.size, seed=1, mean=(0.5,) * 3, std=(0.25,) * 3)
     torch.manual_seed(0)
     teacher, net = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 24), torch.nn.GELU(),
                                         torch.nn.Linear(24, 10)).double()
                     for _ in range(2))
     recipe = SimpleNamespace(opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, clip_grad=0.5, model_ema=0.0)
-    update, metrics = Update(net, recipe, machine), Metrics(machine.ranks, steps, 0.5)
-    model, rows = machine.ranks.data_parallel(net, 0, (192,)), machine.ranks.rows(each)
+    update, metrics = Update(net, recipe, context), Metrics(context.ranks, steps, 0.5)
+    model, rows = context.ranks.data_parallel(net, 0, (192,)), context.ranks.rows(each)
     for step in range(steps):
         batch = augmenter(step % augmenter.steps, rows)
         with torch.no_grad():
@@ -170,9 +170,9 @@ def count(metrics, result, logits, targets, loss):
     metrics.log()
 
 
-def train_like_one(machine):
+def train_like_one(context):
     for method in METHODS:
-        (shared, columns), (whole, expected) = train(machine, 16 // machine.ranks.size, method), train(ALONE, 16, method)
+        (shared, columns), (whole, expected) = train(context, 16 // context.ranks.size, method), train(ALONE, 16, method)
         error = ((shared - whole).norm() / whole.norm()).item()
         assert error <= 1e-12, f"{method}: {error}"
         assert columns == pytest.approx(expected, rel=1e-5), method
@@ -182,23 +182,23 @@ def test_two_processes_train_the_network_that_one_would():
     together(2, train_like_one)
 
 
-def one_statistic(machine):
+def one_statistic(context):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
-    update = Update(net, SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0.05, clip_grad=1.0, model_ema=0.9), machine)
+    update = Update(net, SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0.05, clip_grad=1.0, model_ema=0.9), context)
     before = net[1].running_mean.clone(), torch.get_rng_state()
-    model = machine.ranks.data_parallel(net, 0, (4,))
-    assert torch.equal(net[1].running_mean, before[0]) and (machine.ranks.rank or torch.equal(torch.get_rng_state(), before[1]))
+    model = context.ranks.data_parallel(net, 0, (4,))
+    assert torch.equal(net[1].running_mean, before[0]) and (context.ranks.rank or torch.equal(torch.get_rng_state(), before[1]))
     assert net[0].weight.grad is None
     net.train()
-    torch.manual_seed(machine.ranks.rank)
+    torch.manual_seed(context.ranks.rank)
     for _ in range(3):
         update.backward(model(torch.randn(8, 4)).square().mean())
         update(0.1)
     own = [(each[1].running_mean.clone(), each[1].running_var.clone()) for each in (net, update.average.module)]
     update.sync_buffers()
     for each, statistics in zip((net, update.average.module), own):
-        mean, variance = (torch.stack(machine.ranks.gather(statistic)).double().mean(0).float() for statistic in statistics)
+        mean, variance = (torch.stack(context.ranks.gather(statistic)).double().mean(0).float() for statistic in statistics)
         assert not torch.equal(statistics[0], mean), "the processes saw different images"
         assert torch.equal(each[1].running_mean, mean) and torch.equal(each[1].running_var, variance)
     before = net[1].running_mean.clone()
@@ -211,13 +211,13 @@ def test_running_statistics_are_averaged():
     together(2, one_statistic)
 
 
-def drift(machine):
+def drift(context):
     torch.manual_seed(0)
     net = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    update = Update(net, SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0, clip_grad=1.0, model_ema=0.0), machine)
+    update = Update(net, SimpleNamespace(opt="adamw", lr=0.1, weight_decay=0, clip_grad=1.0, model_ema=0.0), context)
     update.sync_buffers()
     with torch.no_grad():
-        if machine.ranks.rank == 1:
+        if context.ranks.rank == 1:
             net.weight[0, 0, 0, 0] = torch.nextafter(net.weight[0, 0, 0, 0], torch.tensor(9.0))
     with pytest.raises(Failure, match="diverged") as failure:
         update.sync_buffers()
@@ -228,29 +228,29 @@ def test_weights_that_drift_apart_by_one_bit_are_noticed():
     together(2, drift)
 
 
-def a_sick_loss_on_one(machine):
+def a_sick_loss_on_one(context):
     """Its gradient is finite; yet no process may take a step that another one refuses."""
     weight = torch.nn.Linear(2, 1, bias=False)
     recipe = SimpleNamespace(opt="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, clip_grad=0.0, model_ema=0.0)
-    update, metrics = Update(weight, recipe, machine), Metrics(machine.ranks, 1)
-    model, before = machine.ranks.data_parallel(weight, 0, (2,)), weight.weight.detach().clone()
+    update, metrics = Update(weight, recipe, context), Metrics(context.ranks, 1)
+    model, before = context.ranks.data_parallel(weight, 0, (2,)), weight.weight.detach().clone()
     logits = model(torch.ones(1, 2))
-    loss = logits.sum() + (0, float("inf"))[machine.ranks.rank]
+    loss = logits.sum() + (0, float("inf"))[context.ranks.rank]
     update.backward(loss)
     result = update(1.0)
     count(metrics, result, logits, losses.Targets(torch.zeros(1).long(), torch.zeros(1).long(), torch.ones(1)), loss)
     assert result.skipped and torch.equal(weight.weight, before)
-    assert ("the gradient", "train_loss")[machine.ranks.rank] + " is not finite" in str(metrics.failure(""))
+    assert ("the gradient", "train_loss")[context.ranks.rank] + " is not finite" in str(metrics.failure(""))
 
 
 def test_a_loss_that_is_sick_on_one_process_is_skipped_by_all():
     together(2, a_sick_loss_on_one)
 
 
-def own_dropout(machine):
+def own_dropout(context):
     torch.manual_seed(3)
-    machine.ranks.data_parallel(torch.nn.Linear(2, 2), 3, (2,))
-    draws = machine.ranks.gather(torch.rand(4))
+    context.ranks.data_parallel(torch.nn.Linear(2, 2), 3, (2,))
+    draws = context.ranks.gather(torch.rand(4))
     assert not torch.equal(draws[0], draws[1])
 
 
@@ -262,6 +262,6 @@ def test_the_first_to_fail_is_the_one_that_speaks():
     together(3, speak)
 
 
-def speak(machine):
-    count = machine.ranks.sum(torch.tensor(float(errors.first_to_fail())))
+def speak(context):
+    count = context.ranks.sum(torch.tensor(float(errors.first_to_fail())))
     assert count == 1 and not errors.first_to_fail()

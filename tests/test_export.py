@@ -40,8 +40,8 @@ def test_weights_in_other_files_are_refused(trained, tmp_path, capsys, monkeypat
     assert export(capsys, trained, "--format onnx", tmp_path)[0] == 0
     path = tmp_path / "best-fp32.onnx"
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
-    card = json.loads((tmp_path / "best-fp32.onnx.json").read_text()) | {"sha256": files.digest(path)}
-    (tmp_path / "best-fp32.onnx.json").write_text(json.dumps(card))
+    metadata = json.loads((tmp_path / "best-fp32.onnx.json").read_text()) | {"sha256": files.digest(path)}
+    (tmp_path / "best-fp32.onnx.json").write_text(json.dumps(metadata))
     with pytest.raises(Failure, match="cannot be opened by its runtime") as failure:
         runtime.load(path)
     assert failure.value.code == 5 and capsys.readouterr().err == ""
@@ -64,12 +64,12 @@ def test_a_file_does_what_its_checkpoint_does(trained, format, precision, takes,
     name = f"best-{precision}{'-float' if takes == 'float' else ''}.{SUFFIX[format]}"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {name, f"{name}.json", "export.csv"}
 
-    card = json.loads((tmp_path / "out" / f"{name}.json").read_text())
-    assert card["classes"] == CLASSES and card["image_size"] == 16 and (card["input"], card["precision"]) == (takes, precision)
-    assert card["checkpoint_sha256"] == files.digest(trained / "best.pt") and card["test_acc1"] > 50
+    metadata = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    assert metadata["classes"] == CLASSES and metadata["image_size"] == 16 and (metadata["input"], metadata["precision"]) == (takes, precision)
+    assert metadata["checkpoint_sha256"] == files.digest(trained / "best.pt") and metadata["test_acc1"] > 50
     row, = csv.DictReader((tmp_path / "out" / "export.csv").read_text().splitlines())
     assert row["file"] == name and row["images"] == "60" and f"{row['same_predictions']} of 60" in out
-    assert float(row["checkpoint_accuracy"]) == pytest.approx(card["checkpoint_test_acc1"])
+    assert float(row["checkpoint_accuracy"]) == pytest.approx(metadata["checkpoint_test_acc1"])
     assert float(row["drop"]) <= 1 and int(row["bytes"]) == (tmp_path / "out" / name).stat().st_size
 
     model, net = runtime.load(tmp_path / "out" / name), models.load(trained / "best.pt")
@@ -145,7 +145,7 @@ def test_a_second_export_replaces_its_line_and_keeps_the_others(trained, tmp_pat
         assert export(capsys, trained, f"--format pt2 {flags}", tmp_path)[0] == 0
     rows = list(csv.DictReader((tmp_path / "export.csv").read_text().splitlines()))
     assert [row["file"] for row in rows] == ["best-fp16.pt2", "best-fp32.pt2"]
-    assert runtime.load(tmp_path / "best-fp32.pt2").card["precision"] == "fp32"
+    assert runtime.load(tmp_path / "best-fp32.pt2").metadata["precision"] == "fp32"
 
 
 def test_by_default_it_lies_in_the_run(trained, capsys):

@@ -21,12 +21,12 @@ from losses import Targets
 from rundir import errors, terminal
 from rundir.errors import Failure
 from rundir.run_directory import EpochRow
-from training.device import Machine, micro_batches, setup_machine
+from training.device import RunContext, micro_batches, setup_context
 from training.evaluation import EarlyStop, Evaluation, check_teacher, evaluate, tolerance
 from training.metrics import MAX_SKIPPED, Metrics, Progress
 from training.optimization import StepResult, Update, learning_rate
 
-CPU = Machine(torch.device("cpu"), "off")
+CPU = RunContext(torch.device("cpu"), "off")
 RECIPE = {"lr": 1.0, "epochs": 10, "warmup_epochs": 2, "sched": "cosine", "milestones": [4, 8]}
 OPTIMIZERS = [{"opt": "adamw", "lr": 0.1, "weight_decay": 0.05, "momentum": 0.9}, {"opt": "sgd", "lr": 0.1, "weight_decay": 5e-4,
                                                                                    "momentum": 0.9}]
@@ -44,7 +44,7 @@ def batch(seed=0):
 
 
 def updater(model, recipe, *, precision="off", clip_grad=0.0, ema_decay=0.0):
-    return Update(model, SimpleNamespace(**recipe, clip_grad=clip_grad, model_ema=ema_decay), Machine(CPU.device, precision))
+    return Update(model, SimpleNamespace(**recipe, clip_grad=clip_grad, model_ema=ema_decay), RunContext(CPU.device, precision))
 
 
 def unmixed(labels):
@@ -242,22 +242,22 @@ def test_no_step_waits_for_the_gpu(recipe):
     from augment import BatchAugmenter
     from losses import dkd_loss
 
-    machine = Machine(torch.device("cuda"), "fp16")
+    context = RunContext(torch.device("cuda"), "fp16")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).cuda()
     g = torch.Generator().manual_seed(0)
     images = torch.randint(256, (256, 32, 32, 3), generator=g, dtype=torch.uint8).cuda()
     augmenter = BatchAugmenter(images, torch.randint(10, (256,), generator=g).cuda(), batch_size=64, seed=0, mean=(0.5,) * 3,
                                std=(0.25,) * 3,
-                               dtype=machine.dtype)
-    update = Update(model, SimpleNamespace(**recipe, clip_grad=1.0, model_ema=0.0), machine)
-    means = Metrics(machine.ranks, augmenter.steps)
+                               dtype=context.dtype)
+    update = Update(model, SimpleNamespace(**recipe, clip_grad=1.0, model_ema=0.0), context)
+    means = Metrics(context.ranks, augmenter.steps)
     for step in range(augmenter.steps):
         if step == 2:  # what is made once has been made
             torch.cuda.set_sync_debug_mode("error")
         try:
             batch = augmenter(step)
-            with machine.autocast:
+            with context.autocast:
                 logits = model(batch.images)
             loss, terms = dkd_loss(logits, logits.detach(), batch.targets)
             update.backward(loss)
@@ -447,9 +447,9 @@ def test_an_error_takes_the_place_of_the_live_line(monkeypatch):
 
 def test_devices_that_are_not_there_are_refused():
     with pytest.raises(Failure, match="cuda:99") as failure:
-        setup_machine("cuda:99", None, 0)
+        setup_context("cuda:99", None, 0)
     assert failure.value.code == 2
-    assert setup_machine("cpu", None, 0).dtype == torch.float32 and setup_machine("cpu", "bf16", 0).dtype == torch.bfloat16
+    assert setup_context("cpu", None, 0).dtype == torch.float32 and setup_context("cpu", "bf16", 0).dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
@@ -457,8 +457,8 @@ def test_memory_that_a_step_frees_is_there_for_the_next_one():
     """Without it, each 4 MB tensor is 1024 pages that the kernel hands out anew; measured in a process of its own."""
     code = """if 1:
         import resource, torch
-        from training.device import setup_machine
-        setup_machine("cpu", None, 0)
+        from training.device import setup_context
+        setup_context("cpu", None, 0)
         faults = []
         for _ in range(20):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -507,7 +507,7 @@ def test_load_refuses_what_is_not_a_trained_network(tmp_path):
     attempt("no weights in it", state_dict=None)
     attempt("is missing", state_dict=net.features.state_dict(prefix="features."))
     attempt("cannot build", image_size=40, model="vit_b_16")
-    for key in models.weights.CARD:
+    for key in models.weights.METADATA:
         checkpoint.write(path, **{name: value for name, value in content.items() if name not in (key, "format")})
         with fails(CHECKPOINT, f"{key} is missing"):
             models.load(path)

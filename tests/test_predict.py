@@ -160,15 +160,15 @@ def test_one_line_and_an_exit_code_for_what_is_wrong(trained, arguments, code, w
     (place / "empty").mkdir(exist_ok=True)
     for name in ("text.pt", "model.tflite"):
         (place / name).write_text("hello")
-    content, card = ((trained / "export" / f"best-fp32.pt2{end}").read_bytes() for end in ("", ".json"))
+    content, metadata = ((trained / "export" / f"best-fp32.pt2{end}").read_bytes() for end in ("", ".json"))
     for name in ("alone.pt2", "wrong.pt2"):
         (place / name).write_bytes(content)
     (place / "wrong.pt2.json").write_text("{}")
     (place / "damaged.pt2").write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
-    (place / "damaged.pt2.json").write_bytes(card)
+    (place / "damaged.pt2.json").write_bytes(metadata)
     (place / "refused.pt2").write_bytes(b"hello")
     sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
-    (place / "refused.pt2.json").write_text(json.dumps(json.loads(card) | {"sha256": sha256}))
+    (place / "refused.pt2.json").write_text(json.dumps(json.loads(metadata) | {"sha256": sha256}))
     found, _, err = run(capsys, "predict.py", arguments)
     assert all(word in one_line(found, code, err) for word in words), err
 
@@ -178,9 +178,9 @@ def test_one_line_and_an_exit_code_for_what_is_wrong(trained, arguments, code, w
 ])
 def test_a_missing_runtime_is_named_with_the_command_that_installs_it(trained, suffix, precision, package, tmp_path, capsys,
                                                                       monkeypatch):
-    content, card = ((trained / "export" / f"best-fp32.pt2{end}").read_bytes() for end in ("", ".json"))
+    content, metadata = ((trained / "export" / f"best-fp32.pt2{end}").read_bytes() for end in ("", ".json"))
     (tmp_path / f"best.{suffix}").write_bytes(content)
-    (tmp_path / f"best.{suffix}.json").write_text(json.dumps(json.loads(card) | {"precision": precision}))
+    (tmp_path / f"best.{suffix}.json").write_text(json.dumps(json.loads(metadata) | {"precision": precision}))
     monkeypatch.setitem(sys.modules, package, None)
     code, _, err = run(capsys, "predict.py", f"{tmp_path}/best.{suffix} {tmp_path}")
     assert package in one_line(code, 2, err) and "pip install -r requirements-export.txt" in err
@@ -193,15 +193,15 @@ def saved(value) -> bytes:
 
 
 def edited(trained, path, edit) -> str:
-    """Write best-fp32.pt2 of the run to `path` with its members, by their names, as `edit` leaves them; and the card of that."""
+    """Write best-fp32.pt2 of the run to `path` with its members, by their names, as `edit` leaves them; and the metadata of that."""
     with zipfile.ZipFile(trained / "export" / "best-fp32.pt2") as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     edit(members)
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    card = json.loads((trained / "export" / "best-fp32.pt2.json").read_text()) | {"sha256": files.digest(path)}
-    path.with_name(f"{path.name}.json").write_text(json.dumps(card))
+    metadata = json.loads((trained / "export" / "best-fp32.pt2.json").read_text()) | {"sha256": files.digest(path)}
+    path.with_name(f"{path.name}.json").write_text(json.dumps(metadata))
     return str(path)
 
 
@@ -259,5 +259,5 @@ def test_a_pt2_file_is_opened_where_only_plain_data_is_unpickled(trained, monkey
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.setattr(torch.export, "load", opened)
-    assert runtime.load(trained / "export" / "best-fp32.pt2").card["classes"] == CLASSES
+    assert runtime.load(trained / "export" / "best-fp32.pt2").metadata["classes"] == CLASSES
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ

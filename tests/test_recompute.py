@@ -16,7 +16,7 @@ from torchvision.ops import StochasticDepth
 import models
 from losses import Targets, mixed_ce
 from rundir.errors import Failure
-from training.device import Machine
+from training.device import RunContext
 from training.distributed import Ranks
 from training.grad_checkpoint import blocks, recompute, uncounted
 from training.optimization import Update
@@ -41,16 +41,16 @@ def images(image_size=32, count=4):
 
 def train(net, opt="sgd", *, precision="off", parts=1, ema_decay=0.0, steps=2, ranks=Ranks()):
     """Losses, and all that a few steps leave in an Update."""
-    machine = Machine(torch.device("cpu"), precision, ranks=ranks)
+    context = RunContext(torch.device("cpu"), precision, ranks=ranks)
     recipe = SimpleNamespace(opt=opt, lr=0.01, momentum=0.9, weight_decay=1e-4, clip_grad=1.0, model_ema=ema_decay)
-    update, losses = Update(net, recipe, machine, parts), []
+    update, losses = Update(net, recipe, context, parts), []
     model, label = ranks.data_parallel(net, 0, (3, 32, 32)), torch.arange(4 // parts)
     net.train()
     targets = Targets(label, label, torch.ones(len(label)))
     torch.manual_seed(2)
     for _ in range(steps):
         for part in images().chunk(parts):
-            with machine.autocast:
+            with context.autocast:
                 logits = model(part)
             losses.append(mixed_ce(logits, targets))
             update.backward(losses[-1])
@@ -82,13 +82,13 @@ def test_no_bit_changes(name, options):
     assert all(count == options.get("steps", 2) * options.get("parts", 1) for count in counters)
 
 
-def together(machine, folder):
+def together(context, folder):
     made = []
     for flag in (False, True):
         net = network("v2_pico")
         if flag:
             recompute(net, "v2_pico")
-        made.append(train(net, ranks=machine.ranks))
+        made.append(train(net, ranks=context.ranks))
     assert same(*made)
 
 

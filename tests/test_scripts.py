@@ -146,7 +146,7 @@ def test_an_unequal_end_keeps_the_best_epoch(here, capsys):
     net = models.load("runs/wild/best.pt")
     net.load_state_dict(last["update"]["net"])
     test = datasets.load("imagefolder", "images", val_size=20)
-    accuracy = evaluation.evaluate(net, test.test, test.mean, test.std, device.Machine(torch.device("cpu"), "off"), 64).acc1
+    accuracy = evaluation.evaluate(net, test.test, test.mean, test.std, device.RunContext(torch.device("cpu"), "off"), 64).acc1
     assert accuracy == summary["test_acc1_last"]
 
 

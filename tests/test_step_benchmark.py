@@ -15,7 +15,7 @@ from benchmarks.table import MEAN, STD
 from cli import options
 from data.synthetic import CLASSES
 from losses import dkd_loss
-from training.device import setup_machine
+from training.device import setup_context
 
 BATCH, STEPS, SIZE = 8, 2, 32
 CASE = ("v2_tiny", "v2_pico")
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def machine():
-    return setup_machine("cpu", None, seed=0)
+    return setup_context("cpu", None, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def data():
     return images, torch.randint(len(CLASSES), (BATCH * STEPS,), generator=generator)
 
 
-def test_every_contender_has_a_row_that_adds_up(machine, data):
-    rows = list(benchmark.benchmark(CASE, machine, *data, BATCH, repeats=2, compiled=False, steps=STEPS))
+def test_every_contender_has_a_row_that_adds_up(context, data):
+    rows = list(benchmark.benchmark(CASE, context, *data, BATCH, repeats=2, compiled=False, steps=STEPS))
     half = [("ours, bf16", "bf16", 0)] if torch.cpu.get_capabilities().get("avx512_bf16") else []
     assert [(row.contender, row.precision, row.workers) for row in rows] == [
         (benchmark.BASE, "off", 2), ("plain loop, channels_last", "off", 2), ("ours", "off", 0), *half]
@@ -49,19 +49,19 @@ def test_every_contender_has_a_row_that_adds_up(machine, data):
     assert {row.times_base for row in rows if row.contender == row.base} == {1.0}
 
 
-def test_a_contender_that_fails_does_not_keep_the_others_from_a_row(machine, data, monkeypatch):
+def test_a_contender_that_fails_does_not_keep_the_others_from_a_row(context, data, monkeypatch):
     def fail(*args, **named):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(benchmark, "PlainLoop", fail)
-    rows = list(benchmark.benchmark(CASE, machine, *data, BATCH, repeats=1, compiled=False, steps=STEPS))
+    rows = list(benchmark.benchmark(CASE, context, *data, BATCH, repeats=1, compiled=False, steps=STEPS))
     assert rows and all(row.ms > 0 and row.times_base is None for row in rows)
 
 
-def test_our_first_step_has_the_loss_of_a_direct_computation(machine, data):
-    args, (teacher, student) = loops.recipe(BATCH), loops.networks(CASE, machine.device)
+def test_our_first_step_has_the_loss_of_a_direct_computation(context, data):
+    args, (teacher, student) = loops.recipe(BATCH), loops.networks(CASE, context.device)
     before = copy.deepcopy(student)
-    ours = loops.Ours(teacher, student, args, machine, *data)
+    ours = loops.Ours(teacher, student, args, context, *data)
     columns = ours.run(1)
 
     augmenter = BatchAugmenter(*data, **options.augmentation(args), mean=MEAN, std=STD, batch_size=BATCH)
@@ -118,11 +118,11 @@ def test_mixed_labels_of_the_plain_loop_are_those_of_its_pixels():
     assert kinds == {False, True}
 
 
-def test_the_plain_loop_trains_on_the_published_loss(machine, data):
-    teacher, student = loops.networks(CASE, machine.device, torch.contiguous_format)
+def test_the_plain_loop_trains_on_the_published_loss(context, data):
+    teacher, student = loops.networks(CASE, context.device, torch.contiguous_format)
     assert all(parameter.is_contiguous() for net in (teacher, student) for parameter in net.parameters())
     before = copy.deepcopy(student)
-    loop = loops.PlainLoop(teacher, student, loops.recipe(BATCH), machine, *data, workers=1)
+    loop = loops.PlainLoop(teacher, student, loops.recipe(BATCH), context, *data, workers=1)
     batches = []
     loop.batches = (batches.append(batch) or batch for batch in loop.batches)
     losses = loop.run(2)
