@@ -1,20 +1,17 @@
-"""Images a second of the batch augmentation beside torchvision, a DataLoader and timm.
+"""Images a second of the batch augmentation beside torchvision and a DataLoader.
 
     python -m benchmarks.augmentation                 the table -> benchmarks/results/augmentation-<gpu or cpu>.csv
     python -m benchmarks.augmentation --quick         one batch size, few repeats
     python -m benchmarks.augmentation --device cpu    the plain-PyTorch reference: the fused kernel needs a GPU
 
 Images are 32x32.  Stage "pipeline" is crop, flip, AutoAugment, normalisation, Random Erasing and Mixup/CutMix; "policy" is
-AutoAugment alone, with normalisation in ours; "erase and mix" leaves AutoAugment out.  Ours runs a whole epoch with its random
-draws.  Contenders are interleaved; times_first is the time over that of the stage's first contender in the same repeat, so
-drifting clocks cancel.  What works image by image is timed on at most 64 of them.  step_share is the time of a batch over that
-of a training step of ResNet-18 on it, fp16 on a GPU; launches is how many kernels and copies a batch starts on the GPU.
+AutoAugment alone, with normalisation in ours.  Ours runs a whole epoch with its random draws.  Contenders are interleaved;
+times_first is the time over that of the stage's first contender in the same repeat, so drifting clocks cancel.  What works image
+by image is timed on at most 64 of them.
 """
 import itertools
-from statistics import median
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from torchvision import transforms as v1
 from torchvision.transforms import v2
@@ -22,15 +19,15 @@ from torchvision.transforms import v2
 import kernels
 from augment import BatchAugmenter
 from benchmarks import table
-from benchmarks.augmentation_rivals import MEAN, STD, loading, mixing, timm_mixing, torchvision_pipeline
-from benchmarks.clocks import captured, interleaved, kernels_of, wall_us
-from data.synthetic import CLASSES, generate
+from benchmarks.augmentation_rivals import loading, mixing, torchvision_pipeline
+from benchmarks.clocks import captured, interleaved, wall_us
+from benchmarks.table import MEAN, STD
+from data.synthetic import generate
 from rundir import errors
 
 SIZES = ("128", "512", "2048")
 IMAGE_BY_IMAGE = 64  # most images of a timing
-STAGES = {"policy": {"crop_pad": 0, "flip": False, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}, "pipeline": {},
-          "erase and mix": {"policy": "none", "crop_pad": 0, "flip": False}}
+STAGES = {"policy": {"crop_pad": 0, "flip": False, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}, "pipeline": {}}
 
 
 def ours(images, labels, batch_size: int, **options) -> dict:
@@ -67,70 +64,32 @@ def ours(images, labels, batch_size: int, **options) -> dict:
     return found | {"ours, reference": epochs(reference, reference)}
 
 
-def torchvision_calls(images, labels) -> dict:
-    """stage -> name -> a call on single images; from PIL, too, on a CPU."""
-    floats = {"v1": (v1, [v1.ConvertImageDtype(torch.float32)], [v1.ToTensor()]),
-              "v2": (v2, conversion := [v2.ToDtype(torch.float32, scale=True)], [v2.ToImage(), *conversion])}
-    found, mix = {"policy": {}, "pipeline": {}}, mixing()
-    for version, (module, from_tensor, from_pil) in floats.items():
-        kinds = {"tensor": (images, from_tensor)}
-        if not images.is_cuda:
-            kinds["PIL"] = [v1.functional.to_pil_image(image) for image in images], from_pil
-        for kind, (pictures, to_float) in kinds.items():
-            policy, pipeline = module.AutoAugment(v1.AutoAugmentPolicy.CIFAR10), torchvision_pipeline(module, to_float)
-            name = f"torchvision {version}, {kind}"
-            found["policy"][name] = lambda each=policy, pictures=pictures: len([each(picture) for picture in pictures])
-            found["pipeline"][name] = lambda each=pipeline, pictures=pictures: len(
-                mix(torch.stack([each(picture) for picture in pictures]), labels)[0])
-    return found
-
-
 def contenders(images, labels, batch_size: int) -> dict:
     """stage -> name -> a call that returns how many images it made; the first is ours."""
-    few = images[:min(batch_size, IMAGE_BY_IMAGE)].permute(0, 3, 1, 2).contiguous()
-    rivals = torchvision_calls(few, labels[:len(few)]) | {"erase and mix": timm_mixing(images[:batch_size], labels[:batch_size])}
+    found = {stage: ours(images, labels, batch_size, **options) for stage, options in STAGES.items()}
+    few, mix = images[:min(batch_size, IMAGE_BY_IMAGE)].permute(0, 3, 1, 2).contiguous(), mixing()
+    for name, module, to_float in (("v1", v1, v1.ConvertImageDtype(torch.float32)), ("v2", v2, v2.ToDtype(torch.float32, True))):
+        policy, pipeline = module.AutoAugment(v1.AutoAugmentPolicy.CIFAR10), torchvision_pipeline(module, [to_float])
+        found["policy"][f"torchvision {name}, tensor"] = lambda each=policy: len([each(image) for image in few])
+        found["pipeline"][f"torchvision {name}, tensor"] = lambda each=pipeline: len(
+            mix(torch.stack([each(image) for image in few]), labels[:len(few)])[0])
     many, pictures = min(4096, len(images)) // batch_size * batch_size, [v1.functional.to_pil_image(image.cpu()) for image in few]
     name, loader = loading([pictures[index % len(pictures)] for index in range(many)], labels[:many], batch_size, images.device)
-    rivals["pipeline"][name] = loader
-    return {stage: ours(images, labels, batch_size, **options) | rivals[stage] for stage, options in STAGES.items()
-            if rivals[stage]}
-
-
-def resnet_step_us(batch_size: int, device) -> float:
-    """A training step of ResNet-18 on a batch, median of three."""
-    half = device.type == "cuda"
-    model = torchvision.models.resnet18(num_classes=len(CLASSES)).to(device, memory_format=torch.channels_last)
-    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.01), torch.amp.GradScaler(device.type, enabled=half)
-    images = torch.randn(batch_size, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-
-    def step():
-        with torch.autocast(device.type, torch.float16, enabled=half):
-            loss = F.cross_entropy(model(images), labels)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-    step()
-    return median(wall_us(step, 1, device) for _ in range(3))
+    found["pipeline"][name] = loader
+    return found
 
 
 def benchmark(images, labels, batch_size: int, repeats: int):
     """A row for each stage and contender."""
-    device = images.device
-    step_us = resnet_step_us(batch_size, device)
     for stage, calls in contenders(images, labels, batch_size).items():
         counts = {name: call() for name, call in calls.items()}
-        times = interleaved(calls, lambda call: wall_us(call, 1, device), repeats)
+        times = interleaved(calls, lambda call: wall_us(call, 1, images.device), repeats)
         times = {name: [us / counts[name] for us in found] for name, found in times.items()}  # of an image
         first = next(iter(times.values()))
         for name, us in times.items():
-            launches = round(kernels_of(calls[name])[0] * batch_size / counts[name]) if images.is_cuda else None
-            yield table.Row(**table.versions(device, torch, torchvision), stage=stage, batch_size=batch_size, contender=name,
-                            repeats=repeats, **table.spread("images_per_s", [1e6 / value for value in us], None),
-                            **table.spread("times_first", [value / base for value, base in zip(us, first)]),
-                            step_share=round(median(us) * batch_size / step_us, 5), launches=launches)
+            yield table.Row(**table.versions(images.device, torch, torchvision), stage=stage, batch_size=batch_size,
+                            contender=name, repeats=repeats, **table.spread("images_per_s", [1e6 / value for value in us], None),
+                            **table.spread("times_first", [value / base for value, base in zip(us, first)]))
 
 
 def main(args) -> None:

@@ -1,13 +1,12 @@
-"""Augmentation in common use: torchvision image by image, a DataLoader with workers, and timm's mixing where it is installed."""
+"""Augmentation in common use: torchvision image by image, and a DataLoader with workers."""
 import os
 
 import torch
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
+from benchmarks.table import MEAN, STD
 from data.synthetic import CLASSES
-
-MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
 def torchvision_pipeline(version, to_float):
@@ -42,19 +41,3 @@ def loading(pictures, labels, batch_size: int, device):
         Pictures(pictures, labels.tolist(), torchvision_pipeline(v1, [v1.ToTensor()])), batch_size=batch_size, shuffle=True,
         drop_last=True, num_workers=workers, persistent_workers=True, pin_memory=device.type == "cuda")
     return f"DataLoader, PIL, {workers} workers", lambda: sum(len(images.to(device)) for images, _ in loader)
-
-
-def timm_mixing(images, labels) -> dict:
-    """name -> a call that erases and mixes a batch of floats; empty without timm."""
-    try:
-        from timm.data.mixup import Mixup
-        from timm.data.random_erasing import RandomErasing
-    except ImportError:
-        print("timm is not installed: left out")
-        return {}
-    floats = images.permute(0, 3, 1, 2).float().div(255).contiguous()
-    erase, found = RandomErasing(0.25, device=images.device.type), {}
-    for mode in ("batch", "elem"):
-        mix = Mixup(0.8, 1.0, mode=mode, num_classes=len(CLASSES))
-        found[f"timm, {mode}"] = lambda mix=mix: len(mix(erase(floats.clone()), labels)[0])
-    return found

@@ -26,8 +26,7 @@ import triton
 import kernels
 from augment import POLICIES, BatchAugmenter
 from benchmarks import clocks, table
-from benchmarks.augmentation_rivals import MEAN, STD
-from benchmarks.table import DTYPES
+from benchmarks.table import DTYPES, MEAN, STD
 from kernels.softmax_kl import Weights, hyperparameters, softmax_kl, softmax_kl_naive
 from losses import Targets
 from rundir import errors
@@ -136,33 +135,33 @@ def check_machine(args) -> None:
     device, rows = args.device, table.Rows(args, "machine", table.short(args.device), "name value")
     on_gpu = device.type == "cuda"
 
-    def say(**facts):
-        for name, value in facts.items():
-            rows.add(table.Row(name=name, value=value))
+    def say(name, value):
+        rows.add(table.Row(name=name, value=value))
 
     def best_s(call):
         call()
         return min(clocks.wall_us(call, 1, device) for _ in range(10)) / 1e6
 
     installed = {each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}
-    say(hardware=table.hardware(device), python=platform.python_version(), cores=os.cpu_count(),
-        **{name: installed.get(name, "missing") for name in
-           "torch torchvision triton numpy scipy matplotlib pytest pytest-xdist timm liger-kernel".split()})
+    facts = {"hardware": table.hardware(device), "python": platform.python_version(), "cores": os.cpu_count()}
+    facts |= {name: installed.get(name, "missing") for name in "torch torchvision triton numpy pytest liger-kernel".split()}
     if on_gpu:
-        say(properties=str(torch.cuda.get_device_properties(device)),
-            cuda=f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+        facts |= {"properties": str(torch.cuda.get_device_properties(device)), "cuda": torch.version.cuda,
+                  "cuDNN": torch.backends.cudnn.version()}
     if on_gpu and shutil.which("nvidia-smi"):
         names = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
         asked = subprocess.run(["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"], capture_output=True, text=True)
-        say(**{names: asked.stdout.strip()})
+        facts[names] = asked.stdout.strip()
+    for name, value in facts.items():
+        say(name, value)
     size, side = (2**30, 8192) if on_gpu else (2**22, 256)
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
-    say(**{"copy, GB/s read and written": round(2 * size / best_s(lambda: target.copy_(source)) / 1e9, 1)})
+    say("copy, GB/s read and written", round(2 * size / best_s(lambda: target.copy_(source)) / 1e9, 1))
     for kind in ("float32", "bfloat16"):
         matrix = torch.randn(side, side, device=device).to(DTYPES[kind])
-        say(**{f"matrix product, {kind}, TFLOP/s": round(2 * side**3 / best_s(lambda: matrix @ matrix) / 1e12, 3)})
+        say(f"matrix product, {kind}, TFLOP/s", round(2 * side**3 / best_s(lambda: matrix @ matrix) / 1e12, 3))
     one = torch.zeros(1, device=device)
-    say(**{"a launch, us": round(clocks.wall_us(lambda: one.add_(1), 1000, device), 2)})
+    say("a launch, us", round(clocks.wall_us(lambda: one.add_(1), 1000, device), 2))
 
 
 def model(args) -> list[dict]:

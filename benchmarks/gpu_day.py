@@ -32,7 +32,7 @@ GRACE = 5  # seconds from SIGTERM to SIGKILL
 POLL = 5  # seconds between two copies of new rows
 LEAST = 15  # seconds that a part needs
 ON_THE_GPU = ["tests/test_softmax_kl.py", "tests/test_augment_kernel.py", "tests/test_capture.py", "tests/test_loop.py"]
-TOO_LONG = ("tests-all", "step-compiled")  # for --tiny
+TOO_LONG = ("tests-gpu", "tests-all", "step-compiled")  # for --tiny
 
 
 class Part(NamedTuple):
@@ -59,20 +59,18 @@ def parts_of(args) -> list[Part]:
         return part(name, most, name.partition("-")[0], *more * (not args.tiny))
 
     def tests(name: str, most: float, *files: str) -> Part:
-        parallel = ["-n", str(min(12, os.cpu_count())), "--dist", "loadfile"] if find_spec("xdist") and not args.tiny else []
+        parallel = ["-n", str(min(12, os.cpu_count())), "--dist", "loadfile"] if find_spec("xdist") else []
         return Part(name, ["-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel, *files], most)
 
     pairs = ["--case", "resnet32x4-resnet8x4-128", "efficientnet_v2_l-efficientnet_v2_s-128", "resnet32x4-resnet8x4-64",
              "resnet32x4-resnet8x4-512"]
-    archive = ["--data", str(args.data and args.data.resolve())]
-    few = ["tests/test_softmax_kl.py", "-k", "test_cross_entropy_alone"] if args.tiny else []
     stages = {
         1: [check("machine", 60), check("kernels", 100), check("augmentation", 100), training("variants", 200),
-            tests("tests-gpu", 120, *few or ON_THE_GPU), check("sanitizer", 90), tests("tests-all", 600)],
+            tests("tests-gpu", 120, *ON_THE_GPU), check("sanitizer", 90), tests("tests-all", 600)],
         2: [benchmark("loss", 110, "--case", "128x100", "512x100", "1024x1000", "4096x8192", "4096x32000"),
             benchmark("step", 150, "--quick", *pairs), check("bounds", 60),
             benchmark("augmentation", 70, "--quick", "--case", "128", "512"), benchmark("step-compiled", 600, *pairs)],
-        3: [training("unpack", 120, *archive), training("runs", 600, *archive)],
+        3: [training("runs", 600, "--data", str(args.data and args.data.resolve()))],
     }
     return [part for part in stages[args.stage] if not (args.tiny and part.name in TOO_LONG)]
 

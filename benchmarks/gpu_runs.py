@@ -1,11 +1,11 @@
 """Whole runs of the scripts for benchmarks.gpu_day: all variants, which must agree, and resumable training.
 
     python -m benchmarks.gpu_runs variants --output DIR                                   on the embedded images
-    python -m benchmarks.gpu_runs unpack --output DIR/unpack --data images.tar.xz         once, to DIR/<its digest>/images
     python -m benchmarks.gpu_runs runs --output DIR/runs --data images.tar.xz --seconds 500
 
-runs: two chains, in parallel where there are cores: a teacher, then its students and one alone.  Epochs are planned from
-short runs that measure one, and kept in DIR/<digest>/plan.json: a later call goes on with the same plan.
+runs: the archive is unpacked once, to DIR/<its digest>/images.  Then two chains, in parallel where there are cores: a teacher,
+its students and one alone.  Epochs are planned from short runs that measure one, and kept in DIR/<digest>/<chain>/plan.json: a
+later call goes on with the same plan.
 """
 import csv
 import lzma
@@ -24,7 +24,6 @@ from PIL import Image
 
 from benchmarks import table
 from cli.flag_types import positive
-from data import datasets
 from rundir import errors
 from rundir.files import digest, make_directory, read_json, write_json
 
@@ -140,16 +139,16 @@ def kept(args) -> Path:
     return args.output.parent / digest(args.data)[:12]
 
 
-def unpack(args) -> None:
-    whole, partial = kept(args) / "images", kept(args) / "images.partial"
-    if not whole.exists():
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack `archive` to `folder`, once."""
+    partial = folder.with_suffix(".partial")
+    if not folder.exists():
         try:
-            with tarfile.open(args.data) as archive:
-                archive.extractall(partial, filter="data")
+            with tarfile.open(archive) as file:
+                file.extractall(partial, filter="data")
         except (tarfile.TarError, EOFError, lzma.LZMAError) as failure:
-            raise errors.Failure(errors.DATA, f"cannot be unpacked ({args.data})", "name a whole archive") from failure
-        os.replace(partial, whole)
-    print(datasets.load("imagefolder", whole))  # which decodes them
+            raise errors.Failure(errors.DATA, f"cannot be unpacked ({archive})", "name a whole archive") from failure
+        os.replace(partial, folder)
 
 
 def train_chain(args, name: str, seconds: float, rows: table.Rows) -> None:
@@ -193,8 +192,7 @@ def train_chain(args, name: str, seconds: float, rows: table.Rows) -> None:
 
 
 def train(args) -> None:
-    if not (kept(args) / "images").exists():
-        raise errors.Failure(errors.DATA, f"not unpacked yet ({args.data})", "begin with the part unpack")
+    unpack(args.data, kept(args) / "images")
     chains, failures = list(TINY_CHAINS if args.tiny else CHAINS), []
     rows = table.Rows(args, "runs", table.short(args.device), "chain run outcome epochs of_epochs test_acc1 verdict line")
     parallel = min(len(chains), os.cpu_count())
@@ -215,12 +213,12 @@ def train(args) -> None:
 
 def main(args) -> None:
     args.device, args.end = table.device(args.device), time.monotonic() + args.seconds - 8  # a stopped run takes some to end
-    {"variants": variants, "unpack": unpack, "runs": train}[args.task](args)
+    {"variants": variants, "runs": train}[args.task](args)
 
 
 if __name__ == "__main__":
     parser = table.parser(__doc__, tiny=True)
-    parser.add_argument("task", choices=("variants", "unpack", "runs"))
+    parser.add_argument("task", choices=("variants", "runs"))
     parser.add_argument("--data", type=Path, metavar="FILE", help="an archive of train/CLASS/*.jpg and test/CLASS/*.jpg")
     parser.add_argument("--seconds", type=positive, default=540)
     errors.run(main, parser.parse_args())

@@ -5,14 +5,12 @@
     python -m benchmarks.latency --device cpu RUN [RUN ...]
 
 A RUN is the directory of a run, with its best.pt.  All contenders take uint8 images from the host's memory and return
-probabilities and logits there.  PyTorch's networks have folded BatchNorms and are channels_last; on a GPU ONNX Runtime is left
-out, as it is where it is not installed.  Its files are exported here, by deploy.writers, and tested on the run's test set;
-PyTorch's accuracy is the checkpoint's.
+probabilities and logits there.  PyTorch's networks have folded BatchNorms and are channels_last.  ONNX Runtime runs on a CPU
+where it is installed, on files exported here and tested on the run's test set; PyTorch's accuracy is the checkpoint's.
 
-Contenders are interleaved: in each repeat all of them, with one thread and with all, have a block of calls with one image, and
-one of each batch size.  Median and 95th percentile are over all calls; images_per_s is the median over repeats at best_batch.
-flops is 2 per multiply-add.  process_mb is the peak memory of a process that opens the network and predicts one image, peak_mb
-what it took after importing its runtime; not measured for compiled networks.
+Contenders are interleaved in blocks of each batch size.  ms_median and ms_p95 are of one image, over all calls; images_per_s is
+the median over repeats at best_batch.  flops is 2 per multiply-add.  process_mb is the peak memory of a process that opens the
+network and predicts one image, peak_mb what it took after importing its runtime; not measured for compiled networks.
 """
 import importlib.metadata
 import platform

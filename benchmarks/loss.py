@@ -3,7 +3,7 @@
     python -m benchmarks.loss                  the whole table -> benchmarks/results/loss-<gpu or cpu>.csv
     python -m benchmarks.loss --quick          two sizes, few repeats
     python -m benchmarks.loss --device cpu     the reference alone: the fused kernel needs a GPU
-    python -m benchmarks.loss --case 128x100 512x100 --seconds 60 --output DIR
+    python -m benchmarks.loss --case 128x100 512x100 --output DIR
 
 A case is rows x classes.  Contenders are interleaved; times_base is the time over that of the published code in the same repeat,
 so drifting clocks cancel.  Mode `eager` is wall time with Python, autograd and launches; `graph` replays the same work from a

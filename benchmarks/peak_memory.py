@@ -23,8 +23,7 @@ def main() -> None:
         import models  # noqa: F401  with all that it imports, before the network is read
     before = peak_mb()
     model = runtime.load(path)
-    size = model.metadata["image_size"]
-    model(np.zeros((1, size, size, 3), np.uint8))
+    model(np.zeros((1, *2 * [model.metadata["image_size"]], 3), np.uint8))
     print(round(peak_mb(), 1), round(peak_mb() - before, 1))
 
 

@@ -2,8 +2,6 @@
 import csv
 import platform
 import re
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from threading import Lock
@@ -12,13 +10,13 @@ from types import SimpleNamespace
 import torch
 
 from cli import flag_types
-from cli.flag_types import positive
 from cli.options import debug_flag
 from rundir.errors import USAGE, Failure, Parser, Unwritable
 from rundir.files import make_directory
 
 Row = SimpleNamespace  # its attributes are the columns
 RESULTS = Path(__file__).resolve().parent / "results"
+MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of CIFAR-100
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -29,7 +27,7 @@ def parser(description: str, quick: str = "", cases=(), tiny: bool = False) -> P
     tiny: whether there is --tiny.
     """
     made = Parser(description=description.partition("\n")[0], allow_abbrev=False)
-    made.set_defaults(quick=False, tiny=False, case=None, seconds=None)
+    made.set_defaults(quick=False, tiny=False, case=None)
     add = made.add_argument
     if quick:
         add("--quick", action="store_true", help=f"{quick}; nothing is written without --output")
@@ -40,7 +38,6 @@ def parser(description: str, quick: str = "", cases=(), tiny: bool = False) -> P
         help="folder of the CSV" + "; default: benchmarks/results" * bool(quick))
     if cases:
         add("--case", nargs="+", choices=cases, metavar="NAME", help=f"of {', '.join(cases)}; default: what suits the device")
-        add("--seconds", type=positive, metavar="N", help="begin no further case after so long")
     debug_flag(add)
     return made
 
@@ -57,14 +54,9 @@ def repeats(args, quick: int, whole: int) -> int:
     return 1 if args.tiny else quick if args.quick else whole
 
 
-def chosen(args, usual) -> Iterator[str]:
-    """The cases of --case, or `usual`, until --seconds have passed."""
-    end = time.monotonic() + (args.seconds or float("inf"))
-    names = list(args.case or usual)
-    while names and time.monotonic() < end:
-        yield names.pop(0)
-    if names:
-        print(f"not begun, for want of time: {', '.join(names)}")
+def chosen(args, usual):
+    """The cases of --case, or `usual`."""
+    return args.case or usual
 
 
 def hardware(device: torch.device) -> str:

@@ -67,7 +67,7 @@ def test_a_file_does_what_its_checkpoint_does(trained, format, precision, takes,
     metadata = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert metadata["classes"] == CLASSES and metadata["image_size"] == 16 and (metadata["input"], metadata["precision"]) == (takes, precision)
     assert metadata["checkpoint_sha256"] == files.digest(trained / "best.pt") and metadata["test_acc1"] > 50
-    row, = table_of(tmp_path / "out" / "export.csv")
+    row, = csv.DictReader((tmp_path / "out" / "export.csv").read_text().splitlines())
     assert row["file"] == name and row["images"] == "60" and f"{row['same_predictions']} of 60" in out
     assert float(row["checkpoint_accuracy"]) == pytest.approx(metadata["checkpoint_test_acc1"])
     assert float(row["drop"]) <= 1 and int(row["bytes"]) == (tmp_path / "out" / name).stat().st_size
@@ -134,6 +134,21 @@ def test_weights_have_a_scale_for_each_channel_where_one_for_each_tensor_costs(t
     sizes = {part.name: np.prod(part.dims) for part in graph.initializer}
     scales = [sizes[node.input[4]] for node in graph.node if node.op_type == "QLinearConv"]
     assert scales and all((size > 1) == of_channels for size in scales)
+
+
+def test_a_second_export_replaces_its_line_and_keeps_the_others(trained, tmp_path, capsys):
+    for flags in ("", "--precision fp16", ""):
+        assert export(capsys, trained, f"--format pt2 {flags}", tmp_path)[0] == 0
+    rows = list(csv.DictReader((tmp_path / "export.csv").read_text().splitlines()))
+    assert [row["file"] for row in rows] == ["best-fp16.pt2", "best-fp32.pt2"]
+    assert runtime.load(tmp_path / "best-fp32.pt2").metadata["precision"] == "fp32"
+
+
+def test_by_default_it_lies_in_the_run(trained, capsys):
+    code, _, err = run(capsys, "export.py", f"{trained}/best.pt --format pt2")
+    assert code == 0, err
+    assert (trained / "export" / "best-fp32.pt2").exists()
+    shutil.rmtree(trained / "export")
 
 
 def other_weights(monkeypatch):

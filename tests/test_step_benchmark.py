@@ -10,8 +10,8 @@ import torch
 from augment import BatchAugmenter
 from benchmarks import loops
 from benchmarks import step as benchmark
-from benchmarks.augmentation_rivals import MEAN, STD
 from benchmarks.loss import published_dkd
+from benchmarks.table import MEAN, STD
 from cli import options
 from data.synthetic import CLASSES
 from losses import dkd_loss
