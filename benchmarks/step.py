@@ -46,7 +46,7 @@ def contenders(context, compiled: bool, plain, ours):
     yield BASE, plain, torch.contiguous_format, context
     yield f"{BASE}, channels_last", partial(plain, layout=channels_last), channels_last, context
     if compiled:
-        yield f"{BASE}, compiled", partial(plain, compiled=True), torch.contiguous_format, machine
+        yield f"{BASE}, compiled", partial(plain, compiled=True), torch.contiguous_format, context
     for suffix, setup in {"": context, ", compiled": replace(context, compiled=True)}.items():
         if setup.compiled and not compiled:
             continue

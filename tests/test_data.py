@@ -468,8 +468,8 @@ def test_several_processes_may_write_one_cache(two_trees):
 
 
 def test_a_folder_too_small_for_a_test_split_says_so(tmp_path):
-    refused(2, "a test split leaves a class without", "train and test", name="imagefolder", data_dir=folder(tmp_path, cat=1, dog=1),
-          val_size=0)
+    refused(2, "a test split leaves a class without", "train and test", name="imagefolder",
+            data_dir=folder(tmp_path, cat=1, dog=1), val_size=0)
 
 
 def test_a_link_to_the_folder_that_it_is_in_is_left_out(two_trees):

@@ -13,43 +13,10 @@ from augment import BatchAugmenter
 from data.datasets import Split
 from rundir import errors
 from rundir.errors import Failure
-from training import distributed
-from training.device import RunContext
 from training.distributed import Ranks
 from training.evaluation import evaluate
 from training.metrics import Metrics
 from training.optimization import Update
-
-ALONE = RunContext(torch.device("cpu"), "off")
-
-
-def be_a_rank(function, args, environment, answer):
-    os.environ |= environment
-    torch.set_num_threads(1)
-    distributed.TIMEOUT = getattr(function, "timeout", distributed.TIMEOUT)
-    try:
-        with Ranks.of_environment() as ranks:
-            function(replace(ALONE, ranks=ranks), *args)
-        answer.send("")
-    except BaseException:
-        answer.send(traceback.format_exc())
-
-
-def together(size, function, *args):
-    """Call `function(context, *args)` in `size` processes that are one run; fails with the traceback of the first that fails."""
-    store, environments = torture.as_torchrun_does(size)
-    pipes = []
-    for environment in environments:
-        here, there = torture.CONTEXT.Pipe()
-        torture.CONTEXT.Process(target=be_a_rank, args=(function, args, environment, there), daemon=True).start()
-        there.close()
-        pipes.append(here)
-    for rank, pipe in enumerate(pipes):
-        assert pipe.poll(60), f"rank {rank} of {size} does not answer"
-        trace = pipe.recv()
-        assert not trace, f"rank {rank} of {size}: {trace}"
-    del store  # which has to outlive them
-
 
 # --- alone
 
@@ -94,7 +61,7 @@ def test_sums_and_decisions_are_the_same_everywhere():
 def first_come(context, path):
     with context.ranks.local_main_first():
         assert path.exists() == (context.ranks.rank > 0), "the second did not wait for the first"
-        time.sleep(2 * context.ranks.is_main)
+        time.sleep(context.ranks.is_main)
         path.touch()
 
 
@@ -126,14 +93,7 @@ def test_every_image_is_evaluated_once(size):
     together(size, evaluate_in_shares)
 
 
-METHODS = {
-    "ce": lambda logits, teacher, targets: (losses.mixed_ce(logits, targets, label_smoothing=0.1), {}),
-    "kd": lambda logits, teacher, targets: losses.kd_loss(logits, teacher, targets, label_smoothing=0.1),
-    "dkd": lambda logits, teacher, targets: losses.dkd_loss(logits, teacher, targets, beta=2.0),
-}
-
-
-def train(context, each, method, steps=24):
+def train(context, each, steps=24):
     """A network in float64 and without BatchNorm -> its weights and the means of the epoch."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (768, 8, 8, 3), generator=generator, dtype=torch.uint8)
@@ -164,11 +124,9 @@ def count(metrics, result, logits, targets, loss):
 
 
 def train_like_one(context):
-    for method in METHODS:
-        (shared, columns), (whole, expected) = train(context, 16 // context.ranks.size, method), train(ALONE, 16, method)
-        error = ((shared - whole).norm() / whole.norm()).item()
-        assert error <= 1e-12, f"{method}: {error}"
-        assert columns == pytest.approx(expected, rel=1e-5), method
+    (shared, columns), (whole, expected) = train(context, 16 // context.ranks.size), train(ALONE, 16)
+    assert (shared - whole).norm() <= 1e-12 * whole.norm()
+    assert columns == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_processes_train_the_network_that_one_would():
@@ -185,7 +143,6 @@ def one_statistic(context):
     assert net[0].weight.grad is None
     assert not torch.equal(*context.ranks.gather(torch.rand(4))), "every process has dropout of its own"
     net.train()
-    torch.manual_seed(context.ranks.rank)
     for _ in range(3):
         update.backward(model(torch.randn(8, 4)).square().mean())
         update(0.1)
@@ -234,28 +191,17 @@ def a_sick_loss_on_one(context):
     result = update(1.0)
     count(metrics, result, logits, losses.Targets(torch.zeros(1).long(), torch.zeros(1).long(), torch.ones(1)), loss)
     assert result.skipped and torch.equal(weight.weight, before)
-    assert ("the gradient", "train_loss")[context.ranks.rank] + " is not finite" in str(metrics.failure(""))
+    assert "train_loss is not finite" in str(metrics.failure("")), "the other process must name it, too"
 
 
 def test_a_loss_that_is_sick_on_one_process_is_skipped_by_all():
     together(2, a_sick_loss_on_one)
 
 
-def own_dropout(context):
-    torch.manual_seed(3)
-    context.ranks.data_parallel(torch.nn.Linear(2, 2), 3, (2,))
-    draws = context.ranks.gather(torch.rand(4))
-    assert not torch.equal(draws[0], draws[1])
-
-
-def test_every_process_has_dropout_of_its_own():
-    together(2, own_dropout)
+def speak(context):
+    count = context.ranks.sum(torch.tensor(float(errors.first_to_fail())))
+    assert count == 1 and not errors.first_to_fail()
 
 
 def test_the_first_to_fail_is_the_one_that_speaks():
     together(3, speak)
-
-
-def speak(context):
-    count = context.ranks.sum(torch.tensor(float(errors.first_to_fail())))
-    assert count == 1 and not errors.first_to_fail()

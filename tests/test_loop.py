@@ -7,7 +7,6 @@ import platform
 import re
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-import torture
 
 from data.datasets import Split
 from losses import Targets
