@@ -113,6 +113,7 @@ def test_a_second_signal_ends_at_once(place):
     run = torture.new_run(place)
     process = place.start(f"{torture.command('teacher')} --output {run}", partial(faults.slow_disk, 20))
     wait_for(run / "last.pt.tmp")
+    time.sleep(0.5)  # until the main thread trains again
     with suppress(ProcessLookupError):  # it has ended
         for _ in range(9):  # those that arrive before the first is handled count as one
             os.kill(process.pid, signal.SIGINT)
