@@ -51,7 +51,7 @@ class Ours:
 
     def __init__(self, teacher, student, args, context, images, labels, *, captured: bool = False):
         method = method_flags.chosen(args)
-        self.recipe, self.context, self.epoch, self.lap = Recipe(**options.recipe(args)), context, 0, lambda phase: None
+        self.recipe, self.context, self.epoch, self.lap = Recipe.of(args), context, 0, lambda phase: None
         checkpoint = teacher.info | {"state_dict": teacher.state_dict(), "path": "", "sha256": ""}
         teacher = models.load(checkpoint, context.device, context.dtype, folded=True)
         self.augmenter = BatchAugmenter(images.to(context.device), labels.to(context.device), **options.augmentation(args),
@@ -60,7 +60,7 @@ class Ours:
         self.metrics = Metrics(context.ranks, self.augmenter.steps, args.clip_grad)
         self.diagnostics = Diagnostics(method, self.augmenter, range(args.batch_size), context.ranks)
         self.criterion = method.criterion(context.device)
-        self.teach, self.model = context.compile(teacher, captured), context.compile(student, captured)
+        self.teacher_model, self.model = context.compile(teacher, captured), context.compile(student, captured)
         self.take = CudaGraph(self.step, context.device) if captured else self.step
         first = next(student.parameters())  # its gradient comes last
         first.register_post_accumulate_grad_hook(lambda parameter: self.lap("backward"))
@@ -69,7 +69,7 @@ class Ours:
         batch = self.augmenter(position)
         self.lap("augment")
         with self.context.autocast:
-            teacher_logits = self.teach(batch.images)
+            teacher_logits = self.teacher_model(batch.images)
             self.lap("teacher")
             logits = self.model(batch.images)
         self.lap("student")

@@ -5,7 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from exporting import needs_onnx, one_line, trained_run
+from command import one_line
+from exporting import needs_onnx, trained_run
 
 from benchmarks import latency, peak_memory, table
 

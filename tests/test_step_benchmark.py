@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def machine():
+def context():
     return setup_context("cpu", None, seed=0)
 
 
