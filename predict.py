@@ -23,9 +23,9 @@ def batches(paths, image_size: int, unreadable: list):
     from data import pictures
     batch = []
     for path in paths:
-        image = pictures.read(path, image_size)
-        if image is None:
-            print(f"skipped: {path} is not a readable 8-bit image", file=sys.stderr)
+        image, reason = pictures.read(path, image_size)
+        if reason:
+            print(f"skipped: {path} ({reason})", file=sys.stderr)
             unreadable.append(path)
         else:
             if batch and (len(batch) == BATCH or batch[0][1].shape != image.shape):

@@ -18,6 +18,7 @@ def main(args):
     from augment import BatchAugmenter
     from diagnostics.gradients import LOG_EVERY, Diagnostics
     from rundir.run_directory import announce
+    from training.advice import describe_data
     from training.cuda_graph import CudaGraph
     from training.device import setup_context
     from training.metrics import Metrics
@@ -30,7 +31,8 @@ def main(args):
     method = method_flags.chosen(args)
     announce(config, method.objective)
     if args.dry_run:
-        return
+        models.check_name(args.model)
+        return print(*describe_data(args), sep="\n")
 
     with Run(args, config, context) as run:
         if run.finished:

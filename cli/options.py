@@ -25,11 +25,13 @@ def data_flags(parser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="cifar100", help=DEFAULT)
     add("--data-dir", type=nonempty, default="datasets", metavar="DIR",
-        help="directory of the files, or for the download; " + DEFAULT)
+        help="directory of the files, or for the download; a CSV file of path,label[,split]; " + DEFAULT)
     add("--val-size", type=whole, metavar="N", help="training images held out for validation, stratified; default: 5000 for "
         "CIFAR, 10%% otherwise; 0 validates on the test set, as in the literature")
     add("--image-size", type=number(int, at_least=8), metavar="PIXELS",
         help="resize images on the device; default: their own size")
+    add("--unreadable", choices=("stop", "skip"), default="stop", help="at image files that cannot be read; " + DEFAULT)
+    add("--allow-empty-classes", action="store_true", help="leave out class folders without training images")
 
 
 def augmentation_flags(parser) -> None:
@@ -62,7 +64,8 @@ def optimisation_flags(parser) -> None:
     add("--sched", choices=("cosine", "multistep"), default="cosine", help="cosine to 0, or x0.1 at --milestones; " + DEFAULT)
     add("--milestones", type=count, nargs="+", default=[150, 180, 210], metavar="EPOCH",
         help="of --sched multistep; default: 150 180 210")
-    add("--warmup-epochs", type=whole, default=5, metavar="N", help="of the learning rate, linear from 0; " + DEFAULT)
+    add("--warmup-epochs", type=whole, metavar="N",
+        help="of the learning rate, linear from 0; default: 5, or all epochs but one of a shorter run")
     add("--label-smoothing", type=number(float, at_least=0, below=1), default=0.1, metavar="EPS", help=DEFAULT)
     add("--clip-grad", type=nonnegative, default=1.0, metavar="NORM", help="maximum gradient norm, 0 is off; " + DEFAULT)
     add("--model-ema", type=number(float, at_least=0, below=1), default=0.0, metavar="DECAY",
@@ -171,6 +174,8 @@ def parse_show(description, usage_lines, argv=None):
 def check_schedule(parser, args) -> None:
     if args.compile and args.grad_checkpoint:
         parser.error("--compile and --grad-checkpoint exclude each other")
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(5, args.epochs - 1)
     if args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup-epochs must be less than --epochs ({args.warmup_epochs} of {args.epochs})")
     if args.milestones != sorted(set(args.milestones)):
@@ -178,9 +183,9 @@ def check_schedule(parser, args) -> None:
 
 
 def data(args) -> dict:
-    """Keyword arguments of data.datasets.load."""
-    return {"name": args.dataset, "data_dir": args.data_dir, "val_size": args.val_size, "seed": args.seed,
-            "image_size": args.image_size}
+    """Keyword arguments of data.datasets.load; runs of earlier versions lack some of the flags."""
+    names = ("data_dir", "val_size", "seed", "image_size", "unreadable", "allow_empty_classes")
+    return {"name": args.dataset, **{name: getattr(args, name) for name in names if name in vars(args)}}
 
 
 def augmentation(args) -> dict:

@@ -112,8 +112,11 @@ class Job:
     def sha256_of(self, name: str) -> str | None:
         """SHA-256 of the images or the file of flag `name`; None if there is no file."""
         if name == "data_dir":
-            return fingerprint(self.flags["dataset"], self.flags["data_dir"], self.flags["image_size"])
+            return fingerprint(*(self.flags[flag] for flag in FINGERPRINTED))
         return cached_digest(self.flags[name])
+
+
+FINGERPRINTED = ("dataset", "data_dir", "image_size", "unreadable", "allow_empty_classes")
 
 
 def record(jobs: list[Job], path: Path) -> None:
@@ -157,7 +160,7 @@ cached_digest = cache(existing_digest)  # most runs of a sweep share one teacher
 
 
 @cache
-def fingerprint(dataset: str, data_dir: str, image_size: int | None) -> str:
-    """SHA-256 of the images; reads them, and imports torch."""
+def fingerprint(dataset: str, *flags) -> str:
+    """SHA-256 of the images; reads them, and imports torch.  flags: the values of FINGERPRINTED."""
     from data import datasets
-    return datasets.load(dataset, data_dir, val_size=0, image_size=image_size).fingerprint
+    return datasets.load(dataset, val_size=0, **dict(zip(FINGERPRINTED[1:], flags))).fingerprint

@@ -15,13 +15,16 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5, download_url
 
+from data import cifar_files
 from data.split import Source, Split
 from rundir.errors import DATA, DISK, Failure
 
 
-def cifar(files, label_key: str, mean_and_std, data_dir: Path, image_size) -> Source:
-    """The data set of torchvision's class `files`, from its folder, else from its archive, else downloaded."""
+def cifar(name: str, files, label_key: str, mean_and_std, data_dir: Path) -> Source:
+    """The data set of torchvision's class `files`: from its folder, its archive, other files, else downloaded."""
     folder = data_dir / files.base_folder
+    if not folder.is_dir() and not (data_dir / files.filename).exists() and (found := cifar_files.find(name, data_dir)):
+        return Source(*found, mean_and_std, val_size=5000)
     if not folder.is_dir():
         unpack(files, data_dir)
     train, test = (read_split(folder, batches, label_key) for batches in (files.train_list, files.test_list))
@@ -29,8 +32,8 @@ def cifar(files, label_key: str, mean_and_std, data_dir: Path, image_size) -> So
     return Source(train, test, classes, mean_and_std, val_size=5000)
 
 
-cifar10 = partial(cifar, CIFAR10, "labels", ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
-cifar100 = partial(cifar, CIFAR100, "fine_labels", ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)))
+cifar10 = partial(cifar, "cifar10", CIFAR10, "labels", ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+cifar100 = partial(cifar, "cifar100", CIFAR100, "fine_labels", ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)))
 
 
 def unpack(files, data_dir: Path) -> None:

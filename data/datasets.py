@@ -27,6 +27,7 @@ class Dataset:
 
     mean, std: per channel, of images scaled to [0, 1].  selected_on: description of `val` for summary.json.
     fingerprint: SHA-256 of all classes, labels and images before the split; checked when a run is resumed.
+    notes: lines for the user.  unreadable: path and reason of each file that was skipped.
     """
     name: str
     train: Split
@@ -37,6 +38,8 @@ class Dataset:
     std: tuple[float, float, float]
     selected_on: str
     fingerprint: str
+    notes: list[str]
+    unreadable: list[tuple[str, str]]
 
     @property
     def image_size(self) -> int:
@@ -45,48 +48,76 @@ class Dataset:
 
     def __str__(self) -> str:
         sizes = [len(split.labels) for split in (self.train, self.val, self.test)]
-        return (f"{self.name}: {sizes[0]} training, {sizes[1]} validation and {sizes[2]} test images of "
-                f"{self.image_size}x{self.image_size}, {len(self.classes)} classes; best epoch by the {self.selected_on}")
+        summary = (f"{self.name}: {sizes[0]} training, {sizes[1]} validation and {sizes[2]} test images of "
+                   f"{self.image_size}x{self.image_size}, {len(self.classes)} classes; best epoch by the {self.selected_on}")
+        shown = self.classes if len(self.classes) <= 20 else [*self.classes[:10], "...", *self.classes[-3:]]
+        return "\n".join([summary, f"classes in order: {', '.join(shown)}", *self.notes])
 
 
-def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu") -> Dataset:
+def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu", unreadable="stop",
+         allow_empty_classes=False) -> Dataset:
     """Read the data set `name`, split it, and move it to `device`.
 
     data_dir: folder of the files; CIFAR is downloaded to it if missing.
     val_size: number of training images in the stratified validation split drawn by `seed`; None: 5000 for CIFAR, else a tenth;
-    0: validate on the test set.  A tenth of an image folder without a test set becomes one, the same for every seed.
+    0: validate on the test set.  A tenth of an image folder without a test set becomes one, the same for every seed; a folder
+    with images for validation needs no such split, and val_size takes precedence over them.
     image_size: side of the square to which images are resized and cropped, unless all share a square size that is no larger:
     networks upsample such images on the device.
+    unreadable, allow_empty_classes: of data.imagefolder.
     Failure: DATA for unreadable files, USAGE for a wrong size, DISK or OUT_OF_MEMORY for insufficient space.
     """
     try:
-        source = DATASETS[name](Path(data_dir), image_size)
+        if name == "imagefolder":
+            source = imagefolder(Path(data_dir), image_size, unreadable, allow_empty_classes)
+        else:
+            source = DATASETS[name](Path(data_dir))
     except OSError as failure:
-        raise Failure(DATA, f"cannot read ({failure.filename}: {failure.strerror})", "check its permissions") from failure
+        raise Failure(DATA, f"cannot read ({failure.filename}: {failure.strerror})",
+                      "check the path and its permissions") from failure
     if (side := source.train.images.shape[1]) < MIN_SIDE:
         raise Failure(USAGE, f"images of {side}x{side} are too small to be augmented ({data_dir})",
                       f"use images of at least {MIN_SIDE}x{MIN_SIDE}")
-    train, test, sha256 = source.train, source.test, fingerprint(source)
+    train, val, test, sha256, notes = source.train, source.val, source.test, fingerprint(source), list(source.notes)
     if test is None:
         train, test = divide(train, a_tenth(train), TEST_SEED, source.classes, "a test split",
                              "add images, or give the folder train and test")
     mean, std = source.mean_and_std or mean_and_std(train.images)
-    if val_size is None:
+    if val is not None and val_size is not None:
+        notes.append(f"{len(val.labels)} images for validation are not used, because of --val-size {val_size}")
+        val = None
+    elif val is None and val_size is None:
         val_size = source.val_size or a_tenth(train)
-    if val_size:
+    selected_on = f"validation split of {val_size} training images"
+    if val is not None:
+        selected_on = f"validation folder of {len(val.labels)} images"
+    elif val_size:
         train, val = divide(train, val_size, seed, source.classes, "--val-size",
                             "choose a smaller --val-size, 0 to validate on the test set, or add images")
-        train, val, test = upload([train, val, test], torch.device(device))
-        selected_on = f"validation split of {val_size} training images"
     else:
-        train, test = upload([train, test], torch.device(device))
         val, selected_on = test, "test set"
-    return Dataset(name, train, val, test, source.classes, mean, std, selected_on, sha256)
+    for split, images in {"test": test, "validation": val}.items():
+        if (count := shared(images, train)) and not (split == "validation" and val is test):
+            notes.append(f"{count} of {len(images.labels)} {split} images are also training images, pixel by pixel")
+    uploaded = upload([train, test] if val is test else [train, test, val], torch.device(device))
+    return Dataset(name, uploaded[0], uploaded[-1], uploaded[1], source.classes, mean, std, selected_on, sha256, notes,
+                   source.unreadable)
+
+
+def shared(images: Split, training: Split) -> int:
+    """How many of the images are training images, too."""
+    step = max(1, images.images[0].numel() // 64) if len(images.labels) else 1
+    samples = [[row.tobytes() for row in split.images.flatten(1)[:, ::step].numpy()] for split in (images, training)]
+    alike = set(samples[0]) & set(samples[1])  # candidates, which are few in most data sets
+    ours, theirs = ([row.numpy().tobytes() for row, sample in zip(split.images, each) if sample in alike]
+                    for split, each in zip((images, training), samples))
+    known = set(theirs)
+    return sum(row in known for row in ours)
 
 
 def fingerprint(source: Source) -> str:
     content = hashlib.sha256(repr(source.classes).encode())
-    for split in filter(None, (source.train, source.test)):
+    for split in filter(None, (source.train, source.test, source.val)):
         content.update(split.labels.numpy().data)
         content.update(split.images.numpy().data)
     return content.hexdigest()
@@ -143,12 +174,10 @@ def upload(splits: list[Split], device: torch.device) -> list[Split]:
     return [Split(split.images.to(device), split.labels.to(device)) for split in splits]
 
 
-def synthetic(data_dir: Path, image_size) -> Source:
-    """10,000 training and 5,000 test images of 32x32; both arguments are ignored."""
+def synthetic(data_dir: Path) -> Source:
+    """10,000 training and 5,000 test images of 32x32; the argument is ignored."""
     train, test = (Split(*generate(count, seed)) for count, seed in zip((10_000, 5_000), SYNTHETIC_SEEDS))
     return Source(train, test, CLASSES)
 
 
-DATASETS: dict[str, Callable[[Path, int | None], Source]] = {
-    "cifar100": cifar100, "cifar10": cifar10, "imagefolder": imagefolder, "synthetic": synthetic,
-}
+DATASETS: dict[str, Callable[[Path], Source]] = {"cifar100": cifar100, "cifar10": cifar10, "synthetic": synthetic}

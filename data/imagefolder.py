@@ -1,167 +1,178 @@
-"""Image folders with one subfolder per class; decoded once, resized to --image-size, cached in the folder."""
+"""Image files of one's own: decoded once, resized to --image-size, cached beside the images."""
+import glob
 import hashlib
 import io
 import os
 import sys
 import uuid
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from data.pictures import decode_into, image_files, size_of
+from data import layout, pictures
 from data.split import Source, Split
 from rundir.errors import DATA, OUT_OF_MEMORY, USAGE, Failure
 from rundir.files import write_atomic
 from rundir.terminal import live, say
 
 THREADS_ABOVE = 128  # pixels; decoding of smaller images is slower with threads
-CACHE_VERSION = b"1"  # to be changed with the pixels that `decode` returns
+CACHE_VERSION = b"2"  # to be changed with the pixels that `decode` returns
 
 
-class Tree(NamedTuple):
-    """The sorted class folders under `root`; path and label of each image."""
-    root: Path
-    classes: list[str]
-    paths: list[str]
-    labels: list[int]
+@dataclass
+class Decoded:
+    """RGB images uint8 (N, side, side, 3) of the readable files, in the order of the paths.
+
+    unreadable: (path, reason) of the others.  notes: how many images were converted, by the constants of data.pictures.
+    is_native: `side` is their stored size rather than --image-size.
+    """
+    images: torch.Tensor
+    unreadable: list[tuple[str, str]]
+    notes: dict[str, int]
+    is_native: bool
 
 
-def imagefolder(data_dir: Path, image_size) -> Source:
-    """The images of `data_dir`/train and /test with one folder per class, or of class folders in `data_dir` itself."""
-    if not data_dir.is_dir():
-        raise Failure(DATA, f"no such folder ({data_dir})",
-                      "--data-dir names one that holds train/CLASS/* and test/CLASS/*, or CLASS/* alone")
-    roots = [data_dir / "train", data_dir / "test"] if (data_dir / "train").is_dir() else [data_dir]
-    trees = [find_images(root) for root in roots]
-    unmatched = set(trees[0].classes) ^ set(trees[-1].classes)
-    if unmatched:
-        name = min(unmatched)
-        present, missing = roots if name in trees[0].classes else roots[::-1]
-        raise Failure(DATA, f"class folder without a counterpart ({present / name}, no {missing / name})",
-                      "add the missing folder or remove the other")
-    images = read_images(data_dir, trees, image_size)
-    train, *test = (Split(images_of_tree, torch.tensor(tree.labels)) for images_of_tree, tree in zip(images, trees))
-    return Source(train, test[0] if test else None, trees[0].classes)
+class Unreadable(Failure):
+    """Failure DATA: images that cannot be read.  files: (path, reason) of each.  listed_in: a file that names them all."""
+
+    def __init__(self, files: list[tuple[str, str]], total: int, listed_in: Path | None = None):
+        self.files, self.total = files, total
+        examples = "; ".join(f"{path}: {reason}" for path, reason in files[:3]) + "; ..." * (len(files) > 3)
+        listed = f", all in {listed_in}" if listed_in else ""
+        super().__init__(DATA, f"{len(files)} of {total} images cannot be read ({examples}{listed})",
+                         "replace or delete them, or use --unreadable skip")
 
 
-def find_images(root: Path) -> Tree:
-    if not root.is_dir():
-        raise Failure(DATA, f"no such folder ({root})", f"add it, or name {root.parent / 'train'} as --data-dir to split that")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if len(classes) < 2:
-        raise Failure(DATA, f"fewer than two class folders ({root})", "give each class a folder of its own there")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        files = sorted(image_files(root / name))
-        if not files:
-            raise Failure(DATA, f"class folder without images ({root / name})", "add images to it, or remove it")
-        paths += files
-        labels += [label] * len(files)
-    return Tree(root, classes, paths, labels)
+def imagefolder(data_dir: Path, image_size, unreadable: str, allow_empty_classes: bool) -> Source:
+    """The images of a folder or of a CSV file; data.layout has the layouts, data.pictures the formats.
+
+    unreadable: "stop" or "skip" at files that cannot be read.
+    """
+    found = layout.find(data_dir, allow_empty_classes)
+    paths = [path for images in found.splits.values() for _, path in images]
+    prefix = f".fusekd-{data_dir.name}-" if data_dir != found.root else ".fusekd-cache-"
+    decoded = read_images(found.root / prefix, found, paths, image_size)
+    if decoded.unreadable and unreadable == "stop":
+        raise Unreadable(decoded.unreadable, len(paths))
+    skipped = {path for path, _ in decoded.unreadable}
+    label_of = {name: label for label, name in enumerate(found.classes)}
+    labels = [[label_of[name] for name, path in images if path not in skipped] for images in found.splits.values()]
+    splits = {split: Split(images, torch.tensor(part, dtype=torch.int64)) for split, images, part
+              in zip(found.splits, decoded.images.split([len(part) for part in labels]), labels)}
+    counts = splits["train"].labels.bincount(minlength=len(found.classes))
+    if not counts.all():
+        raise Failure(DATA, f"class without readable training images ({found.classes[int(counts.argmin())]}, {data_dir})",
+                      "replace its files")
+    notes = [*found.notes, *(f"{count} of {len(paths)} images {kind}" for kind, count in decoded.notes.items())]
+    return Source(splits["train"], splits.get("test"), found.classes, val=splits.get("val"), notes=notes,
+                  unreadable=decoded.unreadable)
 
 
-def read_images(data_dir: Path, trees: list[Tree], image_size) -> list[torch.Tensor]:
-    """The images of each tree, from the cache in `data_dir` if sizes and times of the files are unchanged."""
+def read_images(prefix: Path, found: layout.Layout, paths: list[str], image_size) -> Decoded:
+    """The images at `paths`, from the cache that begins with `prefix` if sizes and times of the files are unchanged."""
     listing = hashlib.sha256(CACHE_VERSION)
-    for tree in trees:
-        for path in tree.paths:
+    for split, images in found.splits.items():
+        for name, path in images:
             file = os.stat(path)
-            listing.update(os.fsencode(f"{path.removeprefix(str(tree.root))}\0{file.st_size}\0{file.st_mtime_ns}\0"))
-    key = f".fusekd-cache-{listing.hexdigest()[:16]}"
-    native, resized = data_dir / f"{key}.pt", data_dir / f"{key}-{image_size}.pt"
+            where = os.path.relpath(path, found.root)
+            listing.update(os.fsencode(f"{split}\0{name}\0{where}\0{file.st_size}\0{file.st_mtime_ns}\0"))
+    key = f"{prefix.name}{listing.hexdigest()[:16]}"
+    native, resized = prefix.with_name(f"{key}.pt"), prefix.with_name(f"{key}-{image_size}.pt")
     for cache in (native, resized):
         if cache.is_file():
-            images = read_cache(cache, trees)
-            if images is None:
+            decoded = read_cache(cache, len(paths))
+            if decoded is None:
                 print(f"the cache is damaged, so the images are decoded again ({cache})")
-            elif cache == resized or image_size is None or images[0].shape[1] <= image_size:
-                return images
-    images, is_native = decode(trees, image_size)
+            elif cache == resized or image_size is None or decoded.images.shape[1] <= image_size:
+                decoded.unreadable = [(os.path.join(found.root, path), reason) for path, reason in decoded.unreadable]
+                return decoded
+    decoded = decode(paths, image_size)
+    relative = [(os.path.relpath(path, found.root), reason) for path, reason in decoded.unreadable]
     try:
-        write_cache(native if is_native else resized, images)
-        for outdated in data_dir.glob(".fusekd-cache-*"):
+        write_cache(native if decoded.is_native else resized, vars(decoded) | {"unreadable": relative})
+        for outdated in prefix.parent.glob(f"{glob.escape(prefix.name)}*"):
             if not outdated.name.startswith(key):
                 outdated.unlink(missing_ok=True)
     except OSError as failure:
-        print(f"no cache of the images is kept, they will be decoded again ({data_dir}: {failure.strerror})")
-    return images
+        print(f"no cache of the images is kept, they will be decoded again ({prefix.parent}: {failure.strerror})")
+    return decoded
 
 
-def read_cache(path: Path, trees: list[Tree]) -> list[torch.Tensor] | None:
-    """The images of each tree; None if the file is damaged."""
+def read_cache(path: Path, files: int) -> Decoded | None:
+    """The cached images of `files` files; None if the cache is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not verify the checksums
                 return None
-        images = torch.load(path, map_location="cpu", weights_only=True)
-        return images if [len(part) for part in images] == [len(tree.paths) for tree in trees] else None
+        decoded = Decoded(**torch.load(path, map_location="cpu", weights_only=True))
+        return decoded if len(decoded.images) + len(decoded.unreadable) == files else None
     except Exception:  # zipfile and the unpickler raise many types on damaged files
         return None
 
 
-def write_cache(path: Path, images: list[torch.Tensor]) -> None:
+def write_cache(path: Path, content: dict) -> None:
     buffer = io.BytesIO()
-    torch.save(images, buffer)
+    torch.save(content, buffer)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # unique, for concurrent writers
     write_atomic(temporary, buffer.getbuffer())
     os.replace(temporary, path)
 
 
-def decode(trees: list[Tree], image_size) -> tuple[list[torch.Tensor], bool]:
-    """RGB images uint8 (N, side, side, 3) of each tree, and whether `side` is their stored size rather than `image_size`."""
-    paths = [path for tree in trees for path in tree.paths]
-    first_with = distinct_sizes(paths)
-    width, height = next(iter(first_with))
-    is_native = len(first_with) == 1 and width == height and (image_size is None or width <= image_size)
-    if not is_native and image_size is None:
-        examples = ", ".join(f"{path}: {width}x{height}" for (width, height), path in list(first_with.items())[:2])
-        raise Failure(USAGE, f"images that are not squares of one size ({examples})", "resize and crop them with --image-size")
-    side = width if is_native else image_size
-    try:
-        images = [torch.empty(len(tree.paths), side, side, 3, dtype=torch.uint8) for tree in trees]
-    except RuntimeError as failure:
-        needed = len(paths) * side * side * 3 / 2**30
-        raise Failure(OUT_OF_MEMORY, f"no memory for {len(paths)} images of {side}x{side} ({needed:.1f} GiB)",
-                      "use smaller images or fewer") from failure
-    slots = [slot for tensor in images for slot in tensor.numpy()]
-    with ThreadPoolExecutor() as pool:
-        # Pillow releases the GIL only while decoding: on two cores, threads are 1.7 times as fast as a loop for photographs, but
-        # 0.6 times as fast for images of 32x32.
-        apply = pool.map if max(max(first_with)) > THREADS_ABOVE else map
-        decoded = progress(apply(decode_into, slots, paths), len(paths), "decoding")
+def decode(paths: list[str], image_size) -> Decoded:
+    """Decode the images, each resized and centre-cropped to `image_size`, unless all are squares of one size up to that."""
+    with pictures.quiet():
+        side, is_native, largest = common_side(paths, image_size)
         try:
-            failed = [path for is_read, path in zip(decoded, paths) if not is_read]
-        except BaseException:  # such as a signal, which must not wait for the queue
-            pool.shutdown(cancel_futures=True)
-            raise
-    if failed:
-        raise unreadable(failed, len(paths))
-    return images, is_native
+            images = torch.empty(len(paths), side, side, 3, dtype=torch.uint8)
+        except RuntimeError as failure:
+            needed = len(paths) * side * side * 3 / 2**30
+            raise Failure(OUT_OF_MEMORY, f"no memory for {len(paths)} images of {side}x{side} ({needed:.1f} GiB)",
+                          "use smaller images or fewer") from failure
+        with ThreadPoolExecutor() as pool:
+            # Pillow releases the GIL only while decoding: on two cores, threads are 1.7 times as fast as a loop for photographs,
+            # but 0.6 times as fast for images of 32x32.
+            apply = pool.map if largest > THREADS_ABOVE else map
+            try:
+                results = list(progress(apply(pictures.decode_into, images.numpy(), paths), len(paths), "decoding"))
+            except BaseException:  # such as a signal, which must not wait for the queue
+                pool.shutdown(cancel_futures=True)
+                raise
+    unreadable = [(path, reason) for path, (reason, _) in zip(paths, results) if reason]
+    if unreadable:
+        images = images[torch.tensor([not reason for reason, _ in results])]
+    return Decoded(images, unreadable, dict(Counter(note for _, notes in results for note in notes)), is_native)
 
 
-def distinct_sizes(paths: list[str]) -> dict[tuple[int, int], str]:
-    """Each (width, height) in the image headers, with the first path of that size."""
+def common_side(paths: list[str], image_size) -> tuple[int, bool, int]:
+    """The side in pixels to which the images are decoded, whether all have that size, and the longest stored side."""
     first_with: dict[tuple[int, int], str] = {}
-    for size, path in zip(progress(map(size_of, paths), len(paths), "measuring"), paths):
+    for size, path in zip(progress(map(pictures.size_of, paths), len(paths), "measuring"), paths):
         if size:
             first_with.setdefault(size, path)
     if not first_with:
-        raise unreadable(paths, len(paths))
-    return first_with
-
-
-def unreadable(paths: list[str], total: int) -> Failure:
-    names = ", ".join(paths[:10]) + (", ..." if len(paths) > 10 else "")
-    return Failure(DATA, f"{len(paths)} of {total} images cannot be read ({names})", "replace them by 8-bit ones or delete them")
+        nowhere = np.empty((1, 1, 3), np.uint8)
+        raise Unreadable([(path, pictures.decode_into(nowhere, path)[0] or "unreadable header") for path in paths], len(paths))
+    width, height = next(iter(first_with))
+    largest = max(max(first_with))
+    if len(first_with) == 1 and width == height and (image_size is None or width <= image_size):
+        return width, True, largest
+    if image_size is None:
+        examples = ", ".join(f"{path}: {width}x{height}" for (width, height), path in list(first_with.items())[:2])
+        raise Failure(USAGE, f"images that are not squares of one size ({examples})", "resize and crop them with --image-size")
+    return image_size, False, largest
 
 
 def progress(items: Iterable, total: int, verb: str) -> Iterator:
     """Yield `items` and print the progress: in a live line on a terminal, else in one line per quarter."""
     step, show = (1, live) if sys.stdout.isatty() else (25, say)
+    if show is live:
+        live(f"{verb} {total} images: 0%")
     printed = 0
     for count, item in enumerate(items, 1):
         percent = 100 * count // total

@@ -1,67 +1,184 @@
-"""Image files: search in folders, decoding, contact sheets.  Imports no torch."""
+"""Image files: formats, search in folders, decoding to upright 8-bit RGB, contact sheets.  Imports no torch.
+
+    EXIF orientation       applied
+    transparency           composited on white
+    16 bits per channel    divided by 257 (a 16-bit RGB file: its high bytes, as Pillow decodes it)
+    32-bit integers        divided by 16,843,009; negative ones are refused
+    floating point         multiplied by 255; refused unless all values are within [0, 1]
+    CMYK, YCbCr, HSV, palettes, greys, 1 bit    converted to RGB by Pillow; CIELAB by LittleCMS, to sRGB
+    several frames         the first
+    embedded ICC profiles  ignored
+"""
+import contextlib
 import io
 import os
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
-from rundir.errors import DATA, Failure
+from rundir.errors import DATA, Failure, first_line
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision's ImageFolder
+# Formats in which Pillow reads no pixels by itself: stubs, and EPS, which it hands to Ghostscript.
+NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 COLUMNS, INCHES = 8, 1.7  # of a contact sheet; width of an image
+TURNED, ON_WHITE, SCALED, FIRST_FRAME = ("turned upright by their EXIF orientation", "with an alpha channel composited on white",
+                                         "of more than 8 bits scaled to 8", "of several frames read as the first one")
 
 
-def image_files(folder, parents: tuple = ()) -> Iterator[str]:
+@cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - NO_PIXELS))
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of these formats, in lower case."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats())
+
+
+def image_files(folder, left_out: Counter, parents: tuple = ()) -> Iterator[str]:
     """Paths of the images in `folder` and its subfolders, without hidden entries and cyclic links.
 
-    parents: real paths of the enclosing folders.
+    left_out: counts the files that are not yielded by suffix.  parents: real paths of the enclosing folders.
     """
     parents = (*parents, os.path.realpath(folder))
     for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
         if entry.is_dir():
             target = os.path.realpath(entry.path)
-            if not any(path == target or path.startswith(target + os.sep) for path in parents):
-                yield from image_files(entry.path, parents)
-        elif entry.name.lower().endswith(SUFFIXES):
+            if not is_hidden(entry.name) and not any(path == target or path.startswith(target + os.sep) for path in parents):
+                yield from image_files(entry.path, left_out, parents)
+        elif is_hidden(entry.name):
+            left_out["hidden"] += 1
+        elif os.path.splitext(entry.name)[1].lower() in suffixes():
             yield entry.path
+        else:
+            left_out[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is left out by its name; __MACOSX is what macOS adds to archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def counted(left_out: Counter) -> str:
+    """The counts as text, such as "3 .txt, 1 hidden"."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keeps warnings of Pillow and messages of C libraries from stderr; for the whole process."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def size_of(path: str) -> tuple[int, int] | None:
-    """Width and height from the header; None if it is unreadable."""
+    """Width and height from the header, before any EXIF rotation; None if it is unreadable."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats()) as image:
             return image.size
-    except Exception:  # Pillow raises many types on damaged files; decode_into returns False for the same files
+    except Exception:  # Pillow raises many types on damaged files; decode_into returns a reason for the same files
         return None
 
 
-def decode_into(slot: np.ndarray, path: str) -> bool:
-    """Resize the short side of an image to `side` and write its centre crop to `slot` (side, side, 3); False if unreadable."""
+def decode_into(slot: np.ndarray, path: str) -> tuple[str | None, list[str]]:
+    """Resize the short side of an image to `side` and write its centre crop to `slot` (side, side, 3).
+
+    Returns the reason why it is unreadable, or None, and which of TURNED, ON_WHITE, SCALED and FIRST_FRAME apply.
+    """
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # 16 and 32 bits per channel: Pillow would clip them at 255
-                return False
-            slot[...] = ImageOps.fit(image.convert("RGB"), slot.shape[:2], Image.Resampling.BILINEAR)
-        return True
-    except Exception:  # see size_of
-        return False
+        with Image.open(path, formats=formats()) as image:
+            notes: list[str] = []
+            slot[...] = ImageOps.fit(upright_rgb(image, notes), slot.shape[:2], Image.Resampling.BILINEAR)
+        return None, notes
+    except Image.DecompressionBombError:
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels", []
+    except Image.UnidentifiedImageError:
+        return ("empty file" if os.path.getsize(path) == 0 else "not an image, or its header is damaged"), []
+    except OSError as failure:
+        return failure.strerror or first_line(failure), []
+    except Exception as failure:  # see size_of
+        return first_line(failure) or type(failure).__name__, []
 
 
-def read(path: str, image_size: int) -> np.ndarray | None:
-    """RGB uint8 (side, side, 3), None if unreadable.
+def upright_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    """The first frame as 8-bit RGB, as in the table above; appends to `notes`.  Raises Pillow's exceptions, and ValueError."""
+    if getattr(image, "is_animated", False):
+        notes.append(FIRST_FRAME)
+    image.load()
+    turn = orientation(image)
+    if image.mode[0] in "IF":
+        notes.append(SCALED)
+        image = Image.fromarray(as_bytes(image))
+    if image.has_transparency_data:
+        notes.append(ON_WHITE)
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image  # None only where done in place
+    image = image.convert("RGB")
+    if turn in TRANSPOSED:
+        notes.append(TURNED)
+        image = image.transpose(TRANSPOSED[turn])
+    return image
+
+
+TRANSPOSED = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+              5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+              8: Image.Transpose.ROTATE_90}
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation (tag 0x0112); 1, upright, without readable EXIF data."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # damaged EXIF data in an intact image
+        return 1
+
+
+def as_bytes(image: Image.Image) -> np.ndarray:
+    """A grey image of 16-bit or 32-bit integers or floats, scaled to uint8 (H, W)."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        if not (values.min() >= 0 and values.max() <= 1):  # False for NaN, too
+            raise ValueError("floating-point values outside of [0, 1]")
+        return np.round(values.astype(np.float64) * 255).astype(np.uint8)
+    bits, signed = tags.get(258, (16,))[0], tags.get(339, (1,))[0] == 2  # BitsPerSample, SampleFormat of TIFF
+    if values.dtype == np.int32 and not signed:
+        values = values.view(np.uint32)  # Pillow keeps both kinds as int32
+    largest = 2 ** bits - 1
+    if values.min() < 0 or values.max() > largest:
+        raise ValueError(f"values outside of 0 to {largest}")
+    return np.round(values / (largest / 255)).astype(np.uint8)
+
+
+def read(path: str, image_size: int) -> tuple[np.ndarray | None, str | None]:
+    """RGB uint8 (side, side, 3) and None, or None and the reason why it is unreadable.
 
     A square image of at most `image_size` keeps its size; any other is resized and centre-cropped, as in data.imagefolder.
     """
-    size = size_of(path)
-    if size is None:
-        return None
-    side = size[0] if size[0] == size[1] <= image_size else image_size
-    pixels = np.empty((side, side, 3), np.uint8)
-    return pixels if decode_into(pixels, path) else None
+    with quiet():
+        size = size_of(path) or (0, 1)
+        pixels = np.empty((*[size[0] if size[0] == size[1] <= image_size else image_size] * 2, 3), np.uint8)
+        reason, _ = decode_into(pixels, path)
+    return (None, reason) if reason else (pixels, None)
 
 
 def contact_sheet(cells: list, height: float) -> bytes:
@@ -82,13 +199,19 @@ def contact_sheet(cells: list, height: float) -> bytes:
 
 
 def image_paths(source: str) -> Iterator[str]:
-    """Sorted paths of the images in a folder and its subfolders; the lines of stdin for `-`; else `source` itself."""
+    """Sorted paths of the images in a folder and its subfolders; the lines of stdin for `-`; else `source` itself.
+
+    Files of a folder that are left out are counted in one line on stderr.
+    """
     if source == "-":
         yield from filter(None, (line.rstrip("\n") for line in sys.stdin))
-    elif os.path.isdir(source):
+    elif Path(source).is_dir():
+        left_out: Counter = Counter()
         try:
-            yield from sorted(image_files(source))
+            yield from sorted(image_files(source, left_out))
         except OSError as failure:
             raise Failure(DATA, f"cannot read ({failure.filename}: {failure.strerror})", "check its permissions") from failure
+        if left_out:
+            print(f"left out: {counted(left_out)} ({source})", file=sys.stderr)
     else:
         yield source

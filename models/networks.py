@@ -44,6 +44,15 @@ def names() -> list[str]:
     return [*NETWORKS, *(PREFIX + name if name in NETWORKS else name for name in classifiers)]
 
 
+def check_name(name: str) -> None:
+    """Failure USAGE: unknown name."""
+    if name not in NETWORKS and not is_torchvision(name):
+        close = difflib.get_close_matches(name, names())
+        question = f"did you mean {' or '.join(close)}? " if close else ""
+        command = 'python -c "import models; print(*models.names())"'
+        raise Failure(USAGE, f"unknown model ({name})", f"{question}all names: {command}")
+
+
 def natural_size(name: str) -> int:
     """Image size in pixels of the published network."""
     short_name = torchvision_name(name)
@@ -89,12 +98,8 @@ def build(name: str, num_classes: int, image_size: int = 32) -> nn.Module:
 
     Failure USAGE: unknown name, or a network that does not support this size.
     """
+    check_name(name)
     short_name = torchvision_name(name)
-    if short_name is None and name not in NETWORKS:
-        close = difflib.get_close_matches(name, names())
-        question = f"did you mean {' or '.join(close)}? " if close else ""
-        command = 'python -c "import models; print(*models.names())"'
-        raise Failure(USAGE, f"unknown model ({name})", f"{question}all names: {command}")
     try:
         net = _build_torchvision(short_name, num_classes, image_size) if short_name else NETWORKS[name](num_classes)
         for module in net.modules():

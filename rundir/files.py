@@ -84,7 +84,7 @@ def as_csv(names: list[str], rows: list[dict]) -> bytes:
     table = csv.DictWriter(text, names, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="surrogateescape")  # file names may be arbitrary bytes
 
 
 def as_markdown(columns: dict[str, list[str]], left: set[str], note: str) -> str:

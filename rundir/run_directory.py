@@ -16,6 +16,7 @@ from losses.methods import TERMS
 from rundir.errors import BUG, DONE, IN_USE, USAGE, Failure, Stopped, Unwritable, expected
 from rundir.files import as_csv, make_directory, unwritable, write_atomic, write_json
 
+UNREADABLE = "unreadable.csv"
 OWNED = ("config.json", "env.json", "log.csv", "diagnostics.csv", "status.json", "summary.json", "last.pt", "prev.pt", "best.pt")
 
 # A row of log.csv; None is an empty cell, 'not applicable'.  Accuracies in percent; val_ece, teacher_agree and clip_frac as
@@ -68,7 +69,8 @@ class RunDirectory:
                           "wait until it ends, or choose another --output") from None
         except OSError as failure:
             raise Unwritable(failure.errno, failure.strerror, str(self / ".lock")) from failure
-        if not (self.overwrite or self.continues) and any(entry.name != ".lock" for entry in self.path.iterdir()):
+        present = {entry.name for entry in self.path.iterdir()} - {".lock", UNREADABLE}
+        if present and not (self.overwrite or self.continues):
             self.lock.close()
             raise Failure(USAGE, f"run directory is not empty ({self.path})",
                           "use --resume auto to continue, --overwrite to replace it, or another --output")
@@ -118,6 +120,15 @@ class RunDirectory:
         except (OSError, ValueError, AttributeError, TypeError):  # missing or damaged
             return now | {"after_epoch": epochs, "earlier": []}
         return (last if same else now | {"after_epoch": epochs}) | {"earlier": earlier if same else [*earlier, last]}
+
+    def list_unreadable(self, files: list[tuple[str, str]]) -> Path:
+        """Write unreadable.csv, with path and reason of each image file that cannot be read; no file without any."""
+        path = self / UNREADABLE
+        if self.writes and files:
+            write_atomic(path, as_csv(["path", "reason"], [dict(zip(("path", "reason"), file)) for file in files]))
+        elif self.writes:
+            path.unlink(missing_ok=True)
+        return path
 
     def elapsed(self) -> float:
         """Seconds of training, including the logged time before an interruption."""

@@ -13,6 +13,7 @@ def live(text: str) -> None:
 def say(text: str, stream=None) -> None:
     """Print a line, in place of a live line.  stream: default stdout."""
     stream = stream or sys.stdout
+    text = text.encode(errors="backslashreplace").decode()  # names of files may be arbitrary bytes
     print(f"{CLEAR * stream.isatty()}{text}", file=stream, flush=True)
 
 

@@ -1,14 +1,17 @@
 """What several test files share: small image folders, and the tables that runs leave."""
 import csv
+import io
 import os
 import random
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from data import datasets
 from rundir.errors import Failure
 
 
@@ -21,6 +24,25 @@ def make_images(folder, classes, each, seed, size=16):
         for number in range(each):
             noise = torch.randint(-40, 40, (size, size, 3), generator=g)
             Image.fromarray((base + noise).clamp(0, 255).byte().numpy()).save(folder / name / f"{number:03d}.png")
+
+
+def draw(path, size=(8, 8), seed=0, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(path)
+
+
+def folder(root, **counts):
+    """Class folders with so many noise images each; no two images are equal."""
+    for index, (name, count) in enumerate(counts.items()):
+        for k in range(count):
+            draw(root / name / f"{k:03}.png", seed=10**5 * len(root.name) + 1000 * index + k)
+    return root
+
+
+def load_folder(path, **arguments):
+    with redirect_stdout(io.StringIO()) as said:
+        return datasets.load("imagefolder", path, **arguments), said.getvalue()
 
 
 @contextmanager

@@ -28,8 +28,9 @@ def advise(args, method, context: RunContext) -> list[str]:
 
     Failure: the data or the teacher are missing, damaged, or do not fit together.
     """
+    models.check_name(args.student)
     if not Path(args.teacher_checkpoint).exists():
-        return [f"no advice without a teacher ({args.teacher_checkpoint})"]
+        return [*describe_data(args), f"no advice without a teacher ({args.teacher_checkpoint})"]
     teacher = models.load(args.teacher_checkpoint, context.device, context.dtype)
     data = datasets.load(**options.data(args), device=context.device)
     check_classes(teacher.info, data)
@@ -55,7 +56,13 @@ def advise(args, method, context: RunContext) -> list[str]:
         softened = torch.stack([(v.float() / T).softmax(1) for T in TEMPERATURES])
         entropies += torch.special.entr(softened).sum(2).mean(1) / len(steps)
     columns, classes, norm = diagnostics.columns(), len(data.classes), torch.stack(norms).median().item()
-    return [*report(method, columns, classes), *suggest(method, args.clip_grad, columns, norm, entropies.tolist(), classes)]
+    return [str(data), *report(method, columns, classes),
+            *suggest(method, args.clip_grad, columns, norm, entropies.tolist(), classes)]
+
+
+def describe_data(args) -> list[str]:
+    """The summary of an image folder; other data sets are not read, since that might download them."""
+    return [str(datasets.load(**options.data(args)))] if args.dataset == "imagefolder" else []
 
 
 def report(method, columns: dict, classes: int) -> list[str]:

@@ -8,6 +8,7 @@ import models
 from augment import is_fused
 from cli import options
 from data import datasets
+from data.imagefolder import Unreadable
 from data.split import Split
 from diagnostics.alarms import judge
 from rundir import resume, run_directory
@@ -34,6 +35,7 @@ class Run:
 
     def __init__(self, args, config: dict, context: RunContext):
         self.args, self.config, self.context, self.ranks = args, config, context, context.ranks
+        models.check_name(config.get("student") or config["model"])
         if args.overwrite:
             starts = (config.get(name) for name in ("teacher_checkpoint", "init", "student_init"))
             run_directory.refuse_to_overwrite(args.output, starts)
@@ -61,8 +63,12 @@ class Run:
         return self.stack.__exit__(*failure)
 
     def load_data(self) -> datasets.Dataset:
-        with self.ranks.local_main_first():
-            self.data = datasets.load(**options.data(self.args), device=self.context.device)
+        try:
+            with self.ranks.local_main_first():
+                self.data = datasets.load(**options.data(self.args), device=self.context.device)
+        except Unreadable as failure:
+            raise Unreadable(failure.files, failure.total, self.directory.list_unreadable(failure.files)) from None
+        self.directory.list_unreadable(self.data.unreadable)
         resume.check_data(self.began, self.data)
         self.batch_size = global_batch_size(self.args.batch_size, self.data, self.context)
         self.micro_batches = micro_batches(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
@@ -158,7 +164,7 @@ class Run:
         stopped, params = len(rows) < self.args.epochs, models.parameters(net)
         self.directory.close({
             "test_acc1_last": last, "test_acc1_best": best, "best_epoch": self.stop.best_epoch, "epochs": len(rows),
-            "stopped_early": stopped, "selected_on": self.data.selected_on,
+            "stopped_early": stopped, "selected_on": self.data.selected_on, "unreadable": len(self.data.unreadable),
             "params": params, "flops": models.flops(net, net.info["image_size"]),
             "teacher_test_acc1": teacher_acc1, "teacher_params": teacher and teacher.size,
             "retention": teacher and 100 * best / teacher_acc1, "compression": teacher and teacher.size / params,

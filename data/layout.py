@@ -1,0 +1,158 @@
+"""Where the images of a data set are: a folder of splits or classes, or a CSV file.  Imports no torch.
+
+    train/CLASS/*, test/CLASS/*, val/CLASS/*     val without test is the test set, as in the literature
+    CLASS/*                                      one tree, from which test images are split off
+    val/images/* and val/val_annotations.txt     Tiny ImageNet as unzipped: file and class, separated by tabs
+    FILE.csv                                     columns path (relative to the file), label, and split if there are several
+
+Classes are matched by name, and sorted as text, as in torchvision's ImageFolder.
+"""
+import csv
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from data.pictures import counted, image_files, is_hidden
+from rundir.errors import DATA, Failure
+from rundir.terminal import live
+
+SPLITS = {name: split for split, names in {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"),
+                                           "test": ("test", "testing", "eval", "evaluation")}.items() for name in names}
+IMAGES, MASKS = {"images", "image", "imgs", "img"}, {"masks", "mask", "segmentations", "segmentation", "annotations", "labels"}
+ANNOTATIONS = "val_annotations.txt"
+Labelled = list[tuple[str, str]]  # class and path of each image, sorted
+
+
+class Layout(NamedTuple):
+    """The images by split, "train" first.  root: folder of the cache.  notes: lines for the user."""
+    root: Path
+    classes: list[str]
+    splits: dict[str, Labelled]
+    notes: list[str]
+
+
+def find(data_dir: Path, allow_empty: bool) -> Layout:
+    """The images below a folder or in a CSV file.  allow_empty: leave out training classes without images.
+
+    Failure DATA: no such folder or file, or a layout that is not one of the above.
+    """
+    if data_dir.suffix == ".csv" and data_dir.is_file():
+        return matched(data_dir.parent, read_table(data_dir), [], Counter())
+    if not data_dir.is_dir():
+        raise Failure(DATA, f"no such folder ({data_dir})",
+                      "--data-dir names one that holds train/CLASS/* and test/CLASS/*, or CLASS/* alone, or a CSV file")
+    left_out: Counter = Counter()
+    folders, notes = split_folders(data_dir)
+    splits, empty = {}, []
+    for split, folder in folders.items():
+        names = subfolders(folder)
+        if split != "train" and not (folder / ANNOTATIONS).is_file() and set(names) <= IMAGES:
+            notes.append(f"left out: {folder}, which has no class folders")
+            continue
+        splits[split], without = read_classes(folder, names, left_out)
+        if split == "train":
+            empty = without
+    if empty and not allow_empty:
+        files: Counter = Counter()
+        list(image_files(folders["train"] / empty[0], files))
+        has = f", only {counted(files)}" if files else ""
+        raise Failure(DATA, f"{len(empty)} of {len(empty) + len(set(dict(splits['train'])))} class folders without images "
+                            f"({folders['train'] / empty[0]}{has})", "add images, remove it, or use --allow-empty-classes")
+    if empty:
+        notes.append(f"classes without training images, left out: {', '.join(empty)}")
+    return matched(data_dir, splits, notes, left_out)
+
+
+def matched(root: Path, splits: dict[str, Labelled], notes: list[str], left_out: Counter) -> Layout:
+    """The layout of these splits, whose classes are those of "train"."""
+    classes = sorted({name for name, _ in splits["train"]})
+    if len(classes) < 2:
+        raise Failure(DATA, f"fewer than two classes with training images ({root})", "give each class a folder of its own there")
+    if "val" in splits and "test" not in splits:
+        splits["test"] = splits.pop("val")
+        notes.append("val is the test set, as in the literature; validation images are split off from train")
+    for split, images in splits.items():
+        present = dict(images)
+        if unknown := sorted(set(present) - set(classes)):
+            raise Failure(DATA, f"class without training images ({unknown[0]}, {present[unknown[0]]})",
+                          "add some, or remove it from the other splits")
+        if missing := [name for name in classes if name not in present]:
+            notes.append(f"no {split} images of {len(missing)} of {len(classes)} classes: {', '.join(missing[:10])}"
+                         + ", ..." * (len(missing) > 10))
+    if left_out:
+        notes.append(f"left out: {counted(left_out)}")
+    return Layout(root, classes, {split: sorted(splits[split]) for split in ("train", "val", "test") if split in splits}, notes)
+
+
+def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """The folder of each split, `root` itself as "train" if it holds classes; notes on folders beside them."""
+    names, others = subfolders(root), []
+    folders: dict[str, Path] = {}
+    for name in names:
+        split = SPLITS.get(name.lower())
+        if split in folders:
+            raise Failure(DATA, f"two folders of one split ({folders[split]} and {root / name})", "keep one, or rename the other")
+        if split:
+            folders[split] = root / name
+        else:
+            others.append(name)
+    if folders and "train" not in folders:
+        raise Failure(DATA, f"a folder named like a split, and none for training ({next(iter(folders.values()))})",
+                      "name the training images train, or rename the folder if it is a class")
+    lower = {name.lower() for name in names}
+    if not folders and lower & IMAGES and lower & MASKS:
+        raise Failure(DATA, f"images beside masks or annotations are not classes ({root / sorted(names)[0]})",
+                      "sort the images into a folder per class, or list them in a CSV file of path,label")
+    notes = [f"left out: the folders {', '.join(others)} beside {folders['train'].name}"] if folders and others else []
+    return folders or {"train": root}, notes
+
+
+def subfolders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
+
+
+def read_classes(folder: Path, names: list[str], left_out: Counter) -> tuple[Labelled, list[str]]:
+    """The images of the class folders `names`, and the names of those without any."""
+    if (folder / ANNOTATIONS).is_file():
+        lines = (folder / ANNOTATIONS).read_text(encoding="utf-8").splitlines()
+        rows = [line.split("\t") for line in lines if line.strip()]
+        if broken := [line for line, row in zip(lines, rows) if len(row) < 2]:
+            raise Failure(DATA, f"not file and class, separated by a tab ({folder / ANNOTATIONS}: {broken[0]})", "mend the line")
+        return [(row[1], str(folder / "images" / row[0])) for row in rows], []
+    images, empty = [], []
+    for name in names:
+        files = list(image_files(folder / name, left_out))
+        images += [(name, path) for path in files]
+        if not files:
+            empty.append(name)
+        if sys.stdout.isatty():
+            live(f"listing {folder}: {len(images)} images")
+    loose: Counter = Counter()
+    with os.scandir(folder) as entries:
+        loose["outside of a class folder"] = sum(entry.is_file() and not is_hidden(entry.name) for entry in entries)
+    left_out.update(+loose)
+    return images, empty
+
+
+def read_table(file: Path) -> dict[str, Labelled]:
+    """The images of a CSV file; without a column `split` all are for training."""
+    splits: dict[str, Labelled] = {"train": []}
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as stream:
+            rows = csv.DictReader(stream)
+            columns = [name for name in ("path", "label", "split") if name in (rows.fieldnames or [])]
+            if columns[:2] != ["path", "label"]:
+                raise Failure(DATA, f"no columns path and label ({file}: {','.join(rows.fieldnames or [])})",
+                              "name them in its first line")
+            for row in rows:
+                path, label, *split_name = (row[name] for name in columns)
+                split = SPLITS.get((split_name[0] or "").strip().lower()) if split_name else "train"
+                if not (path and label and split):
+                    raise Failure(DATA, f"incomplete or unknown value ({file}, line {rows.line_num})",
+                                  "give each row a path, a label, and a split of train, val or test")
+                splits.setdefault(split, []).append((label, str(file.parent / path)))
+    except (csv.Error, UnicodeDecodeError) as failure:
+        raise Failure(DATA, f"not a CSV file in UTF-8 ({file}: {failure})", "save it as one") from failure
+    return splits

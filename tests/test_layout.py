@@ -1,0 +1,262 @@
+"""Folders as people have them: splits and classes are found by name, and what is left out is said."""
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from command import one_line, run
+from helpers import draw, fails, folder, load_folder, table_of
+from PIL import Image
+
+from data import datasets, pictures
+
+
+@pytest.fixture
+def plain(tmp_path):
+    root = tmp_path / "plain"
+    folder(root / "train", ant=9, bee=6, cat=5)
+    folder(root / "test", ant=3, bee=2, cat=2)
+    return root
+
+
+def pixels(loaded):
+    return [loaded.classes, *(tensor.tolist() for split in (loaded.train, loaded.val, loaded.test) for tensor in split)]
+
+
+def relaid(plain, kind):
+    """The same images in another layout: what to give to --data-dir."""
+    other = plain.parent / "other"
+    if kind == "table":
+        rows = [f"{path.relative_to(plain.parent)},{path.parent.name},{path.parent.parent.name}"
+                for path in sorted(plain.rglob("*.png"), reverse=True)]
+        (plain.parent / "all.csv").write_text("\n".join(["\ufeffpath,label,split", *rows]))
+        return plain.parent / "all.csv"
+    shutil.copytree(plain, other)
+    if kind == "Tiny ImageNet":
+        lines = [f"{path.parent.name}_{path.name}\t{path.parent.name}\t0\t0\t62\t62\n"
+                 for path in (other / "test").rglob("*.png")]
+        (other / "val" / "images").mkdir(parents=True)
+        for path in (other / "test").rglob("*.png"):
+            path.rename(other / "val" / "images" / f"{path.parent.name}_{path.name}")
+        (other / "val" / "val_annotations.txt").write_text("".join(sorted(lines, reverse=True)))
+        for name in ("ant", "bee", "cat"):
+            (other / "train" / name / "images").mkdir()
+            for path in (other / "train" / name).glob("*.png"):
+                path.rename(path.parent / "images" / path.name)
+        shutil.rmtree(other / "test")
+        draw(other / "test" / "images" / "test_0.png")  # without labels
+    else:
+        for old, new in zip(("train", "test"), kind.split()):
+            (other / old).rename(other / new)
+    return other
+
+
+@pytest.mark.parametrize("kind", ["table", "Tiny ImageNet", "train val", "Training TEST", "train valid", "TRAIN Validation",
+                                  "training testing"])
+def test_every_layout_leaves_the_same_images(plain, kind):
+    wanted, loaded = load_folder(plain, val_size=4)[0], load_folder(relaid(plain, kind), val_size=4)[0]
+    assert pixels(loaded) == pixels(wanted) and loaded.fingerprint == wanted.fingerprint
+    assert any("val is the test set" in note for note in loaded.notes) == (kind in ("Tiny ImageNet", "train val", "train valid",
+                                                                                    "TRAIN Validation"))
+
+
+def test_val_validates_unless_a_val_size_is_given(plain):
+    folder(plain / "val", ant=2, cat=4)
+    loaded, _ = load_folder(plain)
+    assert [len(part.labels) for part in (loaded.train, loaded.val, loaded.test)] == [20, 6, 7]
+    assert loaded.val.labels.tolist() == [0, 0, 2, 2, 2, 2] and loaded.selected_on == "validation folder of 6 images"
+    assert loaded.notes == ["no val images of 1 of 3 classes: bee"]
+    drawn, _ = load_folder(plain, val_size=4)
+    assert len(drawn.val.labels) == 4 and "6 images for validation are not used, because of --val-size 4" in drawn.notes
+    on_test, _ = load_folder(plain, val_size=0)
+    assert on_test.val is on_test.test and "6 images for validation are not used, because of --val-size 0" in on_test.notes
+    assert len({drawn.fingerprint, loaded.fingerprint}) == 1
+
+
+def test_train_alone_is_split(plain):
+    shutil.rmtree(plain / "test")
+    inside, _ = load_folder(plain)
+    assert pixels(inside) == pixels(load_folder(plain / "train")[0]) and len(inside.test.labels) == 2
+
+
+def test_a_table_without_splits_is_one_tree(plain):
+    tree = load_folder(plain / "train")[0]
+    rows = [f"train/{path.parent.name}/{path.name},{path.parent.name}" for path in (plain / "train").rglob("*.png")]
+    (plain / "all.csv").write_text("\n".join(["path,label", *rows]))
+    assert pixels(load_folder(plain / "all.csv")[0]) == pixels(tree)
+    before = sorted(plain.glob(".fusekd*"))
+    load_folder(plain)
+    assert len(before) == 1 and set(before) < set(plain.glob(".fusekd*")), "each keeps its own cache"
+
+
+def test_a_class_without_test_images_keeps_the_labels_of_the_others(plain):
+    shutil.rmtree(plain / "test" / "bee")
+    (plain / "test" / "bee").mkdir()
+    loaded, _ = load_folder(plain, val_size=4)
+    assert loaded.classes == ["ant", "bee", "cat"] and loaded.test.labels.tolist() == [0, 0, 0, 2, 2]
+    assert loaded.notes == ["no test images of 1 of 3 classes: bee"]
+
+
+def test_an_empty_class_folder_is_left_out_where_allowed(plain):
+    (plain / "train" / "asp").mkdir()
+    (plain / "train" / "asp" / "a.heic").write_bytes(b"x")
+    with fails(4, plain / "train" / "asp", "1 .heic", "--allow-empty-classes"):
+        datasets.load("imagefolder", plain)
+    loaded, _ = load_folder(plain, val_size=4, allow_empty_classes=True)
+    assert loaded.classes == ["ant", "bee", "cat"]
+    assert loaded.notes == ["classes without training images, left out: asp", "left out: 1 .heic"]
+
+
+def test_numbers_are_classes_in_the_order_of_text(tmp_path):
+    folder(tmp_path, **{"10": 4, "2": 3, "1": 5})
+    loaded, _ = load_folder(tmp_path, val_size=2)
+    assert loaded.classes == ["1", "10", "2"] and "classes in order: 1, 10, 2" in str(loaded)
+
+
+def test_what_is_left_out_is_counted(plain, capsys):
+    draw(plain / "train" / "cat" / "more" / "deep.png", seed=9)
+    draw(plain / "train" / "cat" / ".hidden.png")
+    draw(plain / "train" / ".hidden" / "a.png")
+    draw(plain / "train" / "cat" / ".thumbnails" / "a.png")
+    draw(plain / "train" / "__MACOSX" / "cat" / "a.png")
+    draw(plain / "train" / "loose.png")
+    draw(plain / "labels" / "a.png")
+    (plain / "train" / "cat" / "loop").symlink_to("..")
+    (plain / "train" / "cat" / "notes.txt").write_text("not an image")
+    loaded, _ = load_folder(plain, val_size=0)
+    assert loaded.classes == ["ant", "bee", "cat"] and loaded.train.labels.bincount().tolist() == [9, 6, 6]
+    assert loaded.notes == ["left out: the folders labels beside train",
+                            "left out: 1 .txt, 1 hidden, 1 outside of a class folder"]
+    assert len(list(pictures.image_paths(str(plain / "train" / "cat")))) == 6
+    assert capsys.readouterr().err == f"left out: 1 .txt, 1 hidden ({plain / 'train' / 'cat'})\n"
+
+
+def test_other_formats_are_read(plain):
+    for path in list((plain / "train" / "ant").glob("*.png"))[1:]:
+        Image.open(path).convert("L").save(path.with_suffix(".gif"))
+        path.unlink()
+    assert load_folder(plain, val_size=0)[0].train.labels.bincount().tolist() == [9, 6, 5]
+
+
+@pytest.mark.parametrize("case", ["no folder", "empty", "one class", "odd in test", "file", "broken link", "test without train",
+                                  "twice", "masks"])
+def test_a_wrong_layout_is_named(plain, case):
+    path, named = plain, plain
+    if case == "no folder":
+        path = named = plain / "nowhere"
+    elif case == "empty":
+        path = named = plain / "void"
+        path.mkdir()
+    elif case == "one class":
+        path = named = folder(plain / "single", cat=3)
+    elif case == "odd in test":
+        named = f"emu, {folder(plain / 'test', emu=1) / 'emu'}"
+    elif case == "file":
+        path = named = plain / "train" / "cat" / "000.png"
+    elif case == "broken link":
+        (named := plain / "train" / "cat" / "link.png").symlink_to("nowhere.png")
+    elif case == "test without train":
+        path = plain / "few"
+        folder(path, **{"Test": 3, "apple": 4})
+        named = path / "Test"
+    elif case == "twice":
+        folder(plain / "Training", ant=1)
+        named = f"{plain / 'Training'} and {plain / 'train'}"
+    else:
+        path = folder(plain / "voc", images=3, Segmentations=3)
+        named = path / "Segmentations"
+    with fails(4, f"({named}"):
+        datasets.load("imagefolder", path)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("file,class\na.png,ant\n", ["path and label", "file,class"]), ("", ["path and label"]),
+    ("path,label\na.png,ant\nb.png,\n", ["line 3"]), ("path,label,split\na.png,ant,holdout\n", ["line 2"]),
+    ("path,label\ngone.png,ant\nalso.png,bee\n", ["gone.png"]), ("path,label\na.png,\xe9\n", ["UTF-8"]),
+    ("path,label\na.png,ant\n", ["fewer than two classes"])])
+def test_a_wrong_table_is_named(tmp_path, text, words):
+    (tmp_path / "all.csv").write_bytes(text.encode("latin1"))
+    with fails(4, *words):
+        datasets.load("imagefolder", tmp_path / "all.csv")
+
+
+def test_images_of_both_splits_are_counted(plain):
+    assert not any("also training images" in note for note in load_folder(plain)[0].notes)
+    for k, source in enumerate(sorted((plain / "train" / "ant").iterdir())[:2]):
+        shutil.copy(source, plain / "test" / "cat" / f"copy{k}.png")
+    assert "2 of 9 test images are also training images, pixel by pixel" in load_folder(plain, val_size=0)[0].notes
+
+
+def test_converted_images_are_counted(plain):
+    Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(plain / "train" / "ant" / "000.png")
+    for _ in range(2):  # from the cache, too
+        assert load_folder(plain)[0].notes == [f"1 of 27 images {pictures.ON_WHITE}"]
+
+
+# --- unreadable files
+
+
+@pytest.fixture
+def damaged(plain):
+    """`plain` with two files more, of which one is cut off and the other is text."""
+    content = (plain / "train" / "ant" / "000.png").read_bytes()
+    draw(plain / "train" / "bee" / "zz.png")
+    (plain / "train" / "ant" / "zz.png").write_bytes(content[:len(content) // 2])
+    (plain / "train" / "bee" / "zz.png").write_text("text")
+    return plain
+
+
+def test_unreadable_files_are_skipped_on_request_and_listed(damaged):
+    with fails(4, "2 of 29", damaged / "train" / "ant" / "zz.png", "--unreadable skip"):
+        load_folder(damaged, val_size=4)
+    loaded, _ = load_folder(damaged, val_size=4, unreadable="skip")
+    again, said = load_folder(damaged, val_size=4, unreadable="skip")
+    assert [os.path.relpath(path, damaged) for path, _ in loaded.unreadable] == ["train/ant/zz.png", "train/bee/zz.png"]
+    assert said == "" and again.unreadable == loaded.unreadable and pixels(again) == pixels(loaded)
+    for path, _ in loaded.unreadable:
+        os.unlink(path)
+    assert pixels(load_folder(damaged, val_size=4)[0]) == pixels(loaded)
+
+
+def test_a_class_whose_files_are_all_unreadable(damaged):
+    for path in (damaged / "train" / "ant").iterdir():
+        path.write_bytes(b"")
+    with fails(4, "ant"):
+        load_folder(damaged, unreadable="skip")
+
+
+def test_a_run_lists_all_unreadable_files(damaged, capsys, tmp_path):
+    odd = os.fsencode(damaged / "train" / "cat") + b"/\xe9.png"  # a name that is not UTF-8
+    with open(odd, "wb"):
+        pass
+    flags = (f"--dataset imagefolder --data-dir {damaged} --val-size 4 --model resnet8 --batch-size 8 --epochs 1 --device cpu "
+             f"--output {tmp_path / 'run'}")
+    code, _, errors = run(capsys, "train_teacher.py", flags)
+    assert str(tmp_path / "run" / "unreadable.csv") in one_line(code, 4, errors)
+    listed = (tmp_path / "run" / "unreadable.csv").read_bytes()
+    assert listed.count(b"\n") == 4 and b'zz.png,"not an image' in listed and b"\xe9.png,empty file" in listed
+    os.unlink(odd)
+    code, said, errors = run(capsys, "train_teacher.py", f"{flags} --unreadable skip")
+    assert code == 0, errors
+    assert [row["reason"] for row in table_of(tmp_path / "run" / "unreadable.csv")][1] == "not an image, or its header is damaged"
+    assert '"unreadable": 2' in (tmp_path / "run" / "summary.json").read_text()
+
+
+# --- degenerate folders
+
+
+def test_a_class_of_one_image_is_for_training(tmp_path):
+    folder(tmp_path, ant=1, bee=30)
+    loaded, _ = load_folder(tmp_path)
+    assert loaded.train.labels.bincount().tolist()[0] == 1 and loaded.val.labels.min() == loaded.test.labels.min() == 1
+
+
+def test_classes_of_equal_images(tmp_path):
+    for name, value in (("black", 0), ("white", 255)):
+        for k in range(20):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / name / f"{k}.png")
+    loaded, _ = load_folder(tmp_path)
+    assert "4 of 4 test images are also training images, pixel by pixel" in loaded.notes
+    assert torch.equal(loaded.train.images.amax((1, 2, 3)) > 0, loaded.train.labels > 0)
