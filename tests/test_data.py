@@ -2,9 +2,11 @@
 import errno
 import hashlib
 import io
+import json
 import os
 import shutil
 import struct
+import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ import torch
 from helpers import draw, fails, folder, load_folder
 from PIL import Image
 
-from data import cifar, datasets, imagefolder, pictures, synthetic
+from data import cifar, cifar_files, datasets, imagefolder, pictures, synthetic
 from data.datasets import Split
 
 
@@ -213,6 +215,70 @@ def test_a_failed_download_leaves_nothing_and_the_next_one_repairs_it(offer, tmp
         assert os.listdir(tmp_path / "new") == []
         offer()
         assert len(datasets.load("cifar100", tmp_path / "new", val_size=0).test.labels) == 100
+
+
+# --- CIFAR from other files
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_binary_version_is_read(tmp_path, name):
+    folder, labels, train, test, names = cifar_files.BINARY[name]
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / names).write_text("\n".join(f"class_{k}" for k in range(10)) + "\n\n")
+
+    def records(count, seed):
+        wanted = np.arange(count, dtype=np.uint8) % 10
+        rows = np.hstack([*[np.full((count, 1), 7, np.uint8)] * (labels - 1), wanted[:, None], pixels(count, seed)])
+        return rows.tobytes(), wanted.tolist()
+
+    wanted = []
+    for seed, file in enumerate([*train, test]):
+        content, found = records(20, seed)
+        (tmp_path / folder / file).write_bytes(content)
+        wanted.append(found)
+    loaded = datasets.load(name, tmp_path, val_size=0)
+    assert loaded.train.labels.tolist() == sum(wanted[:-1], []) and loaded.classes[3] == "class_3" and loaded.image_size == 32
+    assert torch.equal(loaded.test.images.permute(0, 3, 1, 2).flatten(1), torch.from_numpy(pixels(20, len(train))))
+    (tmp_path / folder / test).write_bytes(content[:-1])
+    refused(4, tmp_path / folder / test, name=name, data_dir=tmp_path)
+    (tmp_path / folder / test).write_bytes(b"\xff" * len(content))
+    refused(4, "255", name=name, data_dir=tmp_path)
+
+
+def write_parquet(folder, label):
+    """As in the repositories of Hugging Face: images as files, the names of the classes in the schema."""
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+    features = {"img": {"_type": "Image"}, label: {"names": list("abc"), "_type": "ClassLabel"}}
+    for kind, count in (("train", 9), ("test", 6)):
+        images = []
+        for k in range(count):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels(1, k).reshape(32, 32, 3)).save(buffer, "PNG")
+            images.append({"bytes": buffer.getvalue(), "path": None})
+        table = pyarrow.table({"img": images, label: [k % 3 for k in range(count)], "coarse_label": [0] * count})
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        folder.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(table, folder / f"{kind}-00000-of-00001.parquet")
+
+
+def test_parquet_files_are_read(tmp_path):
+    write_parquet(tmp_path / "cifar100", "fine_label")
+    write_parquet(tmp_path / "plain_text", "label")
+    for name in ("cifar100", "cifar10"):
+        loaded = datasets.load(name, tmp_path, val_size=0)
+        assert loaded.classes == ["a", "b", "c"] and loaded.test.labels.tolist() == [0, 1, 2, 0, 1, 2]
+        assert torch.equal(loaded.train.images[8].flatten(), torch.from_numpy(pixels(1, 8)[0]))
+    damaged = tmp_path / "cifar100" / "test-00000-of-00001.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    refused(4, "Parquet", name="cifar100", data_dir=tmp_path)
+
+
+def test_parquet_files_without_their_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    refused(2, "pyarrow", "train-00000-of-00001.parquet", name="cifar100", data_dir=tmp_path)
 
 
 # --- image folders
