@@ -31,26 +31,25 @@ def main(args):
     if args.dry_run:
         return print(*advise(args, method, context), sep="\n")
 
-    checkpoint = models.read(args.teacher_checkpoint, missing="train a teacher first: python train_teacher.py, or name one with "
-                                                              "--teacher-checkpoint")
+    checkpoint = models.read_teacher(args.teacher_checkpoint, args.teacher)
     config["teacher_sha256"] = checkpoint["sha256"]
     with Run(args, config, context) as run:
         if run.finished:
             return
         data, criterion, recipe = run.load_data(), method.criterion(context.device), Recipe.of(args)
-        teacher = models.load(checkpoint, context.device, context.dtype, folded=True)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
-        teacher_test, teacher_val = check_teacher(teacher, data, context, run.rows_at_once), run.evaluate(teacher, data.val)
+        checkpoint = models.complete(checkpoint, data, student.info["image_size"], args.teacher_mean, args.teacher_std)
+        teacher = models.load(checkpoint, context.device, context.dtype, folded=True, inputs=(data.mean, data.std))
+        teacher_test = check_teacher(teacher, data, context, run.rows_at_once, args.allow_weak_teacher)
+        teacher_val = run.evaluate(teacher, data.val)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,
                                    batch_size=run.batch_size)
         update = Update(student, recipe, context, len(run.micro_batches))
         metrics = Metrics(context.ranks, augmenter.steps, args.clip_grad)
         diagnostics = Diagnostics(method, augmenter, run.micro_batches[-1], context.ranks)
         model, teacher_model = run.wrap(student), run.wrap(teacher)
-        print(f"{data}\nteacher {teacher.info['model']}: {teacher.size / 1e6:.2f} M parameters, "
-              f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
-              f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
+        print(f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters\n{data}")
 
         def step(position, lr, diagnose):
             for rows in run.micro_batches:

@@ -138,7 +138,13 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     add = parser.add_argument_group("distillation").add_argument
     add("--experiment", choices=EXPERIMENTS, help="a preset of the study; flags take precedence")
     add("--method", choices=METHODS, default="kd", help=DEFAULT)
-    add("--teacher-checkpoint", type=nonempty, default="runs/teacher/best.pt", metavar="PATH", help=DEFAULT)
+    add("--teacher-checkpoint", type=nonempty, default="runs/teacher/best.pt", metavar="PATH",
+        help="a best.pt, or weights of another project; " + DEFAULT)
+    add("--teacher", type=nonempty, metavar="NAME", help="its network, for weights of another project; default: by its tensors")
+    for name in ("mean", "std"):
+        add(f"--teacher-{name}", type=positive, nargs=3, metavar=("R", "G", "B"), help=f"{name} of images in [0, 1] in the "
+            "teacher's training; default: that in its file, else that of the data")
+    add("--allow-weak-teacher", action="store_true", help="distil a teacher that is no better than chance")
     add("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help=DEFAULT)
     add("--student-init", type=nonempty, default="none", metavar="{none,imagenet,PATH}", help=DEFAULT)
     method_flags.add_flags(parser)

@@ -13,6 +13,7 @@ import torchvision
 from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
+from models import foreign
 from models.networks import build, natural_size, parameters, resize, torchvision_name
 from rundir import checkpoint
 from rundir.errors import CHECKPOINT, DATA, USAGE, Failure
@@ -23,18 +24,18 @@ METADATA = ("model", "classes", "image_size", "mean", "std", "dataset", "state_d
 
 
 def initialise(net, name: str, *, pretrained: bool = False, init=None) -> str | None:
-    """Load weights into `net`, except for the head: from the file `init`, or ImageNet weights if `pretrained`.
+    """Load weights into `net`: from the file `init`, or ImageNet weights if `pretrained`.
 
-    init: a best.pt or a bare state_dict; its SHA-256 is returned.  All keys but those of the head must match exactly.
+    init: weights of this or another project, see models.foreign; its SHA-256 is returned.  All tensors must match, except for
+    those of the head, which are left out with another number of classes; ImageNet weights are always loaded without.
     Failure DATA: weights missing, damaged, not downloadable, or of another network; USAGE: no ImageNet weights for this
     network or size.
     """
     head, sha256 = _head_keys(net), None
     if init is not None:
         content, sha256 = checkpoint.read_tensors(init, DATA)
-        if isinstance(content, dict) and "state_dict" in content:
-            content = content["state_dict"]
-        if mismatch := _load_state(net, content, head):
+        state = foreign.tensors(content)
+        if _load_state(net, state) and (mismatch := _load_state(net, state, head)):
             raise Failure(DATA, f"these weights are not a {name} ({init}: {mismatch})", "name the weights of the same network")
     elif pretrained:
         short_name = torchvision_name(name)
@@ -53,9 +54,18 @@ def _head_keys(net) -> frozenset[str]:
 
 
 def _load_state(net, weights, skip=frozenset()) -> str | None:
-    """Copy `weights` into `net`, except for the keys `skip`; returns a description of the first mismatch."""
-    if not isinstance(weights, dict) or not weights or not all(isinstance(key, str) for key in weights):
+    """Copy `weights` into `net`, by name or else by order, except for the keys `skip`; returns the first mismatch."""
+    if not weights:
         return "no weights in it"
+    if not (mismatch := _load_by_name(net, weights, skip)):
+        return None
+    renamed, why = foreign.in_order(net, weights, skip)
+    if why is None:
+        return _load_by_name(net, renamed, skip)
+    return mismatch if weights.keys() & net.state_dict().keys() else why
+
+
+def _load_by_name(net, weights, skip) -> str | None:
     state: OrderedDict = OrderedDict()
     # The attribute _metadata has the layer versions by which torch and torchvision convert older layouts.  A plain dict lacks it,
     # and MNASNet requires one for the whole network.
@@ -106,6 +116,22 @@ def normalise(images, mean, std):
     return scaled.div_(255).sub_(mean).div_(std)
 
 
+def _renormalisation(mean, std, own_mean, own_std):
+    """Forward pre-hook from images normalised by mean and std to those normalised by own_mean and own_std; None for the same."""
+    if (tuple(mean), tuple(std)) == (tuple(own_mean), tuple(own_std)):
+        return None
+    mean, std, own_mean, own_std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std, own_mean, own_std))
+    scale, shift = std / own_std, (mean - own_mean) / own_std
+
+    def hook(net, inputs):
+        nonlocal scale, shift
+        images, = inputs
+        if scale.device != images.device or scale.dtype != images.dtype:
+            scale, shift = (part.to(images.device, images.dtype) for part in (scale, shift))
+        return images * scale + shift
+    return hook
+
+
 def save(path, net, **info) -> None:
     """Save the weights of `net` for `load`.  info: the entries of METADATA, in plain types."""
     checkpoint.write(path, **info | {"kind": "weights", "state_dict": checkpoint.on_cpu(net.state_dict())})
@@ -132,6 +158,25 @@ def fold(net, image_size: int):
     return folded.eval()
 
 
+def read_teacher(path, network: str | None = None) -> dict:
+    """The content of a best.pt, as from `read`, or of another project's weights, without the metadata that models.complete adds.
+
+    network: its name; None: that of the best.pt, or guessed from the tensors.
+    Failure CHECKPOINT: as in `read`, or weights of another or an unknown network.
+    """
+    missing = "train a teacher first: python train_teacher.py, or name one with --teacher-checkpoint"
+    content, sha256 = checkpoint.read_tensors(path, missing=missing)
+    if checkpoint.is_own(content):
+        content = read(path, missing)
+        if network not in (None, content["model"]):
+            raise Failure(CHECKPOINT, f"these weights are not a {network} ({path}: {content['model']})", "leave out --teacher")
+        return content
+    if (state := foreign.tensors(content)) is None:
+        raise Failure(CHECKPOINT, f"no weights in the file ({path})", "name a file with the state_dict of a network")
+    return {"model": network or foreign.network_of(state, path), "state_dict": state, "test_acc1": None, "amp": "off",
+            "imported": True, "path": path, "sha256": sha256}
+
+
 def read(path, missing: str = "check the path") -> dict:
     """The verified content of a best.pt: the entries of METADATA and more, its "path" and "sha256".
 
@@ -145,13 +190,14 @@ def read(path, missing: str = "check the path") -> dict:
     return content
 
 
-def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False) -> nn.Module:
+def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False, inputs=None) -> nn.Module:
     """The trained network of a best.pt, in eval mode and frozen.
 
     `net.info`: the metadata of the file.  `net.size`: the number of parameters before folding.
     source: the path, or the result of `read`.
     dtype: of convolutions and linear layers; autocast's type saves casting the weights in every call.
     folded: fold BatchNorm into convolutions, which saves time and kernel launches.
+    inputs: mean and std by which its inputs will be normalised, where they are not those of the metadata.
     Failure CHECKPOINT: as in `read`, and weights that do not match the network of their metadata.
     """
     info = dict(source) if isinstance(source, dict) else read(source)
@@ -168,6 +214,8 @@ def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False) -> 
     size = parameters(net)
     if folded:
         net = fold(net.eval(), info["image_size"])
+    if inputs and (changed := _renormalisation(inputs[0], inputs[1], info["mean"], info["std"])):
+        net.register_forward_pre_hook(changed, prepend=True)
     net.info, net.size = info, size  # type: ignore[assignment]  # attributes of any type are allowed
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

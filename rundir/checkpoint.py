@@ -6,6 +6,7 @@ reading verifies it, or the CRCs of a file without it.
 """
 import hashlib
 import io
+import warnings
 import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from rundir.errors import CHECKPOINT, Failure
+from rundir.errors import CHECKPOINT, USAGE, Failure
 from rundir.files import write_atomic
 
 FORMAT = 1
@@ -74,7 +75,7 @@ class Sealed:
 
 
 def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") -> tuple:
-    """The verified content of a `torch.save` file of plain data, and the SHA-256 of the file.
+    """The verified content of a file of plain data by torch.save, also before torch 1.6, or safetensors, and its SHA-256.
 
     Failure `code`: damaged, or no such file, for which `missing` is the remedy.
     """
@@ -88,27 +89,43 @@ def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") 
             if seal.startswith(SEAL) and seal != SEAL + sha256.hexdigest().encode():
                 raise Failure(code, f"damaged file ({path}: wrong checksum)", REMEDY)
             sha256.update(seal)
-        damaged = None if seal.startswith(SEAL) else zipfile.ZipFile(data).testzip()
-        if damaged:
+        if path.suffix == ".safetensors":
+            return read_safetensors(data.getvalue(), path), sha256.hexdigest()
+        if not seal.startswith(SEAL) and zipfile.is_zipfile(data) and (damaged := zipfile.ZipFile(data).testzip()):
             raise Failure(code, f"damaged file ({path}: wrong checksum in {damaged})", REMEDY)
         data.seek(0)
-        return torch.load(data, map_location="cpu", weights_only=True), sha256.hexdigest()
+        with warnings.catch_warnings(action="ignore"):  # such as of another pickle protocol, before it is refused
+            return torch.load(data, map_location="cpu", weights_only=True), sha256.hexdigest()
     except PermissionError:
         raise Failure(code, f"cannot read ({path}): permission denied", "change its permissions") from None
     except Failure:
         raise
     except Exception as failure:  # zipfile and the unpickler raise many types on damaged files
-        reason = "truncated, or not made by torch.save of torch 1.6 or newer"
+        reason, remedy = "truncated, or not made by torch.save", REMEDY
         if "Unsupported" in str(failure) or "WeightsUnpickler" in str(failure):
-            reason = "not only plain data"
-        raise Failure(code, f"unreadable file ({path}: {reason})", REMEDY) from failure
+            reason, remedy = "not only plain data", "save its state_dict alone, where it was made"
+        raise Failure(code, f"unreadable file ({path}: {reason})", remedy) from failure
+
+
+def read_safetensors(content: bytes, path: Path) -> dict:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise Failure(USAGE, f"missing package safetensors, which reads this file ({path})",
+                      "python -m pip install safetensors") from None
+    return safetensors.torch.load(content)
+
+
+def is_own(content) -> bool:
+    """Whether this is the content of a checkpoint from `write`."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def read(path, missing: str = "check the path") -> dict:
     """The content of a checkpoint from `write`, and the "sha256" of the file."""
     content, sha256 = read_tensors(path, missing=missing)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise Failure(CHECKPOINT, f"not a checkpoint of this project ({path})", "use a run's best.pt, or --init for bare weights")
+    if not is_own(content):
+        raise Failure(CHECKPOINT, f"not a checkpoint of this project ({path})", "name a run's best.pt")
     return content | {"sha256": sha256}
 
 

@@ -31,8 +31,10 @@ def advise(args, method, context: RunContext) -> list[str]:
     models.check_name(args.student)
     if not Path(args.teacher_checkpoint).exists():
         return [*describe_data(args), f"no advice without a teacher ({args.teacher_checkpoint})"]
-    teacher = models.load(args.teacher_checkpoint, context.device, context.dtype)
+    checkpoint = models.read_teacher(args.teacher_checkpoint, args.teacher)
     data = datasets.load(**options.data(args), device=context.device)
+    checkpoint = models.complete(checkpoint, data, args.image_size or data.image_size, args.teacher_mean, args.teacher_std)
+    teacher = models.load(checkpoint, context.device, context.dtype, inputs=(data.mean, data.std))
     check_classes(teacher.info, data)
     batch_size = global_batch_size(args.batch_size, data, context)
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,

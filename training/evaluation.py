@@ -111,7 +111,7 @@ def check_classes(info: dict, data) -> None:
     theirs, ours = list(info["classes"]), list(data.classes)
     if theirs != ours:
         place, first = next((place, pair) for place, pair in enumerate(zip_longest(theirs, ours)) if len(set(pair)) > 1)
-        both = (f"{len(theirs)} of {info['dataset']}, {len(ours)} of {data.name}; number {place} is "
+        both = (f"the teacher has {len(theirs)} classes, the data have {len(ours)}; number {place} is "
                 + " and ".join("none" if name is None else repr(name) for name in first))
         raise Failure(USAGE, f"the teacher was trained on other classes than the data's ({both})",
                       "choose its --dataset, or another --teacher-checkpoint")
@@ -126,22 +126,28 @@ def tolerance(images: int, *precisions: str) -> float:
     return 100 * (1 + 4 * math.sqrt(share * images)) / images
 
 
-def check_teacher(teacher, data, context: RunContext, batch_size: int) -> Evaluation:
-    """Evaluate the teacher on the test set.
+def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_weak: bool = False) -> Evaluation:
+    """Evaluate the teacher on the test set, and print its line.
 
-    Failure USAGE: other classes than the data's, another accuracy than in its checkpoint, or an accuracy of 0.
+    Failure USAGE: other classes than the data's, another accuracy than in its checkpoint, or, unless allow_weak, an accuracy
+    within two standard deviations of chance, the share of the largest class.
     """
     info = teacher.info
     check_classes(info, data)
     evaluation = evaluate(teacher, data.test, data.mean, data.std, context, batch_size)
-    if info["test_acc1"] is None:
-        print("the teacher's run is unfinished: its checkpoint has no test accuracy to compare with")
-    elif abs(evaluation.acc1 - info["test_acc1"]) > (most := tolerance(len(data.test.labels), context.precision, info["amp"])):
+    origin = "" if info["test_acc1"] is not None else ", measured here: its file has none to compare with"
+    print(f"teacher {info['model']}: {teacher.size / 1e6:.2f} M parameters, {info['image_size']} pixels, test accuracy "
+          f"{evaluation.acc1:.2f} %{origin}")
+    most = tolerance(len(data.test.labels), context.precision, info["amp"])
+    if info["test_acc1"] is not None and abs(evaluation.acc1 - info["test_acc1"]) > most:
         both = (f"{evaluation.acc1:.2f} %, in its checkpoint {info['test_acc1']:.2f} % on {info['dataset']}; "
                 f"precision explains {most:.2f} points")
         raise Failure(USAGE, f"the teacher's test accuracy does not match its checkpoint ({both})",
                       "check that --dataset and --data-dir are those that it was trained on")
-    if evaluation.acc1 == 0:
-        raise Failure(USAGE, f"the teacher's accuracy is 0 on the {len(data.test.labels)} test images",
-                      "train it longer, or name another --teacher-checkpoint")
+    chance = data.test.labels.bincount().max().item() / len(data.test.labels)
+    least = 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / len(data.test.labels)))
+    if evaluation.acc1 <= least and not allow_weak:
+        raise Failure(USAGE, f"the teacher is no better than chance ({evaluation.acc1:.2f} % of {len(data.test.labels)} test "
+                             f"images; two standard deviations above chance are {least:.2f} %)",
+                      "check its --teacher-mean and --teacher-std and the order of its classes, or use --allow-weak-teacher")
     return evaluation

@@ -1,0 +1,178 @@
+"""Weights of other projects: whatever their file looks like, they give the logits of the same network; others are refused."""
+import pickle
+import sys
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import fails
+from torch import nn
+
+import models
+from models import foreign
+from rundir.errors import CHECKPOINT, USAGE
+from training.device import RunContext
+from training.evaluation import check_teacher
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+DATA = SimpleNamespace(classes=[f"class {k}" for k in range(10)], mean=MEAN, std=STD, name="synthetic")
+IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A resnet8 with random weights and statistics."""
+    net, generator = models.build("resnet8", 10), torch.Generator().manual_seed(1)
+    for tensor in net.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
+    return net.eval()
+
+
+def other_names(weights):
+    """The same tensors as another project calls them."""
+    return OrderedDict((f"layer{k // 5}.{k % 5}.{key.rpartition('.')[2]}", tensor)
+                       for k, (key, tensor) in enumerate(weights.items()))
+
+
+LAYOUTS = {
+    "bare": lambda w: w, "model": lambda w: {"model": w}, "state_dict": lambda w: {"state_dict": w, "epoch": 3},
+    "net": lambda w: {"net": w, "acc": 60.28}, "average": lambda w: {"state_dict": {"x": torch.zeros(1)}, "state_dict_ema": w},
+    "DataParallel": lambda w: {"state_dict": {f"module.{key}": tensor for key, tensor in w.items()}},
+    "compiled": lambda w: {f"_orig_mod.{key}": tensor for key, tensor in w.items()},
+    "both networks": lambda w: {"model": {f"module.{who}.{key}": tensor for who in ("teacher", "student")
+                                          for key, tensor in w.items() if who == "student" or "0" in key}, "best_acc": 1.0},
+    "without counters": lambda w: {key: tensor for key, tensor in w.items() if not key.endswith("num_batches_tracked")},
+    "RepDistiller": lambda w: {"epoch": 240, "model": w, "accuracy": torch.tensor(60.0), "optimizer": {"state": {}}},
+}
+
+
+def teacher(path, network="resnet8", **normalisation):
+    return models.load(models.complete(models.read_teacher(path, network), DATA, 32, **normalisation))
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_logits(net, tmp_path, layout, renamed):
+    path, weights = tmp_path / "teacher.pth", net.state_dict()
+    for legacy in (False, True):
+        torch.save(LAYOUTS[layout](other_names(weights) if renamed else weights), path, _use_new_zipfile_serialization=not legacy)
+        loaded = teacher(path)
+        assert torch.equal(loaded(IMAGES), net(IMAGES)) and loaded.info["classes"] == DATA.classes
+        student = models.build("resnet8", 10)
+        assert len(models.initialise(student, "resnet8", init=path)) == 64  # the SHA-256 of the file
+        assert torch.equal(student.eval()(IMAGES), net(IMAGES)), "with its head, for the same number of classes"
+
+
+def test_safetensors_are_read(net, tmp_path, monkeypatch):
+    path = tmp_path / "teacher.safetensors"
+    path.write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "safetensors", None)
+        patch.setitem(sys.modules, "safetensors.torch", None)
+        with fails(USAGE, path, "safetensors"):
+            models.read_teacher(path)
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({key: tensor.contiguous() for key, tensor in net.state_dict().items()}, path)
+    assert torch.equal(teacher(path)(IMAGES), net(IMAGES))
+    path.write_bytes(path.read_bytes()[:-9])
+    with fails(CHECKPOINT, path):
+        models.read_teacher(path)
+
+
+def test_a_network_is_known_by_its_tensors(net, tmp_path, capsys):
+    torch.save(other_names(net.state_dict()), tmp_path / "teacher.pth")
+    assert teacher(tmp_path / "teacher.pth", None).info["model"] == "resnet8"
+    assert "resnet8" in capsys.readouterr().out
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "linear.pth")
+    with fails(CHECKPOINT, tmp_path / "linear.pth", "--teacher"):
+        models.read_teacher(tmp_path / "linear.pth")
+
+
+def test_every_network_of_ours_is_told_apart():
+    """By the shapes, kinds and order of its tensors alone, so that a guess is never ambiguous."""
+    seen = {}
+    for name in foreign.NETWORKS:
+        with torch.device("meta"):
+            state = models.build(name, 100).state_dict()
+        seen.setdefault(tuple((key.rpartition(".")[2], tensor.shape) for key, tensor in state.items()), []).append(name)
+    assert not [names for names in seen.values() if len(names) > 1]
+
+
+@pytest.mark.parametrize("case", ["missing", "more", "shape", "kind", "empty", "not weights", "classes"])
+def test_what_does_not_fit_is_named(net, tmp_path, case):
+    path, weights = tmp_path / "bad.pth", other_names(net.state_dict())
+    first, words = next(iter(weights)), []
+    if case == "missing":
+        weights.pop(first)
+        words = ["layer0.1.weight (16,)", "features.0.0.weight (16, 3, 3, 3)"]
+    elif case == "more":
+        weights["extra.weight"] = torch.zeros(3)
+        words = ["extra.weight is unexpected"]
+    elif case == "shape":
+        weights[first] = torch.zeros(2, 2)
+        words = [f"{first} (2, 2)"]
+    elif case == "kind":
+        swap = {"running_mean": "running_var", "running_var": "running_mean"}
+        weights = {".".join([*key.split(".")[:-1], swap.get(key.split(".")[-1], key.split(".")[-1])]): tensor
+                   for key, tensor in weights.items()}
+        words = ["running_var"]
+    elif case == "empty":
+        weights = {}
+    elif case == "not weights":
+        weights = {"model": "resnet8"}
+    else:
+        last = list(weights)[-1]
+        weights[last] = torch.zeros(7)
+        words = [f"{last} (7,)"]
+    torch.save(weights, path)
+    with fails(CHECKPOINT, path, *words):
+        teacher(path)
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return self.path.touch, ()
+
+
+def test_a_file_with_code_is_refused_and_not_run(tmp_path, recwarn):
+    (tmp_path / "code.pth").write_bytes(pickle.dumps({"model": Touch(tmp_path / "ran")}))
+    with fails(CHECKPOINT, tmp_path / "code.pth", "not only plain data", "state_dict"):
+        models.read_teacher(tmp_path / "code.pth")
+    assert not (tmp_path / "ran").exists() and not recwarn.list
+
+
+def test_a_teacher_sees_images_in_its_own_normalisation(net, tmp_path):
+    torch.save(net.state_dict(), tmp_path / "teacher.pth")
+    own_mean, own_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    info = models.complete(models.read_teacher(tmp_path / "teacher.pth", "resnet8"), DATA, 32, own_mean, own_std)
+    for folded in (False, True):
+        loaded = models.load(info, folded=folded, inputs=(MEAN, STD))
+        raw, (mean, std, own_mean_, own_std_) = IMAGES, (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD, own_mean, own_std))
+        wanted = net((raw - own_mean_) / own_std_)
+        torch.testing.assert_close(loaded((raw - mean) / std), wanted, rtol=0, atol=2e-5 * wanted.abs().max().item())
+    same = models.load(models.complete(models.read_teacher(tmp_path / "teacher.pth", "resnet8"), DATA, 32), inputs=(MEAN, STD))
+    assert torch.equal(same(IMAGES), net(IMAGES))
+
+
+def test_a_teacher_near_chance_is_refused(net, capsys):
+    info = {"classes": DATA.classes, "test_acc1": None, "dataset": "synthetic", "amp": "off", "model": "constant",
+            "image_size": 32}
+    images, labels = torch.zeros(200, 32, 32, 3, dtype=torch.uint8), torch.arange(200) % 10
+    data = SimpleNamespace(**vars(DATA), test=SimpleNamespace(images=images, labels=labels))
+    context = RunContext(torch.device("cpu"), "off")
+
+    class Constant(nn.Module):
+        def forward(self, images):
+            return torch.eye(10)[torch.zeros(len(images), dtype=torch.int64)]
+
+    network = Constant()
+    network.info, network.size = info, 0
+    with fails(USAGE, "10.00 %", "14.24 %", "--allow-weak-teacher"):
+        check_teacher(network, data, context, 64)
+    assert check_teacher(network, data, context, 64, allow_weak=True).acc1 == 10
+    assert "measured here" in capsys.readouterr().out
