@@ -111,9 +111,9 @@ def check_classes(info: dict, data) -> None:
     theirs, ours = list(info["classes"]), list(data.classes)
     if theirs != ours:
         place, first = next((place, pair) for place, pair in enumerate(zip_longest(theirs, ours)) if len(set(pair)) > 1)
-        both = (f"the teacher has {len(theirs)} classes, the data have {len(ours)}; number {place} is "
+        both = (f"{len(theirs)} and {len(ours)}; number {place} is "
                 + " and ".join("none" if name is None else repr(name) for name in first))
-        raise Failure(USAGE, f"the teacher was trained on other classes than the data's ({both})",
+        raise Failure(USAGE, f"the classes of the teacher are not those of the data ({both})",
                       "choose its --dataset, or another --teacher-checkpoint")
 
 
