@@ -168,7 +168,6 @@ def test_one_line_and_an_exit_code_for_what_is_wrong(script, flags, code, words,
     Path("text.pt").write_text("hello")
     Path("empty").mkdir(exist_ok=True)
     content = torch.load("runs/teacher/best.pt", weights_only=True)
-    torch.save(content["state_dict"], "bare.pt")
     torch.save(content | {"test_acc1": 99.9}, "lying.pt")
     shutil.rmtree("runs/bad", ignore_errors=True)
 
