@@ -6,6 +6,7 @@ reading verifies it, or the CRCs of a file without it.
 """
 import hashlib
 import io
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -108,12 +109,17 @@ def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") 
 
 
 def read_safetensors(content: bytes, path: Path) -> dict:
+    """The tensors, in the order of their names, numbers as numbers: the format keeps no other order."""
     try:
         import safetensors.torch
     except ImportError:
         raise Failure(USAGE, f"missing package safetensors, which reads this file ({path})",
                       "python -m pip install safetensors") from None
-    return safetensors.torch.load(content)
+    tensors = safetensors.torch.load(content)
+
+    def numbered(name):
+        return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", name)]
+    return {name: tensors[name] for name in sorted(tensors, key=numbered)}
 
 
 def is_own(content) -> bool:
