@@ -78,15 +78,6 @@ def test_a_gpu_that_is_not_there_is_one_line(command, device, monkeypatch, capsy
     assert not (tmp_path / "new").exists()
 
 
-def test_cases_are_chosen(capsys):
-    parser = table.parser("", "quick", ("a", "b", "c"))
-    assert list(table.chosen(parser.parse_args(["--case", "c", "a"]), ("a", "b"))) == ["c", "a"]
-    assert list(table.chosen(parser.parse_args([]), ("a", "b"))) == ["a", "b"]
-    with pytest.raises(SystemExit) as end:
-        parser.parse_args(["--case", "d"])
-    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
 def test_instructions_and_launches_are_counted():
     softmax_kl, augment, assembled, step = python("-c", A_KERNEL_AND_A_STEP).splitlines()
     for name, line in (("softmax_kl", softmax_kl), ("augment", augment)):
