@@ -29,7 +29,18 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "gpu-day"
 GRACE = 5  # seconds from SIGTERM to SIGKILL
 LEAST = 15  # seconds that a part needs
-ON_THE_GPU = ["tests/test_softmax_kl.py", "tests/test_augment_kernel.py", "tests/test_capture.py", "tests/test_loop.py"]
+PAIRS = ("resnet32x4-resnet8x4-128 efficientnet_v2_l-efficientnet_v2_s-128 resnet32x4-resnet8x4-64 "
+         "resnet32x4-resnet8x4-512")
+STAGES = {  # part: the most seconds that it may take, its module and flags; the most important first
+    1: {"machine": (60, "gpu_checks machine"), "kernels": (100, "gpu_checks kernels"),
+        "augmentation": (100, "gpu_checks augmentation"), "variants": (200, "gpu_runs variants"),
+        "tests-gpu": (120, "pytest tests/test_softmax_kl.py tests/test_augment_kernel.py tests/test_capture.py "
+                           "tests/test_loop.py"),
+        "sanitizer": (90, "gpu_checks sanitizer"), "tests-all": (600, "pytest")},
+    2: {"loss": (110, "loss --case 128x100 512x100 1024x1000 4096x8192 4096x32000"),
+        "step": (150, f"step --quick --case {PAIRS}"), "bounds": (60, "gpu_checks bounds"),
+        "augmentation": (70, "augmentation --quick --case 128 512"), "step-compiled": (600, f"step --case {PAIRS}")},
+    3: {"runs": (600, "gpu_runs runs")}}
 TOO_LONG = ("tests-gpu", "tests-all", "step-compiled")  # for --tiny
 
 
@@ -42,35 +53,20 @@ class Part(NamedTuple):
 
 def parts_of(args) -> list[Part]:
     """The parts of a stage, the most important first."""
-    tiny = ["--tiny"] * args.tiny
-
-    def part(name: str, most: float, module: str, *more: str) -> Part:
-        return Part(name, ["-m", f"benchmarks.{module}", "--device", args.device, "--output", "{rows}", *tiny, *more], most)
-
-    def check(name: str, most: float) -> Part:
-        return part(name, most, "gpu_checks", name)
-
-    def training(name: str, most: float, *more: str) -> Part:
-        return part(name, most, "gpu_runs", name, "--seconds", "{seconds}", "--work", str(WORK), *more)
-
-    def benchmark(name: str, most: float, *more: str) -> Part:
-        return part(name, most, name.partition("-")[0], *more * (not args.tiny))
-
-    def tests(name: str, most: float, *files: str) -> Part:
-        parallel = ["-n", str(min(12, os.cpu_count())), "--dist", "loadfile"] if find_spec("xdist") else []
-        return Part(name, ["-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel, *files], most)
-
-    pairs = ["--case", "resnet32x4-resnet8x4-128", "efficientnet_v2_l-efficientnet_v2_s-128", "resnet32x4-resnet8x4-64",
-             "resnet32x4-resnet8x4-512"]
-    stages = {
-        1: [check("machine", 60), check("kernels", 100), check("augmentation", 100), training("variants", 200),
-            tests("tests-gpu", 120, *ON_THE_GPU), check("sanitizer", 90), tests("tests-all", 600)],
-        2: [benchmark("loss", 110, "--case", "128x100", "512x100", "1024x1000", "4096x8192", "4096x32000"),
-            benchmark("step", 150, "--quick", *pairs), check("bounds", 60),
-            benchmark("augmentation", 70, "--quick", "--case", "128", "512"), benchmark("step-compiled", 600, *pairs)],
-        3: [training("runs", 600, "--data", str(args.data and args.data.resolve()))],
-    }
-    return [part for part in stages[args.stage] if not (args.tiny and part.name in TOO_LONG)]
+    parts, common = [], ["--device", args.device, "--output", "{rows}", *["--tiny"] * args.tiny]
+    pytest = ["-q", "-p", "no:cacheprovider"]
+    if find_spec("xdist"):
+        pytest += ["-n", str(min(12, os.cpu_count())), "--dist", "loadfile"]
+    for name, (most, line) in STAGES[args.stage].items():
+        module, *flags = line.split()
+        if module == "gpu_runs":
+            flags += ["--seconds", "{seconds}", "--work", str(WORK), "--data", str(args.data and args.data.resolve())]
+        elif args.tiny and module != "gpu_checks":
+            flags = []
+        command = ["-m", "pytest", *pytest, *flags] if module == "pytest" else ["-m", f"benchmarks.{module}", *common, *flags]
+        if not (args.tiny and name in TOO_LONG):
+            parts.append(Part(name, command, most))
+    return parts
 
 
 def run_part(part: Part, seconds: float, rows: Path, log: Path) -> str:

@@ -249,8 +249,6 @@ def draw_curves(study, names, first_epoch=1):
         stops = sorted((int(run.epochs[-1]), run.val_acc1[-1]) for run in runs if run.summary and run.summary["stopped_early"])
         if stops:
             text += f", stopped at {extent([epoch for epoch, _ in stops])}"
-        elif not len(epochs):
-            text += f", ends at {curve[0][-1]}"
         complete, spacing = int(np.sum(present == len(runs))), max(1, len(epochs) // 7)
         axis.plot(epochs[:complete], mean[:complete], label=text, color=series.colour, linestyle=series.dashes,
                   marker=series.marker, markevery=(spacing * index // len(names), spacing))
