@@ -76,8 +76,8 @@ def rivals(images, labels, batch_size: int) -> dict:
         found["pipeline"][f"torchvision {name}, tensor"] = lambda each=pipeline: len(
             mix(torch.stack([each(image) for image in few]), labels[:len(few)])[0])
     many, pictures = min(4096, len(images)) // batch_size * batch_size, [v1.functional.to_pil_image(image.cpu()) for image in few]
-    name, loader = loading([pictures[index % len(pictures)] for index in range(many)], labels[:many], batch_size, images.device)
-    found["pipeline"][name] = loader
+    found["pipeline"] |= loading([pictures[index % len(pictures)] for index in range(many)], labels[:many], batch_size,
+                                 images.device)
     return found
 
 
