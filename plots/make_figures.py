@@ -87,7 +87,6 @@ STYLE = {
     "pdf.fonttype": 42,  # TrueType: Type 3 fonts are refused by several publishers
 }
 WIDTH, HEIGHT = 3.5, 2.5  # inches: one column, without the legend
-THIN = 0.6
 CROSS = {"linestyle": "none", "marker": "X", "markersize": 6.5, "markeredgecolor": "black", "markeredgewidth": 0.7}
 
 
@@ -183,12 +182,12 @@ def extent(values) -> str:
 
 
 def mean_curve(runs) -> tuple[np.ndarray, ...]:
-    """Epochs (E,), and of the seeds that ran so long: mean (E,), sample deviation (E,; nan for one seed) and number (E,)."""
+    """Epochs (E,), and of the seeds that ran so long: mean (E,) and sample deviation (E,; nan for one seed)."""
     epochs = np.unique(np.concatenate([run.epochs for run in runs]))
     table = np.ma.masked_all((len(runs), len(epochs)))
     for row, run in zip(table, runs):
         row[np.searchsorted(epochs, run.epochs)] = run.val_acc1
-    return epochs, table.mean(axis=0).data, table.std(axis=0, ddof=1).filled(np.nan), table.count(axis=0)
+    return epochs, table.mean(axis=0).data, table.std(axis=0, ddof=1).filled(np.nan)
 
 
 def retentions(finished, name) -> list[float]:
@@ -236,25 +235,22 @@ def new_axis(study, names, statistic):
 def draw_curves(study, names, first_epoch=1):
     """Validation accuracy by epoch from `first_epoch` on: mean line, band of one deviation, a cross where a seed stopped early.
 
-    Once a seed has ended, the mean is over those that are left, and the line is thin.
+    Beyond the first cross the mean is over the seeds that are left.
     """
     axis = new_axis(study, names, "band")
     unequal = len({len(study[name]) for name in names}) > 1
     for index, name in enumerate(names):
         series, runs = look(study, name), study[name]
         curve = mean_curve(runs)
-        epochs, mean, deviation, present = (column[curve[0] >= first_epoch] for column in curve)
+        epochs, mean, deviation = (column[curve[0] >= first_epoch] for column in curve)
         text = label(study, name) + (f" (n = {len(runs)})" if unequal else "")
         text += "" if all(run.summary for run in runs) else ", unfinished"
         stops = sorted((int(run.epochs[-1]), run.val_acc1[-1]) for run in runs if run.summary and run.summary["stopped_early"])
         if stops:
             text += f", stopped at {extent([epoch for epoch, _ in stops])}"
-        complete, spacing = int(np.sum(present == len(runs))), max(1, len(epochs) // 7)
-        axis.plot(epochs[:complete], mean[:complete], label=text, color=series.colour, linestyle=series.dashes,
-                  marker=series.marker, markevery=(spacing * index // len(names), spacing))
-        if complete < len(epochs):
-            rest = slice(max(complete - 1, 0), None)
-            axis.plot(epochs[rest], mean[rest], color=series.colour, linestyle=series.dashes, linewidth=THIN)
+        spacing = max(1, len(epochs) // 7)
+        axis.plot(epochs, mean, label=text, color=series.colour, linestyle=series.dashes, marker=series.marker,
+                  markevery=(spacing * index // len(names), spacing))
         axis.fill_between(epochs, mean - deviation, mean + deviation, color=series.colour, alpha=0.2, linewidth=0)
         if in_sight := [stop for stop in stops if stop[0] >= first_epoch]:
             axis.plot(*zip(*in_sight), **CROSS, color=series.colour, zorder=4)
@@ -272,8 +268,6 @@ def legend(axis) -> Figure:
     handles, _ = axis.get_legend_handles_labels()
     if any(line.get_marker() == CROSS["marker"] for line in axis.lines):
         handles.append(Line2D([], [], **CROSS, color="white", label="early stop"))
-    if any(line.get_linewidth() == THIN for line in axis.lines):
-        handles.append(Line2D([], [], color="black", linewidth=THIN, label="fewer seeds left"))
     for columns in (3, 2, 1):
         box = figure.legend(handles=handles, loc="outside lower left", ncols=columns)
         size = box.get_window_extent()
