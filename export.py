@@ -13,6 +13,7 @@ from rundir import errors
 
 def main(args):
     from pathlib import Path
+    from tempfile import TemporaryDirectory
 
     import models
     from deploy import check, runtime, writers
@@ -22,11 +23,11 @@ def main(args):
     checkpoint = Path(args.checkpoint)
     trained = models.read(checkpoint)
     original, module = runtime.from_checkpoint(trained), writers.from_checkpoint(trained, args.input, args.precision)
-    with check.temporary_folder(args.output or checkpoint.parent / "export") as folder:
+    with TemporaryDirectory() as folder:
         data = check.data_of_run(checkpoint, module.info["classes"], args.data_dir)
         print(data)
         suffix = "-float" if args.input == "float" else ""
-        path = folder / f"{checkpoint.stem}-{args.precision}{suffix}{writers.SUFFIXES[args.format]}"
+        path = Path(folder) / f"{checkpoint.stem}-{args.precision}{suffix}{writers.FORMATS[args.format][0]}"
         writers.export(module, args.format, args.precision, check.calibration(data), path)
 
         metadata = writers.metadata(module, args.format, args.precision, trained["sha256"])
@@ -36,7 +37,8 @@ def main(args):
         print(row)
         check.judge(row, args.max_drop, module.info["test_acc1"], module.info["amp"])
         metadata |= {"test_acc1": row.accuracy, "checkpoint_test_acc1": row.checkpoint_accuracy, "sha256": digest(path)}
-        print(f"{check.publish(path, metadata, row, folder.parent)}: {metadata['images']} -> {' and '.join(metadata['outputs'])}")
+        published = check.publish(path, metadata, row, Path(args.output or checkpoint.parent / "export"))
+        print(f"{published}: {metadata['images']} -> {' and '.join(metadata['outputs'])}")
 
 
 if __name__ == "__main__":

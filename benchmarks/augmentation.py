@@ -1,13 +1,14 @@
-"""Images a second of the batch augmentation beside torchvision and a DataLoader.
+"""Images a second of the batch augmentation beside torchvision, a DataLoader and timm.
 
     python -m benchmarks.augmentation                 the table -> benchmarks/results/augmentation-<gpu or cpu>.csv
     python -m benchmarks.augmentation --quick         one batch size, few repeats
     python -m benchmarks.augmentation --device cpu    the plain-PyTorch reference: the fused kernel needs a GPU
 
 Images are 32x32.  Stage "pipeline" is crop, flip, AutoAugment, normalisation, Random Erasing and Mixup/CutMix; "policy" is
-AutoAugment alone, with normalisation in ours.  Ours runs a whole epoch with its random draws.  Contenders are interleaved;
-times_first is the time over that of the stage's first contender in the same repeat, so drifting clocks cancel.  What works image
-by image is timed on at most 64 of them.
+AutoAugment alone, with normalisation in ours; "erase and mix", where timm is installed, is normalisation, Random Erasing and
+Mixup/CutMix.  Ours runs a whole epoch with its random draws.  Contenders are interleaved; times_first is the time over that of
+the stage's first contender in the same repeat, so drifting clocks cancel.  What works image by image is timed on at most 64 of
+them.
 """
 import itertools
 
@@ -19,7 +20,7 @@ from torchvision.transforms import v2
 import kernels
 from augment import BatchAugmenter
 from benchmarks import table
-from benchmarks.augmentation_rivals import loading, mixing, torchvision_pipeline
+from benchmarks.augmentation_rivals import loading, mixing, timm_mixing, torchvision_pipeline
 from benchmarks.clocks import captured, interleaved, wall_us
 from benchmarks.table import MEAN, STD
 from data.synthetic import generate
@@ -27,7 +28,8 @@ from rundir import errors
 
 SIZES = ("128", "512", "2048")
 IMAGE_BY_IMAGE = 64  # most images of a timing
-STAGES = {"policy": {"crop_pad": 0, "flip": False, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}, "pipeline": {}}
+STAGES = {"policy": {"crop_pad": 0, "flip": False, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}, "pipeline": {},
+          "erase and mix": {"policy": "none", "crop_pad": 0, "flip": False}}
 
 
 def ours(images, labels, batch_size: int, **options) -> dict:
@@ -64,24 +66,27 @@ def ours(images, labels, batch_size: int, **options) -> dict:
     return found | {"ours, reference": epochs(reference, reference)}
 
 
-def contenders(images, labels, batch_size: int) -> dict:
-    """stage -> name -> a call that returns how many images it made; the first is ours."""
-    found = {stage: ours(images, labels, batch_size, **options) for stage, options in STAGES.items()}
+def rivals(images, labels, batch_size: int) -> dict:
+    """stage -> name -> a call that returns how many images it made."""
     few, mix = images[:min(batch_size, IMAGE_BY_IMAGE)].permute(0, 3, 1, 2).contiguous(), mixing()
+    found = {"policy": {}, "pipeline": {}, "erase and mix": timm_mixing(images[:batch_size], labels[:batch_size])}
     for name, module, to_float in (("v1", v1, v1.ConvertImageDtype(torch.float32)), ("v2", v2, v2.ToDtype(torch.float32, True))):
         policy, pipeline = module.AutoAugment(v1.AutoAugmentPolicy.CIFAR10), torchvision_pipeline(module, [to_float])
         found["policy"][f"torchvision {name}, tensor"] = lambda each=policy: len([each(image) for image in few])
         found["pipeline"][f"torchvision {name}, tensor"] = lambda each=pipeline: len(
             mix(torch.stack([each(image) for image in few]), labels[:len(few)])[0])
     many, pictures = min(4096, len(images)) // batch_size * batch_size, [v1.functional.to_pil_image(image.cpu()) for image in few]
-    name, loader = loading([pictures[index % len(pictures)] for index in range(many)], labels[:many], batch_size, images.device)
-    found["pipeline"][name] = loader
+    found["pipeline"] |= loading([pictures[index % len(pictures)] for index in range(many)], labels[:many], batch_size,
+                                 images.device)
     return found
 
 
 def benchmark(images, labels, batch_size: int, repeats: int):
     """A row for each stage and contender."""
-    for stage, calls in contenders(images, labels, batch_size).items():
+    for stage, others in rivals(images, labels, batch_size).items():
+        if not others:
+            continue
+        calls = ours(images, labels, batch_size, **STAGES[stage]) | others
         counts = {name: call() for name, call in calls.items()}
         times = interleaved(calls, lambda call: wall_us(call, 1, images.device), repeats)
         times = {name: [us / counts[name] for us in found] for name, found in times.items()}  # of an image
@@ -99,7 +104,7 @@ def main(args) -> None:
     if device.type == "cuda":  # as many as CIFAR has
         images, labels = images.repeat(5, 1, 1, 1), labels.repeat(5)
     found = table.Rows(args, "augmentation", table.short(device), "batch_size stage contender images_per_s times_first")
-    for batch_size in table.chosen(args, sizes):
+    for batch_size in args.case or sizes:
         for row in benchmark(images, labels, int(batch_size), table.repeats(args, 3, 10)):
             found.add(row)
     found.close()

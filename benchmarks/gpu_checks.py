@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from statistics import median
 
 import torch
@@ -95,28 +95,23 @@ def poisoned(compare, case) -> list[tuple]:
     return list(compare(*case))
 
 
-def alone(compare, case) -> list[tuple]:
-    """The same in a process of its own: an illegal address fails every later call, and a death the whole pool."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(poisoned, compare, case).result()
-
-
 def compare_all(args, compare, cases) -> None:
     """A row for each comparison, in parallel, as each case compiles a kernel; exit code 1 where any is wrong."""
-    def row(case, count, error, allowed, failure=""):
-        return table.Row(**table.versions(args.device, torch, triton), case=case, count=count, error=error, allowed=allowed,
-                         ok=not failure and error <= allowed, failure=failure)
-
     rows = table.Rows(args, args.check, table.short(args.device), "ok case error failure")
+
+    def alone(case) -> None:
+        """In a process of its own: an illegal address fails every later call, and a death the whole pool."""
+        try:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                found, failure = process.submit(poisoned, compare, (str(args.device), *case)).result(), ""
+        except Exception as reason:  # the other cases have rows all the same
+            found, failure = [(str(case), 0, None, None)], errors.first_line(reason)
+        for name, count, error, allowed in found:
+            rows.add(table.Row(**table.versions(args.device, torch, triton), case=name, count=count, error=error, allowed=allowed,
+                               ok=not failure and error <= allowed, failure=failure))
+
     with ThreadPoolExecutor(1 if args.tiny else max(1, min(12, os.cpu_count() - 1))) as pool:
-        futures = {pool.submit(alone, compare, (str(args.device), *case)): case for case in cases}
-        for future in as_completed(futures):
-            try:
-                found = [row(*each) for each in future.result()]
-            except Exception as failure:  # the other cases have rows all the same
-                found = [row(str(futures[future]), 0, None, None, errors.first_line(failure))]
-            for each in found:
-                rows.add(each)
+        list(pool.map(alone, cases))
     wrong = sum(not each.ok for each in rows.all)
     print(f"{wrong} of {len(rows.all)} comparisons are wrong; {sum(each.count for each in rows.all)} rows or images")
     raise SystemExit(bool(wrong))
@@ -135,33 +130,29 @@ def check_machine(args) -> None:
     device, rows = args.device, table.Rows(args, "machine", table.short(args.device), "name value")
     on_gpu = device.type == "cuda"
 
-    def say(name, value):
-        rows.add(table.Row(name=name, value=value))
-
     def best_s(call):
         call()
         return min(clocks.wall_us(call, 1, device) for _ in range(10)) / 1e6
 
     installed = {each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}
     facts = {"hardware": table.hardware(device), "python": platform.python_version(), "cores": os.cpu_count()}
-    facts |= {name: installed.get(name, "missing") for name in "torch torchvision triton numpy pytest liger-kernel".split()}
+    facts |= {name: installed.get(name, "missing") for name in "torch torchvision triton numpy pytest liger-kernel timm".split()}
     if on_gpu:
         facts |= {"properties": str(torch.cuda.get_device_properties(device)), "cuda": torch.version.cuda,
                   "cuDNN": torch.backends.cudnn.version()}
     if on_gpu and shutil.which("nvidia-smi"):
         names = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-        asked = subprocess.run(["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"], capture_output=True, text=True)
-        facts[names] = asked.stdout.strip()
-    for name, value in facts.items():
-        say(name, value)
+        facts[names] = subprocess.getoutput(f"nvidia-smi --query-gpu={names} --format=csv,noheader")
     size, side = (2**30, 8192) if on_gpu else (2**22, 256)
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
-    say("copy, GB/s read and written", round(2 * size / best_s(lambda: target.copy_(source)) / 1e9, 1))
+    facts["copy, GB/s read and written"] = round(2 * size / best_s(lambda: target.copy_(source)) / 1e9, 1)
     for kind in ("float32", "bfloat16"):
         matrix = torch.randn(side, side, device=device).to(DTYPES[kind])
-        say(f"matrix product, {kind}, TFLOP/s", round(2 * side**3 / best_s(lambda: matrix @ matrix) / 1e12, 3))
+        facts[f"matrix product, {kind}, TFLOP/s"] = round(2 * side**3 / best_s(lambda: matrix @ matrix) / 1e12, 3)
     one = torch.zeros(1, device=device)
-    say("a launch, us", round(clocks.wall_us(lambda: one.add_(1), 1000, device), 2))
+    facts["a launch, us"] = round(clocks.wall_us(lambda: one.add_(1), 1000, device), 2)
+    for name, value in facts.items():
+        rows.add(table.Row(name=name, value=value))
 
 
 def model(args) -> list[dict]:

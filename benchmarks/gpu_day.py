@@ -6,13 +6,12 @@
     make gpu PYTHON=python3 STAGE=2 OUTPUT=dir                               the same
 
 Needs torch, torchvision, triton, numpy, matplotlib and pytest.  The parts of a stage are ordered by importance.  Each is a
-process with a time limit, and however it ends, the next one begins, as long as the minutes last.  The rows of a part are copied
-to DIR/stage<N>-<part>.csv as they come, its output to DIR/stage<N>-log.txt, and how it ended to DIR/stage<N>-parts.csv: at most 8
+process with a time limit, and however it ends, the next one begins, as long as the minutes last.  A part writes its rows to
+DIR/stage<N>-<part>.csv as they come; its output is in DIR/stage<N>-log.txt, and how it ended in DIR/stage<N>-parts.csv: at most 8
 files.  All else is in runs/gpu-day and stays there: stage 3, called again, goes on.
 """
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,14 +28,24 @@ from rundir.files import as_csv, make_directory, write_atomic
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "gpu-day"
 GRACE = 5  # seconds from SIGTERM to SIGKILL
-POLL = 5  # seconds between two copies of new rows
 LEAST = 15  # seconds that a part needs
-ON_THE_GPU = ["tests/test_softmax_kl.py", "tests/test_augment_kernel.py", "tests/test_capture.py", "tests/test_loop.py"]
+PAIRS = ("resnet32x4-resnet8x4-128 efficientnet_v2_l-efficientnet_v2_s-128 resnet32x4-resnet8x4-64 "
+         "resnet32x4-resnet8x4-512")
+STAGES = {  # part: the most seconds that it may take, its module and flags; the most important first
+    1: {"machine": (60, "gpu_checks machine"), "kernels": (100, "gpu_checks kernels"),
+        "augmentation": (100, "gpu_checks augmentation"), "variants": (200, "gpu_runs variants"),
+        "tests-gpu": (120, "pytest tests/test_softmax_kl.py tests/test_augment_kernel.py tests/test_capture.py "
+                           "tests/test_loop.py"),
+        "sanitizer": (90, "gpu_checks sanitizer"), "tests-all": (600, "pytest")},
+    2: {"loss": (110, "loss --case 128x100 512x100 1024x1000 4096x8192 4096x32000"),
+        "step": (150, f"step --quick --case {PAIRS}"), "bounds": (60, "gpu_checks bounds"),
+        "augmentation": (70, "augmentation --quick --case 128 512"), "step-compiled": (600, f"step --case {PAIRS}")},
+    3: {"runs": (600, "gpu_runs runs")}}
 TOO_LONG = ("tests-gpu", "tests-all", "step-compiled")  # for --tiny
 
 
 class Part(NamedTuple):
-    """name: of its files.  command: Python's arguments, in which {folder} and {seconds} are filled in.  most: seconds."""
+    """name: of its file.  command: Python's arguments, in which {rows} and {seconds} are filled in.  most: seconds."""
     name: str
     command: list[str]
     most: float
@@ -44,84 +53,52 @@ class Part(NamedTuple):
 
 def parts_of(args) -> list[Part]:
     """The parts of a stage, the most important first."""
-    tiny = ["--tiny"] * args.tiny
-
-    def part(name: str, most: float, module: str, *more: str) -> Part:
-        return Part(name, ["-m", f"benchmarks.{module}", "--device", args.device, "--output", "{folder}", *tiny, *more], most)
-
-    def check(name: str, most: float) -> Part:
-        return part(name, most, "gpu_checks", name)
-
-    def training(name: str, most: float, *more: str) -> Part:
-        return part(name, most, "gpu_runs", name, "--seconds", "{seconds}", *more)
-
-    def benchmark(name: str, most: float, *more: str) -> Part:
-        return part(name, most, name.partition("-")[0], *more * (not args.tiny))
-
-    def tests(name: str, most: float, *files: str) -> Part:
-        parallel = ["-n", str(min(12, os.cpu_count())), "--dist", "loadfile"] if find_spec("xdist") else []
-        return Part(name, ["-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel, *files], most)
-
-    pairs = ["--case", "resnet32x4-resnet8x4-128", "efficientnet_v2_l-efficientnet_v2_s-128", "resnet32x4-resnet8x4-64",
-             "resnet32x4-resnet8x4-512"]
-    stages = {
-        1: [check("machine", 60), check("kernels", 100), check("augmentation", 100), training("variants", 200),
-            tests("tests-gpu", 120, *ON_THE_GPU), check("sanitizer", 90), tests("tests-all", 600)],
-        2: [benchmark("loss", 110, "--case", "128x100", "512x100", "1024x1000", "4096x8192", "4096x32000"),
-            benchmark("step", 150, "--quick", *pairs), check("bounds", 60),
-            benchmark("augmentation", 70, "--quick", "--case", "128", "512"), benchmark("step-compiled", 600, *pairs)],
-        3: [training("runs", 600, "--data", str(args.data and args.data.resolve()))],
-    }
-    return [part for part in stages[args.stage] if not (args.tiny and part.name in TOO_LONG)]
+    parts, common = [], ["--device", args.device, "--output", "{rows}", *["--tiny"] * args.tiny]
+    pytest = ["-q", "-p", "no:cacheprovider"]
+    if find_spec("xdist"):
+        pytest += ["-n", str(min(12, os.cpu_count())), "--dist", "loadfile"]
+    for name, (most, line) in STAGES[args.stage].items():
+        module, *flags = line.split()
+        if module == "gpu_runs":
+            flags += ["--seconds", "{seconds}", "--work", str(WORK), "--data", str(args.data and args.data.resolve())]
+        elif args.tiny and module != "gpu_checks":
+            flags = []
+        command = ["-m", "pytest", *pytest, *flags] if module == "pytest" else ["-m", f"benchmarks.{module}", *common, *flags]
+        if not (args.tiny and name in TOO_LONG):
+            parts.append(Part(name, command, most))
+    return parts
 
 
 def run_part(part: Part, seconds: float, rows: Path, log: Path) -> str:
-    """Run a part's process, copy its rows as they come and append its output to `log`; how it ended, with its children."""
-    with open(log, "a") as file:
-        file.write(f"=== {part.name}, {max(0.0, seconds):.0f} s\n")
-    if seconds < LEAST:
-        return "not begun"
-    folder = WORK / rows.stem.partition("-")[0] / part.name
-    shutil.rmtree(folder, ignore_errors=True)
-    make_directory(folder)
-    command = [word.replace("{folder}", str(folder)).replace("{seconds}", str(round(seconds))) for word in part.command]
-    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """Run a part's process, and append its output to `log`; how it ended, with its children."""
     rows.unlink(missing_ok=True)  # of an earlier call
-    with open(log, "ab") as output:
+    with open(log, "a") as output:
+        print(f"=== {part.name}, {max(0.0, seconds):.0f} s", file=output, flush=True)
+        if seconds < LEAST:
+            return "not begun"
+        paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        command = [word.replace("{rows}", str(rows)).replace("{seconds}", f"{seconds:.0f}") for word in part.command]
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            [sys.executable, *command],
+            cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"})
-    end = time.monotonic() + seconds
-    try:
-        while (code := process.poll()) is None and time.monotonic() < end:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(min(POLL, max(0.0, end - time.monotonic())))
-            copy_rows(folder, rows)
-    finally:
-        end_group(process)
-        lost = copy_rows(folder, rows)
-    if code is None:
-        return f"out of time ({seconds:.0f} s){lost}"
-    return ("ok" if code == 0 else f"failed ({code})" if code > 0 else f"killed ({signal.Signals(-code).name})") + lost
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"out of time ({seconds:.0f} s)"
+        finally:
+            end_group(process)
+    return "ok" if code == 0 else f"failed ({code})" if code > 0 else f"killed ({signal.Signals(-code).name})"
 
 
-def copy_rows(folder: Path, rows: Path) -> str:
-    """Copy the CSV file in `folder` to `rows`; why that could not be done."""
-    try:
-        for path in folder.glob("*.csv"):
-            write_atomic(rows, path.read_bytes())
-    except OSError as failure:
-        return f", not kept: {failure.strerror}"
-    return ""
-
-
-def last_line(log: Path) -> str:
-    """The last line of `log` that is not empty, its printable characters."""
-    with contextlib.suppress(OSError), open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - 2000))
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        return "".join(filter(str.isprintable, lines[-1]))[:160]
-    return ""
+def end_group(process) -> None:
+    """End a process and all of its group: SIGTERM, then SIGKILL."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_stage(stage: int, parts: list[Part], output: Path, end: float, table: list[dict]) -> None:
@@ -135,28 +112,11 @@ def run_stage(stage: int, parts: list[Part], output: Path, end: float, table: li
         except OSError as failure:
             outcome = f"failed ({failure.strerror})"
         finally:
-            table.append({"stage": stage, "part": part.name, "outcome": outcome,
-                          "seconds": round(time.monotonic() - started, 1), "last_line": last_line(log)})
-            try:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            table.append({"stage": stage, "part": part.name, "outcome": outcome, "seconds": round(time.monotonic() - started, 1),
+                          "last_line": "".join(filter(str.isprintable, lines[-1]))[:160]})
+            with contextlib.suppress(OSError):  # it is printed, too
                 write_atomic(output / f"stage{stage}-parts.csv", as_csv(list(table[0]), table))
-            except OSError as failure:
-                print(f"the table of parts is not kept in {output}: {failure.strerror}", flush=True)
-
-
-def print_table(table: list[dict]) -> None:
-    widths = [max(map(len, column)) for column in zip(*(map(str, list(row.values())[:4]) for row in table))]
-    for row in table:
-        print(*(f"{cell!s:{width}}" for cell, width in zip(row.values(), [*widths, 0])), sep="  ", flush=True)
-
-
-def end_group(process) -> None:
-    """End a process and all of its group: SIGTERM, then SIGKILL."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def main(args) -> None:
@@ -175,9 +135,10 @@ def main(args) -> None:
     except Stopped as stopped:
         raise SystemExit(STOPPED + stopped.number) from None
     finally:
-        print_table(rows)
+        for row in rows:
+            print(*(f"{cell!s:{width}}" for cell, width in zip(row.values(), (1, 14, 24, 5, 0))), sep="  ", flush=True)
     outcomes = {row["outcome"] for row in rows}
-    if any(each.startswith(("failed", "killed")) or "not kept" in each for each in outcomes) or outcomes == {"not begun"}:
+    if any(each.startswith(("failed", "killed")) for each in outcomes) or outcomes == {"not begun"}:
         raise SystemExit(1)
 
 

@@ -1,13 +1,12 @@
 """Whole runs of the scripts for benchmarks.gpu_day: all variants, which must agree, and resumable training.
 
     python -m benchmarks.gpu_runs variants --output DIR                                   on the embedded images
-    python -m benchmarks.gpu_runs runs --output DIR/runs --data images.tar.xz --seconds 500
+    python -m benchmarks.gpu_runs runs --output DIR --work DIR --data images.tar.xz --seconds 500
 
-runs: the archive is unpacked once, to DIR/<its digest>/images.  Then two chains, in parallel where there are cores: a teacher,
-its students and one alone.  Epochs are planned from short runs that measure one, and kept in DIR/<digest>/<chain>/plan.json: a
+runs: the archive is unpacked once, to WORK/<its digest>/images.  Then two chains, in parallel where there are cores: a teacher,
+its students and one alone.  Epochs are planned from short runs that measure one, and kept in WORK/<digest>/<chain>/plan.json: a
 later call goes on with the same plan.
 """
-import csv
 import lzma
 import os
 import shutil
@@ -16,6 +15,7 @@ import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from csv import DictReader
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ def run(command: str, output: Path, end: float, kill_after: int | None = None) -
 def log_of(output: Path) -> list[dict]:
     """The rows of log.csv."""
     path = output / "log.csv"
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    return list(DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def difference(one: list[dict], other: list[dict], exact: bool) -> float:
@@ -91,13 +91,17 @@ def difference(one: list[dict], other: list[dict], exact: bool) -> float:
     return max(abs(float(first["train_loss"]) / float(second["train_loss"]) - 1) for first, second in zip(one, other))
 
 
-def variants(args) -> None:
-    """Columns are of the last epoch; difference: from the log of the variant in compared_with."""
-    folder, rows = args.output / "variants", table.Rows(args, "variants", table.short(args.device), "variant outcome ok line")
+def variants(args) -> list[str]:
+    """A row for each variant, columns of the last epoch; those that failed or differ.
+
+    difference: from the log of the variant in compared_with.
+    """
+    folder, rows = args.work / "variants", table.Rows(args, "variants", table.short(args.device), "variant outcome ok line")
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
     recipe = "--dataset synthetic --epochs 3 --warmup-epochs 1 --batch-size 128 --opt sgd --lr 0.05 --patience 0"
     if args.tiny:
-        pictures(args.output / "images")
-        recipe = f"--dataset imagefolder --data-dir {args.output}/images --epochs 2 --warmup-epochs 1 --batch-size 8 --lr 0.01"
+        pictures(args.work / "images")
+        recipe = f"--dataset imagefolder --data-dir {args.work}/images --epochs 2 --warmup-epochs 1 --batch-size 8 --lr 0.01"
     recipe += f" --device {args.device}"
 
     def distill(name: str) -> None:
@@ -117,14 +121,11 @@ def variants(args) -> None:
                            difference=apart, ok=ended.outcome == "ok" and (apart or 0.0) <= allowed, line=ended.line))
 
     keep("teacher", run(f"train_teacher.py --model v2_tiny {recipe}", folder / "teacher", args.end))
-    chosen = TINY_VARIANTS if args.tiny else tuple(VARIANTS)
     bases = {other for other, _ in AGREE.values()}
     for together in (bases, AGREE, VARIANTS.keys() - bases - AGREE.keys()):  # a variant after that which it is compared with
         with ThreadPoolExecutor(min(5, os.cpu_count())) as pool:
-            list(pool.map(distill, [name for name in chosen if name in together]))
-    wrong = [row.variant for row in rows.all if not row.ok]
-    print(f"{len(wrong)} of {len(rows.all)} variants failed or differ", *wrong, sep="; ")
-    raise SystemExit(bool(wrong))
+            list(pool.map(distill, [name for name in (TINY_VARIANTS if args.tiny else VARIANTS) if name in together]))
+    return [row.variant for row in rows.all if not row.ok]
 
 
 def pictures(folder: Path) -> None:
@@ -133,10 +134,6 @@ def pictures(folder: Path) -> None:
         make_directory(folder / name)
         for index in range(count):
             Image.frombytes("RGB", (32, 32), os.urandom(3 * 32 * 32)).save(folder / name / f"{index}.jpg")
-
-
-def kept(args) -> Path:
-    return args.output.parent / digest(args.data)[:12]
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -151,25 +148,23 @@ def unpack(archive: Path, folder: Path) -> None:
         os.replace(partial, folder)
 
 
-def train_chain(args, name: str, seconds: float, rows: table.Rows) -> None:
-    """Plan and train one of CHAINS, in kept(args)/`name`, in at most so many seconds."""
-    end, folder = time.monotonic() + seconds, kept(args) / name
-    teacher, student, recipe = (CHAINS | TINY_CHAINS)[name]
+def train_chain(args, folder: Path, seconds: float, rows: table.Rows) -> None:
+    """Plan and train the chain of CHAINS that `folder` is named after, in at most so many seconds."""
+    end, (teacher, student, recipe) = time.monotonic() + seconds, (CHAINS | TINY_CHAINS)[folder.name]
     recipe += f" --dataset imagefolder --data-dir {folder.parent / 'images'} --device {args.device} --patience 0"
 
     def command(which: str, epochs: int) -> str:
         flags = f"{recipe} --epochs {epochs} --warmup-epochs {min(2, epochs - 1)}"
         if which in ("teacher", "alone"):
             return f"train_teacher.py --model {teacher if which == 'teacher' else student} --no-pretrained {flags}"
-        checkpoint = folder / "teacher" / "best.pt"
-        return f"distill.py --experiment {which} --student {student} --teacher-checkpoint {checkpoint} {flags}"
+        return f"distill.py --experiment {which} --student {student} --teacher-checkpoint {folder}/teacher/best.pt {flags}"
 
     def measure(which: str) -> tuple[float, float]:
         """Seconds of a run outside its epochs, and of an epoch."""
         probe = folder / "probe" / which
         shutil.rmtree(probe, ignore_errors=True)  # one that is whole would start in no time
         if (ended := run(command(which, 2), probe, end)).outcome != "ok":
-            raise errors.Failure(errors.BUG, f"no epoch could be measured ({name} {which}: {ended.line})", "see its log")
+            raise errors.Failure(errors.BUG, f"no epoch could be measured ({folder.name} {which}: {ended.line})", "see its log")
         epoch = sum(float(log_of(probe)[-1][column]) for column in ("epoch_s", "val_s"))
         return max(0.0, ended.seconds - 2 * epoch), epoch
 
@@ -181,44 +176,45 @@ def train_chain(args, name: str, seconds: float, rows: table.Rows) -> None:
                                           "teacher_epoch_s": teacher_s, "student_epoch_s": student_s})
     epochs = read_json(folder / "plan.json")["epochs"]
     for which in ("teacher", *STUDENTS[:1 if args.tiny else None]):
-        output = folder / which
-        ended, log = run(command(which, epochs), output, end), log_of(output)
-        summary, first, last = read_json(output / "summary.json") or {}, *((log[0], log[-1]) if log else ({}, {}))
+        ended, log = run(command(which, epochs), folder / which, end), log_of(folder / which)
+        summary, first, last = read_json(folder / which / "summary.json") or {}, *((log[0], log[-1]) if log else ({}, {}))
         rows.add(table.Row(
-            **table.versions(args.device, torch), chain=name, run=which, outcome=ended.outcome, epochs=len(log),
+            **table.versions(args.device, torch), chain=folder.name, run=which, outcome=ended.outcome, epochs=len(log),
             of_epochs=epochs, test_acc1=summary.get("test_acc1_best"), retention=summary.get("retention"),
             verdict=summary.get("verdict"), images_per_s=last.get("images_per_s"), first_epoch_s=first.get("epoch_s"),
             last_epoch_s=last.get("epoch_s"), peak_mem_mb=last.get("peak_mem_mb"), line=ended.line))
 
 
-def train(args) -> None:
-    unpack(args.data, kept(args) / "images")
-    chains, failures = list(TINY_CHAINS if args.tiny else CHAINS), []
+def train(args) -> list[str]:
+    """A row for each run of all chains; what failed."""
+    folder, chains, failures = args.work / digest(args.data)[:12], list(TINY_CHAINS if args.tiny else CHAINS), []
+    unpack(args.data, folder / "images")
     rows = table.Rows(args, "runs", table.short(args.device), "chain run outcome epochs of_epochs test_acc1 verdict line")
     parallel = min(len(chains), os.cpu_count())
 
     def one(name: str) -> None:
         left = args.end - time.monotonic()
         try:
-            train_chain(args, name, left if parallel > 1 else left / (len(chains) - chains.index(name)), rows)
+            train_chain(args, folder / name, left if parallel > 1 else left / (len(chains) - chains.index(name)), rows)
         except errors.Failure as failure:  # the other chain goes on
             failures.append(str(failure))
 
     with ThreadPoolExecutor(parallel) as pool:
         list(pool.map(one, chains))
-    bad = [*failures, *(f"{row.chain} {row.run}" for row in rows.all if row.outcome.startswith("failed"))]
-    print(f"{sum(row.outcome == 'ok' for row in rows.all)} of {len(rows.all)} runs are whole", *bad, sep="; ")
-    raise SystemExit(bool(bad))
+    return [*failures, *(f"{row.chain} {row.run}" for row in rows.all if row.outcome.startswith("failed"))]
 
 
 def main(args) -> None:
     args.device, args.end = table.device(args.device), time.monotonic() + args.seconds - 8  # a stopped run takes some to end
-    {"variants": variants, "runs": train}[args.task](args)
+    wrong = {"variants": variants, "runs": train}[args.task](args)
+    print(f"{len(wrong)} runs failed or differ", *wrong, sep="; ")
+    raise SystemExit(bool(wrong))
 
 
 if __name__ == "__main__":
     parser = table.parser(__doc__, tiny=True)
     parser.add_argument("task", choices=("variants", "runs"))
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu-day", metavar="DIR", help="where the runs go")
     parser.add_argument("--data", type=Path, metavar="FILE", help="an archive of train/CLASS/*.jpg and test/CLASS/*.jpg")
     parser.add_argument("--seconds", type=positive, default=540)
     errors.run(main, parser.parse_args())

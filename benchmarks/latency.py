@@ -13,7 +13,6 @@ the median over repeats at best_batch.  flops is 2 per multiply-add.  process_mb
 network and predicts one image, peak_mb what it took after importing its runtime; not measured for compiled networks.
 """
 import importlib.metadata
-import platform
 import subprocess
 import sys
 import tempfile
@@ -40,20 +39,10 @@ SHOWN = "run engine threads file_mb accuracy ms_median ms_p95 images_per_s best_
 
 def processor() -> str:
     """The model of the CPU, and its instructions for int8."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     int8 = [flag for flag in found.get("flags", "").split() if flag in ("avx2", "avx_vnni", "avx512_vnni", "amx_int8")]
-    return ", ".join([found.get("model name", platform.processor()), *int8])
-
-
-def onnxruntime_version() -> str:
-    """Empty where a package is missing that its contenders need."""
-    try:
-        runtime.require(*writers.needs("onnx", "int8"))
-    except errors.Failure as failure:
-        print(f"without ONNX Runtime: {failure}")
-        return ""
-    return importlib.metadata.version("onnxruntime")
+    return ", ".join([found.get("model name", ""), *int8])
 
 
 def torch_call(checkpoint: Path, device, compiled: bool):
@@ -87,11 +76,14 @@ def memory(path: Path) -> dict:
     return dict(zip(("process_mb", "peak_mb"), map(float, result.stdout.split())))
 
 
-def contenders(run: Path, device, folder: Path, counts: tuple, quick: bool, common: dict):
-    """A contender for every engine for the best.pt of `run`, with each of these numbers of threads."""
+def contenders(run: Path, device, folder: Path, quick: bool, common: dict):
+    """A contender for every engine for the best.pt of `run`, on a CPU with one thread and with all.
+
+    Its times are empty so far: milliseconds of an image alone, and images a second by batch size.
+    """
     checkpoint = run / "best.pt"
     module = writers.from_checkpoint(checkpoint)
-    info, side = module.info, module.info["image_size"]
+    info, side, every = module.info, module.info["image_size"], torch.get_num_threads()
     images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), side, side, 3), dtype=np.uint8)
     common = common | {"run": run.name, "network": info["model"], "parameters": module.net.size,
                        "flops": models.flops(module.net, side)}
@@ -104,14 +96,10 @@ def contenders(run: Path, device, folder: Path, counts: tuple, quick: bool, comm
         measured = {"process_mb": None, "peak_mb": None}
         if device.type == "cpu" and not quick and name != "compiled":
             measured = memory(path.resolve())
-        for threads in counts:
+        for threads in sorted({1, every}) if device.type == "cpu" else [every]:
             columns = common | {"engine": name, "threads": threads, "file_mb": round(path.stat().st_size / 1e6, 3)} | measured
-            yield contender(start(threads), images, **columns, accuracy=accuracy)
-
-
-def contender(call, images, **columns) -> table.Row:
-    """With its times, empty so far: milliseconds of an image alone, and images a second by batch size."""
-    return table.Row(call=call, images=images, columns=columns, ms=[], rates={size: [] for size in BATCHES})
+            yield table.Row(call=start(threads), images=images, columns=columns | {"accuracy": accuracy}, ms=[],
+                            rates={size: [] for size in BATCHES})
 
 
 def measure(entered: list[table.Row], repeats: int):
@@ -139,26 +127,26 @@ def measure(entered: list[table.Row], repeats: int):
                         ms_p95=round(quantiles(each.ms, n=20)[-1], 4), best_batch=best, images_per_s=round(rates[best], 1))
 
 
-def benchmark(args) -> None:
-    device, every = table.device(args.device), torch.get_num_threads()
-    counts = tuple(sorted({1, every})) if device.type == "cpu" else (every,)
+def main(args) -> None:
+    device, onnxruntime = table.device(args.device), ""
+    if device.type == "cpu":
+        try:
+            runtime.require(*writers.needs("onnx", "int8"))
+            onnxruntime = importlib.metadata.version("onnxruntime")
+        except errors.Failure as failure:
+            print(f"without ONNX Runtime: {failure}")
     common = {"hardware": table.hardware(device), "processor": processor(), "torch": torch.__version__,
-              "onnxruntime": onnxruntime_version() if device.type == "cpu" else ""}
+              "onnxruntime": onnxruntime}
     torch._dynamo.config.recompile_limit = 1000  # every network, number of threads and kind of batch is compiled for itself
     found = table.Rows(args, "latency", table.short(device), SHOWN)
     with tempfile.TemporaryDirectory() as folder:
-        entered = [each for run in args.runs
-                   for each in contenders(Path(run), device, Path(folder), counts, args.quick, common)]
+        entered = [each for run in args.runs for each in contenders(Path(run), device, Path(folder), args.quick, common)]
         for row in measure(entered, table.repeats(args, 1, 15)):
             found.add(row)
     found.close()
 
 
-def main() -> None:
+if __name__ == "__main__":
     flags = table.parser(__doc__, "no torch.compile, no memory, one repeat")
     flags.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, of a teacher or a student")
-    errors.run(benchmark, flags.parse_args())
-
-
-if __name__ == "__main__":
-    main()
+    errors.run(main, flags.parse_args())

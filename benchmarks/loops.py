@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, default_collate
+from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms as v1
 
 import models
 from augment import BatchAugmenter
-from benchmarks.augmentation_rivals import Pictures, mixing, torchvision_pipeline
+from benchmarks.augmentation_rivals import mixing, torchvision_pipeline, transformed
 from benchmarks.loss import ALPHA, BETA, EPS, T, decoupled
 from benchmarks.table import MEAN, STD
 from cli import method_flags, options
@@ -101,11 +101,6 @@ class Ours:
         return columns
 
 
-def collate(samples):
-    """Images and soft labels of a batch, mixed as in torchvision's training script."""
-    return mixing()(*default_collate(samples))
-
-
 def published_mixed_dkd(student, teacher, soft):
     """`published_dkd` of benchmarks/loss.py with soft labels, whose largest entry is DKD's target."""
     return F.cross_entropy(student, soft, label_smoothing=EPS) + decoupled(student, teacher, soft.argmax(1))
@@ -124,10 +119,11 @@ class PlainLoop:
         self.optimizer = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
         self.scaler, self.lap = context.scaler(), lambda phase: None
         transform = v1.Compose([Image.fromarray, torchvision_pipeline(v1, [v1.ToTensor()])])
-        pictures = Pictures(images.numpy(), labels.tolist(), transform)
+        pictures = list(zip(images.numpy(), labels.tolist()))
         self.batches = iter(DataLoader(
-            pictures, args.batch_size, sampler=RandomSampler(pictures, replacement=True, num_samples=10**9), collate_fn=collate,
-            num_workers=workers, prefetch_factor=PREFETCH, pin_memory=context.device.type == "cuda"))
+            pictures, args.batch_size, sampler=RandomSampler(pictures, replacement=True, num_samples=10**9),
+            collate_fn=lambda samples: mixing()(*transformed(transform, samples)), num_workers=workers, prefetch_factor=PREFETCH,
+            pin_memory=context.device.type == "cuda"))
 
     def run(self, steps: int) -> list[float]:
         """Train the next steps; their losses."""

@@ -125,7 +125,7 @@ def main(args) -> None:
     on_gpu = device.type == "cuda"
     sizes = (SIZES if on_gpu else CPU_SIZES)[:1 if args.tiny else 2 if args.quick else None]
     found = table.Rows(args, "loss", table.short(device), "rows classes dtype loss mode contender us times_base peak_mb")
-    for size in table.chosen(args, sizes):
+    for size in args.case or sizes:
         for dtype in ("float32", "bfloat16")[:2 if on_gpu else 1]:
             for loss in ("kd", "dkd"):
                 try:

@@ -16,16 +16,9 @@ def peak_mb() -> float:
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1e3
 
 
-def main() -> None:
-    path = sys.argv[1]
-    runtime.require("onnxruntime" if path.endswith(".onnx") else "torch")
-    if not path.endswith(".onnx"):
-        import models  # noqa: F401  with all that it imports, before the network is read
+if __name__ == "__main__":
+    runtime.require("onnxruntime" if sys.argv[1].endswith(".onnx") else "models")  # before the network is read
     before = peak_mb()
-    model = runtime.load(path)
+    model = runtime.load(sys.argv[1])
     model(np.zeros((1, *2 * [model.metadata["image_size"]], 3), np.uint8))
     print(round(peak_mb(), 1), round(peak_mb() - before, 1))
-
-
-if __name__ == "__main__":
-    main()

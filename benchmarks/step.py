@@ -11,9 +11,9 @@ processes, mixes in the collate function, takes the published loss on the domina
 
 Contenders are interleaved in blocks of `steps`, after untimed steps that empty the loader's queue; times_base is the speed over
 that of the plain loop in the same repeat.  A block of ours is an epoch, with its random draws and columns.  share_*: parts of
-another block, synchronized after each phase; waiting is for the loader and the copy to the device.  peak_mb, reserved_mb: the
-peak of allocated memory, and what the first steps reserved.  begin_s: the first step, with compilation.  kernels, busy: of a step
-on a GPU, and the share of its time in which one runs.
+another block, synchronized after each phase; waiting is for the loader and the copy to the device.  peak_mb: the peak of
+allocated memory.  begin_s: the first step, with compilation.  kernels, busy: of a step on a GPU, and the share of its time in
+which one runs.
 """
 import os
 import time
@@ -79,8 +79,8 @@ def benchmark(case, context, images, labels, batch_size: int, repeats: int, comp
     device, args = context.device, recipe(batch_size)
     on_gpu, running, began = device.type == "cuda", {}, {}
 
-    def memory() -> tuple[int, int]:
-        return (torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)) if on_gpu else (0, 0)
+    def memory() -> int:
+        return torch.cuda.memory_allocated(device) if on_gpu else 0
 
     def block_ms(contender, steps: int) -> float:
         return wall_us(lambda: contender.run(steps), 1, device) / 1000 / steps
@@ -112,21 +112,20 @@ def benchmark(case, context, images, labels, batch_size: int, repeats: int, comp
         except (RuntimeError, errors.Failure) as failure:  # out of memory, no graph, and what torch.compile raises
             print(f"  {name} failed and is left out: {' '.join(str(failure).splitlines()[:2])}")
             continue
-        running[name], began[name] = contender, (begin_s, *(after - earlier for after, earlier in zip(memory(), before)))
+        running[name], began[name] = contender, (begin_s, memory() - before)
 
     times = interleaved(running, timed, repeats)
     for name, contender in running.items():
         drain(contender)
-        (before, _), (begin_s, held, reserved) = memory(), began[name]
+        before, (begin_s, held) = memory(), began[name]
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         parts, spread = shares(contender, steps), table.spread("ms", times[name])
-        cost = dict.fromkeys(("peak_mb", "reserved_mb", "begin_s", "kernels", "busy")) | {"begin_s": round(begin_s, 2)}
+        cost = {"peak_mb": None, "begin_s": round(begin_s, 2), "kernels": None, "busy": None}
         if on_gpu:
-            peak = torch.cuda.max_memory_allocated(device) - before + held
+            cost["peak_mb"] = round((torch.cuda.max_memory_allocated(device) - before + held) / 1e6, 1)
             count, busy_us = kernels_of(partial(contender.run, PROFILED))
-            cost |= {"peak_mb": round(peak / 1e6, 1), "reserved_mb": round(reserved / 1e6, 1),
-                     "kernels": round(count / PROFILED, 1), "busy": round(busy_us / PROFILED / 1000 / spread["ms"], 3)}
+            cost |= {"kernels": round(count / PROFILED, 1), "busy": round(busy_us / PROFILED / 1000 / spread["ms"], 3)}
         yield table.Row(
             **table.versions(device, torch, triton), case=" to ".join(case), batch_size=batch_size, contender=name,
             precision=contender.context.precision, threads=torch.get_num_threads(), workers=contender.workers, repeats=repeats,
@@ -140,7 +139,7 @@ def main(args) -> None:
     steps, quick = 1 if args.tiny else None, args.quick or args.tiny
     usual = CASES[:1] if quick else GPU_CASES if context.device.type == "cuda" else CASES
     found = table.Rows(args, "step", table.short(context.device), "case batch_size contender ms times_base share_teacher")
-    for name in table.chosen(args, usual):
+    for name in args.case or usual:
         *case, batch = name.split("-")
         images, labels = generate((steps or BLOCK_STEPS) * int(batch), 0)
         for row in benchmark(case, context, images, labels, int(batch), table.repeats(args, 3, 9), not quick, steps):

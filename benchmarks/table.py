@@ -1,5 +1,4 @@
 """Flags, hardware names, printed rows and CSV files of the benchmarks."""
-import csv
 import platform
 import re
 from pathlib import Path
@@ -11,8 +10,8 @@ import torch
 
 from cli import flag_types
 from cli.options import debug_flag
-from rundir.errors import USAGE, Failure, Parser, Unwritable
-from rundir.files import make_directory
+from rundir.errors import USAGE, Failure, Parser
+from rundir.files import as_csv, make_directory, write_atomic
 
 Row = SimpleNamespace  # its attributes are the columns
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -35,7 +34,7 @@ def parser(description: str, quick: str = "", cases=(), tiny: bool = False) -> P
         add("--tiny", action="store_true", help="one repeat of the smallest case, to try the command itself")
     add("--device", type=flag_types.device, default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
     add("--output", type=Path, metavar="DIR", required=not quick,
-        help="folder of the CSV" + "; default: benchmarks/results" * bool(quick))
+        help="folder of the CSV, or its name" + "; default: benchmarks/results" * bool(quick))
     if cases:
         add("--case", nargs="+", choices=cases, metavar="NAME", help=f"of {', '.join(cases)}; default: what suits the device")
     debug_flag(add)
@@ -52,11 +51,6 @@ def device(name: str) -> torch.device:
 
 def repeats(args, quick: int, whole: int) -> int:
     return 1 if args.tiny else quick if args.quick else whole
-
-
-def chosen(args, usual):
-    """The cases of --case, or `usual`."""
-    return args.case or usual
 
 
 def hardware(device: torch.device) -> str:
@@ -82,16 +76,17 @@ def spread(column: str, values, digits: int | None = 3) -> dict:
 
 
 class Rows:
-    """Rows with the same columns, appended to <what>-<where>.csv one by one, so an interrupted benchmark keeps what it had.
+    """Rows with the same columns in a CSV file, which is written anew with each, so an interrupted benchmark keeps what it had.
 
-    The first row replaces the file of an earlier run.  args: of `parser`.  where: in words; the file name has its letters and
-    digits.  show: the columns to print, separated by spaces.
+    args: of `parser`.  what, where: in the file's name <what>-<where>.csv, unless --output is a file.  show: the columns to
+    print, separated by spaces.
     """
 
     def __init__(self, args, what: str, where: str, show: str = ""):
-        folder = args.output or (None if args.quick or args.tiny else RESULTS)
-        self.path = folder and folder / f"{what}-{re.sub('[^a-z0-9]+', '-', where.lower()).strip('-')}.csv"
         self.all, self.show, self.lock = [], show.split(), Lock()
+        self.path = args.output or (None if args.quick or args.tiny else RESULTS)
+        if self.path and self.path.suffix != ".csv":
+            self.path /= f"{what}-{re.sub('[^a-z0-9]+', '-', where.lower()).strip('-')}.csv"
         if self.path:  # before anything is measured
             make_directory(self.path.parent)
 
@@ -99,20 +94,12 @@ class Rows:
         """Print and write a row; several threads may."""
         columns = vars(row)
         with self.lock:
-            if self.show:
-                cells = [f"{name} {columns[name]}" if isinstance(columns[name], int | float) else str(columns[name] or "-")
-                         for name in self.show]
-                print(*cells, sep=", ", flush=True)
-            if self.path:
-                try:
-                    with open(self.path, "a" if self.all else "w", newline="", encoding="utf-8") as file:
-                        table = csv.DictWriter(file, columns, lineterminator="\n")
-                        if not self.all:
-                            table.writeheader()
-                        table.writerow(columns)
-                except OSError as failure:
-                    raise Unwritable(failure.errno, failure.strerror, str(self.path)) from failure
             self.all.append(row)
+            if self.show:
+                print(*(f"{name} {columns[name]}" if isinstance(columns[name], int | float) else str(columns[name] or "-")
+                        for name in self.show), sep=", ", flush=True)
+            if self.path:
+                write_atomic(self.path, as_csv(list(columns), list(map(vars, self.all))))
 
     def close(self) -> None:
         """Print where the rows are."""

@@ -44,30 +44,21 @@ def row_of(label: str, results: dict[int, dict], control: dict[int, dict] | None
     }
 
 
-def shown(value: float | None, form: str = ".2f") -> str:
-    return "-" if value is None else format(value, form)
-
-
-def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
-    return "-" if low is None else f"{low:{form}} to {high:{form}}"
-
-
-COLUMNS = {  # header: the text of a row's cell
-    "flags": lambda row: row["flags"],
-    "n": lambda row: str(row["n"]),
-    "diverged": lambda row: str(row["diverged"]),
-    "accuracy (%)": lambda row: shown(row["mean"]),
-    "SD": lambda row: shown(row["sd"]),
-    "95 % interval": lambda row: interval(row["ci_low"], row["ci_high"]),
-    "pairs": lambda row: shown(row["pairs"], "d"),
-    "difference": lambda row: shown(row["difference"], "+.2f"),
-    "its 95 % interval": lambda row: interval(row["difference_ci_low"], row["difference_ci_high"], "+.2f"),
-    "p": lambda row: "<0.001" if row["p"] is not None and row["p"] < 0.001 else shown(row["p"], ".3f"),
-    "last (%)": lambda row: shown(row["last"]),
-    "verdicts": lambda row: row["verdicts"] or "-",
-    "minutes": lambda row: shown(row["minutes"], ".1f"),
+COLUMNS = {  # header: format of a row's values
+    "flags": "{flags}", "n": "{n}", "diverged": "{diverged}", "accuracy (%)": "{mean:.2f}", "SD": "{sd:.2f}",
+    "95 % interval": "{ci_low:.2f} to {ci_high:.2f}", "pairs": "{pairs:d}", "difference": "{difference:+.2f}",
+    "its 95 % interval": "{difference_ci_low:+.2f} to {difference_ci_high:+.2f}", "p": "{p:.3f}", "last (%)": "{last:.2f}",
+    "verdicts": "{verdicts}", "minutes": "{minutes:.1f}",
 }
 LEFT = {"flags", "verdicts"}
+
+
+def cell(row: dict, form: str) -> str:
+    try:
+        text = form.format_map(row) or "-"
+    except TypeError:  # None has no such format
+        return "-"
+    return "<0.001" if form == COLUMNS["p"] and row["p"] < 0.001 else text
 
 
 def table(results: dict[str, dict[int, dict]], control: str, metric: str, missing: int) -> tuple[list[dict], str]:
@@ -92,4 +83,4 @@ def table(results: dict[str, dict[int, dict]], control: str, metric: str, missin
 
 
 def as_markdown(rows: list[dict], note: str) -> str:
-    return files.as_markdown({header: [text(row) for row in rows] for header, text in COLUMNS.items()}, LEFT, note)
+    return files.as_markdown({header: [cell(row, form) for row in rows] for header, form in COLUMNS.items()}, LEFT, note)

@@ -1,9 +1,7 @@
 """Comparison of an exported file with its checkpoint, acceptance limits, and atomic publication."""
 import csv
 import json
-import os
-import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +13,7 @@ from cli import options
 from data import datasets
 from deploy.runtime import metadata_path
 from rundir.errors import CHECKPOINT, DIVERGED, USAGE, Failure
-from rundir.files import as_csv, make_directory, write_atomic, write_json
+from rundir.files import as_csv, write_atomic, write_json
 from training.evaluation import tolerance
 
 CALIBRATION_IMAGES = 512
@@ -100,31 +98,15 @@ def judge(row: Row, max_drop: float, stated: float | None, amp: str) -> None:
                       "nothing was written; raise --max-drop, or choose another --precision")
 
 
-@contextmanager
-def temporary_folder(directory):
-    """A temporary folder in `directory`; folders created for it are removed on exit if they are empty."""
-    directory = Path(directory)
-    created = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    try:
-        make_directory(directory)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=directory) as folder:
-            yield Path(folder)
-    finally:
-        for folder in created:
-            with suppress(OSError):  # not empty, or never created
-                folder.rmdir()
-
-
 def publish(path: Path, metadata: dict, row: Row, directory: Path) -> Path:
-    """Move the exported file, its metadata and the updated export.csv into `directory`, on the same disk, each atomically.
+    """Write the exported file, its metadata and the updated export.csv to `directory`, each atomically.
 
     The file is first, so that the metadata never describes an older file.
     """
-    table, description, rows = path.with_name("export.csv"), metadata_path(path), []
-    with suppress(FileNotFoundError), open(directory / table.name, newline="", encoding="utf-8") as file:
+    published, table, rows = directory / path.name, directory / "export.csv", []
+    with suppress(FileNotFoundError), open(table, newline="", encoding="utf-8") as file:
         rows = [old for old in csv.DictReader(file) if old["file"] != row.file]
-    write_json(description, metadata)
+    write_atomic(published, path.read_bytes())
+    write_json(metadata_path(published), metadata)
     write_atomic(table, as_csv([field.name for field in fields(Row)], [*rows, asdict(row)]))
-    for each in (path, description, table):
-        os.replace(each, directory / each.name)
-    return directory / path.name
+    return published

@@ -82,12 +82,11 @@ def load(path, threads: int | None = None) -> Model:
     sha256, description = digest(path), metadata_path(path)
     try:
         metadata = json.loads(description.read_text(encoding="utf-8"))
-        missing = {"classes", "image_size", "input", "largest_batch", "precision", "sha256"} - set(metadata)
+        if missing := {"classes", "image_size", "input", "largest_batch", "precision", "sha256"} - set(metadata):
+            raise ValueError(f"no {min(missing)}")
     except (OSError, ValueError, TypeError) as failure:
         raise Failure(CHECKPOINT, f"unreadable metadata of an exported file ({description}: {failure})",
                       "copy both files, or export again") from failure
-    if missing:
-        raise Failure(CHECKPOINT, f"incomplete metadata of an exported file ({description}: no {min(missing)})", "export again")
     if sha256 != metadata["sha256"]:
         raise Failure(CHECKPOINT, f"file does not match its metadata ({path}: wrong SHA-256)", "export it again")
     return open_exported(path, metadata, threads)

@@ -1,8 +1,8 @@
 """Export to ONNX, torch.export (.pt2) and ExecuTorch (.pte) in fp32, fp16 or int8.
 
 The exported graph includes scaling, normalisation, resizing and softmax.  int8 is post-training quantisation by the maintained
-tool of each format.  To add a format: one exporter function, a line in `EXPORTERS`, `SUFFIXES` and `needs`, one in `RUNTIMES`
-of deploy/runtime.py, and its name in deploy/options.py.
+tool of each format.  To add a format: one exporter function, a line in `FORMATS` and `needs`, one in `RUNTIMES` of
+deploy/runtime.py, and its name in deploy/options.py.
 """
 import io
 from pathlib import Path
@@ -59,7 +59,7 @@ def export(module: Deployed, format: str, precision: str, calibration, path: Pat
     batches = [as_input(module, images) for images in calibration.split(LARGEST_BATCH)] if precision == "int8" else None
     try:
         with quiet(), torch.no_grad():
-            EXPORTERS[format](module, batches, path)
+            FORMATS[format][1](module, batches, path)
     except OSError:
         raise
     except Exception as failure:  # each exporter has its own exception types
@@ -144,8 +144,10 @@ def shorten(path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def export_program(module, images, dynamic: dict, quantizer=None, batches=None):
-    """torch.export of `module`.  dynamic: dynamic dimensions by index.  quantizer: of torchao, for int8; None for none."""
+def export_program(module, quantizer, batches, **largest):
+    """torch.export of `module`.  quantizer: of torchao, for int8; None for none.  largest: of dimensions N, H, W, if limited."""
+    images, names = example(module)
+    dynamic = {index: torch.export.Dim(name, max=largest.get(name)) for index, name in names.items()}
     # A strict trace distinguishes the calls of a reused module, such as the ReLU of a residual block, for the quantiser.
     exported = torch.export.export(module, (images,), dynamic_shapes=(dynamic,), strict=quantizer is not None)
     if quantizer is None:
@@ -163,18 +165,16 @@ def export_program(module, images, dynamic: dict, quantizer=None, batches=None):
 
 
 def to_pt2(module: Deployed, batches, path: Path) -> None:
-    images, dynamic = example(module)
     quantizer = None
     if batches is not None:
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
         quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    dims = {index: torch.export.Dim(name) for index, name in dynamic.items()}
-    program = export_program(module, images, dims, quantizer, batches)
+    program = export_program(module, quantizer, batches)
     for node in program.graph.nodes:  # source lines with paths
         for name in ("stack_trace", "nn_module_stack", "from_node", "torch_fn", "source_fn_stack"):
             node.meta.pop(name, None)
     program.example_inputs = None
-    archive = io.BytesIO()
+    archive = io.BytesIO()  # a path would become part of its content
     torch.export.save(program, archive)
     path.write_bytes(archive.getvalue())
 
@@ -183,18 +183,14 @@ def to_executorch(module: Deployed, batches, path: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xnnpack
     from executorch.exir import to_edge_transform_and_lower
-    images, dynamic = example(module)
-    largest = {"N": LARGEST_BATCH, "H": module.info["image_size"], "W": module.info["image_size"]}
-    quantizer = None
+    quantizer, side = None, module.info["image_size"]
     if batches is not None:
         quantizer = xnnpack.XNNPACKQuantizer().set_global(xnnpack.get_symmetric_quantization_config(is_per_channel=True))
-    dims = {index: torch.export.Dim(name, max=largest[name]) for index, name in dynamic.items()}
-    program = export_program(module, images, dims, quantizer, batches)
+    program = export_program(module, quantizer, batches, N=LARGEST_BATCH, H=side, W=side)
     path.write_bytes(to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer)
 
 
-SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "executorch": ".pte"}
-EXPORTERS = {"onnx": to_onnx, "pt2": to_pt2, "executorch": to_executorch}
+FORMATS = {"onnx": (".onnx", to_onnx), "pt2": (".pt2", to_pt2), "executorch": (".pte", to_executorch)}
 
 
 def needs(format: str, precision: str) -> tuple[str, ...]:

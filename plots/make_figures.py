@@ -16,7 +16,7 @@ import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.style
@@ -87,7 +87,6 @@ STYLE = {
     "pdf.fonttype": 42,  # TrueType: Type 3 fonts are refused by several publishers
 }
 WIDTH, HEIGHT = 3.5, 2.5  # inches: one column, without the legend
-THIN = 0.6
 CROSS = {"linestyle": "none", "marker": "X", "markersize": 6.5, "markeredgecolor": "black", "markeredgewidth": 0.7}
 
 
@@ -104,38 +103,36 @@ def in_study(run: Run) -> bool:
 
 def run_directories(top: Path) -> list[Path]:
     """Where runs are: `top` itself or the first level below it that has any; runs/demo/v2 is of another study than runs/v2."""
-    for depth in range(4):
-        if found := [path.parent for path in top.glob("*/" * depth + "config.json") if (path.parent / "log.csv").is_file()]:
-            return found
-    return []
+    levels = ([log.parent for log in top.glob("*/" * depth + "log.csv")] for depth in range(4))
+    return next((found for each in levels if (found := [path for path in each if (path / "config.json").is_file()])), [])
 
 
 def read_study(directories) -> tuple[dict[str, list[Run]], list[Run], list[Failure]]:
     """The runs at or below `directories`: by group, in the order of SERIES, then of names, and of seeds; those that are of no
     group; and why others cannot be read."""
-    found, runs, unreadable = {path.resolve(): path for top in directories for path in run_directories(top)}, [], []
-    for path in sorted(found.values()):
+    runs, unreadable = [], []
+    for path in sorted({path.resolve(): path for top in directories for path in run_directories(top)}.values()):
         try:
             runs.append(read_run(path))
         except Failure as failure:
             unreadable.append(failure)
     known = [run for run in runs if in_study(run)]
-    joining = [run for run in runs if not in_study(run) and joins(run, known)]
-    groups = {name: [] for name in (*SERIES, *sorted({group(run) for run in joining}))}
-    for run in sorted(known + joining, key=lambda run: run.config["seed"]):
-        groups[group(run)].append(run)
-    study = {name: members for name, members in groups.items() if members}
+    members = known + [run for run in runs if not in_study(run) and joins(run, known)]
+    names = [*SERIES, *sorted({group(run) for run in members} - SERIES.keys())]
+    study = {name: sorted((run for run in members if group(run) == name), key=lambda run: run.config["seed"]) for name in names}
+    study = {name: runs for name, runs in study.items() if runs}
     refuse_mixtures(study)
-    return study, [run for run in runs if run not in known and run not in joining], unreadable
+    return study, [run for run in runs if run not in members], unreadable
 
 
 def joins(run, known) -> bool:
     """Whether a run outside the study is a student of a teacher of the study, comparable with its students."""
-    students = [other for other in known if other.distilled or group(other) in ALONE]
-    teachers = {other.teacher for other in known if group(other) not in ALONE}
-    return (run.distilled and run.teacher in teachers and run.config["dataset"] == known[0].config["dataset"]
-            and all(run.network == other.network and run.config.get("image_size") == other.config.get("image_size")
-                    and run.on_test == other.on_test for other in students))
+    def setting(run):
+        return run.network, run.config.get("image_size"), run.on_test
+
+    return (run.distilled and any(run.teacher == other.teacher for other in known if group(other) not in ALONE)
+            and run.config["dataset"] == known[0].config["dataset"]
+            and all(setting(run) == setting(other) for other in known if group(other) not in TEACHERS))
 
 
 # The seeds of one experiment may differ in these, which say where and how a run was done, not what was computed.
@@ -144,39 +141,40 @@ MAY_DIFFER = {
     "teacher_sha256", "init", "student_init", "data_dir", "resume", "overwrite", "debug", "dry_run", "patience",
     "compile", "cuda_graph", "grad_checkpoint", "data_sha256", "init_sha256", "threads",
 }
+ALIKE = {  # what runs of these groups must share
+    "dataset": (SERIES, lambda run: run.config["dataset"]),
+    "student": (STUDENTS, lambda run: run.network),
+    "image_size": (STUDENTS, lambda run: run.config.get("image_size")),
+    "what they validate on": (STUDENTS, lambda run: "the test set" if run.on_test else "a validation split"),
+    "teacher": (("teacher", "v1", "v2", "v3", "v3.1"), lambda run: run.teacher),
+    "stronger teacher": (("teacher-strong", "v4"), lambda run: run.teacher),
+}
 
 
 def refuse_mixtures(study) -> None:
     """A figure compares one thing: refuse runs that differ in more than their experiment, and one seed counted twice."""
-    remedy = "with --runs name only the directories that belong together"
-
-    def same(what, names, value):
-        first, *others = [run for name in names for run in study.get(name, ())] or [None]
-        for run in others:
-            if value(run) != value(first):
-                raise Failure(USAGE, f"runs of one study differ in {what}, {value(first)} and {value(run)} "
-                              f"({first.path} and {run.path})", remedy)
-
-    for name, runs in study.items():
-        for key in dict.fromkeys(key for run in runs for key in run.config if key not in MAY_DIFFER):
-            same(f"{key} of {name}", [name], lambda run, key=key: run.config.get(key))
-        for one, other in zip(runs, runs[1:]):
-            if one.config["seed"] == other.config["seed"]:
-                raise Failure(USAGE, f"{name} has two runs with seed {one.config['seed']} ({one.path} and {other.path})", remedy)
-    students = (*ALONE, *EXPERIMENTS)
-    same("dataset", SERIES, lambda run: run.config["dataset"])
-    same("student", students, lambda run: run.network)
-    same("image_size", students, lambda run: run.config.get("image_size"))
-    same("what they validate on", students, lambda run: "the test set" if run.on_test else "a validation split")
-    same("teacher", ("teacher", "v1", "v2", "v3", "v3.1"), lambda run: run.teacher)
-    same("stronger teacher", ("teacher-strong", "v4"), lambda run: run.teacher)
+    checks = ALIKE | {f"{key} of {name}": ([name], lambda run, key=key: run.config.get(key)) for name, runs in study.items()
+                      for key in dict.fromkeys(key for run in runs for key in run.config) if key not in MAY_DIFFER}
+    found = [(f"runs of one study differ in {what}, {value(runs[0])} and {value(run)}", runs[0], run)
+             for what, (names, value) in checks.items() if (runs := [run for name in names for run in study.get(name, ())])
+             for run in runs if value(run) != value(runs[0])]
+    found += [(f"{name} has two runs with seed {one.config['seed']}", one, other) for name, runs in study.items()
+              for one, other in zip(runs, runs[1:]) if one.config["seed"] == other.config["seed"]]
+    for what, one, other in found:
+        raise Failure(USAGE, f"{what} ({one.path} and {other.path})",
+                      "with --runs name only the directories that belong together")
 
 
 # Numbers
 
-def spread(values) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None for the deviation of a single value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+def spread(values) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation, None where they are not defined."""
+    return float(np.mean(values)) if values else None, float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def shown(mean_and_deviation, digits=".2f", between=" ± ") -> str:
+    """In words; `-` for a mean of None."""
+    return between.join(format(value, digits) for value in mean_and_deviation if value is not None) or "-"
 
 
 def extent(values) -> str:
@@ -184,15 +182,12 @@ def extent(values) -> str:
 
 
 def mean_curve(runs) -> tuple[np.ndarray, ...]:
-    """Epochs (E,), and of the seeds that ran so long: mean (E,), sample deviation (E,; nan for one seed) and number (E,)."""
+    """Epochs (E,), and of the seeds that ran so long: mean (E,) and sample deviation (E,; nan for one seed)."""
     epochs = np.unique(np.concatenate([run.epochs for run in runs]))
-    table = np.full((len(runs), len(epochs)), np.nan)
+    table = np.ma.masked_all((len(runs), len(epochs)))
     for row, run in zip(table, runs):
         row[np.searchsorted(epochs, run.epochs)] = run.val_acc1
-    present = np.isfinite(table).sum(axis=0)
-    mean = np.nansum(table, axis=0) / present
-    squares = np.nansum((table - mean) ** 2, axis=0)
-    return epochs, mean, np.sqrt(squares / np.where(present > 1, present - 1, np.nan)), present
+    return epochs, table.mean(axis=0).data, table.std(axis=0, ddof=1).filled(np.nan)
 
 
 def retentions(finished, name) -> list[float]:
@@ -240,27 +235,22 @@ def new_axis(study, names, statistic):
 def draw_curves(study, names, first_epoch=1):
     """Validation accuracy by epoch from `first_epoch` on: mean line, band of one deviation, a cross where a seed stopped early.
 
-    Once a seed has ended, the mean is over those that are left, and the line is thin.
+    Beyond the first cross the mean is over the seeds that are left.
     """
     axis = new_axis(study, names, "band")
     unequal = len({len(study[name]) for name in names}) > 1
     for index, name in enumerate(names):
         series, runs = look(study, name), study[name]
         curve = mean_curve(runs)
-        epochs, mean, deviation, present = (column[curve[0] >= first_epoch] for column in curve)
+        epochs, mean, deviation = (column[curve[0] >= first_epoch] for column in curve)
         text = label(study, name) + (f" (n = {len(runs)})" if unequal else "")
         text += "" if all(run.summary for run in runs) else ", unfinished"
         stops = sorted((int(run.epochs[-1]), run.val_acc1[-1]) for run in runs if run.summary and run.summary["stopped_early"])
         if stops:
             text += f", stopped at {extent([epoch for epoch, _ in stops])}"
-        elif not len(epochs):
-            text += f", ends at {curve[0][-1]}"
-        complete, spacing = int(np.sum(present == len(runs))), max(1, len(epochs) // 7)
-        axis.plot(epochs[:complete], mean[:complete], label=text, color=series.colour, linestyle=series.dashes,
-                  marker=series.marker, markevery=(spacing * index // len(names), spacing))
-        if complete < len(epochs):
-            rest = slice(max(complete - 1, 0), None)
-            axis.plot(epochs[rest], mean[rest], color=series.colour, linestyle=series.dashes, linewidth=THIN)
+        spacing = max(1, len(epochs) // 7)
+        axis.plot(epochs, mean, label=text, color=series.colour, linestyle=series.dashes, marker=series.marker,
+                  markevery=(spacing * index // len(names), spacing))
         axis.fill_between(epochs, mean - deviation, mean + deviation, color=series.colour, alpha=0.2, linewidth=0)
         if in_sight := [stop for stop in stops if stop[0] >= first_epoch]:
             axis.plot(*zip(*in_sight), **CROSS, color=series.colour, zorder=4)
@@ -278,8 +268,6 @@ def legend(axis) -> Figure:
     handles, _ = axis.get_legend_handles_labels()
     if any(line.get_marker() == CROSS["marker"] for line in axis.lines):
         handles.append(Line2D([], [], **CROSS, color="white", label="early stop"))
-    if any(line.get_linewidth() == THIN for line in axis.lines):
-        handles.append(Line2D([], [], color="black", linewidth=THIN, label="fewer seeds left"))
     for columns in (3, 2, 1):
         box = figure.legend(handles=handles, loc="outside lower left", ncols=columns)
         size = box.get_window_extent()
@@ -310,17 +298,15 @@ def teacher_comparison(study, names) -> Figure:
 def retention_bars(study, names) -> Figure:
     """Figure 5: the share of its own teacher's test accuracy that each student reaches, mean and deviation over seeds."""
     names = [name for name in names if retentions(study, name)]
-    axis = new_axis(study, names, "error bar")
-    for position, name in enumerate(names):
-        mean, deviation = spread(retentions(study, name))
-        axis.bar(position, mean, width=0.7, color=look(study, name).colour, edgecolor="black", linewidth=0.5,
-                 yerr=deviation, error_kw={"elinewidth": 0.8, "capsize": 2})
-        top, lines = mean + (deviation or 0), [f"{mean:.1f}"] + ([] if deviation is None else [f"± {deviation:.1f}"])
-        crosses = 98 - 9 * len(lines) < top < 100  # the teacher's line would run through the text, 9 units of the axis a line
-        axis.annotate("\n".join(lines), (position, 100 if crosses else top), xytext=(0, 2), textcoords="offset points",
-                      ha="center", va="bottom", linespacing=1.0)
+    axis, spreads = new_axis(study, names, "error bar"), [spread(retentions(study, name)) for name in names]
+    deviations = [deviation or 0 for _, deviation in spreads]
+    bars = axis.bar(range(len(names)), [mean for mean, _ in spreads], width=0.7, edgecolor="black", linewidth=0.5,
+                    color=[look(study, name).colour for name in names], yerr=deviations if any(deviations) else None,
+                    error_kw={"elinewidth": 0.8, "capsize": 2})
     teacher = "teacher" + ("; for v4 the stronger one" if "v4" in names else "")
     axis.axhline(100, color="black", linestyle="dotted", linewidth=0.9, label=teacher)
+    axis.bar_label(bars, [shown((mean, deviation), ".1f", "\n± ") for mean, deviation in spreads], padding=2, linespacing=1.0,
+                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3})  # in front of the teacher's line
     axis.set_xticks(range(len(names)), [re.sub("[:,]? ", "\n", label(study, name)) for name in names])
     axis.grid(visible=False)  # every bar says its value
     axis.set_ylim(0, max(120, 1.2 * axis.dataLim.y1))
@@ -347,29 +333,6 @@ FIGURES = {
 
 # Tables
 
-class Cell(NamedTuple):
-    """One cell: what people read, under `header`, and the plain `numbers` behind it by CSV column."""
-    header: str
-    text: str
-    numbers: dict
-    align: str = "r"
-
-
-def words(header, column, text) -> Cell:
-    return Cell(header, text, {column: text}, "l")
-
-
-def number(header, column, value, digits=".2f") -> Cell:
-    return Cell(header, "-" if value is None else format(value, digits), {column: value})
-
-
-def measured(header, column, values) -> Cell:
-    """Mean and deviation over the seeds; empty where there are no values."""
-    mean, deviation = spread(values) if values else (None, None)
-    shown = "-" if mean is None else f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
-    return Cell(header, shown, {f"{column}_mean": mean, f"{column}_sd": deviation})
-
-
 def augmentation(config) -> str:
     """Abbreviated, besides crop and flip, which every run has."""
     mixing = ("M" if config.get("mixup") else "") + ("C" if config.get("cutmix") else "")
@@ -383,33 +346,40 @@ def verdict(run: Run, others: list[Run]) -> str:
     return "collapsed" if control and collapsed(run.val_acc1[-1], control.val_acc1[-1]) else run.summary["verdict"]
 
 
-def table1(finished) -> tuple[list[list[Cell]], str]:
-    """What was run and what came out, beside the report's numbers where the setting is the report's."""
-    rows, reported = [], in_the_reports_setting(finished)
+def over_seeds(column: str, values) -> dict:
+    return dict(zip((f"{column}_mean", f"{column}_sd"), spread(values)))
+
+
+# A row of a table: plain numbers by CSV column, and what people read by header.
+Row = tuple[dict[str, Any], dict[str, str]]
+LEFT = {"exp.", "method", "augm.", "verdict", "network"}  # headers of texts
+
+
+def table1(finished) -> tuple[list[Row], str]:
+    """What was run and what came out, beside the report's numbers where the setting is the report's; and the note below."""
+    rows, reported, everyone = [], in_the_reports_setting(finished), [run for runs in finished.values() for run in runs]
     for name, runs in finished.items():
-        config, distilled = runs[0].config, runs[0].distilled
-        teachers = [run.summary["teacher_test_acc1"] for run in runs]
+        first, best, last = runs[0], *([run.summary[f"test_acc1_{which}"] for run in runs] for which in ("best", "last"))
+        teacher = np.mean([run.summary["teacher_test_acc1"] for run in runs]) if first.distilled else None
         ran, chosen = [int(run.epochs[-1]) for run in runs], [run.summary["best_epoch"] for run in runs]
-        verdicts = Counter(verdict(run, [run for others in finished.values() for run in others]) for run in runs)
-        row = [
-            words("exp.", "experiment", name),
-            words("method", "method", config["method_in_tables"] if distilled else "labels only"),
-            words("augm.", "augmentation", augmentation(config)),
-            number("teacher", "teacher_test_acc1", np.mean(teachers) if distilled else None),
-            measured("accuracy (%)", "test_acc1_best", [run.summary["test_acc1_best"] for run in runs]),
-            number("n", "n", len(runs), "d"),
-            measured("last (%)", "test_acc1_last", [run.summary["test_acc1_last"] for run in runs]),
-            measured("retention (%)", "retention", retentions(finished, name)),
-            Cell("epochs / best", f"{extent(ran)} / {extent(chosen)}",
-                 {"epochs_min": min(ran), "epochs_max": max(ran), "best_epoch_min": min(chosen), "best_epoch_max": max(chosen)}),
-            words("verdict", "verdict", ", ".join(f"{n} {kind}" if len(verdicts) > 1 else kind for kind, n in verdicts.items())),
-        ]
+        kinds = Counter(verdict(run, everyone) for run in runs)
+        verdicts = ", ".join(f"{n} {kind}" if len(kinds) > 1 else kind for kind, n in kinds.items())
+        texts = {
+            "exp.": name, "method": first.method, "augm.": augmentation(first.config), "teacher": shown([teacher]),
+            "accuracy (%)": shown(spread(best)), "n": str(len(runs)), "last (%)": shown(spread(last)),
+            "retention (%)": shown(spread(retentions(finished, name))), "epochs / best": f"{extent(ran)} / {extent(chosen)}",
+            "verdict": verdicts}
+        numbers = {
+            "experiment": name, "method": texts["method"], "augmentation": texts["augm."], "teacher_test_acc1": teacher,
+            **over_seeds("test_acc1_best", best), "n": len(runs), **over_seeds("test_acc1_last", last),
+            **over_seeds("retention", retentions(finished, name)), "epochs_min": min(ran), "epochs_max": max(ran),
+            "best_epoch_min": min(chosen), "best_epoch_max": max(chosen), "verdict": verdicts}
         if reported:
-            numbers = dict(zip(("report_acc1", "report_retention"), REPORT.get(name, (None, None))))
-            shown = [f"{value:.2f}" for value in numbers.values() if value is not None]
-            row.append(Cell("report (%)", " / ".join(shown) or "-", numbers))
-        rows.append(row)
-    used = {word for row in rows for word in re.split(r"\W+", row[2].text)}
+            report = REPORT.get(name, (None, None))
+            texts["report (%)"] = shown(report, between=" / ")
+            numbers |= dict(zip(("report_acc1", "report_retention"), report))
+        rows.append((numbers, texts))
+    used = {word for _, texts in rows for word in re.split(r"\W+", texts["augm."])}
     abbreviations = ", ".join(f"{short} {meaning}" for short, meaning in ABBREVIATIONS.items() if short in used)
     return rows, (
         "Teacher, accuracy: on the test set in percent, with the weights of the best epoch; last: with those of the last. "
@@ -420,22 +390,22 @@ def table1(finished) -> tuple[list[list[Cell]], str]:
         + (" Report: accuracy / retention; one seed, selected on the test set, batch and epochs not given." if reported else ""))
 
 
-def table2(finished) -> tuple[list[list[Cell]], str]:
+def table2(finished) -> tuple[list[Row], str]:
     """What each network costs."""
     rows = []
     for name, runs in finished.items():
         summary, image_size = runs[0].summary, runs[0].config.get("image_size")
-        rows.append([
-            words("exp.", "experiment", name),
-            words("network", "network", runs[0].network),
-            number("parameters (M)", "params_m", summary["params"] / 1e6, ".4g"),
-            number("size (MB)", "size_mb", 4 * summary["params"] / 1e6, ".4g"),
-            number("GFLOP", "gflop", summary["flops"] / 1e9, ".4g"),
-            Cell("image", f"{image_size} px" if image_size else "native", {"image_size": image_size}),
-            measured("accuracy (%)", "test_acc1_best", [run.summary["test_acc1_best"] for run in runs]),
-            number("compression (x)", "compression", summary.get("compression")),
-            number("wall time (min)", "wall_min", np.mean([run.summary["wall_s"] for run in runs]) / 60, ".1f"),
-        ])
+        best = [run.summary["test_acc1_best"] for run in runs]
+        numbers = {
+            "experiment": name, "network": runs[0].network, "params_m": summary["params"] / 1e6,
+            "size_mb": 4 * summary["params"] / 1e6, "gflop": summary["flops"] / 1e9, "image_size": image_size,
+            **over_seeds("test_acc1_best", best), "compression": summary.get("compression"),
+            "wall_min": np.mean([run.summary["wall_s"] for run in runs]) / 60}
+        rows.append((numbers, {
+            "exp.": name, "network": runs[0].network, "parameters (M)": f"{numbers['params_m']:.4g}",
+            "size (MB)": f"{numbers['size_mb']:.4g}", "GFLOP": f"{numbers['gflop']:.4g}",
+            "image": f"{image_size} px" if image_size else "native", "accuracy (%)": shown(spread(best)),
+            "compression (x)": shown([numbers["compression"]]), "wall time (min)": f"{numbers['wall_min']:.1f}"}))
     devices = dict.fromkeys(str(run.config.get("device")) for runs in finished.values() for run in runs)
     return rows, (
         "Size: parameters in fp32, 1 MB = 1000000 bytes. GFLOP: one image of that size forward, a multiply-add counts as 2. "
@@ -473,7 +443,7 @@ TABLES = {"table1": table1, "table2": table2}
 
 def as_csv(rows, note) -> str:
     """Plain numbers, one column each; the note is for people and stays out."""
-    return csv_text([{column: value for cell in row for column, value in cell.numbers.items()} for row in rows])
+    return csv_text([numbers for numbers, _ in rows])
 
 
 def csv_text(records: list[dict]) -> str:
@@ -484,9 +454,7 @@ def csv_text(records: list[dict]) -> str:
 
 
 def as_markdown(rows, note) -> str:
-    columns = {cells[0].header: cells for cells in zip(*rows)}
-    return files.as_markdown({header: [cell.text for cell in cells] for header, cells in columns.items()},
-                             {header for header, cells in columns.items() if cells[0].align == "l"}, note)
+    return files.as_markdown({header: [texts[header] for _, texts in rows] for header in rows[0][1]}, LEFT, note)
 
 
 LATEX = str.maketrans({character: "\\" + character for character in "&%$#_{}"} | {
@@ -496,10 +464,11 @@ LATEX = str.maketrans({character: "\\" + character for character in "&%$#_{}"} |
 
 def as_latex(rows, note) -> str:
     """A plain tabular to \\input, without packages, about as wide as a page of two columns."""
-    lines = [[cell.header for cell in rows[0]], *([cell.text for cell in row] for row in rows)]
+    lines = [list(rows[0][1]), *(texts.values() for _, texts in rows)]
     head, *body = (" & ".join(text.translate(LATEX) for text in line) + r" \\" for line in lines)
     return "\n".join((
-        r"{\scriptsize\setlength{\tabcolsep}{1.5pt}%", rf"\begin{{tabular}}{{{''.join(cell.align for cell in rows[0])}}}",
+        r"{\scriptsize\setlength{\tabcolsep}{1.5pt}%",
+        rf"\begin{{tabular}}{{{''.join('l' if header in LEFT else 'r' for header in rows[0][1])}}}",
         r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}\par\smallskip",
         rf"\noindent {note.translate(LATEX)}\par}}", ""))
 
@@ -528,22 +497,18 @@ def write_outputs(directories, output: Path) -> None:
     Failure DATA, then, where runs could not be read.
     """
     study, others, unreadable = read_study(directories)
-    started = selected(study, lambda run: len(run.epochs))
-    finished = selected(study, lambda run: run.summary)
+    started, finished = selected(study, lambda run: len(run.epochs)), selected(study, lambda run: run.summary)
     if not finished and not any(run.distilled for runs in started.values() for run in runs):
-        if unreadable:
-            raise unreadable[0]
-        where = ", ".join(map(str, directories))
-        raise Failure(DATA, f"no runs of the study to draw ({where})", "train first, or name other directories with --runs")
-    for failure in unreadable:
-        print(f"left out: {failure}")
-    if others:
-        print(f"left out, not of the study: {', '.join(str(run.path) for run in others)}")
+        raise unreadable[0] if unreadable else Failure(
+            DATA, f"no runs of the study to draw ({', '.join(map(str, directories))})",
+            "train first, or name other directories with --runs")
+    said = [f"left out: {failure}" for failure in unreadable]
+    said += [f"left out, not of the study: {', '.join(str(run.path) for run in others)}"] * bool(others)
     if missing := [name for name in SERIES if name not in study]:
-        print(f"not found: {', '.join(missing)}")
-    for run in (run for runs in study.values() for run in runs if not run.summary):
-        reached = run.epochs[-1] if len(run.epochs) else 0
-        print(f"unfinished, in curves only: {run.path} (epoch {reached} of {run.config['epochs']})")
+        said.append(f"not found: {', '.join(missing)}")
+    said += [f"unfinished, in curves only: {run.path} (epoch {max(run.epochs, default=0)} of {run.config['epochs']})"
+             for runs in study.values() for run in runs if not run.summary]
+    print(*said, sep="\n", end="\n" * bool(said))
 
     for name, (draw, wanted, needs_summary) in FIGURES.items():
         pool = finished if needs_summary else started
@@ -554,15 +519,13 @@ def write_outputs(directories, output: Path) -> None:
             continue
         write_figure(draw(pool, names), output / name)
         print(f"{output / name}.png, .pdf" + (f": drawn without {', '.join(missing)}" if missing else ""))
+    for name, table in TABLES.items() if finished else ():
+        rows, note = table(finished)
+        for suffix, render in FORMATS.items():
+            files.write_atomic(output / f"{name}.{suffix}", render(rows, note).encode())
+        print(f"{output / name}.md, .csv, .tex")
     if finished:
-        for name, table in TABLES.items():
-            rows, note = table(finished)
-            for suffix, render in FORMATS.items():
-                files.write_atomic(output / f"{name}.{suffix}", render(rows, note).encode())
-            print(f"{output / name}.md, .csv, .tex")
         print("", as_markdown(*table1(finished)), sep="\n", end="")
-    else:
-        print("table1, table2: not written, no run has finished")
     if unreadable:
         raise Failure(DATA, f"runs that cannot be read were left out ({len(unreadable)}, named above)",
                       "repair them, or take them away")

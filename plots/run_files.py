@@ -1,4 +1,4 @@
-"""Reads the files of run directories for figures: config.json, summary.json, status.json, log.csv, diagnostics.csv.
+"""Reads the files of run directories for figures: config.json, summary.json, log.csv, diagnostics.csv.
 
 A file that is damaged or lacks what a figure needs is a Failure DATA that names it.
 """
@@ -10,6 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from rundir.files import damaged, read_json
+
+NUMBER = int | float
+SUMMARY = {"test_acc1_last": NUMBER, "test_acc1_best": NUMBER, "best_epoch": int, "params": int, "flops": NUMBER,
+           "wall_s": NUMBER, "stopped_early": bool, "selected_on": str, "verdict": str, "health": str | None,
+           "alarms": list | None, "advice": str | None}
+ALARM = {"name": str, "value": NUMBER, "limit": NUMBER, "text": str}
+SETTING = ("dataset", "student", "teacher", "teacher_sha256", "image_size", "val_size", "policy", "random_erasing", "mixup",
+           "cutmix", "mix_prob")
 
 
 @dataclass(frozen=True)
@@ -36,13 +44,13 @@ class Run:
         return self.config["teacher" if self.distilled else "model"]
 
     @property
+    def method(self) -> str:
+        return self.config["method_in_tables"] if self.distilled else "labels only"
+
+    @property
     def on_test(self) -> bool:
         """Whether `val_acc1` was measured on the test set."""
         return self.summary["selected_on"].startswith("test") if self.summary else self.config.get("val_size") == 0
-
-
-SETTING = ("dataset", "student", "teacher", "teacher_sha256", "image_size", "val_size", "policy", "random_erasing", "mixup",
-           "cutmix", "mix_prob")
 
 
 def control_of(run: Run, runs: list[Run]) -> Run | None:
@@ -57,17 +65,11 @@ def control_of(run: Run, runs: list[Run]) -> Run | None:
     return found if run.distilled and found is not run else None
 
 
-def require(path: Path, content: dict, optional=False, **kinds) -> None:
-    """Every key of `kinds` must be in `content`, read from `path`, with a value of that type; a float must be finite.
-
-    optional: it may be missing, or None.
-    """
-    if not isinstance(content, dict):
-        raise damaged(path, f"{content!r} is not an object")
+def require(path: Path, content: dict, **kinds) -> None:
+    """Every key of `kinds` must be in `content`, read from `path`, with a value of that type, or may be missing for `| None`."""
     for key, kind in kinds.items():
         value = content.get(key)
-        wrong = type(value) not in ((int, float) if kind is float else (kind,))
-        if (wrong or isinstance(value, float) and not math.isfinite(value)) and not (optional and value is None):
+        if not isinstance(value, kind) or isinstance(value, float) and not math.isfinite(value):
             raise damaged(path, f"{key} is {value!r}")
 
 
@@ -76,25 +78,18 @@ def read_columns(path: Path, needed: str) -> dict[str, np.ndarray]:
 
     The epochs must be whole and rise.  needed: a column that must be there.
     """
-    rows = []
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            table = csv.reader(file)
-            names = next(table, [])
-            if missing := {"epoch", needed}.difference(names):
-                raise ValueError(f"no column {min(missing)}")
-            for cells in table:
-                try:
-                    row = dict(zip(names, (float(cell or "nan") for cell in cells), strict=True))
-                except ValueError as reason:
-                    raise ValueError(f"line {table.line_num}: {reason}") from None
-                if not row["epoch"].is_integer() or row["epoch"] <= (rows[-1]["epoch"] if rows else 0):
-                    raise ValueError(f"line {table.line_num}: epoch {row['epoch']}")
-                rows.append(row)
+            names, *rows = csv.reader(file)
+        if missing := {"epoch", needed}.difference(names):
+            raise ValueError(f"no column {min(missing)}")
+        cells = np.array([[float(cell or "nan") for cell in row] for row in rows]).reshape(len(rows), len(names))
+        columns = dict(zip(names, np.where(np.isfinite(cells), cells, np.nan).T))
+        if np.any(columns["epoch"] % 1) or np.any(np.diff(columns["epoch"], prepend=0) <= 0):
+            raise ValueError("its epochs do not rise")
     except (OSError, ValueError, csv.Error) as reason:
         raise damaged(path, reason) from None
-    cells = np.array([[*row.values()] for row in rows]).reshape(len(rows), len(names))
-    return dict(zip(names, np.where(np.isfinite(cells), cells, np.nan).T))
+    return columns
 
 
 def read_run(directory: Path) -> Run:
@@ -102,27 +97,21 @@ def read_run(directory: Path) -> Run:
     config = read_json(path)
     if config is None:
         raise damaged(path, "no such file")
-    require(path, config, script=str, dataset=str, epochs=int, seed=int)
-    require(path, config, optional=True, experiment=str, clip_grad=float)
+    require(path, config, script=str, dataset=str, epochs=int, seed=int, experiment=str | None, clip_grad=NUMBER | None)
     distilled = config["script"] == "distill"
-    if distilled:
-        require(path, config, teacher=str, student=str, method=str)
-        for key in ("method_in_tables", "method_in_figures"):  # a run from before they were recorded has its method's name
-            config.setdefault(key, config["method"].upper())
-        require(path, config, method_in_tables=str, method_in_figures=str)
-    else:
-        require(path, config, model=str)
+    require(path, config, **dict.fromkeys(("teacher", "student", "method") if distilled else ("model",), str))
+    for key in ("method_in_tables", "method_in_figures") * distilled:  # a run from before they were recorded lacks them
+        config.setdefault(key, config["method"].upper())
     columns = read_columns(log, "val_acc1")
     epochs, val_acc1 = columns["epoch"].astype(int), columns["val_acc1"]
-    if bad := [f"epoch {epoch}: val_acc1 {value}" for epoch, value in zip(epochs, val_acc1) if not 0 <= value <= 100]:
-        raise damaged(log, bad[0])
-
+    if not all((0 <= val_acc1) & (val_acc1 <= 100)):
+        raise damaged(log, "val_acc1 is no percentage in every epoch")
     path = directory / "summary.json"
     if (summary := read_json(path)) is not None:
-        require(path, summary, test_acc1_last=float, test_acc1_best=float, best_epoch=int, params=int, flops=float, wall_s=float,
-                stopped_early=bool, selected_on=str, verdict=str)
-        if distilled:
-            require(path, summary, teacher_test_acc1=float, retention=float, compression=float)
+        of_teacher = dict.fromkeys(("teacher_test_acc1", "retention", "compression") * distilled, NUMBER)
+        require(path, summary, **SUMMARY, **of_teacher)
+        for alarm in summary.get("alarms") or ():
+            require(path, alarm if isinstance(alarm, dict) else {}, **ALARM)
         if summary["best_epoch"] not in epochs:
             raise damaged(log, f"no row of epoch {summary['best_epoch']}, the best one by summary.json")
     return Run(directory, config, epochs, val_acc1, summary)

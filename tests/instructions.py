@@ -159,7 +159,7 @@ def assemble(args) -> None:
 
 def main(args) -> None:
     torch.set_num_threads(1)
-    for case in table.chosen(args, CASES):
+    for case in args.case or CASES:
         if case == "executed":
             execute(args)
         elif case == "assembled":

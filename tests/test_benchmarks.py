@@ -1,4 +1,5 @@
 """The benchmarks without a test file of their own do what their commands say; what they measure is not judged."""
+import importlib.util
 import os
 import re
 import runpy
@@ -10,7 +11,7 @@ import pytest
 import torch
 from helpers import table_of
 
-from benchmarks import loss, table
+from benchmarks import augmentation_rivals, loss, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -78,13 +79,12 @@ def test_a_gpu_that_is_not_there_is_one_line(command, device, monkeypatch, capsy
     assert not (tmp_path / "new").exists()
 
 
-def test_cases_are_chosen(capsys):
-    parser = table.parser("", "quick", ("a", "b", "c"))
-    assert list(table.chosen(parser.parse_args(["--case", "c", "a"]), ("a", "b"))) == ["c", "a"]
-    assert list(table.chosen(parser.parse_args([]), ("a", "b"))) == ["a", "b"]
-    with pytest.raises(SystemExit) as end:
-        parser.parse_args(["--case", "d"])
-    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+def test_timm_is_a_contender_where_it_is_installed(monkeypatch, capsys):
+    images, labels = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.arange(4)
+    if importlib.util.find_spec("timm"):
+        assert [call() for call in augmentation_rivals.timm_mixing(images, labels).values()] == [4]
+    monkeypatch.setitem(sys.modules, "timm.data.mixup", None)
+    assert augmentation_rivals.timm_mixing(images, labels) == {} and "timm is not installed" in capsys.readouterr().out
 
 
 def test_instructions_and_launches_are_counted():

@@ -128,7 +128,7 @@ def test_int8_is_a_quarter_of_the_weights(tmp_path):
 def test_weights_have_a_scale_for_each_channel_where_one_for_each_tensor_costs(tmp_path, monkeypatch, lost, of_channels):
     """lost: images in a hundred about which the file with one scale says something else than the network in fp32."""
     import onnx
-    said = {"whole.onnx": 0, "channels.onnx": 0, "int8": lost}
+    said = {"fp32.onnx": 0, "channels.onnx": 0, "int8": lost}
     monkeypatch.setattr(writers, "predictions", lambda path, batches: np.arange(100) < said[path.name])
     writers.export(untrained(tmp_path, "resnet8"), "onnx", "int8", torch.from_numpy(images(16, 32, 32)), tmp_path / "int8")
     graph = onnx.load(tmp_path / "int8").graph
@@ -139,14 +139,14 @@ def test_weights_have_a_scale_for_each_channel_where_one_for_each_tensor_costs(t
 
 def other_weights(monkeypatch):
     """An exporter that gets the weights wrong."""
-    right = writers.EXPORTERS["pt2"]
+    suffix, right = writers.FORMATS["pt2"]
 
     def wrong(module, batches, path):
         for parameter in module.net.parameters():
             parameter.data = parameter.data.flip(0)
         right(module, batches, path)
 
-    monkeypatch.setitem(writers.EXPORTERS, "pt2", wrong)
+    monkeypatch.setitem(writers.FORMATS, "pt2", (suffix, wrong))
 
 
 @pytest.mark.parametrize("precision, words", [("fp32", "different logits"), ("fp16", "--max-drop 1")])
@@ -189,7 +189,7 @@ def test_a_network_that_cannot_be_exported_is_one_line(trained, tmp_path, capsys
         path.write_bytes(b"half")
         raise ValueError("no such operator\nand much more")
 
-    monkeypatch.setitem(writers.EXPORTERS, "pt2", fails)
+    monkeypatch.setitem(writers.FORMATS, "pt2", (".pt2", fails))
     code, _, err = export(capsys, trained, "--format pt2", tmp_path / "out")
     assert "no such operator)" in one_line(code, 2, err) and not list(tmp_path.iterdir())
 

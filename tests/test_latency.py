@@ -1,5 +1,6 @@
 """benchmarks.latency on a small run: what it prints, its rows, and what it does without ONNX Runtime."""
 import re
+import runpy
 import sys
 
 import numpy as np
@@ -9,6 +10,8 @@ from command import one_line
 from exporting import needs_onnx, trained_run
 
 from benchmarks import latency, peak_memory, table
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +26,10 @@ def trained(place, capsys):
 
 def benchmark(capsys, monkeypatch, *arguments):
     """Exit code, stdout and stderr of python -m benchmarks.latency."""
-    capsys.readouterr()
-    monkeypatch.setattr(latency, "BLOCK_S", 0.001)
     monkeypatch.setattr(sys, "argv", ["latency", *map(str, arguments)])
     code = 0
     try:
-        latency.main()
+        runpy.run_module("benchmarks.latency", run_name="__main__")
     except SystemExit as leave:
         code = leave.code
     return (code, *capsys.readouterr())
@@ -60,8 +61,9 @@ def test_a_directory_that_is_no_run_is_one_line(tmp_path, capsys, monkeypatch):
 def test_rows_add_up(monkeypatch):
     monkeypatch.setattr(latency, "BLOCK_S", 0.001)
     sizes, before = [], torch.get_num_threads()
-    entered = [latency.contender(lambda images: sizes.append((torch.get_num_threads(), len(images))),
-                                 np.zeros((max(latency.BATCHES), 8, 8, 3), np.uint8), threads=threads) for threads in (1, 2)]
+    entered = [table.Row(call=lambda images: sizes.append((torch.get_num_threads(), len(images))), columns={"threads": threads},
+                         images=np.zeros((max(latency.BATCHES), 8, 8, 3), np.uint8), ms=[],
+                         rates={size: [] for size in latency.BATCHES}) for threads in (1, 2)]
     rows = list(latency.measure(entered, repeats=2))
     torch.set_num_threads(before)
     assert set(sizes) == {(threads, size) for threads in (1, 2) for size in (1, *latency.BATCHES)}

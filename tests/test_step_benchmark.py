@@ -101,23 +101,6 @@ def test_loops_calls_what_the_script_calls():
     assert loads("benchmarks/loops.py") == loads("distill.py")
 
 
-def test_mixed_labels_of_the_plain_loop_are_those_of_its_pixels():
-    """Image i shows i / BATCH everywhere, so each pixel of a mix says which image it is of, or how much of each is in it."""
-    torch.manual_seed(0)
-    kinds = set()
-    for _ in range(20):
-        images, soft = loops.collate([(torch.full((3, SIZE, SIZE), label / BATCH), label) for label in range(BATCH)])
-        for row in range(BATCH):
-            partner, values = (row - 1) % BATCH, images[row, 0]
-            cut = values.unique().numel() > 1 or values[0, 0] in (row / BATCH, partner / BATCH)
-            kinds.add(cut)
-            lam = (values == row / BATCH).float().mean() if cut else (values[0, 0] - partner / BATCH) * BATCH / (row - partner)
-            expected = torch.zeros(len(CLASSES))
-            expected[row], expected[partner] = lam, 1 - lam
-            torch.testing.assert_close(soft[row], expected, atol=1e-5, rtol=0)
-    assert kinds == {False, True}
-
-
 def test_the_plain_loop_trains_on_the_published_loss(context, data):
     teacher, student = loops.networks(CASE, context.device, torch.contiguous_format)
     assert all(parameter.is_contiguous() for net in (teacher, student) for parameter in net.parameters())
