@@ -76,7 +76,8 @@ def test_safetensors_are_read(net, tmp_path, monkeypatch):
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file({key: tensor.contiguous() for key, tensor in net.state_dict().items()}, path)
     assert torch.equal(teacher(path)(IMAGES), net(IMAGES))
-    names = {f"layer{k}.{key.rpartition('.')[2]}": tensor.contiguous() for k, (key, tensor) in enumerate(net.state_dict().items())}
+    names = {f"layer{k}.{key.rpartition('.')[2]}": tensor.contiguous()
+             for k, (key, tensor) in enumerate(net.state_dict().items())}
     safetensors.save_file(names, path)
     assert torch.equal(teacher(path)(IMAGES), net(IMAGES)), "by the numbers in the names"
     path.write_bytes(path.read_bytes()[:-9])
