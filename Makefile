@@ -18,7 +18,7 @@ $(INSTALLED): $(REQUIREMENTS)
 	rm -f $(VENV)/installed-* && touch $@
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check

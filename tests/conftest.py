@@ -8,6 +8,8 @@ import torch
 from packaging.version import Version
 
 torch.set_num_threads(1)
+# Files of tests that take long, and begin first, so that no process waits for the other one at the end.
+LONG = ("sass", "ptx_softmax_kl", "gpu_day", "cuda_path", "ptx_augment", "reliability", "benchmarks", "scripts", "augment_kernel")
 
 
 def patch_once():
@@ -26,6 +28,11 @@ if not torch.cuda.is_available():  # then Triton's kernels run in its interprete
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONG)))
 
 
 def pytest_configure():
