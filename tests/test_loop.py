@@ -199,40 +199,6 @@ def test_a_restored_update_goes_on_as_the_one_that_was_saved():
     assert failure.value.code == 6
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("recipe", OPTIMIZERS, ids=["adamw", "sgd"])
-def test_no_step_waits_for_the_gpu(recipe):
-    """Augmentation, loss, fp16 update and counting, under CUDA's own check for synchronisation."""
-    from augment import BatchAugmenter
-    from losses import dkd_loss
-
-    context = RunContext(torch.device("cuda"), "fp16")
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).cuda()
-    g = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (256, 32, 32, 3), generator=g, dtype=torch.uint8).cuda()
-    augmenter = BatchAugmenter(images, torch.randint(10, (256,), generator=g).cuda(), batch_size=64, seed=0, mean=(0.5,) * 3,
-                               std=(0.25,) * 3,
-                               dtype=context.dtype)
-    update = Update(model, SimpleNamespace(**recipe, clip_grad=1.0, model_ema=0.0), context)
-    means = Metrics(context.ranks, augmenter.steps)
-    for step in range(augmenter.steps):
-        if step == 2:  # what is made once has been made
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            batch = augmenter(step)
-            with context.autocast:
-                logits = model(batch.images)
-            loss, terms = dkd_loss(logits, logits.detach(), batch.targets)
-            update.backward(loss)
-            means.add(logits, batch.targets, loss, terms)
-            means.end_step(means.taken, update(0.1))
-            means.log()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert means.epoch_columns(1)[0]["steps"] == augmenter.steps
-
-
 def test_moving_average():
     model = net()
     update = updater(model, OPTIMIZERS[0], ema_decay=0.5)
