@@ -71,13 +71,13 @@ def assert_grad(grad, expected, label=""):
 
 
 def of_split(split):
-    """Weights and keyword arguments of a way to split the classes, or of the reverse KL."""
-    return (Weights(0.5, 0.5), {"reverse": True}) if split == "reverse" else (MIX, {"split": split})
+    """Weights and keyword arguments of a way to split the classes, or of KD, which does not, or of its reverse KL."""
+    return (Weights(0.5, 0.5), {"reverse": split == "reverse"}) if split in ("kd", "reverse") else (MIX, {"split": split})
 
 
 # 1 and 2 classes have no rest or a single one, 3 the smallest pair with a rest; 10 is below every tile, 100 is CIFAR-100 with one
 # warp a row, 300 and 1000 take four, 5000 more than one tile.  37 rows fill no tile of rows.
-@combined(split=["pair", "dominant", "first", "reverse"], temperature_scale_smoothing=[(4.0, 3.0, 0.0), (1.0, 10.0, 0.1)],
+@combined(split=["pair", "dominant", "first", "kd", "reverse"], temperature_scale_smoothing=[(4.0, 3.0, 0.0), (1.0, 10.0, 0.1)],
           classes=[1, 2, 3, 10, 100, 300, 1000, 5000])
 def test_terms_and_gradient_match_float64_sums(kernel, split, temperature_scale_smoothing, classes):
     temperature, scale, smoothing = temperature_scale_smoothing
@@ -193,8 +193,10 @@ def test_16_bit_gradient_is_the_float64_gradient_rounded_once(kernel, dtype):
     assert (grad == 0).float().mean() < 0.01, "small gradients vanished"
 
 
-def test_kl_is_tckd_plus_the_rest_times_nckd(kernel):
-    z, v, targets = rows(2, 20)
+def test_the_gradient_is_that_of_each_term_and_kl_is_tckd_plus_the_rest_times_nckd(kernel):
+    z, v, targets = rows(50, 20)
+    parts = sum(weight * run(z, v, targets, Weights(**{name: 1.0}))[2] for name, weight in MIX._asdict().items())
+    torch.testing.assert_close(parts, run(z, v, targets)[2], rtol=1e-4, atol=1e-6)
     for i in range(2):
         one = Targets(*(part[i:i + 1] for part in targets))
         _, (_, kl, tckd, nckd), _ = run(z[i:i + 1], v[i:i + 1], one)
