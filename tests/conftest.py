@@ -1,19 +1,38 @@
 """One thread per test process: same bits on every machine, and quicker than two on small tensors."""
 import os
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
 from packaging.version import Version
 
 torch.set_num_threads(1)
+# Files of tests that take long, and begin first, so that no process waits for the other one at the end.
+LONG = ("sass", "ptx_softmax_kl", "gpu_day", "cuda_path", "ptx_augment", "reliability", "benchmarks", "scripts", "augment_kernel")
+
+
+def patch_once():
+    """Replace the functions of triton.language once, and not in every call of a device function, which takes half of the time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+
+
 if not torch.cuda.is_available():  # then Triton's kernels run in its interpreter; it reads this when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
+    patch_once()
 
 
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONG)))
 
 
 def pytest_configure():

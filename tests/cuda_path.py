@@ -31,7 +31,7 @@ import kernels
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.device("cuda", 0)
-IMAGES = 512  # of each split; also what every float64 value reads as, so that evaluation finds all of them
+IMAGES = 384  # of each split; also what every float64 value reads as, so that evaluation finds all of them
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
 COPIES = {aten._to_copy.default, aten.copy_.default}
@@ -239,7 +239,7 @@ def backward(loss, gradient):
 class CudaPath(ExitStack):
     """While it is entered, `distill` and `train_teacher` run those scripts on fake CUDA tensors."""
 
-    def __init__(self, folder: Path, teacher: str = "v2_tiny", student: str = "v2_pico"):
+    def __init__(self, folder: Path, teacher: str = "resnet8", student: str = "resnet8"):
         super().__init__()
         self.folder, self.teacher, self.student = folder, teacher, student
         self.watch, self.mode = Watch(), FakeTensorMode(allow_non_fake_inputs=True)

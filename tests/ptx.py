@@ -29,13 +29,9 @@ import numpy as np
 import sass
 import torch
 
-KINDS = {"u8": np.uint8, "s8": np.int8, "b8": np.uint8, "u16": np.uint16, "s16": np.int16, "b16": np.uint16, "f16": np.float16,
-         "bf16": np.uint16,
-         "u32": np.uint32, "s32": np.int32, "b32": np.uint32, "f32": np.float32, "u64": np.uint64, "s64": np.int64,
-         "b64": np.uint64,
-         "f64": np.float64, "pred": np.bool_}
-UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+UNSIGNED, SIGNED = ({size: np.dtype(f"{letter}{size}").type for size in (1, 2, 4, 8)} for letter in "ui")
+KINDS = {"f16": np.float16, "f32": np.float32, "bf16": np.uint16, "pred": np.bool_} | {
+    f"{letter}{8 * size}": kinds[size] for letter, kinds in (("u", UNSIGNED), ("s", SIGNED), ("b", UNSIGNED)) for size in kinds}
 
 
 class Fault(AssertionError):
@@ -90,14 +86,17 @@ class Program:
 
     @property
     def barriers(self) -> list[int]:
-        return [number for number, instruction in enumerate(self.code) if instruction.name in ("bar", "barrier")
-                and instruction.has("sync")
-                and not instruction.has("warp")]
+        return [number for number, instruction in enumerate(self.code) if instruction.name == "bar"]
 
 
 # --- instructions that compute: name -> (types of the operands, function) -----------------------------------------------------
-# In the types, t is the instruction's own, u is u32, p a predicate, w the result's of a wide product, i the signed or unsigned
-# bits of t.
+# What Triton 3.6 to 3.9 makes of these kernels.  In the types, t is the instruction's own, u is u32, p a predicate, w the
+# result's of a wide product.
+
+def plain(function):
+    """For a function of numbers that wraps, or that rounds once."""
+    return lambda instruction, *values: function(*values)
+
 
 def flushed(instruction, *values):
     """Subnormal numbers are 0 with .ftz."""
@@ -106,27 +105,8 @@ def flushed(instruction, *values):
     return [np.where(np.abs(value) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), value), value) for value in values]
 
 
-def arithmetic(function):
-    """For a function of numbers that wraps, or that rounds once."""
-    def compute(instruction, *values):
-        if instruction.type == "f32":
-            values = flushed(instruction, *values)
-        return function(*values)
-    return compute
-
-
-def smaller(instruction, a, b):
-    return np.minimum(a, b) if instruction.type[0] != "f" or instruction.has("NaN") else np.fmin(a, b)
-
-
-def larger(instruction, a, b):
-    return np.maximum(a, b) if instruction.type[0] != "f" or instruction.has("NaN") else np.fmax(a, b)
-
-
 def product(instruction, a, b):
-    if instruction.type[0] == "f":
-        return arithmetic(np.multiply)(instruction, a, b)
-    if instruction.has("lo"):
+    if instruction.type[0] == "f" or instruction.has("lo"):
         return a * b
     wide = (SIGNED if a.dtype.kind == "i" else UNSIGNED)[2 * a.dtype.itemsize]
     exact = a.astype(wide) * b.astype(wide)
@@ -144,14 +124,7 @@ def fused_multiply_add(instruction, a, b, c):
 
 
 def quotient(instruction, a, b):
-    if instruction.type[0] == "f":
-        return a / b
-    whole = np.abs(a.astype(np.int64)) // np.maximum(np.abs(b.astype(np.int64)), 1)
-    return np.where((a < 0) != (b < 0), -whole, whole).astype(a.dtype)
-
-
-def remainder(instruction, a, b):
-    return a - quotient(instruction, a, b) * b
+    return a / b if instruction.type[0] == "f" else np.trunc(a / b).astype(a.dtype)
 
 
 def shift_left(instruction, a, count):
@@ -166,63 +139,31 @@ def shift_right(instruction, a, count):
     return shifted if a.dtype.kind == "i" else np.where(count < bits, shifted, 0).astype(a.dtype)
 
 
+def two_words(low, high):
+    return low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+
+
 def funnel_shift(instruction, low, high, count):
-    count = count.astype(np.uint64)
-    count = count & np.uint64(31) if instruction.has("wrap") else np.minimum(count, np.uint64(32))
-    both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
-    return (both >> count if instruction.has("r") else (both << count) >> np.uint64(32)).astype(np.uint32)
+    """To the right, by a count below 32."""
+    return (two_words(low, high) >> (count & 31).astype(np.uint64)).astype(np.uint32)
 
 
 def extract_bits(instruction, a, start, length):
-    mask = (np.uint64(1) << np.minimum(length, 32).astype(np.uint64)) - np.uint64(1)
-    field = a.view(np.uint32).astype(np.uint64) >> np.minimum(start, 63).astype(np.uint64) & mask
-    if a.dtype.kind == "i":
-        sign = (np.uint64(1) << np.maximum(length, 1).astype(np.uint64) - np.uint64(1)).astype(np.int64)
-        return ((field.astype(np.int64) ^ sign) - sign).astype(np.int32)
-    return field.astype(np.uint32)
-
-
-def insert_bits(instruction, field, a, start, length):
-    mask = ((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1)) << start.astype(np.uint64)
-    return (a & ~mask | field.astype(np.uint64) << start.astype(np.uint64) & mask).astype(np.uint32)
+    wide = a.astype(SIGNED[8] if a.dtype.kind == "i" else UNSIGNED[8])
+    return (wide << (64 - start - length).astype(wide.dtype) >> (64 - length).astype(wide.dtype)).astype(a.dtype)
 
 
 def permute_bytes(instruction, a, b, selection):
-    both, result = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32), np.zeros(len(a), np.uint32)
-    for number in range(4):
-        wanted = selection >> np.uint32(4 * number) & np.uint32(15)
-        byte = (both >> (8 * (wanted & 7)).astype(np.uint64) & np.uint64(255)).astype(np.uint32)
-        sign = np.where(byte & 128, 255, 0).astype(np.uint32)
-        result |= np.where(wanted & 8, sign, byte).astype(np.uint32) << np.uint32(8 * number)
-    return result
+    wanted = selection[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 7
+    return np.take_along_axis(two_words(a, b).view(np.uint8).reshape(-1, 8), wanted, 1).view(np.uint32).ravel()
 
 
-def three_input_logic(instruction, a, b, c, table):
-    result = np.zeros_like(a)
-    for number in range(8):
-        chosen = (a if number & 4 else ~a) & (b if number & 2 else ~b) & (c if number & 1 else ~c)
-        result |= np.where(table >> np.uint32(number) & np.uint32(1), chosen, 0).astype(a.dtype)
-    return result
-
-
-def compare(instruction, a, b):
-    """A comparison of floats is false with a NaN, and true where its name ends with u."""
-    how = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(instruction.modifiers[0], instruction.modifiers[0])
-    unordered = np.isnan(a) | np.isnan(b) if instruction.type[0] == "f" else np.zeros(len(a), bool)
-    if how in ("num", "nan"):
-        return unordered == (how == "nan")
-    base = how[:-1] if len(how) == 3 else how
-    result = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-              "ge": np.greater_equal}[base](a, b)
-    return result | unordered if len(how) == 3 else result & ~unordered
+COMPARE = {"eq": np.equal, "ne": np.not_equal, "neu": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+           "ge": np.greater_equal}
 
 
 def power_of_two(instruction, a):
     return flushed(instruction, np.exp2(*flushed(instruction, a)))[0]
-
-
-def logarithm(instruction, a):
-    return np.log2(*flushed(instruction, a))
 
 
 def to_bf16(a):
@@ -231,30 +172,16 @@ def to_bf16(a):
     return np.where(np.isnan(a), 0x7FFF, rounded).astype(np.uint16)
 
 
-def from_bf16(a):
-    return (a.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
 def convert(instruction, a):
     target, source = instruction.modifiers[-2:]
     if source == "bf16":
-        a = from_bf16(a)
+        a = (a.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if target == "bf16":
         return to_bf16(a)
-    kind = KINDS[target]
-    if target[0] in "us" and source[-3:-2] == "f":
-        if instruction.has("rzi"):
-            a = np.trunc(a)
-        elif instruction.has("rmi") or instruction.has("rpi"):
-            a = np.floor(a) if instruction.has("rmi") else np.ceil(a)
-        else:
-            a = np.rint(a)
-        limits = np.iinfo(kind)
-        return np.clip(np.nan_to_num(a.astype(np.float64)), limits.min, limits.max).astype(kind)
-    if instruction.has("sat"):
-        limits = np.iinfo(kind)
-        a = np.clip(a, limits.min, limits.max)
-    return a.astype(kind)
+    if instruction.has("rzi"):
+        limits = np.iinfo(KINDS[target])
+        a = np.clip(np.nan_to_num(np.trunc(a.astype(np.float64))), limits.min, limits.max)
+    return a.astype(KINDS[target])
 
 
 def convert_two(instruction, high, low):
@@ -264,18 +191,14 @@ def convert_two(instruction, high, low):
 
 
 COMPUTE = {
-    "add": ("tt", arithmetic(np.add)), "sub": ("tt", arithmetic(np.subtract)), "mul": ("tt", product),
-    "mad": ("ttw", multiply_add),
-    "fma": ("ttt", fused_multiply_add), "div": ("tt", quotient), "rem": ("tt", remainder), "min": ("tt", smaller),
-    "max": ("tt", larger),
-    "neg": ("t", arithmetic(np.negative)), "abs": ("t", arithmetic(np.abs)), "and": ("tt", arithmetic(np.bitwise_and)),
-    "or": ("tt", arithmetic(np.bitwise_or)), "xor": ("tt", arithmetic(np.bitwise_xor)), "not": ("t", arithmetic(np.invert)),
-    "shl": ("tu", shift_left), "shr": ("tu", shift_right), "shf": ("uuu", funnel_shift), "bfe": ("tuu", extract_bits),
-    "bfi": ("uuuu", insert_bits), "prmt": ("uuu", permute_bytes), "lop3": ("uuuu", three_input_logic),
-    "selp": ("ttp", lambda instruction, a, b, choice: np.where(choice, a, b)), "setp": ("tt", compare), "cvt": ("t", convert),
-    "ex2": ("t", power_of_two), "lg2": ("t", logarithm), "rcp": ("t", lambda instruction, a: 1 / a),
-    "sqrt": ("t", arithmetic(np.sqrt)),
-    "popc": ("u", lambda instruction, a: np.unpackbits(a.view(np.uint8).reshape(len(a), 4), axis=1).sum(1).astype(np.uint32)),
+    "add": ("tt", plain(np.add)), "sub": ("tt", plain(np.subtract)), "mul": ("tt", product), "mad": ("ttw", multiply_add),
+    "fma": ("ttt", fused_multiply_add), "div": ("tt", quotient), "min": ("tt", plain(np.fmin)), "max": ("tt", plain(np.fmax)),
+    "neg": ("t", plain(np.negative)), "and": ("tt", plain(np.bitwise_and)), "or": ("tt", plain(np.bitwise_or)),
+    "xor": ("tt", plain(np.bitwise_xor)), "not": ("t", plain(np.invert)), "shl": ("tu", shift_left), "shr": ("tu", shift_right),
+    "shf": ("uuu", funnel_shift), "bfe": ("tuu", extract_bits), "prmt": ("uuu", permute_bytes),
+    "popc": ("u", lambda instruction, a: np.unpackbits(a.view(np.uint8).reshape(-1, 4), axis=1).sum(1).astype(np.uint32)),
+    "selp": ("ttp", lambda instruction, a, b, choice: np.where(choice, a, b)), "cvt": ("t", convert), "ex2": ("t", power_of_two),
+    "setp": ("tt", lambda instruction, a, b: COMPARE[instruction.modifiers[0]](a, b)),
 }
 
 
@@ -485,8 +408,6 @@ class Machine:
                 value = self.special[name][lanes] if name in self.special else np.zeros(len(lanes), np.uint32)
         elif operand.startswith("0f"):
             value = np.full(len(lanes), int(operand[2:], 16), np.uint32)
-        elif operand.startswith("0d"):
-            value = np.full(len(lanes), int(operand[2:], 16), np.uint64)
         elif operand == "global_smem":
             value = np.zeros(len(lanes), np.uint64)
         else:
@@ -522,44 +443,24 @@ class Machine:
     def do_nop(self, instruction, lanes) -> None:
         pass
 
-    do_membar = do_fence = do_nop
-
     def do_bra(self, instruction, lanes) -> None:
         self.at[lanes] = self.program.labels[instruction.operands[0]]
 
     def do_ret(self, instruction, lanes) -> None:
         self.done[lanes] = True
 
-    do_exit = do_ret
-
     def do_bar(self, instruction, lanes) -> None:
-        if not instruction.has("warp"):
-            self.counts["barriers"] += self.warps(lanes)
-            self.waiting[lanes] = True
-
-    do_barrier = do_bar
-
-    # moves
+        self.counts["barriers"] += self.warps(lanes)
+        self.waiting[lanes] = True
 
     def do_mov(self, instruction, lanes) -> None:
-        """Of one register, or of the parts of a wide one."""
-        target, source = instruction.operands
-        parts = self.parts(target if target.startswith("{") else source)
-        bits = int(instruction.type[1:]) // len(parts) if instruction.type != "pred" else 0
-        if target.startswith("{"):
-            whole = self.read(source, lanes, instruction.type)
-            for number, part in enumerate(parts):
-                self.write(part, lanes, (whole >> whole.dtype.type(bits * number)).astype(UNSIGNED[bits // 8]))
-        elif source.startswith("{"):
-            kind = KINDS[instruction.type]
-            whole = np.zeros(len(lanes), kind)
-            for number, part in enumerate(parts):
-                whole |= self.read(part, lanes, f"u{bits}").astype(kind) << kind(bits * number)
-            self.write(target, lanes, whole)
-        else:
-            self.write(target, lanes, self.read(source, lanes, instruction.type))
-
-    do_cvta = do_mov
+        """To one register, or to the parts of a wide one."""
+        value, parts = self.read(instruction.operands[1], lanes, instruction.type), self.parts(instruction.operands[0])
+        if len(parts) == 1:
+            return self.write(parts[0], lanes, value)
+        size = value.dtype.itemsize // len(parts)
+        for number, part in enumerate(parts):
+            self.write(part, lanes, (value >> value.dtype.type(8 * size * number)).astype(UNSIGNED[size]))
 
     # memory
 
@@ -575,9 +476,7 @@ class Machine:
                 value = self.shared.load(self.home[lanes], address + number * width, width, self.warp[lanes])
             else:
                 value = self.memory.load(address + number * width, width)
-            self.write(register, lanes, value.view(KINDS[instruction.type]) if width > 1
-                       else value.view(KINDS[instruction.type]).astype(
-                np.int16 if instruction.type[0] == "s" else np.uint16))
+            self.write(register, lanes, value)
 
     def do_st(self, instruction, lanes) -> None:
         target, source = instruction.operands
@@ -606,8 +505,8 @@ class Machine:
 
     def do_atom(self, instruction, lanes) -> None:
         """Additions of 32-bit numbers, in the order of the lanes."""
-        *target, place, value = instruction.operands
-        if not instruction.has("add") or instruction.type not in ("u32", "s32", "b32"):
+        target, place, value = instruction.operands
+        if not instruction.has("add") or instruction.type != "u32":
             raise NotImplementedError(f"no such atomic operation: {instruction.text}")
         address, value = self.address(place, lanes), self.read(value, lanes, "u32")
         if instruction.has("shared"):
@@ -616,24 +515,14 @@ class Machine:
         else:
             self.memory.load(address, 4)
             old = add_in_turn(self.memory.bytes.view(np.uint32), (address - self.memory.BASE) // 4, value)
-        if target:
-            self.write(target[0], lanes, old)
-
-    do_red = do_atom
+        self.write(target, lanes, old)
 
     # between the lanes of a warp
 
     def do_shfl(self, instruction, lanes) -> None:
         lane, given = lanes % 32, self.read(instruction.operands[2], lanes, "u32").astype(np.int64)
-        if instruction.has("bfly"):
-            source = lane ^ given
-        elif instruction.has("up"):
-            source = np.where(lane >= given, lane - given, lane)
-        elif instruction.has("down"):
-            source = np.where(lane + given < 32, lane + given, lane)
-        else:
-            source = given % 32
-        source = lanes - lane + source
+        sources = {"bfly": lane ^ given, "up": np.where(lane >= given, lane - given, lane), "idx": given % 32}
+        source = lanes - lane + sources[instruction.modifiers[1]]
         here = np.zeros(len(self.at), bool)
         here[lanes] = True
         if not here[source].all():
@@ -641,50 +530,44 @@ class Machine:
         target = instruction.operands[0].partition("|")[0].strip()
         self.write(target, lanes, self.read(instruction.operands[1], source, "u32"))
 
+    def reduce(self, target: str, lanes, function, values) -> None:
+        """`function` of all values of a warp, to each of its lanes."""
+        first = np.flatnonzero(np.r_[True, np.diff(self.warp[lanes]) != 0])
+        self.write(target, lanes, np.repeat(function.reduceat(values, first), np.diff(np.r_[first, len(lanes)])))
+
     def do_redux(self, instruction, lanes) -> None:
-        values, warp = self.read(instruction.operands[1], lanes, instruction.type), self.warp[lanes]
-        first = np.flatnonzero(np.r_[True, np.diff(warp) != 0])
-        operation = {"min": np.minimum, "max": np.maximum, "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or,
-                     "xor": np.bitwise_xor}
-        reduced = operation[instruction.modifiers[1]].reduceat(values, first)
-        self.write(instruction.operands[0], lanes, np.repeat(reduced, np.diff(np.r_[first, len(lanes)])))
+        function = {"min": np.minimum, "max": np.maximum, "add": np.add}[instruction.modifiers[1]]
+        self.reduce(instruction.operands[0], lanes, function, self.read(instruction.operands[1], lanes, instruction.type))
 
     def do_vote(self, instruction, lanes) -> None:
-        values, warp = self.read(instruction.operands[1], lanes, "pred"), self.warp[lanes]
-        first = np.flatnonzero(np.r_[True, np.diff(warp) != 0])
-        sizes = np.diff(np.r_[first, len(lanes)])
-        if instruction.has("ballot"):
-            bits = np.where(values, np.uint32(1) << (lanes % 32).astype(np.uint32), 0).astype(np.uint32)
-            return self.write(instruction.operands[0], lanes, np.repeat(np.bitwise_or.reduceat(bits, first), sizes))
-        reduced = (np.logical_and if instruction.has("all") else np.logical_or).reduceat(values, first)
-        self.write(instruction.operands[0], lanes, np.repeat(reduced, sizes))
+        """The predicates of a warp as the bits of a word (ballot)."""
+        values = self.read(instruction.operands[1], lanes, "pred").astype(np.uint32)
+        self.reduce(instruction.operands[0], lanes, np.bitwise_or, values << (lanes % 32).astype(np.uint32))
 
-    def matrix(self, operand: str, lanes):
-        """Where ldmatrix and stmatrix have the rows: lane l names row l % 8 of matrix l // 8, and holds a word of each."""
+    def matrices(self, operand: str, lanes):
+        """Where the words of 8 x 8 matrices of 16-bit numbers are: lane l names row l % 8 of matrix l // 8, and holds a word of
+        each -> the address of row r of matrix n for every lane, and the lane in its warp."""
         if len(lanes) % 32:
             raise Fault("a matrix is moved by a part of a warp")
-        return self.address(operand, lanes), lanes % 32, np.arange(len(lanes)) - lanes % 32
+        address, lane = self.address(operand, lanes), lanes % 32
+        return lambda number, row: address[np.arange(len(lanes)) - lane + 8 * number + row], lane
 
     def do_stmatrix(self, instruction, lanes) -> None:
-        (address, lane, first), registers = self.matrix(instruction.operands[0], lanes), self.parts(instruction.operands[1])
-        for number, register in enumerate(registers):
-            value = self.read(register, lanes, "u32")
-            if instruction.has("trans"):
-                for half in (0, 1):
-                    place = address[first + 8 * number + 2 * (lane % 4) + half] + 2 * (lane // 4)
-                    self.shared.store(self.home[lanes], place, (value >> np.uint32(16 * half)).astype(np.uint16),
-                                      self.warp[lanes])
-            else:
-                place = address[first + 8 * number + lane // 4] + 4 * (lane % 4)
+        row_of, lane = self.matrices(instruction.operands[0], lanes)
+        for number, register in enumerate(self.parts(instruction.operands[1])):
+            value, place = self.read(register, lanes, "u32"), row_of(number, lane // 4) + 4 * (lane % 4)
+            self.count(instruction, "store", place, 4, lanes)
+            if not instruction.has("trans"):
                 self.shared.store(self.home[lanes], place, value, self.warp[lanes])
-            self.count(instruction, "store", address[first + 8 * number + lane // 4] + 4 * (lane % 4), 4, lanes)
+                continue
+            for half in (0, 1):
+                self.shared.store(self.home[lanes], row_of(number, 2 * (lane % 4) + half) + 2 * (lane // 4),
+                                  (value >> np.uint32(16 * half)).astype(np.uint16), self.warp[lanes])
 
     def do_ldmatrix(self, instruction, lanes) -> None:
-        (address, lane, first), registers = self.matrix(instruction.operands[1], lanes), self.parts(instruction.operands[0])
-        if instruction.has("trans"):
-            raise NotImplementedError(instruction.text)
-        for number, register in enumerate(registers):
-            place = address[first + 8 * number + lane // 4] + 4 * (lane % 4)
+        row_of, lane = self.matrices(instruction.operands[1], lanes)
+        for number, register in enumerate(self.parts(instruction.operands[0])):
+            place = row_of(number, lane // 4) + 4 * (lane % 4)
             self.count(instruction, "load", place, 4, lanes)
             self.write(register, lanes, self.shared.load(self.home[lanes], place, 4, self.warp[lanes]))
 

@@ -16,12 +16,12 @@ from training.metrics import Metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # a deep copy of one asks for it
 CAPTURED = "--method dkd --model-ema 0.9 --dkd-warmup 2 --grad-accum 2"
-STUDENTS = (CAPTURED, "--method kd --deterministic", "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda",
+STUDENTS = (CAPTURED, "--method kd --deterministic --grad-checkpoint",
+            "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda",
             "--method kd --kl reverse --amp off --kernels reference",
-            "--method dkd --kernels reference --mixed-target dominant --opt sgd --momentum 0 --policy none",
-            "--method dkd --grad-checkpoint --amp bf16 --opt sgd")
-TEACHERS = ("--opt sgd --model-ema 0.9 --deterministic --device cuda:0", "--amp off --mixup 0 --cutmix 0",
-            "--amp bf16 --kernels reference --policy randaugment")
+            "--method dkd --kernels reference --mixed-target dominant --opt sgd --momentum 0 --policy none")
+TEACHERS = ("--amp off --mixup 0 --cutmix 0 --opt sgd --model-ema 0.9 --device cuda:0",
+            "--amp bf16 --kernels reference --policy randaugment --deterministic")
 
 
 @pytest.fixture
@@ -38,13 +38,13 @@ def test_a_student_is_distilled_without_waiting(tmp_path, flags, evaluated):
     with CudaPath(tmp_path) as path:
         path.distill(flags)
     watch = path.watch
-    assert watch.steps == 8 and (tmp_path / "run" / "summary.json").exists()
+    assert watch.steps == 6 and (tmp_path / "run" / "summary.json").exists()
     assert len(evaluated) >= 4 and set(evaluated) == {64 if flags == CAPTURED else 128}, "as many images at once as in training"
-    launch_by_launch = any(flag in flags for flag in ("--deterministic", "--kernels reference", "--grad-checkpoint"))
+    launch_by_launch = "--deterministic" in flags or "--kernels reference" in flags
     assert watch.recordings == (0 if launch_by_launch else 2), "a step with diagnostics, and one without"
     if flags == CAPTURED:
-        eager, *replays = (watch.by_step[step] for step in range(3, 9))
-        assert eager > 200 and len(replays) == 5
+        eager, *replays = (watch.by_step[step] for step in range(3, 7))
+        assert eager > 100 and len(replays) == 3
         assert max(replays) <= 4, "position, learning rate, the graph, and a copy of rows to the host, which is frequent here"
 
 
@@ -54,56 +54,25 @@ def test_a_teacher_is_trained_without_waiting(tmp_path, flags, evaluated):
         path.train_teacher(flags)
         assert torch.backends.cudnn.allow_tf32 == ("--amp off" not in flags), "fp32 is exact, or it was not asked for"
         assert not torch.utils.deterministic.fill_uninitialized_memory, "a launch more for every new tensor"
-    assert path.watch.steps == 8 and (tmp_path / "run" / "summary.json").exists() and set(evaluated) == {128}
+    assert path.watch.steps == 6 and (tmp_path / "run" / "summary.json").exists() and set(evaluated) == {128}
     # What is cached on the way, such as the constants of the augmentation on a CPU, is real again afterwards.
     pixels = torch.full((1, 12), 255, dtype=torch.uint8)
     assert torch.equal(cpu.normalise(pixels, torch.zeros(12), torch.ones(12)), torch.ones(1, 12))
 
 
-def plant_a_read(logits, labels):
+def read(logits, labels=None):
     logits.sum().item()
 
 
-def plant_a_blocking_copy(logits, labels):
-    labels.cpu()
-
-
-def plant_an_upload(logits, labels):
-    torch.tensor([0.5, 0.5], device=logits.device)
-
-
-def plant_a_size_from_data(logits, labels):
-    logits[labels > 3]
-
-
-def plant_a_tensor_on_the_cpu(logits, labels):
-    labels + torch.zeros(len(labels), dtype=torch.int64)
-
-
-def plant_a_synchronisation(logits, labels):
-    torch.cuda.synchronize()
-
-
-def plant_a_random_number_of_python(logits, labels):
-    logits * random.random()
-
-
-def plant_a_count_on_the_host(logits, labels, counter=itertools.count()):
-    logits[next(counter) % len(logits)].sum()
-
-
-def plant_a_number_from_the_host(logits, labels):
-    logits * torch.tensor(0.5)
-
-
 @pytest.mark.parametrize("plant, refused, reason", [
-    (plant_a_random_number_of_python, NotRepeatable, "mul"), (plant_a_count_on_the_host, NotRepeatable, "select"),
-    (plant_a_number_from_the_host, MixedDevices, "on the CPU"),
-    (plant_a_read, Wait, "a value is read"), (plant_a_blocking_copy, Wait, "from cuda to cpu"),
-    (plant_an_upload, Wait, "from cpu to cuda"),
-    (plant_a_size_from_data, DynamicOutputShapeException, "nonzero"),
-    (plant_a_tensor_on_the_cpu, RuntimeError, "cuda:0(,| and) cpu"),
-    (plant_a_synchronisation, Wait, "synchronize")], ids=lambda value: getattr(value, "__name__", None))
+    (lambda logits, labels: logits * random.random(), NotRepeatable, "mul"),
+    (lambda logits, labels, counter=itertools.count(): logits[next(counter) % len(logits)].sum(), NotRepeatable, "select"),
+    (lambda logits, labels: logits * torch.tensor(0.5), MixedDevices, "on the CPU"),
+    (read, Wait, "a value is read"), (lambda logits, labels: labels.cpu(), Wait, "from cuda to cpu"),
+    (lambda logits, labels: torch.tensor([0.5, 0.5], device=logits.device), Wait, "from cpu to cuda"),
+    (lambda logits, labels: logits[labels > 3], DynamicOutputShapeException, "nonzero"),
+    (lambda logits, labels: labels + torch.zeros(len(labels), dtype=torch.int64), RuntimeError, "cuda:0(,| and) cpu"),
+    (lambda logits, labels: torch.cuda.synchronize(), Wait, "synchronize")])
 def test_a_planted_fault_is_caught(tmp_path, plant, refused, reason):
     """In a step after the first, or while it is recorded."""
     with CudaPath(tmp_path) as path, path.mode, path.watch:
@@ -116,7 +85,7 @@ def test_a_planted_fault_is_caught(tmp_path, plant, refused, reason):
 
 def test_a_read_in_the_step_of_a_script_is_caught(tmp_path, monkeypatch):
     def add(self, logits, targets, *losses, add=Metrics.add):
-        plant_a_read(logits, targets.dominant)
+        read(logits)
         add(self, logits, targets, *losses)
 
     with CudaPath(tmp_path) as path:
@@ -134,11 +103,11 @@ def test_a_kernel_that_is_given_a_tensor_on_the_cpu_is_caught(tmp_path, monkeypa
 
 def test_few_launches_are_our_own(tmp_path):
     """PyTorch's networks and optimizers take what they take; at most as many as here are ours, and none is added unseen."""
-    with CudaPath(tmp_path, teacher="resnet32x4", student="resnet8x4") as path:
+    with CudaPath(tmp_path, teacher="resnet8x4", student="resnet8x4") as path:
         path.distill("--method dkd --amp fp16 --no-cuda-graph")
     launches = path.watch.launches
     assert launches["augmentation"] == 1 and launches["loss"] <= 2
     assert launches[BOOKKEEPING] <= 12, "copies of rows to the host, frequent here, included"
     looks = launches.pop("diagnostics") * (path.watch.steps - 1)  # of the second epoch's first step, which alone is looked at
-    assert launches["scaler, clip and optimizer"] <= 20 and sum(launches.values()) <= 280, launches
+    assert launches["scaler, clip and optimizer"] <= 20 and sum(launches.values()) <= 185, launches
     assert looks / LOG_EVERY < 0.01 * sum(launches.values()), "what is looked at costs less than a hundredth of a step"

@@ -79,6 +79,8 @@ def test_a_pair_of_labels_may_be_swapped_with_its_lam():
     torch.testing.assert_close(dkd_loss(z, v, targets)[0], dkd_loss(z, v, swapped)[0], rtol=1e-6, atol=1e-6)
     wrong = Targets(targets.other, targets.label, targets.lam)
     assert abs(dkd_loss(z, v, targets)[0] - dkd_loss(z, v, wrong)[0]) > 1e-3
+    ones = torch.ones(3, dtype=torch.int64)
+    assert Targets(ones, 2 * ones, torch.tensor([0.4, 0.5, 0.6])).dominant.tolist() == [2, 1, 1]
 
 
 def test_mixed_ce_is_cross_entropy_with_the_dense_soft_label():
@@ -147,11 +149,6 @@ def test_dist_ignores_scale_and_shift_and_stays_finite():
         assert leaf.grad.isfinite().all() and (leaf is huge or terms["inter"] == terms["intra"] == 1)
     with pytest.raises(ValueError, match="equal shapes"):
         dist_loss(z, z[:, 1:], targets)
-
-
-def test_dominant_label():
-    targets = Targets(torch.tensor([1, 1, 1]), torch.tensor([2, 2, 2]), torch.tensor([0.4, 0.5, 0.6]))
-    assert targets.dominant.tolist() == [2, 1, 1]
 
 
 def test_flags_and_functions_have_the_same_defaults():

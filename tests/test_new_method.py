@@ -47,16 +47,22 @@ def test_a_file_a_record_and_a_line_make_a_method(tmp_path):
     make_images(tmp_path / "images" / "train", classes, 20, seed=0)
     make_images(tmp_path / "images" / "test", classes, 5, seed=1)
 
-    def command(line: str) -> str:
-        done = subprocess.run([sys.executable, *line.split()], cwd=copy, capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0 and not done.stderr, done.stderr
-        return done.stdout
-
     small = f"{SMALL} --data-dir {tmp_path / 'images'}"
-    assert "weight of the squared distance (square, default 2)" in " ".join(command("distill.py --help").split())
-    command(f"train_teacher.py --model resnet8 {small}")
-    said = command(f"distill.py --method square --strength 0.5 --centred --square-warmup 2 --student resnet8 {small}")
+    program = """if 1:
+        import runpy, sys
+        for line in sys.argv[1:]:
+            sys.argv = line.split()
+            try:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            except SystemExit as stop:
+                assert not stop.code"""
+    done = subprocess.run([sys.executable, "-c", program, f"train_teacher.py --model resnet8 {small}",
+                           f"distill.py --method square --strength 0.5 --centred --square-warmup 2 --student resnet8 {small}",
+                           "plots/make_figures.py", "distill.py --help"], cwd=copy, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    said = done.stdout
+    assert "weight of the squared distance (square, default 2)" in " ".join(said.split())
     assert "loss = CE(label smoothing 0.1) + 0.5 |z - v|^2 / C * min(epoch / 2, 1)" in said and " distance 0." in said
     run = copy / "runs" / "square-strength0.5-centred-s42"
     log = list(csv.DictReader((run / "log.csv").read_text().splitlines()))
@@ -66,7 +72,6 @@ def test_a_file_a_record_and_a_line_make_a_method(tmp_path):
     assert abs(first[""] - first["_ce"] - 0.25 * first["_distance"]) < 1e-4
     assert json.loads((run / "config.json").read_text())["strength"] == 0.5
 
-    command("plots/make_figures.py")
     with open(copy / "figures" / "table1.csv", newline="") as file:
         rows = {row["experiment"]: row for row in csv.DictReader(file)}
     assert rows["square-strength0.5-centred"]["method"] == "SQUARE strength 0.5 centred"

@@ -1,4 +1,6 @@
 """Both kernels as machine code for sm_80, sm_90 and sm_120, without a GPU: no spills, few registers, wide loads and stores."""
+import os
+
 import pytest
 import sass
 import torch
@@ -14,10 +16,12 @@ BATCHES = ((32, torch.float32, "autoaugment"), (32, torch.float16, "autoaugment"
            (64, torch.float32, "autoaugment"), (64, torch.float16, "autoaugment"), (32, torch.float16, "none"))
 
 
-def losses():
-    """Every tile size, in both widths of logits, and what other flags compile apart."""
+def losses(every=True):
+    """Each tile size in both widths of logits, and what other flags compile apart: at two sizes, or at `every` one."""
     for classes in CLASSES:
         for dtype, split, reverse in OBJECTIVES:
+            if not every and (split != "pair" or reverse) and classes not in (100, 32000):
+                continue
             logits, label, lam = torch.empty(128, classes, dtype=dtype), torch.zeros(128, dtype=torch.int64), torch.ones(128)
             hyper = softmax_kl.hyperparameters(softmax_kl.Weights(1.0, 1.0), 4.0, 0.1, torch.device("cpu"))
             about = {"classes": classes, "bytes": dtype.itemsize, "split": split, "reverse": reverse}
@@ -33,14 +37,14 @@ def batches():
 
 
 def launches():
-    yield from losses()
+    yield from losses("TORTURE" in os.environ)
     yield from batches()
 
 
 @pytest.fixture(scope="module")
 def compiled():
     codes = sass.inspect(__file__)
-    assert len(codes) == 3 * (len(OBJECTIVES) * len(CLASSES) + len(BATCHES))
+    assert len(codes) == 3 * len(list(launches()))
     return [code for code in codes if "classes" in code], [code for code in codes if "size" in code]
 
 
@@ -56,7 +60,7 @@ def test_sass_of_softmax_kl_has_no_spills_and_stays_within_its_registers(compile
 def test_sass_of_softmax_kl_reads_and_writes_128_bits_where_rows_are_aligned(compiled):
     """A warp of 32 threads has 128 bits a thread to read from 512 bytes of logits on."""
     wide = [code for code in compiled[0] if code["classes"] % 16 == 0 and code["classes"] * code["bytes"] >= 512]
-    assert len(wide) == 3 * (4 + 4 + 2)
+    assert len(wide) >= 3 * (3 + 2 + 2)  # of 128, 2048 and 32000
     assert_none([code for code in wide if not (code["loads128"] >= 2 and code["stores128"])])
 
 
