@@ -1,11 +1,12 @@
 """Construction of networks by name, with random weights.
 
 Three kinds of names (`names()` lists them):
-- the CIFAR networks of the published distillation tables (CRD, Tian et al. 2020, arXiv 1910.10699), layer for layer: the
-  ResNets have 1x1 convolutions as shortcuts, MobileNetV2 has half the width;
+- the CIFAR networks of the published distillation tables (CRD, Tian et al. 2020, arXiv 1910.10699; DKD, Zhao et al. 2022,
+  arXiv 2203.08679), layer for layer: the ResNets have 1x1 convolutions as shortcuts, MobileNetV2 has half the width.  The tables'
+  ResNet18, ResNet50, ShuffleV1 and ShuffleV2 are `cifar_resnet18`, `cifar_resnet50`, `shufflenet_v1` and `shufflenet_v2`;
 - `v2_pico` and `v2_tiny`, small EfficientNetV2s (Tan and Le 2021, arXiv 2104.00298), student and teacher of the demo;
-- torchvision's classifiers, with an optional prefix: `torchvision/vgg13` and `torchvision/mobilenet_v2` need it, because
-  `vgg13` and `mobilenet_v2` are the CIFAR networks.
+- torchvision's classifiers, with an optional prefix: `torchvision/vgg13` and `torchvision/mobilenet_v2` need it, and VGG-11, 16
+  and 19, because `vgg13` and `mobilenet_v2` are the CIFAR networks.
 
 Every network maps float images (N, 3, H, W) to logits (N, C).  It resizes its input to its own image size on the device, so a
 224-pixel teacher and a 32-pixel student can share a batch.  To add a network: one function and one line in `NETWORKS` of
