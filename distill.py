@@ -50,7 +50,7 @@ def main(args):
         model, teacher_model = run.wrap(student), run.wrap(teacher)
         print(f"{data}\nteacher {teacher.info['model']}: {teacher.size / 1e6:.2f} M parameters, "
               f"{teacher.info['image_size']} pixels, test accuracy {teacher_test.acc1:.2f} %\n"
-              f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters")
+              f"student {models.describe(args.student, student, student.info['image_size'])}")
 
         def step(position, lr, diagnose):
             for rows in run.micro_batches:

@@ -13,6 +13,7 @@ Every network maps float images (N, 3, H, W) to logits (N, C).  It resizes its i
 models/cifar_networks.py.
 """
 import difflib
+import re
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.cifar_networks import NETWORKS
@@ -45,10 +47,21 @@ def names() -> list[str]:
     return [*NETWORKS, *(PREFIX + name if name in NETWORKS else name for name in classifiers)]
 
 
+def _similar(name: str) -> list[str]:
+    """Names that differ from `name` only by prefix, case and punctuation, or else similar ones; each with its kind."""
+    def letters(name):
+        return re.sub("[^a-z0-9]|^(torchvision/|cifar_)", "", name.lower())
+
+    choices = sorted({letters(known) for known in names()})
+    found = [letters(name)] if letters(name) in choices else difflib.get_close_matches(letters(name), choices)
+    return [f"{known} (torchvision, for {natural_size(known)} pixels)" if is_torchvision(known) else f"{known} (CIFAR network)"
+            for known in names() if letters(known) in found]
+
+
 def check_name(name: str) -> None:
     """Failure USAGE: unknown name."""
     if name not in NETWORKS and not is_torchvision(name):
-        close = difflib.get_close_matches(name, names())
+        close = _similar(name)
         question = f"did you mean {' or '.join(close)}? " if close else ""
         command = 'python -c "import models; print(*models.names())"'
         raise Failure(USAGE, f"unknown model ({name})", f"{question}all names: {command}")
@@ -79,6 +92,28 @@ def meta_forward(net, image_size: int):
     finally:
         for module in training:
             module.training = True
+
+
+class _LastPooling(TorchFunctionMode):
+    """Records in `shape` the input of the last average pooling, as a module or a function; None without any."""
+
+    shape = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (F.adaptive_avg_pool2d, torch.Tensor.mean):
+            self.shape = args[0].shape
+        return func(*args, **(kwargs or {}))
+
+
+def describe(name: str, net, image_size: int) -> str:
+    """One line: the parameters of `net`, and a note if it is torchvision's and its last feature map is 1x1 at this size."""
+    text = f"{name}: {parameters(net) / 1e6:.2f} M parameters"
+    if is_torchvision(name):
+        with _LastPooling() as pooling:
+            meta_forward(net, image_size)
+        if pooling.shape and pooling.shape[2:] == (1, 1):
+            text += f"; its last feature map is 1x1 at {image_size} pixels (published for {natural_size(name)})"
+    return text
 
 
 def _build_torchvision(name: str, num_classes: int, image_size: int) -> nn.Module:

@@ -4,9 +4,11 @@ import hashlib
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import fails
 
 import models
 from models.cifar_networks import NETWORKS
+from rundir.errors import USAGE
 
 # Name: parameters, FLOPs of one image, digest of the order of tensors, a logit; with 100 classes.  All were computed on the
 # networks of mdistiller, and equal on those of RepDistiller, which lacks ResNet18.
@@ -85,3 +87,25 @@ def test_every_weight_of_our_networks_learns(name):
 def test_the_tables_here_have_every_network():
     assert {*PUBLISHED, *DEMO} == {*NETWORKS}
     assert DEMO == {name: models.parameters(models.build(name, 100)) for name in DEMO}
+
+
+@pytest.mark.parametrize("name, suggestion", [
+    ("ResNet50", "cifar_resnet50 (CIFAR network) or resnet50 (torchvision, for 224 pixels)?"),
+    ("MobileNetV2", "mobilenet_v2 (CIFAR network) or torchvision/mobilenet_v2 (torchvision, for 224 pixels)?"),
+    ("WRN-40-2", "wrn_40_2 (CIFAR network)?"), ("torchvision/resnet20", "resnet20 (CIFAR network)?"),
+    ("ShuffleV1", "shufflenet_v1 (CIFAR network) or")])
+def test_a_suggestion_names_the_kind_of_network(name, suggestion):
+    with fails(USAGE, f"({name})", f"did you mean {suggestion}"):
+        models.check_name(name)
+
+
+@pytest.mark.parametrize("name, image_size, small", [
+    ("resnet18", 32, True), ("resnet18", 64, False), ("cifar_resnet18", 8, False),  # which ends on 1x1 by design
+    ("torchvision/vgg11", 48, True), ("mobilenet_v3_small", 32, True), ("mnasnet0_5", 33, False)])
+def test_a_network_of_torchvision_with_one_position_left_is_noted(name, image_size, small):
+    """Pooling is a module in ResNet, also part of each block in MobileNetV3, and a function in MNASNet."""
+    with torch.device("meta"):
+        net = models.build(name, 10, image_size)
+    line = models.describe(name, net, image_size)
+    assert line.startswith(f"{name}: {models.parameters(net) / 1e6:.2f} M parameters") and "\n" not in line
+    assert (f"1x1 at {image_size} pixels" in line) == small
