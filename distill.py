@@ -49,7 +49,8 @@ def main(args):
         metrics = Metrics(context.ranks, augmenter.steps, args.clip_grad)
         diagnostics = Diagnostics(method, augmenter, run.micro_batches[-1], context.ranks)
         model, teacher_model = run.wrap(student), run.wrap(teacher)
-        print(f"student {args.student}: {models.parameters(student) / 1e6:.2f} M parameters\n{data}")
+        print(f"student {models.describe(args.student, student, student.info['image_size'])}
+{data}")
 
         def step(position, lr, diagnose):
             for rows in run.micro_batches:

@@ -1,17 +1,19 @@
 """Construction of networks by name, with random weights.
 
 Three kinds of names (`names()` lists them):
-- the CIFAR networks of the published distillation tables (CRD, Tian et al. 2020, arXiv 1910.10699), layer for layer: the
-  ResNets have 1x1 convolutions as shortcuts, MobileNetV2 has half the width;
+- the CIFAR networks of the published distillation tables (CRD, Tian et al. 2020, arXiv 1910.10699; DKD, Zhao et al. 2022,
+  arXiv 2203.08679), layer for layer: the ResNets have 1x1 convolutions as shortcuts, MobileNetV2 has half the width.  The tables'
+  ResNet18, ResNet50, ShuffleV1 and ShuffleV2 are `cifar_resnet18`, `cifar_resnet50`, `shufflenet_v1` and `shufflenet_v2`;
 - `v2_pico` and `v2_tiny`, small EfficientNetV2s (Tan and Le 2021, arXiv 2104.00298), student and teacher of the demo;
-- torchvision's classifiers, with an optional prefix: `torchvision/vgg13` and `torchvision/mobilenet_v2` need it, because
-  `vgg13` and `mobilenet_v2` are the CIFAR networks.
+- torchvision's classifiers, with an optional prefix: `torchvision/vgg13` and `torchvision/mobilenet_v2` need it, and VGG-11, 16
+  and 19, because `vgg13` and `mobilenet_v2` are the CIFAR networks.
 
 Every network maps float images (N, 3, H, W) to logits (N, C).  It resizes its input to its own image size on the device, so a
 224-pixel teacher and a 32-pixel student can share a batch.  To add a network: one function and one line in `NETWORKS` of
 models/cifar_networks.py.
 """
 import difflib
+import re
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.cifar_networks import NETWORKS
@@ -44,10 +47,21 @@ def names() -> list[str]:
     return [*NETWORKS, *(PREFIX + name if name in NETWORKS else name for name in classifiers)]
 
 
+def _similar(name: str) -> list[str]:
+    """Names that differ from `name` only by prefix, case and punctuation, or else similar ones; each with its kind."""
+    def letters(name):
+        return re.sub("[^a-z0-9]|^(torchvision/|cifar_)", "", name.lower())
+
+    choices = sorted({letters(known) for known in names()})
+    found = [letters(name)] if letters(name) in choices else difflib.get_close_matches(letters(name), choices)
+    return [f"{known} (torchvision, for {natural_size(known)} pixels)" if is_torchvision(known) else f"{known} (CIFAR network)"
+            for known in names() if letters(known) in found]
+
+
 def check_name(name: str) -> None:
     """Failure USAGE: unknown name."""
     if name not in NETWORKS and not is_torchvision(name):
-        close = difflib.get_close_matches(name, names())
+        close = _similar(name)
         question = f"did you mean {' or '.join(close)}? " if close else ""
         command = 'python -c "import models; print(*models.names())"'
         raise Failure(USAGE, f"unknown model ({name})", f"{question}all names: {command}")
@@ -78,6 +92,28 @@ def meta_forward(net, image_size: int):
     finally:
         for module in training:
             module.training = True
+
+
+class _LastPooling(TorchFunctionMode):
+    """Records in `shape` the input of the last average pooling, as a module or a function; None without any."""
+
+    shape = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (F.adaptive_avg_pool2d, torch.Tensor.mean):
+            self.shape = args[0].shape
+        return func(*args, **(kwargs or {}))
+
+
+def describe(name: str, net, image_size: int) -> str:
+    """One line: the parameters of `net`, and a note if it is torchvision's and its last feature map is 1x1 at this size."""
+    text = f"{name}: {parameters(net) / 1e6:.2f} M parameters"
+    if is_torchvision(name):
+        with _LastPooling() as pooling:
+            meta_forward(net, image_size)
+        if pooling.shape and pooling.shape[2:] == (1, 1):
+            text += f"; its last feature map is 1x1 at {image_size} pixels (published for {natural_size(name)})"
+    return text
 
 
 def _build_torchvision(name: str, num_classes: int, image_size: int) -> nn.Module:

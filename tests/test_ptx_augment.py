@@ -13,7 +13,7 @@ MODES = ("batch", "elem")
 POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "randaugment", "trivialaugment")
 COUNTED = ("autoaugment", 32, "elem", "fp16", 64, None)  # whose counts are limited below
 LIMITS = {"warp instructions": 6_850 if sass.OLD else 5_200, "load sectors": 410, "store sectors": 390}  # an image
-WAVEFRONTS = 1.94 if sass.OLD else 1.66  # per access to shared memory
+WAVEFRONTS = 1.95 if sass.OLD else 1.66  # per access to shared memory
 
 
 def cases():
