@@ -49,8 +49,7 @@ def main(args):
         metrics = Metrics(context.ranks, augmenter.steps, args.clip_grad)
         diagnostics = Diagnostics(method, augmenter, run.micro_batches[-1], context.ranks)
         model, teacher_model = run.wrap(student), run.wrap(teacher)
-        print(f"student {models.describe(args.student, student, student.info['image_size'])}
-{data}")
+        print(f"student {models.describe(args.student, student, student.info['image_size'])}\n{data}")
 
         def step(position, lr, diagnose):
             for rows in run.micro_batches:
