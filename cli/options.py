@@ -64,6 +64,8 @@ def optimisation_flags(parser) -> None:
         help="of --sched multistep; default: 150 180 210")
     add("--warmup-epochs", type=whole, default=5, metavar="N", help="of the learning rate, linear from 0; " + DEFAULT)
     add("--label-smoothing", type=number(float, at_least=0, below=1), default=0.1, metavar="EPS", help=DEFAULT)
+    add("--class-weights", choices=("none", "balanced"), default="none", help="weights of the classes in the cross-entropy; "
+        "balanced: inverse to their numbers of training images, 1 on average; " + DEFAULT)
     add("--clip-grad", type=nonnegative, default=1.0, metavar="NORM", help="maximum gradient norm, 0 is off; " + DEFAULT)
     add("--model-ema", type=number(float, at_least=0, below=1), default=0.0, metavar="DECAY",
         help="evaluate and save an exponential moving average of the weights, 0 is off; " + DEFAULT)

@@ -15,13 +15,13 @@ from training import evaluation, run
 from training.metrics import Metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # a deep copy of one asks for it
-CAPTURED = "--method dkd --model-ema 0.9 --dkd-warmup 2 --grad-accum 2"
+CAPTURED = "--method dkd --model-ema 0.9 --dkd-warmup 2 --grad-accum 2 --class-weights balanced"
 STUDENTS = (CAPTURED, "--method kd --deterministic", "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda",
             "--method kd --kl reverse --amp off --kernels reference",
             "--method dkd --kernels reference --mixed-target dominant --opt sgd --momentum 0 --policy none",
             "--method dkd --grad-checkpoint --amp bf16 --opt sgd")
 TEACHERS = ("--opt sgd --model-ema 0.9 --deterministic --device cuda:0", "--amp off --mixup 0 --cutmix 0",
-            "--amp bf16 --kernels reference --policy randaugment")
+            "--amp bf16 --kernels reference --policy randaugment --class-weights balanced")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from cli import options
 from data import datasets
 from data.split import Split
 from diagnostics.alarms import judge
+from losses.cross_entropy import class_weights_of
 from rundir import resume, run_directory
 from rundir.checkpoint import Writer
 from rundir.run_directory import EpochRow, RunDirectory
@@ -64,6 +65,7 @@ class Run:
         with self.ranks.local_main_first():
             self.data = datasets.load(**options.data(self.args), device=self.context.device)
         resume.check_data(self.began, self.data)
+        self.class_weights = class_weights_of(self.args.class_weights, self.data.train.labels, len(self.data.classes))
         self.batch_size = global_batch_size(self.args.batch_size, self.data, self.context)
         self.micro_batches = micro_batches(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
         self.rows_at_once = len(self.micro_batches[0])
