@@ -124,6 +124,14 @@ def test_classes_of_uneven_size(here, capsys, monkeypatch):
     assert abs(losses[0] - losses[1]) > 0.01
 
 
+def test_dkd_on_two_classes_says_that_beta_has_no_effect(here, capsys):
+    code, _, err = run(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --data-dir other --output runs/two")
+    assert code == 0, err
+    for method, said in (("dkd", 1), ("kd", 0)):
+        code, out, err = distill(capsys, f"--method {method} --teacher-checkpoint runs/two/best.pt --epochs 1", data="other")
+        assert code == 0 and out.count("--beta has no effect") == said, err
+
+
 def test_a_sweep_of_the_real_scripts(here, capsys):
     """One of its two runs was there before, from this process: importing PyTorch anew takes seconds."""
     assert distill(capsys, "--seed 0 --method dkd --lr 1e30 --output sweep/lr-1e30_method-dkd-s0")[0] == 6

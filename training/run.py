@@ -102,6 +102,8 @@ class Run:
     def start(self, update, metrics, diagnostics, teacher=None, **facts) -> None:
         """Write the first files, or restore the checkpoint.  facts: further entries of config.json."""
         self.update, self.metrics, self.diagnostics = update, metrics, diagnostics
+        if "nckd" in diagnostics.method.record.terms and len(self.data.classes) == 2:
+            print("with two classes NCKD is 0 by definition: --beta has no effect")
         facts |= {"teacher": teacher.info["model"]} if teacher else {}
         self.directory.open(self.config | self.began | facts | {"image_size": update.net.info["image_size"]},
                             update.checkpoint_bytes, self.saved["epoch"] if self.saved else 0)
