@@ -304,7 +304,7 @@ class CudaPath(ExitStack):
         self.replace(fake_tensor, init_gpu_context=lambda *_: None)
         self.replace(FakeTensorMode, avoid_device_init=True, __deepcopy__=lambda mode, memo: mode)
         self.replace(FakeTensor, __getitem__=item, __setitem__=set_item,  # all values of a tensor are the same: one is read
-                     tolist=lambda tensor: np.full(tensor.shape, tensor.flatten()[0].item()).tolist())
+                     tolist=lambda tensor: np.full(tensor.shape, tensor.flatten()[0].item() if tensor.numel() else 0).tolist())
         self.replace(torch.nn.Module, to=self._move(torch.nn.Module.to))
         self.replace(torch.amp.GradScaler, get_scale=lambda scaler: 1024.0)
         clip = sys.modules["torch.nn.utils.clip_grad"]
