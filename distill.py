@@ -36,7 +36,7 @@ def main(args):
     with Run(args, config, context) as run:
         if run.finished:
             return
-        data, criterion, recipe = run.load_data(), method.criterion(context.device), Recipe.of(args)
+        data, criterion, recipe = run.load_data(), method.criterion(context.device, run.class_weights), Recipe.of(args)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
         checkpoint = models.complete(checkpoint, data, student.info["image_size"], args.teacher_mean, args.teacher_std)

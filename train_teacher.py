@@ -37,7 +37,7 @@ def main(args):
     with Run(args, config, context) as run:
         if run.finished:
             return
-        data, criterion, recipe = run.load_data(), method.criterion(context.device), Recipe.of(args)
+        data, criterion, recipe = run.load_data(), method.criterion(context.device, run.class_weights), Recipe.of(args)
         net = run.new_network(args.model, pretrained=pretrained, init=args.init)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,
                                    batch_size=run.batch_size)

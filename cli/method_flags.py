@@ -62,4 +62,4 @@ def chosen(args) -> ChosenMethod:
     name = getattr(args, "method", None)
     record = METHODS[name] if name else LABELS
     return ChosenMethod(record, {each: getattr(args, each) for each in record.hyperparameters}, args.label_smoothing,
-                        getattr(args, f"{name}_warmup", 0))
+                        getattr(args, f"{name}_warmup", 0), args.class_weights)

@@ -67,9 +67,12 @@ def optimisation_flags(parser) -> None:
     add("--warmup-epochs", type=whole, metavar="N",
         help="of the learning rate, linear from 0; default: 5, or all epochs but one of a shorter run")
     add("--label-smoothing", type=number(float, at_least=0, below=1), default=0.1, metavar="EPS", help=DEFAULT)
+    add("--class-weights", choices=("none", "balanced"), default="none", help="weights of the classes in the cross-entropy; "
+        "balanced: inverse to their numbers of training images, 1 on average; " + DEFAULT)
     add("--clip-grad", type=nonnegative, default=1.0, metavar="NORM", help="maximum gradient norm, 0 is off; " + DEFAULT)
     add("--model-ema", type=number(float, at_least=0, below=1), default=0.0, metavar="DECAY",
-        help="evaluate and save an exponential moving average of the weights, 0 is off; " + DEFAULT)
+        help="evaluate and save an exponential moving average of the weights, 0 is off; in step t the decay is at most "
+        "t / (9 + t), so that a short run does not end with its first weights; " + DEFAULT)
     add("--patience", type=whole, default=30, metavar="EPOCHS",
         help="early stopping after so many epochs without improvement, 0 is off; " + DEFAULT)
     add("--monitor", choices=("val_loss", "val_acc1"), default="val_loss", help="for best.pt and early stopping; " + DEFAULT)

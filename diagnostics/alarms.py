@@ -1,10 +1,13 @@
 """Verdict and alarms of a run.  Imports no torch.
 
 A collapse is a fall of validation accuracy below a reference, by `collapsed`: summary.json compares with the run's own best epoch
-and also counts an accuracy near chance; plots/ and STUDY.md compare with the control, a KD run.  An alarm is a value beyond a
-limit, not a cause: STUDY.md counts how often each is raised in runs that did not collapse.  MOVE and DEAD are set on those runs.
+and also counts an accuracy near chance; plots/ and STUDY.md compare with the control, a KD run.  Chance is the accuracy of the
+constant prediction of the largest class.  An alarm is a value beyond a limit, not a cause: STUDY.md counts how often each is
+raised in runs that did not collapse.  MOVE and DEAD are set on those runs.
 """
 from typing import NamedTuple
+
+from diagnostics.classes import Confusion, effective_number
 
 FALL = 5.0  # percentage points of validation accuracy below the reference: a collapse
 NEAR = 5.0  # percentage points above chance
@@ -14,6 +17,9 @@ TEACHER = 50.0  # teacher accuracy (%) on the augmented images
 SKIPPED = 0.01  # share of the steps
 MOVE = 0.03  # relative norm of a weight update
 DEAD = 0.1  # share of classes that are never predicted
+# Of the effective number of predicted classes beyond the first over that of the labels: 0 for a constant prediction, whatever the
+# sizes of the classes, and 1 for a perfect one.
+CONCENTRATED = 0.5
 
 
 def collapsed(last: float, reference: float) -> bool:
@@ -30,22 +36,23 @@ class Alarm(NamedTuple):
     text: str
 
 
-def judge(method, monitor: str, rows: list, diagnostics: list[dict], classes: int, stopped_early: bool) -> dict:
-    """Entries of summary.json: verdict, health, alarms, and advice, None unless the run collapsed or has dead classes.
+def judge(method, monitor: str, rows: list, diagnostics: list[dict], val: Confusion, stopped_early: bool) -> dict:
+    """Entries of summary.json: verdict, health, alarms, and advice, None unless the run collapsed or leaves out classes.
 
     method: a losses.chosen_method.ChosenMethod.  rows: of log.csv.  diagnostics: rows of diagnostics.csv.
+    val: the confusion matrix of the best epoch's weights on the validation set.
     """
-    found = alarms(method, monitor, rows, diagnostics, classes, stopped_early)
+    found = alarms(method, monitor, rows, diagnostics, val, stopped_early)
     names = {alarm.name for alarm in found}
     remedies = [f"{name}: {remedy}" for name, remedy in advice(method, diagnostics).items() if name in names]
     verdict = "collapsed" if names & {"collapse", "chance"} else "early stop" if stopped_early else "completed"
     return {"verdict": verdict,
             "health": f"{len(found)} alarm{'s' * (len(found) > 1)}" if found else "healthy",
             "alarms": [alarm._asdict() for alarm in found],
-            "advice": "; ".join(remedies) or None if verdict == "collapsed" or "dead" in names else None}
+            "advice": "; ".join(remedies) or None if verdict == "collapsed" or names & {"dead", "concentrated"} else None}
 
 
-def alarms(method, monitor, rows, diagnostics, classes: int, stopped_early: bool) -> list[Alarm]:
+def alarms(method, monitor, rows, diagnostics, val: Confusion, stopped_early: bool) -> list[Alarm]:
     """The alarms of a run; arguments as for `judge`."""
     found, steps, by_share = [], sum(row.steps for row in rows), shares(method, diagnostics)
 
@@ -58,17 +65,25 @@ def alarms(method, monitor, rows, diagnostics, classes: int, stopped_early: bool
         return max(((row[column], row["epoch"]) for row in diagnostics if row.get(column) is not None), default=(None, None))
 
     accuracy, last = [row.val_acc1 for row in rows], rows[-1].val_acc1
-    best, chance = max(accuracy), 100 / classes
-    near = min(2 * chance, chance + NEAR)  # with two classes, twice chance is 100 %
+    best, chance, classes = max(accuracy), val.chance, len(val.names)
+    near = min(2 * chance, chance + NEAR, (chance + 100) / 2)  # chance may be 50 %, or 96 %
     if collapsed(last, best):
         found.append(Alarm("collapse", best - last, FALL, rows[-1].epoch, f"validation accuracy fell from {best:.1f} % in epoch "
                            f"{accuracy.index(best) + 1} to {last:.1f} % at the end (alarm above {FALL:g} points)"))
     if last <= near:
         found.append(Alarm("chance", last, near, rows[-1].epoch, f"validation accuracy is {last:.1f} % at the end, near "
-                           f"chance, {chance:.3g} % with {classes} classes (alarm up to {near:.3g} %)"))
+                           f"chance, {chance:.3g} %, the share of the largest of {classes} classes (alarm up to {near:.3g} %)"))
+    labels, predicted = effective_number(val.labels), effective_number(val.predicted)
+    fewest, most = 1 + CONCENTRATED * (labels - 1), int(val.predicted.argmax())
+    if predicted < fewest:
+        of_predictions, of_labels = (number[most] / number.sum() for number in (val.predicted, val.labels))
+        found.append(Alarm("concentrated", predicted, fewest, rows[-1].best_epoch, f"predictions are concentrated: in the best "
+                           f"epoch {val.names[most]!r} is predicted for {of_predictions:.0%} of the validation images and the "
+                           f"label of {of_labels:.0%}; the effective number of predicted classes is {predicted:.1f}, that of "
+                           f"the labels {labels:.1f} (alarm below {fewest:.1f})"))
     dead = diagnostics[-1]["dead_classes"] if diagnostics else None
     if dead:
-        check("dead", dead / classes, DEAD, f"the student never predicts {dead} of {classes} classes at the end "
+        check("dead", dead / classes, DEAD, f"{dead} of {classes} classes are never predicted at the end "
               f"(alarm above {DEAD:.0%})", diagnostics[-1]["epoch"])
     skipped = sum(row.skipped_steps for row in rows) / steps
     check("skipped", skipped, SKIPPED, f"{skipped:.1%} of the steps were skipped: loss or gradient was not finite "
@@ -116,10 +131,13 @@ def advice(method, diagnostics: list[dict]) -> dict[str, str]:
     weights = method.record.weight_of
     largest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(method, diagnostics))[:1] if term in weights]
     or_weight = "".join(f" or {flag}" for flag in largest)
+    pair = "use --mixed-target pair, or " * ("mixed_target" in method.hyperparameters)
+    uneven = ", or, with classes of uneven size, use --class-weights balanced" * (method.class_weights != "balanced")
     return {
+        "concentrated": f"train longer{uneven}",
         "skipped": f"lower --lr{or_weight}, or use --amp bf16",
         "move": f"halve --lr{or_weight}, or clip the gradient (--clip-grad 1), one at a time",
-        "inverted": "use --mixed-target pair, or less mixing (--mix-prob)",
+        "inverted": f"{pair}mix less (--mix-prob)",
         "clipped": " or ".join(["raise --clip-grad", *(f"lower {flag}" for flag in largest)]),
         "share": ", or ".join([*(f"lower {flag}" for flag in largest), "raise --ce-weight"]),
         "teacher": "train the teacher under the same augmentation, or weaken it (--policy none, a lower --mix-prob)",

@@ -13,12 +13,15 @@ conditional distribution inside the last one:
 
     loss = ce * CE + T^2 * (kl * KL + tckd * TCKD + nckd * NCKD),   every term the mean over the N rows.
 
+With class weights w, (C,),  CE = -sum_i w_i y_i log softmax(z)_i,  also the mean over the N rows.
+
 With a = b this is DKD (Zhao et al. 2022, arXiv 2203.08679); the three-way split is its extension to images that carry two
 labels.  Knowledge distillation (Hinton et al. 2015, arXiv 1503.02531) is the weights (1 - alpha, alpha, 0, 0).
 
 Gradient, T^2 included (times 1/N):
     i in {a, b}:  T * (tckd + kl) * (q_i - p_i)                                                  + ce * (softmax_i - y_i)
     i in R:       T * [(tckd * (q_R - p_R) + nckd + kl * q_R) * q^_i - (nckd + kl * p_R) * p^_i]  + ce * (softmax_i - y_i)
+With class weights, softmax_i - y_i becomes  W * softmax_i - w_i y_i,  W = sum_j w_j y_j.
 Reversed, every KL has the student first, KL = TCKD + q_R * NCKD, and its gradient is  T * kl * q_i * [L_i - KL]  for every i,
 L_i = ln q_i - ln p_i; it is offered for the KL alone.  L_i and KL can be large and nearly equal, so their difference is summed as
 sum_j q_j (L_i - L_j) over the groups, and inside R every L_i is taken relative to that of the student's largest class.
@@ -87,13 +90,16 @@ def hyperparameters(weights: Weights, temperature: float, label_smoothing: float
 
 
 def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weights, *, temperature: float,
-               label_smoothing: float = 0.0, split: str = "pair", reverse: bool = False):
+               label_smoothing: float = 0.0, split: str = "pair", reverse: bool = False, class_weights=None):
     """The loss of the module docstring, ready for `backward`, and its terms.
 
     student_logits, teacher_logits: (N, C) fp32, fp16 or bf16, any strides; the teacher is not read where CE alone is wanted,
     and may be None there.  label, other: int64 (N,).  lam: float32 (N,).
     split: the target set of a mixed row: "pair" {label, other}; "dominant" the one with the larger share; "first" label.
     reverse: the student first in the KL, which is then the only divergence that may have a weight.
+    class_weights: fp32 (C,), at least 0, of the classes in CE; None: all 1.  As in torch.nn.CrossEntropyLoss(weight=...) with
+    probabilities as targets, whose mean is over the N rows.  With class indices as targets, PyTorch's mean is that sum over the
+    rows divided by the sum of the rows' weights, sum_n w[label_n], instead of by N.
     The gradient is kept in fp32 until `backward`, where the upstream gradient multiplies it before it is rounded to 16 bits.
     Returns the loss (0-dim fp32, backpropagates to student_logits only) and its Terms.
     Raises ValueError for shapes or a split that do not fit, and without any term.
@@ -108,6 +114,8 @@ def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weigh
         raise ValueError(f"logits must be (N, C), not empty, and alike: {' and '.join(map(str, shapes))}")
     if not label.shape == other.shape == lam.shape == student_logits.shape[:1]:
         raise ValueError(f"targets must be (N,): {tuple(label.shape)}, {tuple(other.shape)}, {tuple(lam.shape)}")
+    if class_weights is not None and class_weights.shape != student_logits.shape[1:]:
+        raise ValueError(f"class weights must be (C,): {tuple(class_weights.shape)} for {student_logits.shape[1]} classes")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
     if not wanted:
@@ -117,7 +125,7 @@ def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weigh
     hyper = hyperparameters(weights, temperature, label_smoothing, student_logits.device)
     teacher_logits = None if teacher_logits is None else teacher_logits.detach()
     losses, grad = torch.ops.fusekd.softmax_kl(student_logits.detach(), teacher_logits, label, other, lam, hyper,
-                                               wanted, split, reverse)
+                                               wanted, split, reverse, class_weights)
     loss, *terms = losses.unbind()
     return _WithGradient.apply(student_logits, loss, grad), Terms(*terms)
 
@@ -144,14 +152,15 @@ class _WithGradient(torch.autograd.Function):
 
 _library = torch.library.Library("fusekd", "DEF")
 _library.define("softmax_kl(Tensor student, Tensor? teacher, Tensor label, Tensor other, Tensor lam, Tensor hyper, str terms, "
-                "str split, bool reverse) -> (Tensor, Tensor)")
+                "str split, bool reverse, Tensor? class_weights=None) -> (Tensor, Tensor)")
 
 
-def _softmax_kl(student, teacher, label, other, lam, hyper, terms, split, reverse):
+def _softmax_kl(student, teacher, label, other, lam, hyper, terms, split, reverse, class_weights=None):
     """-> fp32 (5,): the weighted sum, CE, KL, TCKD, NCKD; and the gradient, fp32 (N, C), contiguous.  terms: names of Weights."""
     implementation = softmax_kl_triton if use_triton(student) else softmax_kl_cpu
     with torch._C._AutoDispatchBelowAutograd():  # every operation inside starts sooner, as in PyTorch's own operators
-        return implementation(student, teacher, label, other, lam, hyper, terms=terms, split=split, reverse=reverse)
+        return implementation(student, teacher, label, other, lam, hyper, terms=terms, split=split, reverse=reverse,
+                              class_weights=class_weights)
 
 
 _library.impl("softmax_kl", _softmax_kl, "CPU")
@@ -159,14 +168,14 @@ _library.impl("softmax_kl", _softmax_kl, "CUDA")
 
 
 @torch.library.register_fake("fusekd::softmax_kl", lib=_library)
-def _(student, teacher, label, other, lam, hyper, terms, split, reverse):
+def _(student, teacher, label, other, lam, hyper, terms, split, reverse, class_weights=None):
     return student.new_empty(5, dtype=torch.float32), student.new_empty(student.shape, dtype=torch.float32)
 
 
 # --- the specification ------------------------------------------------------------------------------------------------
 
 def softmax_kl_naive(z, v, label, other, lam, *, temperature, label_smoothing=0.0, split="pair", reverse=False,
-                     standardize=False):
+                     standardize=False, class_weights=None):
     """CE, KL, TCKD and NCKD of the module docstring as (4,), row by row, for reading and for tests: best in float64.
 
     z, v: logits (N, C) of student and teacher; autograd gives the gradient.  standardize: z-scored logits except in CE
@@ -174,7 +183,8 @@ def softmax_kl_naive(z, v, label, other, lam, *, temperature, label_smoothing=0.
     """
     classes, lam = z.shape[1], lam.to(z.dtype)
     soft_label = lam[:, None] * F.one_hot(label, classes) + (1 - lam)[:, None] * F.one_hot(other, classes)
-    terms = [_expected((1 - label_smoothing) * soft_label + label_smoothing / classes, -z.log_softmax(1)).mean()]
+    y = (1 - label_smoothing) * soft_label + label_smoothing / classes
+    terms = [_expected(y if class_weights is None else y * class_weights, -z.log_softmax(1)).mean()]
     if standardize:
         z, v = ((x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True, correction=min(1, classes - 1)) + 1e-7) for x in (z, v))
     student, teacher = (z / temperature).log_softmax(1), (v / temperature).log_softmax(1)
@@ -239,7 +249,7 @@ def _derived(hyper, n, classes) -> tuple:
     return 1.0, 1 / T, 1 / n, T * T / n, eps / classes, eps - 1, w_ce / n, *(weight * T / n for weight in weights)
 
 
-def softmax_kl_cpu(z, v, label, other, lam, hyper, *, terms: str, split: str, reverse: bool):
+def softmax_kl_cpu(z, v, label, other, lam, hyper, *, terms: str, split: str, reverse: bool, class_weights=None):
     """The formulas of the module docstring in fp32 PyTorch; arguments and results of the operator."""
     wanted, z, scalars = terms.split(), z.float(), Scalars.of(hyper, *z.shape)
     means: dict = dict.fromkeys(Weights._fields, hyper.new_full((), torch.nan))
@@ -254,7 +264,8 @@ def softmax_kl_cpu(z, v, label, other, lam, hyper, *, terms: str, split: str, re
         divergences, grad = _divergences(z, v.float(), targets, scalars, reverse, with_kl="kl" in wanted)
         means |= {name: mean for name, mean in divergences.items() if name in wanted}
     if log_softmax is not None:
-        means["ce"], on_logits = _cross_entropy(log_softmax, labels, shares, scalars)
+        means["ce"], on_logits = (_cross_entropy(log_softmax, labels, shares, scalars) if class_weights is None else
+                                  _weighted_cross_entropy(log_softmax, labels, shares, class_weights, scalars))
         grad = on_logits.mul_(scalars.ce) if grad is None else grad.addcmul_(on_logits, scalars.ce)
     stacked = torch.stack(list(means.values()))
     weighted = hyper[:4] * stacked  # a term of weight 0 does not count, even if it is infinite or NaN: nansum leaves it out
@@ -271,6 +282,15 @@ def _cross_entropy(log_softmax, labels, shares, scalars):
     spread = (log_softmax.sum() * scalars.uniform).nan_to_num_(nan=0.0, neginf=-math.inf)
     ce = (less * log_softmax.gather(1, labels)).nansum() - spread
     return ce * scalars.mean, log_softmax.exp_().sub_(scalars.uniform).scatter_add_(1, labels, less)
+
+
+def _weighted_cross_entropy(log_softmax, labels, shares, class_weights, scalars):
+    """`_cross_entropy` with class weights."""
+    less, uniform = shares * scalars.minus_hard * class_weights[labels], class_weights * scalars.uniform
+    spread = _finite(log_softmax * uniform).sum()
+    ce = (less * log_softmax.gather(1, labels)).nansum() - spread
+    total = uniform.sum() - less.sum(1, keepdim=True)
+    return ce * scalars.mean, log_softmax.exp_().mul_(total).sub_(uniform).scatter_add_(1, labels, less)
 
 
 def _finite(products):
@@ -473,6 +493,17 @@ def _read_rest(at_z, at_v, column, a, b, start, live, C: tl.constexpr, DIVERGENC
 
 
 @triton.jit
+def _beyond(z, own, rest, class_weights, column, C: tl.constexpr):
+    """By lane, over the columns of R: the sum of z - own, or of w * (z - own); and the sum of w."""
+    beyond = z - _spread(own)
+    w_R = beyond
+    if class_weights is not None:
+        w_R = tl.load(class_weights + column, column < C, other=0.0)
+        beyond = _times(w_R, beyond)
+    return _lane_sum(tl.where(rest, beyond, 0.0)), _lane_sum(tl.where(rest, w_R, 0.0))
+
+
+@triton.jit
 def _summary_of_tile(z, v, log2_e_T, REVERSE: tl.constexpr):
     """Of rows that fit into one tile: its weights; maxima over R; and sums over R: gap, e^(z/T), e^z, e^(v/T)."""
     top_z = tl.maximum(tl.max(_lane_max(z), 1), LOWEST)
@@ -489,12 +520,12 @@ def _summary_of_tile(z, v, log2_e_T, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _summary_of_blocks(at_z, at_v, column, a, b, own, live, log2_e_T, C: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-                       BLOCK: tl.constexpr, DIVERGENCE: tl.constexpr, REVERSE: tl.constexpr):
-    """Of wider rows the same and the sum of z - own, online: each lane rescales its sums when its maxima rise."""
+def _summary_of_blocks(at_z, at_v, class_weights, column, a, b, own, live, log2_e_T, C: tl.constexpr, ROWS: tl.constexpr,
+                       LANES: tl.constexpr, BLOCK: tl.constexpr, DIVERGENCE: tl.constexpr, REVERSE: tl.constexpr):
+    """Of wider rows the same and what `_beyond` gives, online: each lane rescales its sums when its maxima rise."""
     top_z = tl.full([ROWS, LANES], LOWEST, tl.float32)
     gap = tl.zeros([ROWS, LANES], tl.float32)
-    top_v, base_v, total_z, total_1, total_v, beyond = top_z, top_z, gap, gap, gap, gap
+    top_v, base_v, total_z, total_1, total_v, beyond, w_R = top_z, top_z, gap, gap, gap, gap, gap
     for start in range(0, C, BLOCK):
         z, v, rest = _read_rest(at_z, at_v, column, a, b, start, live, C, DIVERGENCE)
         old_z, old_v, old_base = top_z, top_v, base_v
@@ -513,7 +544,9 @@ def _summary_of_blocks(at_z, at_v, column, a, b, own, live, log2_e_T, C: tl.cons
         total_1 = total_1 * tl.exp2((old_z - top_z) * LOG2E) + _lane_sum(weight_1)
         total_v = total_v * drop_v + _lane_sum(weight_v)
         at_z, at_v = at_z + BLOCK, at_v + BLOCK
-        beyond += _lane_sum(tl.where(rest & (column < C - start), z - _spread(own), 0.0))
+        more, w_more = _beyond(z, own, rest & (column < C - start), class_weights, column + start, C)
+        beyond += more
+        w_R += w_more
     # The lanes of a row together.
     old_z, old_v, old_base = top_z, top_v, base_v
     top_z, top_v = tl.max(top_z, 1), tl.max(top_v, 1)
@@ -525,10 +558,10 @@ def _summary_of_blocks(at_z, at_v, column, a, b, own, live, log2_e_T, C: tl.cons
     else:
         base_v = top_v
         gap = _moved_gap(gap, total_v, drop_v, fall_z - fall_v)
-    gap, beyond = tl.sum(gap, 1), tl.sum(beyond, 1)
+    gap, beyond, w_R = tl.sum(gap, 1), tl.sum(beyond, 1), tl.sum(w_R, 1)
     total_z, total_v = tl.sum(total_z * drop_z, 1), tl.sum(total_v * drop_v, 1)
     total_1 = tl.sum(total_1 * tl.exp2(fall_z * LOG2E), 1)
-    return at_z, at_v, top_z, top_v, base_v, gap, total_z, total_1, total_v, beyond
+    return at_z, at_v, top_z, top_v, base_v, gap, total_z, total_1, total_v, beyond, w_R
 
 
 # From these sums follow a row's terms, the gradients of its labels, and the factors of the gradient in R, which is
@@ -548,6 +581,21 @@ def _cross_entropy_of(z_a, z_b, total_1, beyond, share, one, eps, uniform, C: tl
     y_R = uniform * (C - labels)
     return (ce, _difference(s_a, s_b + s_R, y_a, y_b + y_R), _difference(s_b, s_a + s_R, y_b, y_a + y_R),
             tl.exp(-lse))  # lse is relative to top_z and so not negative
+
+
+@triton.jit
+def _weighted_cross_entropy_of(z_a, z_b, total_1, beyond, w_a, w_b, w_R, share, one, eps, uniform):
+    """The same with class weights.  beyond: the sum of w * (z - own) over R.  w_R: the sum of the weights in R."""
+    log_s_a, log_s_b, log_s_R, s_a, s_b, s_R, lse = _groups(z_a, z_b, tl.log2(total_1) * LN2)
+    # The weighted soft label over its sum, `total`, is a distribution t: the gradient is total * (softmax - t).
+    y_a, y_R = w_a * ((1 - eps) * share + uniform), w_R * uniform
+    y_b = tl.where(one, 0.0, w_b * ((1 - eps) * (1 - share) + uniform))
+    log_s_own, total = tl.where(share >= 0.5, log_s_a, log_s_b), y_a + y_b + y_R
+    inverse = _inverse(total)
+    ce = -_times(y_a, log_s_a) - _times(y_b, log_s_b)
+    ce -= tl.where(eps > 0, uniform * (beyond + _times(w_R, log_s_own)), 0.0)
+    return (ce, total * _difference(s_a, s_b + s_R, y_a * inverse, (y_b + y_R) * inverse),
+            total * _difference(s_b, s_a + s_R, y_b * inverse, (y_a + y_R) * inverse), total * tl.exp(-lse))
 
 
 @triton.jit
@@ -642,7 +690,7 @@ def _add_up(row_terms, losses, hyper, N, WANTED: tl.constexpr, REDUCE: tl.conste
 
 
 @triton.jit
-def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_terms, losses, finished, N,
+def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, class_weights, grad, row_terms, losses, finished, N,
                        C: tl.constexpr, STUDENT_STRIDE: tl.constexpr, TEACHER_STRIDE: tl.constexpr,
                        CE: tl.constexpr, KL: tl.constexpr, TCKD: tl.constexpr, NCKD: tl.constexpr,
                        SPLIT: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr,
@@ -672,10 +720,11 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
         z, v, rest = _read_rest(at_z, at_v, column, a, b, 0, live, C, DIVERGENCE)
         weight_z, weight_1, weight_v, top_z, top_v, base_v, gap, total_z, total_1, total_v = _summary_of_tile(
             z, v, log2_e_T, REVERSE)
-        beyond = tl.sum(_lane_sum(tl.where(rest & (column < C), z - _spread(own), 0.0)), 1)
+        beyond, w_R = _beyond(z, own, rest & (column < C), class_weights, column, C)
+        beyond, w_R = tl.sum(beyond, 1), tl.sum(w_R, 1)
     else:
-        at_z, at_v, top_z, top_v, base_v, gap, total_z, total_1, total_v, beyond = _summary_of_blocks(
-            at_z, at_v, column, a, b, own, live, log2_e_T, C, ROWS, LANES, BLOCK, DIVERGENCE, REVERSE)
+        at_z, at_v, top_z, top_v, base_v, gap, total_z, total_1, total_v, beyond, w_R = _summary_of_blocks(
+            at_z, at_v, class_weights, column, a, b, own, live, log2_e_T, C, ROWS, LANES, BLOCK, DIVERGENCE, REVERSE)
 
     # Nothing to subtract where there is no class besides the labels.
     top_z = tl.where(total_z != 0, top_z, 0.0)
@@ -684,7 +733,12 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
     grad_a = tl.zeros([ROWS], tl.float32)
     grad_b, factor_1, factor_z, factor_v, factor_gap = grad_a, grad_a, grad_a, grad_a, grad_a
     if CE:
-        ce, grad_a, grad_b, factor_1 = _cross_entropy_of(z_a, z_b, total_1, beyond, share, one, eps, uniform, C)
+        if class_weights is None:
+            ce, grad_a, grad_b, factor_1 = _cross_entropy_of(z_a, z_b, total_1, beyond, share, one, eps, uniform, C)
+        else:
+            w_a, w_b = tl.load(class_weights + a), tl.load(class_weights + b)
+            ce, grad_a, grad_b, factor_1 = _weighted_cross_entropy_of(
+                z_a, z_b, total_1, beyond, w_a, w_b, w_R, share, one, eps, uniform)
         grad_a, grad_b, factor_1 = w_ce * grad_a, w_ce * grad_b, w_ce * scale * factor_1
         tl.store(row_terms + row, ce, live)
     if DIVERGENCE:
@@ -734,7 +788,10 @@ def _softmax_kl_kernel(student, teacher, label, other, lam, hyper, grad, row_ter
             weight_z, weight_1, weight_v = _weights(z, v, top_z, top_v, log2_e_T)
         g = tl.zeros([CHUNKS, ROWS, LANES, VECTOR], tl.float32)
         if CE:
-            g = weight_1 * _spread(factor_1) - smoothed
+            w = 1.0
+            if class_weights is not None:
+                w = tl.load(class_weights + start + column, column < C - start, other=0.0)
+            g = weight_1 * _spread(factor_1) - smoothed * w
         if DIVERGENCE:
             if REVERSE:
                 g += _times(weight_z, _spread(factor_z)
@@ -767,7 +824,7 @@ def vector_for(*logits) -> int:
     return math.gcd(*steps)
 
 
-def tile_for(classes: int, vector: int, reverse: bool) -> Tile:
+def tile_for(classes: int, vector: int, reverse: bool, weighted: bool) -> Tile:
     if interpreted():  # which pays per program and per operation, hardly per lane
         rows, lanes, block, warps, registers = 64 if classes <= 4096 else 4, 1, min(classes, 4096), 1, 0
     elif classes <= 128:
@@ -778,6 +835,8 @@ def tile_for(classes: int, vector: int, reverse: bool) -> Tile:
         rows, lanes, block, warps, registers = 1, 32, classes, 1, 224
     else:  # 2048 at a time: wider tiles would spill, or leave one program per multiprocessor
         rows, lanes, block, warps, registers = (1, 64, classes, 2, 255) if classes <= 2048 else (1, 128, 2048, 4, 128)
+    if weighted and registers:
+        registers = min(255, registers + 24)
     return Tile(rows, lanes, triton.next_power_of_2(triton.cdiv(block, lanes * vector)), warps, registers)
 
 
@@ -796,13 +855,13 @@ def _counter_for(logits: torch.Tensor) -> torch.Tensor:
 
 
 def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, terms: str, split: str, reverse: bool,
-                      tile: Tile | None = None):
+                      class_weights=None, tile: Tile | None = None):
     """One launch; arguments and results of the operator.  Logits whose classes are not adjacent are copied first."""
     teacher = student if teacher is None else teacher
     student, teacher = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (student, teacher))
     rows, classes = student.shape
     vector = vector_for(student, teacher)
-    tile = tile or tile_for(classes, vector, reverse)
+    tile = tile or tile_for(classes, vector, reverse, class_weights is not None)
     wanted = {name.upper(): name in terms.split() for name in Weights._fields}
     if not wanted["TCKD"] and not wanted["NCKD"]:
         split = "pair"  # on which KL and CE do not depend
@@ -810,7 +869,7 @@ def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, terms: str,
     row_terms = torch.empty(4, rows, dtype=torch.float32, device=student.device)
     losses = torch.empty(5, dtype=torch.float32, device=student.device)
     _softmax_kl_kernel[(triton.cdiv(rows, tile.rows),)](
-        student, teacher, label.contiguous(), other.contiguous(), lam.contiguous(), hyper, grad, row_terms, losses,
+        student, teacher, label.contiguous(), other.contiguous(), lam.contiguous(), hyper, class_weights, grad, row_terms, losses,
         _counter_for(student), rows, classes, student.stride(0), teacher.stride(0), **wanted,
         SPLIT=split, REVERSE=reverse, ROWS=tile.rows, CHUNKS=tile.chunks, LANES=tile.lanes, VECTOR=vector,
         REDUCE=256 * tile.warps, num_warps=tile.warps, maxnreg=tile.registers or None,

@@ -9,19 +9,22 @@ class ChosenMethod:
     """A record of losses/methods.py with the run's values.
 
     hyperparameters: by name, None for the record's default_fn.  warmup_epochs: of `record.warmed_up`, which rise from 0.
+    class_weights: "none" or "balanced".
     """
 
-    def __init__(self, record: Method, hyperparameters: dict, label_smoothing: float, warmup_epochs: int = 0):
+    def __init__(self, record: Method, hyperparameters: dict, label_smoothing: float, warmup_epochs: int = 0,
+                 class_weights: str = "none"):
         self.record = record
         self.hyperparameters, self.label_smoothing, self.warmup_epochs = hyperparameters, label_smoothing, warmup_epochs
-        self.arguments = hyperparameters | {"label_smoothing": label_smoothing}
+        self.class_weights = class_weights
+        self.arguments = hyperparameters | {"label_smoothing": label_smoothing, "class_weights": None}
 
     @cached_property
     def function(self):
         return resolve_name(self.record.function)
 
-    def criterion(self, device):
-        """The loss, a function of both logits (N, C) and a Targets.
+    def criterion(self, device, class_weights=None):
+        """The loss, a function of both logits (N, C) and a Targets.  class_weights: fp32 (C,), on `device`.
 
         Hyperparameters under warm-up are 0-dim fp32 tensors on `device`, filled by `set_epoch`, so that a CUDA graph reads them.
         """
@@ -29,6 +32,7 @@ class ChosenMethod:
             import torch
             self.arguments |= {name: torch.tensor(float(self.hyperparameters[name]), device=device)
                                for name in self.record.warmed_up}
+        self.arguments["class_weights"] = class_weights
         return partial(self.function, **self.arguments)
 
     def set_epoch(self, epoch: int) -> None:
@@ -60,6 +64,6 @@ class ChosenMethod:
     @property
     def objective(self) -> str:
         """The loss as a formula with its values."""
-        ce = f"CE(label smoothing {self.label_smoothing:g})"
+        ce = f"CE(label smoothing {self.label_smoothing:g}{', classes balanced' * (self.class_weights == 'balanced')})"
         ramp = f" * min(epoch / {self.warmup_epochs}, 1)" if self.warmup_epochs else ""
         return f"loss = {self.record.formula(self.hyperparameters, ce, ramp)}"

@@ -6,7 +6,7 @@ SMALLEST = 1e-8  # added to the product of the norms, as in the authors' code: c
 
 
 def dist_loss(student_logits, teacher_logits, targets: Targets, *, beta=1.0, gamma=1.0, temperature=1.0, ce_weight=1.0,
-              label_smoothing=0.0):
+              label_smoothing=0.0, class_weights=None):
     """loss = ce_weight * CE + T^2 * (beta * inter + gamma * intra).
 
     With q and p the softmaxes of student and teacher logits / T, (N, C), and rho Pearson's correlation:
@@ -15,13 +15,14 @@ def dist_loss(student_logits, teacher_logits, targets: Targets, *, beta=1.0, gam
     Neither depends on the labels, so mixed images need no special rule.  The batch is a rank's slice, or a micro-batch.
 
     Logits (N, C) in fp32, fp16 or bf16; computed in fp32.  With one row, or one class, every correlation is 0.
+    class_weights: fp32 (C,), of the cross-entropy (losses/cross_entropy.py).
     Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "inter", "intra"}, detached, unweighted, T^2 included.
     Raises ValueError where CE does, and for teacher logits of another shape.
     """
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(f"logits must have equal shapes: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
     loss, terms = softmax_kl(student_logits, None, *targets, Weights(ce=ce_weight), temperature=1.0,
-                             label_smoothing=label_smoothing)
+                             label_smoothing=label_smoothing, class_weights=class_weights)
     q, p = ((logits.float() / temperature).softmax(1) for logits in (student_logits, teacher_logits.detach()))
     inter, intra = (temperature ** 2 * (1 - correlation(q, p, dim).mean()) for dim in (1, 0))
     return loss + beta * inter + gamma * intra, {"ce": terms.ce, "inter": inter.detach(), "intra": intra.detach()}

@@ -5,7 +5,7 @@ from losses.standardize import standardized_softmax_kl
 
 
 def dkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=1.0, beta=8.0, temperature=4.0, ce_weight=1.0,
-             label_smoothing=0.0, mixed_target="pair", standardize=False):
+             label_smoothing=0.0, mixed_target="pair", standardize=False, class_weights=None):
     """loss = ce_weight * CE + T^2 * (alpha * TCKD + beta * NCKD), means over the batch; every KL is KL(teacher || student).
 
     Logits (N, C) in fp32, fp16 or bf16.  `mixed_target` defines the target class of a Mixup or CutMix image:
@@ -15,10 +15,11 @@ def dkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=1.0, bet
       "first"     `label`, regardless of its share.
     An unmixed row is plain DKD under all three.  With two classes, or one besides the pair, NCKD is 0.
     standardize: z-score both rows of logits before the split, not for the cross-entropy (losses/standardize.py).
+    class_weights: fp32 (C,), of the cross-entropy (losses/cross_entropy.py).
     Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "tckd", "nckd"}, detached, unweighted, T^2 included.
     """
     weights = Weights(ce=ce_weight, tckd=alpha, nckd=beta)
     op = standardized_softmax_kl if standardize else softmax_kl
     loss, terms = op(student_logits, teacher_logits, *targets, weights, temperature=temperature,
-                     label_smoothing=label_smoothing, split=mixed_target)
+                     label_smoothing=label_smoothing, class_weights=class_weights, split=mixed_target)
     return loss, {"ce": terms.ce, "tckd": terms.tckd, "nckd": terms.nckd}

@@ -7,12 +7,13 @@ DIRECTIONS = ("forward", "reverse")
 
 
 def kd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.7, temperature=4.0, ce_weight=None,
-            label_smoothing=0.0, kl="forward", standardize=False):
+            label_smoothing=0.0, kl="forward", standardize=False, class_weights=None):
     """loss = alpha * T^2 * KL(teacher || student) + ce_weight * CE, means over the batch.
 
     Logits (N, C) in fp32, fp16 or bf16; `ce_weight=None` means 1 - alpha.  kl="reverse": KL(student || teacher); public
     implementations use "forward", also where the paper writes the student first.
     standardize: z-score both rows of logits before the KL (losses/standardize.py).
+    class_weights: fp32 (C,), of the cross-entropy (losses/cross_entropy.py).
     Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "kl"}, detached, unweighted, T^2 included.
     """
     if kl not in DIRECTIONS:
@@ -20,5 +21,5 @@ def kd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.7, temp
     weights = Weights(ce=1 - alpha if ce_weight is None else ce_weight, kl=alpha)
     op = standardized_softmax_kl if standardize else softmax_kl
     loss, terms = op(student_logits, teacher_logits, *targets, weights, temperature=temperature,
-                     label_smoothing=label_smoothing, reverse=kl == "reverse")
+                     label_smoothing=label_smoothing, class_weights=class_weights, reverse=kl == "reverse")
     return loss, {"ce": terms.ce, "kl": terms.kl}

@@ -25,8 +25,9 @@ class Hyperparameter(NamedTuple):
 class Method(NamedTuple):
     """The record of a method.
 
-    function: "module:name", called as f(student_logits, teacher_logits, targets, **hyperparameters, label_smoothing=...), logits
-        (N, C) -> the loss and a dict of its terms, 0-dim tensors, the terms detached and unweighted.
+    function: "module:name", called as f(student_logits, teacher_logits, targets, **hyperparameters, label_smoothing=...,
+        class_weights=...), logits (N, C), class weights of the cross-entropy fp32 (C,) or None -> the loss and a dict of its
+        terms, 0-dim tensors, the terms detached and unweighted.
     terms: the names of its terms, columns train_loss_<term> of log.csv; "ce" is the cross-entropy with the labels.
     weight_of: term -> the hyperparameter that is its weight, for each term's gradient in diagnostics.csv.  If more than one term
         lacks one, only the gradient of the whole loss is logged.
@@ -48,9 +49,9 @@ class Method(NamedTuple):
 
 
 def resolved(method: Method, values: dict) -> dict:
-    """The hyperparameters with each None replaced by its default_fn."""
+    """The hyperparameters, with None replaced by the default_fn where there is one."""
     defaults = {name: each.default_fn for name, each in method.hyperparameters.items() if each.default_fn}
-    return {name: defaults[name](values) if value is None else value for name, value in values.items()}
+    return {name: defaults[name](values) if value is None and name in defaults else value for name, value in values.items()}
 
 
 TEMPERATURE = Hyperparameter(4.0, "softmax temperature", at_least=None, above=0.0)

@@ -12,11 +12,11 @@ def standardized(logits):
 
 
 def standardized_softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weights, *, label_smoothing=0.0,
-                            **options):
+                            class_weights=None, **options):
     """kernels.softmax_kl on standardised logits; the cross-entropy is on the raw ones."""
     targets = label, other, lam
     ce, ce_terms = softmax_kl(student_logits, None, *targets, Weights(ce=weights.ce), temperature=1.0,
-                              label_smoothing=label_smoothing)
+                              label_smoothing=label_smoothing, class_weights=class_weights)
     loss, terms = softmax_kl(standardized(student_logits), standardized(teacher_logits.detach()), *targets,
                              weights._replace(ce=None), **options)
     return ce + loss, terms._replace(ce=ce_terms.ce)

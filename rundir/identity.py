@@ -14,7 +14,7 @@ def same_flag(name: str, old: dict, new: dict, sha256_of) -> bool:
     sha256_of: function from the name of a changed path flag to the SHA-256 of its present content, or None.
     """
     if name not in old or name not in new:  # of another version: a missing flag is off
-        return not old.get(name) and not new.get(name)
+        return all(flags.get(name) in (None, False, "none") for flags in (old, new))
     if old[name] == new[name]:
         return True
     if name in DIGESTS:

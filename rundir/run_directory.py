@@ -17,7 +17,8 @@ from rundir.errors import BUG, DONE, IN_USE, USAGE, Failure, Stopped, Unwritable
 from rundir.files import as_csv, make_directory, unwritable, write_atomic, write_json
 
 UNREADABLE = "unreadable.csv"
-OWNED = ("config.json", "env.json", "log.csv", "diagnostics.csv", "status.json", "summary.json", "last.pt", "prev.pt", "best.pt")
+RESULTS = ("summary.json", "classes.csv", "confusion.csv", "confusion.png")  # of a complete run
+OWNED = ("config.json", "env.json", "log.csv", "diagnostics.csv", "status.json", *RESULTS, "last.pt", "prev.pt", "best.pt")
 
 # A row of log.csv; None is an empty cell, 'not applicable'.  Accuracies in percent; val_ece, teacher_agree and clip_frac as
 # fractions; losses are unweighted means over the samples.  The last five columns, time and memory, differ between equal runs.
@@ -104,7 +105,7 @@ class RunDirectory:
         self.config, self.started = config, time.perf_counter()
         if not self.writes:
             return
-        for name in ["summary.json"] if self.continues else OWNED:  # stale files of an overwritten or resumed run
+        for name in RESULTS if self.continues else OWNED:  # stale files of an overwritten or resumed run
             (self / name).unlink(missing_ok=True)
         write_json(self / "config.json", config)
         write_json(self / "env.json", self.environments(epochs))
@@ -147,7 +148,7 @@ class RunDirectory:
         """The complete content of log.csv and diagnostics.csv by file name."""
         tables, rows = {}, self.diagnostics_rows
         if rows:
-            tables["diagnostics.csv"] = as_csv(list(rows[0]), rows)
+            tables["diagnostics.csv"] = as_csv(list(dict.fromkeys(name for row in rows for name in row)), rows)
         return tables | {"log.csv": as_csv([field.name for field in fields(EpochRow)], list(map(asdict, self.rows)))}
 
     def status(self, state: str, reason: str = "", exit_code: int | None = None) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -302,7 +303,8 @@ class CudaPath(ExitStack):
         self.replace(torch.backends.cudnn, version=lambda: 90000)
         self.replace(fake_tensor, init_gpu_context=lambda *_: None)
         self.replace(FakeTensorMode, avoid_device_init=True, __deepcopy__=lambda mode, memo: mode)
-        self.replace(FakeTensor, __getitem__=item, __setitem__=set_item)
+        self.replace(FakeTensor, __getitem__=item, __setitem__=set_item,  # all values of a tensor are the same: one is read
+                     tolist=lambda tensor: np.full(tensor.shape, tensor.flatten()[0].item() if tensor.numel() else 0).tolist())
         self.replace(torch.nn.Module, to=self._move(torch.nn.Module.to))
         self.replace(torch.amp.GradScaler, get_scale=lambda scaler: 1024.0)
         clip = sys.modules["torch.nn.utils.clip_grad"]

@@ -15,13 +15,13 @@ from training import evaluation, run
 from training.metrics import Metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # a deep copy of one asks for it
-CAPTURED = "--method dkd --model-ema 0.9 --dkd-warmup 2 --grad-accum 2"
+CAPTURED = "--method dkd --model-ema 0.9 --dkd-warmup 2 --grad-accum 2 --class-weights balanced"
 STUDENTS = (CAPTURED, "--method kd --deterministic --grad-checkpoint",
             "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda",
             "--method kd --kl reverse --amp off --kernels reference",
             "--method dkd --kernels reference --mixed-target dominant --opt sgd --momentum 0 --policy none")
 TEACHERS = ("--amp off --mixup 0 --cutmix 0 --opt sgd --model-ema 0.9 --device cuda:0",
-            "--amp bf16 --kernels reference --policy randaugment --deterministic")
+            "--amp bf16 --kernels reference --policy randaugment --deterministic --class-weights balanced")
 
 
 @pytest.fixture

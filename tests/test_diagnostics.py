@@ -2,8 +2,10 @@
 import argparse
 import itertools
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,11 @@ import torch.nn.functional as F
 from augment import BatchAugmenter
 from cli import method_flags, options
 from diagnostics import alarms
+from diagnostics.classes import Confusion
 from diagnostics.gradients import TREATMENTS, Diagnostics
 from losses import Targets
 from losses.methods import LABELS, METHODS, resolved
+from plots.confusion import picture
 from rundir.run_directory import RunDirectory
 from training.device import RunContext
 from training.distributed import Ranks
@@ -187,26 +191,43 @@ def test_how_far_a_step_goes():
     assert looking.columns()["update_ratio"] == pytest.approx(sum(ratios) / 2, rel=1e-5)
 
 
-def test_dead_classes():
-    predictions = torch.arange(50) % 4
-    val = Evaluation(1.0, 50.0, 90.0, 0.1, predictions)
-    assert val.dead_classes(6) == 2 and val.dead_classes(4) == 0 and val.dead_classes(11) is None
+def test_predicted_classes():
+    """Four equally often, or three of which one takes half: entropies ln 4 and 1.5 ln 2."""
+    val = Evaluation(1.0, 50.0, 90.0, 0.1, torch.arange(48) % 4)
+    assert [val.class_columns(classes)["dead_classes"] for classes in (6, 4, 11)] == [2, 0, None]
+    assert val.class_columns(6)["predicted_classes"] == 4 and val.class_columns(6)["effective_classes"] == pytest.approx(4)
+    val = val._replace(predictions=(torch.arange(48) % 4).clamp(max=2))
+    assert val.class_columns(6)["predicted_classes"] == 3
+    assert val.class_columns(6)["effective_classes"] == pytest.approx(2 ** 1.5)
+
+
+def test_confusion_with_a_class_without_images():
+    labels, predictions = torch.tensor([0, 0, 0, 0, 2, 2]), torch.tensor([0, 0, 0, 2, 1, 2])
+    found = Evaluation(1.0, 50.0, 90.0, 0.1, predictions).confusion(labels, ["a", "b", "bad \udcff name"])
+    assert found.names == ["a", "b", "bad \\udcff name"], "it can be written as UTF-8"
+    assert found.counts.tolist() == [[3, 0, 1], [0, 0, 0], [0, 1, 1]]
+    assert (found.labels.tolist(), found.predicted.tolist()) == ([4, 0, 2], [3, 1, 2])
+    assert found.accuracies == [75.0, None, 50.0] and found.balanced_accuracy == 62.5
+    assert found.chance == pytest.approx(100 * 4 / 6)
+    png = picture(found, "a picture")
+    assert png.startswith(b"\x89PNG")
 
 
 def test_every_column_is_documented():
     text = (ROOT / "docs" / "diagnostics.md").read_text()
-    for column in diagnose(student("--method dkd"), augmenter()).columns():
+    of_classes = Evaluation(1.0, 50.0, 90.0, 0.1, torch.arange(4)).class_columns(4)
+    for column in (*diagnose(student("--method dkd"), augmenter()).columns(), *of_classes):
         name, _, last = column.rpartition("_")
         documented = {"_<treatment>": TREATMENTS, "_<term>": ("ce", "tckd", "nckd", "whole")}
         suffix = next((suffix for suffix, values in documented.items() if last in values), None)
         assert f"`{name}{suffix}`" in text if suffix else f"`{column}`" in text, column
 
 
-def test_a_run_from_before_columns_were_removed_goes_on(tmp_path):
-    """It keeps them, empty in the new epochs."""
+def test_a_run_from_before_columns_were_removed_or_added_goes_on(tmp_path):
+    """It keeps the old ones, empty in the new epochs, and gets the new ones, empty in the old epochs."""
     run = RunDirectory(tmp_path, overwrite=False)
-    run.diagnostics_rows = [{"epoch": 1, "agree": 0.5, "dead_classes": 3}, {"epoch": 2, "dead_classes": 4}]
-    assert run.tables()["diagnostics.csv"] == b"epoch,agree,dead_classes\n1,0.5,3\n2,,4\n"
+    run.diagnostics_rows = [{"epoch": 1, "agree": 0.5, "dead_classes": 3}, {"epoch": 2, "dead_classes": 4, "train_acc1": 6}]
+    assert run.tables()["diagnostics.csv"] == b"epoch,agree,dead_classes,train_acc1\n1,0.5,3,\n2,,4,6\n"
 
 
 # --- the verdict
@@ -222,10 +243,15 @@ def looked(epoch, **values):
             "share_nckd": 0.5} | values
 
 
-def judged(accuracies, flags="--method dkd", early=False, log=None, classes=100, **values):
+def perfect(*images):
+    """The confusion matrix of classes with so many images, all predicted right."""
+    return Confusion([f"class {number}" for number in range(len(images))], np.diag(images))
+
+
+def judged(accuracies, flags="--method dkd", early=False, log=None, val=perfect(*[10] * 100), **values):
     rows = [row(epoch, accuracy, **log or {}) for epoch, accuracy in enumerate(accuracies, 1)]
     method = method_flags.chosen(student(flags))
-    return alarms.judge(method, "val_loss", rows, [looked(each.epoch, **values) for each in rows], classes, early)
+    return alarms.judge(method, "val_loss", rows, [looked(each.epoch, **values) for each in rows], val, early)
 
 
 def names(result):
@@ -241,9 +267,43 @@ def names(result):
     ([15.0], False, 10, "collapsed", ["chance"]), ([0.2], False, 1000, "collapsed", ["chance"])])
 def test_verdict(accuracies, early, classes, expected, raised):
     """A fall, or an accuracy near chance, which depends on the number of classes."""
-    result = judged(accuracies, early=early, classes=classes)
+    result = judged(accuracies, early=early, val=perfect(*[10] * classes))
     assert result["verdict"] == expected and [name for name in names(result) if name != "early stop"] == raised
     assert all(f"{100 / classes:g} %" in alarm["text"] for alarm in result["alarms"] if alarm["name"] == "chance")
+
+
+@pytest.mark.parametrize("images, accuracy, chance, limit", [
+    ((60, 20, 3), 75, 72.3, 77.3), ((60, 20, 3), 78, 72.3, None), ((96, 4), 97.9, 96, 98), ((96, 4), 98.1, 96, None),
+    ((50, 50, 0), 54, 50, 55)])
+def test_chance_is_the_share_of_the_largest_class(images, accuracy, chance, limit):
+    result = judged([accuracy], val=perfect(*images))
+    assert names(result) == ["chance"] * (limit is not None)
+    if limit:
+        assert result["alarms"][0]["limit"] == pytest.approx(limit, abs=0.05) and f"{chance} %" in result["alarms"][0]["text"]
+
+
+@pytest.mark.parametrize("counts, value, limit", [
+    ([[60, 0, 0], [20, 0, 0], [3, 0, 0]], 1.0, 1.504), ([[60, 0, 0], [5, 15, 0], [2, 1, 0]], None, None),
+    ([[6, 0, 0], [2, 0, 0], [0, 0, 0]], 1.0, 1.377), ([[1, 9], [1, 9]], 1.384, 1.5), ([[2, 8], [2, 8]], None, None),
+    ([[9, 0], [0, 0]], None, None)])
+def test_concentrated_predictions(counts, value, limit):
+    """Effective numbers of classes, worked out by hand: exp(-sum p ln p)."""
+    val = Confusion(["mostly", "rare", "rarest"][:len(counts)], np.array(counts))
+    found = [alarm for alarm in judged([100.0], val=val)["alarms"] if alarm["name"] == "concentrated"]
+    assert [(alarm["value"], alarm["limit"]) for alarm in found] == [
+        (pytest.approx(value, abs=1e-3), pytest.approx(limit, abs=1e-3))] * (value is not None)
+    if counts[0][0] == 60 and found:
+        assert "100%" in found[0]["text"] and "'mostly'" in found[0]["text"] and "72%" in found[0]["text"]
+
+
+def test_the_demo_is_not_concentrated_and_advice_depends_on_the_flags():
+    """Predictions as uneven as those of a network of 42 %: from 1 to 19 images where the labels have 10."""
+    uneven = Confusion([str(number) for number in range(100)], np.diag(1 + np.arange(100) * 18 // 99))
+    even = uneven._replace(counts=np.roll(uneven.counts, 1, 1) + np.diag(20 - uneven.predicted))
+    assert names(judged([42.0], val=even)) == []
+    val = Confusion(["a", "b"], np.array([[8, 0], [8, 0]]))
+    assert "--class-weights balanced" in judged([50.0], val=val)["advice"]
+    assert "--class-weights" not in judged([50.0], "--method kd --class-weights balanced", val=val)["advice"]
 
 
 @pytest.mark.parametrize("last, reference, expected", [(55.0, 60.0, False), (54.9, 60.0, True), (70.0, 60.0, False)])
@@ -284,15 +344,31 @@ def test_a_run_that_went_wrong_gets_advice_for_each_alarm():
     assert judged([10, 60, 20], log={"clip_frac": 0.95})["advice"] == "clipped: raise --clip-grad or lower --beta"
     assert "--alpha" in judged([10, 60, 20], "--method kd", update_ratio=0.09, share_kl=0.5)["advice"]
     assert judged([10, 60, 20], pull_minor_whole=0.6)["advice"].startswith("inverted: use --mixed-target pair")
+    assert judged([10, 60, 20], "--method kd", pull_minor_whole=0.6)["advice"] == "inverted: mix less (--mix-prob)"
     assert judged([10, 60, 20])["advice"] is None
     assert judged([10, 20, 30], dead_classes=40, update_ratio=0.09)["advice"].startswith("move: ")
 
 
 def test_a_teacher_is_judged_too():
-    args = options.parse_teacher("", "", [])
-    rows = [row(1, 50.0), row(2, 10.0)]
+    method = method_flags.chosen(options.parse_teacher("", "", []))
+    rows, val = [row(1, 50.0), row(2, 10.0)], perfect(*[10] * 100)
     without = {"epoch": 1, "images": 100, "clip_factor": 1.0, "update_ratio": 0.2, "dead_classes": None, "share_ce": 1.0}
-    result = alarms.judge(method_flags.chosen(args), "val_loss", rows, [without], 100, False)
+    result = alarms.judge(method, "val_loss", rows, [without], val, False)
     assert names(result) == ["collapse", "move"] and result["advice"].startswith("move: halve --lr, or clip")
-    result = alarms.judge(method_flags.chosen(args), "val_loss", rows, [], 100, False)
+    result = alarms.judge(method, "val_loss", rows, [], val, False)
     assert result["verdict"] == "collapsed", "a run from before diagnostics"
+
+
+def test_alarms_of_a_teacher_speak_of_what_its_run_has():
+    """All that can be raised without a teacher: no student, no other term or label rule, no flag of distill.py."""
+    method = method_flags.chosen(options.parse_teacher("", "", []))
+    rows = [row(1, 60.0, clip_frac=1.0, skipped_steps=9), row(2, 50.0, clip_frac=1.0, skipped_steps=9),
+            row(3, 50.5, clip_frac=1.0, skipped_steps=9, best_epoch=2)]
+    values = {"update_ratio": 0.2, "dead_classes": 1, "share_ce": 1.0, "pull_whole": 0.1, "pull_minor_whole": 0.2}
+    diagnostics = [{"epoch": 1, "images": 100, "clip_factor": 0.1, **values}]
+    result = alarms.judge(method, "val_loss", rows, diagnostics, Confusion(["a", "b"], np.array([[8, 0], [8, 0]])), True)
+    assert names(result) == ["collapse", "chance", "concentrated", "dead", "skipped", "move", "inverted", "clipped", "early stop"]
+    words = " ".join([result["advice"], *(alarm["text"] for alarm in result["alarms"])])
+    flags = set(re.findall(r"--[a-z-]+", words))
+    assert flags == {"--lr", "--clip-grad", "--amp", "--mix-prob", "--class-weights", "--monitor"}
+    assert not any(word in words.lower() for word in ("student", "teacher", "distill", "term", "kl"))

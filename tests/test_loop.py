@@ -200,14 +200,20 @@ def test_a_restored_update_goes_on_as_the_one_that_was_saved():
 
 
 def test_moving_average():
-    model = net()
-    update = updater(model, OPTIMIZERS[0], ema_decay=0.5)
+    """Its decay is 0, 1 / 10, 2 / 11, ... up to the given one, and counts on in a restored run, bit for bit."""
+    model, other = net(), net(seed=1)
+    update, restored = (updater(each, OPTIMIZERS[0], ema_decay=0.15) for each in (model, other))
     images, labels = batch()
-    weights = []
-    for _ in range(3):
+    expected = torch.zeros(8, 48)
+    for decay in (0, 0.1, 0.15, 0.15):
         take(update, F.cross_entropy(model(images), labels))
-        weights.append(model[1].weight.detach().clone())
-    torch.testing.assert_close(update.evaluated[1].weight, 0.5 * (0.5 * weights[0] + 0.5 * weights[1]) + 0.5 * weights[2])
+        if decay:
+            take(restored, F.cross_entropy(other(images), labels))
+        else:
+            restored.load_state_dict(copy.deepcopy(update.state_dict()))
+        expected = decay * expected + (1 - decay) * model[1].weight.detach()
+        torch.testing.assert_close(update.evaluated[1].weight, expected)
+    assert torch.equal(restored.evaluated[1].weight, update.evaluated[1].weight)
     assert update.evaluated is not model and updater(model, OPTIMIZERS[0]).evaluated is model
 
 

@@ -9,6 +9,7 @@ from kernel_cases import rows
 
 from kernels.softmax_kl import softmax_kl_naive
 from losses import Targets, dist_loss, dkd_loss, kd_loss, mixed_ce
+from losses.cross_entropy import class_weights_of
 from losses.methods import METHODS
 from losses.standardize import standardized
 
@@ -71,6 +72,34 @@ def test_kd_and_dkd_are_the_published_formulas():
         assert terms["tckd"].item() == pytest.approx(tckd.item(), rel=1e-5)
         assert terms["nckd"].item() == pytest.approx(nckd.item(), rel=1e-5)
         assert loss.item() == pytest.approx((F.cross_entropy(z.double(), label) + tckd + 8 * nckd).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("standardize", [False, True])
+def test_class_weights_are_of_the_cross_entropy_alone(method, standardize):
+    """In the objective, the terms and the gradient of every method."""
+    z, v, targets = rows(16, 10)
+    how = {"standardize": True} if standardize and "standardize" in METHODS[method].hyperparameters else {}
+    plain, weighted = z.clone().requires_grad_(), z.clone().requires_grad_()
+    class_weights = torch.arange(10) / 4.5
+    (loss, terms), (other, others) = (function_of(method)(leaf, v, targets, label_smoothing=0.1, ce_weight=0.5, **how, **more)
+                                      for leaf, more in ((plain, {}), (weighted, {"class_weights": class_weights})))
+    assert all(torch.equal(terms[name], others[name]) == (name != "ce") for name in terms)
+    losses, leaf = [], z.clone().requires_grad_()
+    for weights in (None, class_weights):
+        losses.append(mixed_ce(leaf, targets, label_smoothing=0.1, class_weights=weights))
+    assert other.item() - loss.item() == pytest.approx(0.5 * (losses[1] - losses[0]).item(), rel=1e-4)
+    change, = torch.autograd.grad(0.5 * (losses[1] - losses[0]), leaf)
+    torch.testing.assert_close(*(torch.autograd.grad(each, its)[0] + extra for each, its, extra in (
+        (other, weighted, 0), (loss, plain, change))), rtol=1e-4, atol=1e-6)
+
+
+def test_balanced_class_weights():
+    """N / (C * n_c), as scikit-learn's, which does not count a class without images; it has no weight here."""
+    labels = torch.tensor([0] * 60 + [1] * 20 + [3] * 4)
+    found = class_weights_of("balanced", labels, 4)
+    assert found.tolist() == pytest.approx([84 / 3 / 60, 84 / 3 / 20, 0, 84 / 3 / 4])
+    assert found[labels].mean().item() == pytest.approx(1) and class_weights_of("none", labels, 4) is None
 
 
 def test_a_pair_of_labels_may_be_swapped_with_its_lam():
@@ -157,7 +186,7 @@ def test_flags_and_functions_have_the_same_defaults():
         signature = inspect.signature(function_of(name)).parameters
         assert numbers == {key: parameter.default for key, parameter in signature.items() if key in numbers}
         assert list(signature)[:3] == ["student_logits", "teacher_logits", "targets"]
-        assert set(numbers) | {"label_smoothing"} == set(list(signature)[3:])
+        assert set(numbers) | {"label_smoothing", "class_weights"} == set(list(signature)[3:])
 
 
 @pytest.mark.parametrize("call", [

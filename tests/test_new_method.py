@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from losses.cross_entropy import mixed_ce
 
 
-def square_loss(student_logits, teacher_logits, targets, *, strength=2.0, centred=False, label_smoothing=0.0):
+def square_loss(student_logits, teacher_logits, targets, *, strength=2.0, centred=False, label_smoothing=0.0,
+                class_weights=None):
     if centred:
         student_logits, teacher_logits = (x - x.mean(1, keepdim=True) for x in (student_logits, teacher_logits))
-    ce, distance = mixed_ce(student_logits, targets, label_smoothing=label_smoothing), F.mse_loss(student_logits, teacher_logits)
+    ce = mixed_ce(student_logits, targets, label_smoothing=label_smoothing, class_weights=class_weights)
+    distance = F.mse_loss(student_logits, teacher_logits)
     return ce + strength * distance, {"ce": ce.detach(), "distance": distance.detach()}
 '''
 RECORD = '''SQUARE = Method(

@@ -53,7 +53,7 @@ def test_a_preset_of_one_method_can_be_run_with_the_other():
     args = distill("--experiment", "v3", "--method", "kd")
     assert (args.method, args.beta, args.alpha, args.mixed_target) == ("kd", None, 0.7, None)
     assert method_flags.chosen(args).arguments == {"alpha": 0.7, "temperature": 4.0, "ce_weight": None, "kl": "forward",
-                                                   "standardize": False, "label_smoothing": 0.1}
+                                                   "standardize": False, "label_smoothing": 0.1, "class_weights": None}
 
 
 def test_a_warmup_raises_the_numbers_of_its_method():

@@ -13,7 +13,7 @@ from kernels import softmax_kl as op
 from kernels.softmax_kl import Weights, softmax_kl
 
 CLASSES = (1, 2, 3, 10, 100, 1000, 2048, 5000)
-KINDS = ("normal", "huge", "masked", "one-hot")
+KINDS = ("normal", "huge", "masked", "one-hot", "weighted")  # normal logits and class weights
 TOLERANCE = 2e-5
 SIXTEEN_BITS = {"fp16": 2**-10, "bf16": 2**-7}  # of a gradient, where it is rounded once more
 # Instructions of a lane per class, at 100 classes 320 of a warp per row; sectors over those that reading both logits once and
@@ -43,12 +43,13 @@ def launched(sm, classes, kind, split, logits, rows, seed):
     weights = {"reverse": Weights(ce=0.3, kl=0.7), "first": Weights(1.0, 0.2, 1.0, 8.0)}.get(split, Weights(1.0, None, 1.0, 8.0))
     how = {"temperature": 4.0, "label_smoothing": 0.0 if split == "pair" else 0.1,
            "split": "pair" if split == "reverse" else split, "reverse": split == "reverse"}
+    class_weights = torch.arange(1, classes + 1) % 4 / 2.0 if logits == "weighted" else None
     op.hyperparameters(weights, 4.0, how["label_smoothing"], z.device)  # on the device before the executor watches
     with (ptx.executed(op, "_softmax_kl_kernel", sm, seed) as launches,
           mock.patch.object(op, "use_triton", lambda tensor: True)):
-        loss, terms = softmax_kl(z, v, *targets, weights, **how)
+        loss, terms = softmax_kl(z, v, *targets, weights, class_weights=class_weights, **how)
         gradient, = torch.autograd.grad(loss, z)
-    expected, expected_gradient = truth(z, v, targets, weights, **how)
+    expected, expected_gradient = truth(z, v, targets, weights, class_weights=class_weights, **how)
     wanted = [place for place, weight in enumerate(weights) if weight is not None]
     total = sum(weights[place] * expected[place] for place in wanted)
     return (launches[0], (torch.stack([loss.detach(), *(terms[place] for place in wanted)]), gradient),

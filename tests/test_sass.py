@@ -9,8 +9,9 @@ from kernel_cases import fused_batches
 from kernels import augment, softmax_kl
 
 CLASSES = (100, 128, 200, 1000, 2048, 32000)  # 100, 200 and 1000 are no multiple of a 16-byte load, the others are
-OBJECTIVES = ((torch.float32, "pair", False), (torch.bfloat16, "pair", False), (torch.bfloat16, "dominant", False),
-              (torch.float32, "pair", True))
+OBJECTIVES = ((torch.float32, "pair", False, False), (torch.bfloat16, "pair", False, False),
+              (torch.bfloat16, "dominant", False, False), (torch.float32, "pair", True, False),
+              (torch.float32, "pair", True, True))
 # The result in each width, at both sizes; without a policy.
 BATCHES = ((32, torch.float32, "autoaugment"), (32, torch.float16, "autoaugment"), (32, torch.bfloat16, "autoaugment"),
            (64, torch.float32, "autoaugment"), (64, torch.float16, "autoaugment"), (32, torch.float16, "none"))
@@ -19,15 +20,15 @@ BATCHES = ((32, torch.float32, "autoaugment"), (32, torch.float16, "autoaugment"
 def losses(every=True):
     """Each tile size in both widths of logits, and what other flags compile apart: at two sizes, or at `every` one."""
     for classes in CLASSES:
-        for dtype, split, reverse in OBJECTIVES:
-            if not every and (split != "pair" or reverse) and classes not in (100, 32000):
+        for dtype, split, reverse, weighted in OBJECTIVES:
+            if not every and (split != "pair" or reverse or weighted) and classes not in (100, 32000):
                 continue
             logits, label, lam = torch.empty(128, classes, dtype=dtype), torch.zeros(128, dtype=torch.int64), torch.ones(128)
             hyper = softmax_kl.hyperparameters(softmax_kl.Weights(1.0, 1.0), 4.0, 0.1, torch.device("cpu"))
-            about = {"classes": classes, "bytes": dtype.itemsize, "split": split, "reverse": reverse}
+            about = {"classes": classes, "bytes": dtype.itemsize, "split": split, "reverse": reverse, "weighted": weighted}
             yield about, softmax_kl._softmax_kl_kernel, lambda: softmax_kl.softmax_kl_triton(
                 logits, logits, label, label, lam, hyper, terms="ce kl" if reverse else "ce tckd nckd", split=split,
-                reverse=reverse)
+                reverse=reverse, class_weights=torch.ones(classes) if weighted else None)
 
 
 def batches():

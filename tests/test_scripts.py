@@ -76,7 +76,7 @@ def test_the_whole_way_from_images_to_figures(here, capsys, monkeypatch):
         assert (summary["verdict"] in ("completed", "collapsed")
                 and all(f"alarm: {alarm['text']}" in out for alarm in summary["alarms"]))
         assert {".lock", "config.json", "env.json", "log.csv", "diagnostics.csv", "status.json", "summary.json", "last.pt",
-                "prev.pt", "best.pt"} == {path.name for path in folder.iterdir()}
+                "prev.pt", "best.pt", "classes.csv", "confusion.csv", "confusion.png"} == {path.name for path in folder.iterdir()}
 
     # A student can be the next teacher, at another image size; and weights can be the start of another network.
     code, _, err = distill(capsys, "--teacher-checkpoint runs/v2-s1/best.pt --image-size 24 --model-ema 0.5 "
@@ -95,6 +95,42 @@ def test_the_whole_way_from_images_to_figures(here, capsys, monkeypatch):
     code, out, err = run(capsys, "plots/make_figures.py", f"--runs {here}/runs --output {here}/figures")
     assert code == 0, err
     assert "v2" in (here / "figures" / "table1.md").read_text()
+
+
+def test_classes_of_uneven_size(here, capsys, monkeypatch):
+    """60, 20 and 3 images that look alike: the network answers with the largest class, and the run says so."""
+    for name, each in zip("abc", (60, 20, 3)):
+        make_images(Path("uneven"), [name], each, seed=each)
+    flags = f"--model resnet8 {SMALL} --data-dir uneven --val-size 8"
+    code, out, err = run(capsys, "train_teacher.py", f"{flags} --output runs/uneven")
+    assert code == 0, err
+    folder = Path("runs/uneven")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["verdict"], summary["test_acc1_best"], summary["test_balanced_acc1"], summary["chance"]) == (
+        "collapsed", 75.0, 50.0, 75.0), "8 images of the test set: 6 of a, 2 of b"
+    assert [alarm["name"] for alarm in summary["alarms"]][:2] == ["chance", "concentrated"]
+    assert "'a'" in summary["alarms"][1]["text"] and "--class-weights balanced" in summary["advice"]
+    assert table_of(folder / "classes.csv") == [
+        dict(zip(("class", "train_images", "val_images", "test_images", "val_acc1", "test_acc1"), row))
+        for row in (("a", "48", "6", "6", "100.0", "100.0"), ("b", "16", "2", "2", "0.0", "0.0"), ("c", "3", "0", "0", "", ""))]
+    assert table_of(folder / "confusion.csv") == [
+        {"true/predicted": name, "a": count, "b": "0", "c": "0"} for name, count in zip("abc", ("6", "2", "0"))]
+    Image.open(folder / "confusion.png").verify()
+    last = table_of(folder / "diagnostics.csv")[-1]
+    assert (last["predicted_classes"], last["effective_classes"]) == ("1", "1.0")
+
+    code, out, err = run(capsys, "train_teacher.py", f"{flags} --output runs/even --class-weights balanced")
+    assert code == 0 and "classes balanced" in out, err
+    losses = [float(table_of(Path("runs", name, "log.csv"))[0]["train_loss_ce"]) for name in ("uneven", "even")]
+    assert abs(losses[0] - losses[1]) > 0.01
+
+
+def test_dkd_on_two_classes_says_that_beta_has_no_effect(here, capsys):
+    code, _, err = run(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --data-dir other --output runs/two")
+    assert code == 0, err
+    for method, said in (("dkd", 1), ("kd", 0)):
+        code, out, err = distill(capsys, f"--method {method} --teacher-checkpoint runs/two/best.pt --epochs 1", data="other")
+        assert code == 0 and out.count("--beta has no effect") == said, err
 
 
 def test_a_sweep_of_the_real_scripts(here, capsys):

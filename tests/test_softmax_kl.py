@@ -8,6 +8,7 @@ import os
 import mpmath
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 from kernel_cases import DEVICE, rows, truth
 
@@ -30,7 +31,7 @@ KERNELS = ("reference", "triton", "triton in blocks")
 def kernel(request, monkeypatch):
     """Every test that uses this runs with each implementation behind the op."""
     if request.param == "triton in blocks":
-        monkeypatch.setattr(op, "tile_for", lambda classes, vector, _: BLOCKED._replace(
+        monkeypatch.setattr(op, "tile_for", lambda classes, vector, *_: BLOCKED._replace(
             chunks=triton.next_power_of_2(max(64, classes // 8)) // BLOCKED.lanes // vector))
     kernels.choose(request.param.split()[0])
     yield request.param
@@ -88,6 +89,53 @@ def test_terms_and_gradient_match_float64_sums(kernel, split, temperature_scale_
     loss, terms, grad = run(z, v, targets, weights, **how)
     assert_terms(terms, expected)
     assert_terms(loss, sum(weight * term for weight, term in zip(weights, expected) if weight is not None))
+    assert_grad(grad, expected_grad)
+
+
+@combined(split=["pair", "dominant", "reverse"], smoothing=[0.0, 0.1], classes=[1, 2, 3, 10, 100, 300, 5000])
+def test_class_weights_match_float64_sums(kernel, split, smoothing, classes):
+    z, v, targets = rows(37 if classes <= 100 else 9 if classes < 5000 else 3, classes, 5.0, seed=classes)
+    class_weights = class_weights_for(classes)
+    how = {"temperature": 4.0, "label_smoothing": smoothing, **({"reverse": True} if split == "reverse" else {"split": split})}
+    weights = MIX if split != "reverse" else Weights(0.5, 0.5)
+    expected, expected_grad = truth(z, v, targets, weights, class_weights=class_weights.double(), **how)
+    _, terms, grad = run(z, v, targets, weights, class_weights=class_weights.to(DEVICE), **how)
+    assert_terms(terms, expected)
+    assert_grad(grad, expected_grad)
+
+
+def class_weights_for(classes):
+    """Every fourth is 0, the others 0.5, 1 or 1.5."""
+    return torch.arange(1, classes + 1) % 4 / 2.0
+
+
+def test_weighted_cross_entropy_is_that_of_torch(kernel):
+    """With probabilities as targets; with class indices as targets torch divides by the sum of the rows' weights, not by N."""
+    z, _, targets = rows(37, 10)
+    soft = targets.lam[:, None] * F.one_hot(targets.label, 10) + (1 - targets.lam[:, None]) * F.one_hot(targets.other, 10)
+    class_weights, unmixed = class_weights_for(10), Targets.unmixed(targets.label)
+    for smoothing in (0.0, 0.1):
+        theirs = torch.nn.CrossEntropyLoss(weight=class_weights, label_smoothing=smoothing)
+        how = {"label_smoothing": smoothing, "class_weights": class_weights.to(DEVICE)}
+        for ours, labels, factor in ((targets, soft, 1), (unmixed, unmixed.label, class_weights[unmixed.label].mean())):
+            leaf = z.clone().requires_grad_()
+            expected = theirs(leaf, labels) * factor
+            loss, _, grad = run(z, z, ours, Weights(ce=1.0), 1.0, **how)
+            torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(grad, torch.autograd.grad(expected, leaf)[0], rtol=1e-4, atol=1e-7)
+
+
+def test_class_weights_of_one_change_nothing_and_an_impossible_class_may_have_none(kernel):
+    z, v, targets = rows(37, 10)
+    for one, two in zip(run(z, v, targets, label_smoothing=0.1, class_weights=torch.ones(10, device=DEVICE)),
+                        run(z, v, targets, label_smoothing=0.1)):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6, equal_nan=True)
+    z[:, 9], targets = -INF, Targets.unmixed(targets.label % 9)
+    class_weights = torch.tensor([1.0] * 9 + [0.0])
+    expected, expected_grad = truth(z, v, targets, Weights(1, 0, 0, 0), temperature=4.0, label_smoothing=0.1,
+                                    class_weights=class_weights.double())
+    _, terms, grad = run(z, v, targets, Weights(ce=1.0), label_smoothing=0.1, class_weights=class_weights.to(DEVICE))
+    assert_terms(terms, expected)
     assert_grad(grad, expected_grad)
 
 
@@ -276,7 +324,8 @@ def test_a_second_derivative_is_refused(kernel):
 def test_the_operator_is_sound(choice, reverse):
     """Its fake form is right and it mutates nothing; that autograd and the compiler go with it shows below."""
     z, v, targets = on_device(*rows(6, 20))
-    arguments = (z, v, *targets, hyperparameters(MIX, 4.0, 0.1, z.device), MIX.terms, "pair", reverse)
+    arguments = (z, v, *targets, hyperparameters(MIX, 4.0, 0.1, z.device), MIX.terms, "pair", reverse,
+                 class_weights_for(20).to(DEVICE) if reverse else None)
     kernels.choose(choice)
     try:
         torch.library.opcheck(torch.ops.fusekd.softmax_kl.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -18,10 +18,10 @@ ALLOWED = {
     "models": {"rundir"},
     "cli": {"data", "losses", "rundir"},
     "diagnostics": {"losses"},
-    "training": {"augment", "cli", "data", "diagnostics", "kernels", "losses", "models", "rundir"},
+    "plots": {"diagnostics", "losses", "rundir"},
+    "training": {"augment", "cli", "data", "diagnostics", "kernels", "losses", "models", "plots", "rundir"},
     "deploy": {"cli", "data", "models", "rundir", "training"},
     "benchmarks": {"augment", "cli", "data", "deploy", "diagnostics", "kernels", "losses", "models", "rundir", "training"},
-    "plots": {"diagnostics", "losses", "rundir"},
 }
 
 

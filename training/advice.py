@@ -13,6 +13,7 @@ from augment import BatchAugmenter
 from cli import method_flags, options
 from data import datasets
 from diagnostics.gradients import Diagnostics
+from losses.cross_entropy import class_weights_of
 from training.device import RunContext, global_batch_size
 from training.distributed import Ranks
 from training.evaluation import check_classes
@@ -40,7 +41,8 @@ def advise(args, method, context: RunContext) -> list[str]:
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,
                                batch_size=batch_size)
     student = models.build(args.student, len(data.classes), args.image_size or data.image_size).to(context.device).train()
-    criterion, steps = method.criterion(context.device), range(min(BATCHES, augmenter.steps))
+    class_weights = class_weights_of(args.class_weights, data.train.labels, len(data.classes))
+    criterion, steps = method.criterion(context.device, class_weights), range(min(BATCHES, augmenter.steps))
     diagnostics = Diagnostics(method, augmenter, range(batch_size), Ranks(), steps)  # each process reads whole batches
     augmenter.set_epoch(1)
     diagnostics.set_epoch(1)

@@ -3,10 +3,12 @@ import math
 from itertools import zip_longest
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import models
+from diagnostics.classes import Confusion, effective_number
 from rundir.errors import DIVERGED, NONFINITE_HINT, USAGE, Failure
 from training.device import RunContext
 
@@ -26,15 +28,28 @@ class Evaluation(NamedTuple):
     def columns(self) -> dict:
         return {"val_loss": self.loss, "val_acc1": self.acc1, "val_acc5": self.acc5, "val_ece": self.ece}
 
-    def dead_classes(self, classes: int) -> int | None:
-        """The number of classes that are never predicted; None with fewer than five images per class."""
-        if len(self.predictions) < 5 * classes:
-            return None
-        return classes - int(self.predictions.new_zeros(classes).scatter_(0, self.predictions, 1).sum())
+    def class_columns(self, classes: int) -> dict:
+        """Columns of diagnostics.csv; `dead_classes` is None with fewer than five images per class."""
+        images = count(self.predictions, classes)
+        predicted = sum(number > 0 for number in images)
+        return {"dead_classes": classes - predicted if len(self.predictions) >= 5 * classes else None,
+                "predicted_classes": predicted, "effective_classes": effective_number(images)}
+
+    def confusion(self, labels, names: list[str]) -> Confusion:
+        """The confusion matrix.  labels: of the split, int64 (N,).  names: of the classes."""
+        names = [name.encode(errors="backslashreplace").decode() for name in names]  # of a folder: may be no valid UTF-8
+        counts = count(labels * len(names) + self.predictions, len(names) ** 2)
+        return Confusion(names, np.array(counts, dtype=int).reshape(len(names), len(names)))
 
     def agreement(self, other: "Evaluation") -> float:
         """The share of images with the same prediction."""
         return (self.predictions == other.predictions).double().mean().item()
+
+
+def count(indices, size: int) -> list[float]:
+    """How often each of 0 ... size - 1 is in `indices`, int64 (N,); unlike bincount, of a size that the host knows."""
+    ones = torch.ones(indices.shape, dtype=torch.float64, device=indices.device)
+    return ones.new_zeros(size).scatter_add_(0, indices, ones).tolist()
 
 
 @torch.no_grad()

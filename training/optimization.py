@@ -13,6 +13,7 @@ from training.device import RunContext
 
 SMALLEST_SCALE = 2.0**-14  # a loss that overflows FP16 at this scale is broken, not large
 ALIGNMENT = 16  # elements, for vector loads
+AVERAGE_WARMUP = 9  # of the moving average: its decay is t / (9 + t) while that is smaller
 
 
 class Recipe(NamedTuple):
@@ -78,9 +79,9 @@ class Update:
         self.clip_grad, self.decay = recipe.clip_grad or math.inf, recipe.model_ema
         self.parameters = list(net.parameters())
         self.buffers = FlatBuffers(net)
-        self.average, self.started = None, False
+        self.average = None
         if self.decay:
-            self.average = AveragedModel(net)
+            self.average = AveragedModel(net, self.parameters[0].device)
             self.average_buffers = FlatBuffers(self.average.module)
             self.averages = [*self.average.module.parameters(), *self.average_buffers.floats]
         self.zero, self.share = torch.tensor([0.0, 1 / micro_batches], device=self.parameters[0].device)
@@ -143,12 +144,19 @@ class Update:
         return torch.stack(torch._foreach_norm(before)).norm() / weights
 
     def update_average(self) -> None:
-        """Average weights and running statistics; the first call copies them."""
-        share = 1 - self.decay if self.started else 1.0
-        torch._foreach_lerp_(self.averages, [*self.parameters, *self.buffers.floats], share)
+        """Move the averages of weights and running statistics by 1 - decay_t towards the present ones.
+
+        decay_t = min(decay, t / (9 + t)) in step t from 0: a copy at first, then (1 + n) / (10 + n) with n = t - 1, as in
+        TensorFlow's ExponentialMovingAverage(num_updates=n).  A constant 0.9999 would keep the first weights for 10,000 steps.
+        """
+        step = self.average.n_averaged  # on the device: a CUDA graph counts on
+        share = (AVERAGE_WARMUP / (step + AVERAGE_WARMUP)).clamp_(min=1 - self.decay)
+        moves = torch._foreach_sub([*self.parameters, *self.buffers.floats], self.averages)
+        torch._foreach_mul_(moves, share)
+        torch._foreach_add_(self.averages, moves)
         for count, now in zip(self.average_buffers.others, self.buffers.others):
             count.copy_(now)
-        self.started = True
+        step.add_(1)
 
     def remember_buffers(self) -> None:
         self.before = self.buffers.words.clone()
@@ -182,8 +190,6 @@ class Update:
         return (1 + moments + bool(self.average)) * sum(parameter.nbytes for parameter in self.parameters)
 
     def state_dict(self) -> dict:
-        if self.average:
-            self.average.n_averaged.fill_(self.started)
         self.set_learning_rate(0.0)  # a float: after CUDA graph capture it is a tensor
         return {"net": self.net.state_dict(), "average": self.average.state_dict() if self.average else None,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -192,7 +198,6 @@ class Update:
         self.net.load_state_dict(state["net"])
         if self.average:
             self.average.load_state_dict(state["average"])
-            self.started = bool(self.average.n_averaged)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.remember_buffers()

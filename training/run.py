@@ -11,17 +11,23 @@ from data import datasets
 from data.imagefolder import Unreadable
 from data.split import Split
 from diagnostics.alarms import judge
+from diagnostics.classes import Confusion
+from losses.cross_entropy import class_weights_of
+from plots import confusion
 from rundir import resume, run_directory
 from rundir.checkpoint import Writer
+from rundir.files import as_csv, write_atomic
 from rundir.run_directory import EpochRow, RunDirectory
 from rundir.terminal import say
 from training.cuda_graph import use_cuda_graph
 from training.device import RunContext, global_batch_size, micro_batches, set_threads
-from training.evaluation import EarlyStop, Evaluation, evaluate
+from training.evaluation import EarlyStop, Evaluation, count, evaluate
 from training.grad_checkpoint import recompute
 from training.metrics import Progress
 
 CLEAN = 512  # training images, at least (at most twice as many), for the accuracy without augmentation
+CLASS_COLUMNS = ("class", "train_images", "val_images", "test_images", "val_acc1", "test_acc1")  # of classes.csv
+CONFUSION_CORNER = "true/predicted"  # of confusion.csv: no folder, and so no class, has a slash in its name
 FROM_LOG = ("grad_norm_mean", "clip_frac")  # columns that diagnostics.csv has, too
 
 
@@ -70,6 +76,7 @@ class Run:
             raise Unreadable(failure.files, failure.total, self.directory.list_unreadable(failure.files)) from None
         self.directory.list_unreadable(self.data.unreadable)
         resume.check_data(self.began, self.data)
+        self.class_weights = class_weights_of(self.args.class_weights, self.data.train.labels, len(self.data.classes))
         self.batch_size = global_batch_size(self.args.batch_size, self.data, self.context)
         self.micro_batches = micro_batches(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
         self.rows_at_once = len(self.micro_batches[0])
@@ -101,6 +108,8 @@ class Run:
     def start(self, update, metrics, diagnostics, teacher=None, **facts) -> None:
         """Write the first files, or restore the checkpoint.  facts: further entries of config.json."""
         self.update, self.metrics, self.diagnostics = update, metrics, diagnostics
+        if "nckd" in diagnostics.method.record.terms and len(self.data.classes) == 2:
+            print("with two classes NCKD is 0 by definition: --beta has no effect")
         facts |= {"teacher": teacher.info["model"]} if teacher else {}
         self.directory.open(self.config | self.began | facts | {"image_size": update.net.info["image_size"]},
                             update.checkpoint_bytes, self.saved["epoch"] if self.saved else 0)
@@ -147,20 +156,24 @@ class Run:
             reserved, total = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]  # with CUDA graphs
             say(f"peak memory in the first epoch: {reserved / 2**30:.1f} of {total / 2**30:.1f} GiB")
         diagnostics = {"epoch": self.epoch, **{name: self.columns[name] for name in FROM_LOG}, **self.measured,
-                       "dead_classes": val.dead_classes(len(self.data.classes)), "train_acc1_clean": clean}
+                       **val.class_columns(len(self.data.classes)), "train_acc1_clean": clean}
         self.state.save(row, diagnostics, self.update.net.info if best else None)
         self.progress.epoch(row, best)
 
     def close(self, note: str, teacher=None, teacher_acc1: float | None = None) -> None:
-        """Evaluate the last weights and best.pt once on the test set; store the accuracy in best.pt; write the summary."""
+        """Evaluate the last weights and best.pt once on the test set; store the accuracy in best.pt; write the results."""
         self.writer.wait()
         self.ranks.barrier()  # rank 0 writes best.pt
-        path, net, rows = self.directory / "best.pt", self.update.net, self.directory.rows
+        path, net, rows, data = self.directory / "best.pt", self.update.net, self.directory.rows, self.data
         best_net = models.load(path, self.context.device)
-        best = self.evaluate(best_net, self.data.test).acc1
-        last = best if self.stop.best_epoch == len(rows) else self.evaluate(self.update.evaluated, self.data.test).acc1
+        evaluation = self.evaluate(best_net, data.test)
+        best = evaluation.acc1
+        last = best if self.stop.best_epoch == len(rows) else self.evaluate(self.update.evaluated, data.test).acc1
+        test = evaluation.confusion(data.test.labels, data.classes)
+        val = test if data.val is data.test else self.evaluate(best_net, data.val).confusion(data.val.labels, data.classes)
         if self.ranks.is_main:
             models.save(path, best_net, **best_net.info | {"test_acc1": best})
+            self.write_classes(val, test)
         stopped, params = len(rows) < self.args.epochs, models.parameters(net)
         self.directory.close({
             "test_acc1_last": last, "test_acc1_best": best, "best_epoch": self.stop.best_epoch, "epochs": len(rows),
@@ -168,7 +181,21 @@ class Run:
             "params": params, "flops": models.flops(net, net.info["image_size"]),
             "teacher_test_acc1": teacher_acc1, "teacher_params": teacher and teacher.size,
             "retention": teacher and 100 * best / teacher_acc1, "compression": teacher and teacher.size / params,
-            **judge(self.diagnostics.method, self.args.monitor, rows, self.directory.diagnostics_rows, len(self.data.classes),
-                    stopped),
+            "test_balanced_acc1": test.balanced_accuracy, "chance": val.chance,
+            **judge(self.diagnostics.method, self.args.monitor, rows, self.directory.diagnostics_rows, val, stopped),
             "note": note,
         })
+
+    def write_classes(self, val: Confusion, test: Confusion) -> None:
+        """Write classes.csv, confusion.csv and confusion.png, of the best weights."""
+        train = count(self.data.train.labels, len(val.names))
+        columns = (test.names, map(int, train), val.labels, test.labels, val.accuracies, test.accuracies)
+        rows = [dict(zip(CLASS_COLUMNS, row)) for row in zip(*columns)]
+        write_atomic(self.directory / "classes.csv", as_csv(list(CLASS_COLUMNS), rows))
+        header = [CONFUSION_CORNER, *test.names]
+        write_atomic(self.directory / "confusion.csv", as_csv(header, [dict(zip(header, (name, *row)))
+                                                                       for name, row in zip(test.names, test.counts.tolist())]))
+        if len(test.names) <= confusion.MOST:
+            title = f"test set, best weights: accuracy {100 * test.counts.trace() / test.counts.sum():.2f} %, "
+            write_atomic(self.directory / "confusion.png", confusion.picture(
+                test, f"{title}mean over the classes {test.balanced_accuracy:.2f} %"))
