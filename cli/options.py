@@ -4,7 +4,7 @@ The defaults are the recipe of the study (experiment v2).  A preset sets other d
 """
 import argparse
 
-from cli import method_flags
+from cli import config_file, method_flags
 from cli.flag_types import count, device, nonempty, nonnegative, number, png, positive, probability, seed, whole
 from losses.methods import METHODS
 from rundir.errors import Parser
@@ -90,6 +90,7 @@ def debug_flag(add) -> None:
 
 def run_flags(parser, output) -> None:
     add = parser.add_argument_group("device and output").add_argument
+    config_file.add_flag(add)
     device_flags(add)
     add("--amp", choices=("fp16", "bf16", "off"), help="off: fp32, without TF32; default: fp16 on CUDA, off on a CPU")
     add("--compile", action="store_true", help="compile the networks with torch.compile, which takes a minute or more")
@@ -118,11 +119,12 @@ def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
         help="a torchvision classifier, a CIFAR network or v2_*; " + DEFAULT)
     add("--pretrained", action=argparse.BooleanOptionalAction,
         help="start from torchvision's ImageNet weights; default: if available")
-    add("--init", type=nonempty, metavar="PATH", help="start from a local file of weights, except for the head")
+    add("--init", type=nonempty, metavar="PATH", help="start from a local file of weights, without a head of other classes")
     data_flags(parser)
     augmentation_flags(parser)
     optimisation_flags(parser)
     run_flags(parser, output="runs/teacher")
+    parser.set_defaults(**config_file.flags_of(parser, argv, "train_teacher"))
     args = parser.parse_args(argv)
     if args.init and args.pretrained:
         parser.error("--init and --pretrained exclude each other")
@@ -145,7 +147,7 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
         help="a best.pt, or weights of another project; " + DEFAULT)
     add("--teacher", type=nonempty, metavar="NAME", help="its network, for weights of another project; default: by its tensors")
     for name in ("mean", "std"):
-        add(f"--teacher-{name}", type=positive, nargs=3, metavar=("R", "G", "B"), help=f"{name} of images in [0, 1] in the "
+        add(f"--teacher-{name}", type=positive if name == "std" else nonnegative, nargs=3, metavar=("R", "G", "B"), help=f"{name} of images in [0, 1] in the "
             "teacher's training; default: that in its file, else that of the data")
     add("--allow-weak-teacher", action="store_true", help="distil a teacher that is no better than chance")
     add("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help=DEFAULT)
@@ -155,6 +157,7 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     augmentation_flags(parser)
     optimisation_flags(parser)
     run_flags(parser, output="runs/<experiment, or method and hyperparameters>-s<seed>")
+    preset = config_file.flags_of(parser, argv, "distill") | preset
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     method_flags.fill_in(parser, args, of_preset=set(preset) if args.method != preset.get("method") else set())

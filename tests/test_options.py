@@ -1,4 +1,5 @@
 """Flags: defaults, presets, ranges, and one line with exit code 2 for each that does not fit."""
+import json
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
@@ -153,9 +154,28 @@ def test_every_command_of_the_study_is_accepted(experiment, runs):
 
 
 def test_flags_that_exclude_each_other(capsys):
-    for parse, argv in ((teacher, "--init x --pretrained"), (distill, "--milestones 5 3"), (distill, "--epochs 5"),
-                        (distill, "file"), (distill, "--compile --grad-checkpoint"), (teacher, "--compile yes")):
+    for parse, argv in ((teacher, "--init x --pretrained"), (distill, "--milestones 5 3"),
+                        (distill, "--epochs 5 --warmup-epochs 5"), (distill, "file"), (distill, "--compile --grad-checkpoint"), (teacher, "--compile yes")):
         with pytest.raises(SystemExit) as stop:
             parse(*argv.split())
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert distill("--alpha", "1.5", "--ce-weight", "1").alpha == 1.5
+
+
+def test_the_warm_up_of_a_short_run_leaves_an_epoch():
+    assert [teacher("--epochs", str(epochs)).warmup_epochs for epochs in (1, 2, 5, 6, 200)] == [0, 1, 4, 5, 5]
+
+
+def test_flags_of_another_run_are_defaults(tmp_path, capsys):
+    args = distill("--method", "dkd", "--beta", "2", "--lr", "0.1", "--seed", "7", "--output", "runs/x", "--epochs", "9")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(vars(args) | {"script": "distill", "data_sha256": "0", "device": "cuda:3"}))
+    same, other = distill("--config", str(file)), distill("--config", str(file), "--lr", "0.2", "--method", "kd")
+    assert (same.beta, same.lr, same.seed, same.epochs, same.device) == (2.0, 0.1, 7, 9, "auto")
+    assert same.output == "runs/dkd-beta2-T4-s7"
+    assert (other.lr, other.alpha, other.beta, other.seed) == (0.2, 0.7, None, 7), "hyperparameters are those of the method"
+    for parse, path in ((teacher, file), (distill, tmp_path / "nothing.json"), (distill, tmp_path)):
+        with pytest.raises(SystemExit) as stop:
+            parse("--config", str(path))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and str(path) in err
