@@ -146,8 +146,8 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     add("--teacher-checkpoint", type=nonempty, default="runs/teacher/best.pt", metavar="PATH",
         help="a best.pt, or weights of another project; " + DEFAULT)
     add("--teacher", type=nonempty, metavar="NAME", help="its network, for weights of another project; default: by its tensors")
-    for name in ("mean", "std"):
-        add(f"--teacher-{name}", type=positive if name == "std" else nonnegative, nargs=3, metavar=("R", "G", "B"), help=f"{name} of images in [0, 1] in the "
+    for name, kind in (("mean", nonnegative), ("std", positive)):
+        add(f"--teacher-{name}", type=kind, nargs=3, metavar=("R", "G", "B"), help=f"{name} of images in [0, 1] in the "
             "teacher's training; default: that in its file, else that of the data")
     add("--allow-weak-teacher", action="store_true", help="distil a teacher that is no better than chance")
     add("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help=DEFAULT)
