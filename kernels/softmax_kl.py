@@ -834,9 +834,10 @@ def tile_for(classes: int, vector: int, reverse: bool, weighted: bool) -> Tile:
     elif classes <= 1024:
         rows, lanes, block, warps, registers = 1, 32, classes, 1, 224
     else:  # 2048 at a time: wider tiles would spill, or leave one program per multiprocessor
-        rows, lanes, block, warps, registers = (1, 64, classes, 2, 255) if classes <= 2048 else (1, 128, 2048, 4, 128)
-    if weighted and registers:
-        registers = min(255, registers + 24)
+        narrow = classes <= 2048 and not weighted
+        rows, lanes, block, warps, registers = (1, 64, classes, 2, 255) if narrow else (1, 128, 2048, 4, 128)
+    if weighted and registers:  # class weights are a third tile
+        registers = 192 if classes <= 128 else min(255, registers + 40)
     return Tile(rows, lanes, triton.next_power_of_2(triton.cdiv(block, lanes * vector)), warps, registers)
 
 
