@@ -33,7 +33,9 @@ def data_flags(parser) -> None:
 
 
 def augmentation_flags(parser) -> None:
-    add = parser.add_argument_group("augmentation (besides random crop and flip)").add_argument
+    add = parser.add_argument_group("augmentation (besides random crops)").add_argument
+    add("--flip", action=argparse.BooleanOptionalAction, default=True,
+        help="mirror half of the images: not for letters, digits, arrows; " + DEFAULT)
     add("--policy", choices=POLICIES, default="autoaugment", help="default: %(default)s (CIFAR-10 policy)")
     add("--random-erasing", type=probability, default=0.25, metavar="P", help="share of images with Random Erasing; " + DEFAULT)
     add("--mixup", type=nonnegative, default=0.8, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of Mixup, 0 is off; " + DEFAULT)
@@ -185,5 +187,5 @@ def data(args) -> dict:
 
 def augmentation(args) -> dict:
     """Keyword arguments of augment.BatchAugmenter."""
-    names = ("seed", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")
+    names = ("seed", "flip", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")
     return {name: getattr(args, name) for name in names}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rundir.files import damaged, read_json
+from rundir.identity import BEFORE
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Run:
         return self.summary["selected_on"].startswith("test") if self.summary else self.config.get("val_size") == 0
 
 
-SETTING = ("dataset", "student", "teacher", "teacher_sha256", "image_size", "val_size", "policy", "random_erasing", "mixup",
-           "cutmix", "mix_prob")
+SETTING = ("dataset", "student", "teacher", "teacher_sha256", "image_size", "val_size", "flip", "policy", "random_erasing",
+           "mixup", "cutmix", "mix_prob")
 
 
 def control_of(run: Run, runs: list[Run]) -> Run | None:
@@ -51,7 +52,7 @@ def control_of(run: Run, runs: list[Run]) -> Run | None:
     None for that run itself, and for a run without a teacher.
     """
     alike = [other for other in runs if other.config.get("method") == "kd" and all(
-        other.config.get(name) == run.config.get(name) for name in SETTING)]
+        (BEFORE | other.config).get(name) == (BEFORE | run.config).get(name) for name in SETTING)]
     same_seed = [other for other in alike if other.config["seed"] == run.config["seed"]]
     found = next(iter(same_seed + alike), None)
     return found if run.distilled and found is not run else None

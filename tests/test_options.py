@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cli import method_flags, options, sweep_grid
+from rundir.identity import same_flag
 
 ROOT = Path(__file__).parent.parent
 
@@ -150,6 +151,11 @@ def test_every_command_of_the_study_is_accepted(experiment, runs):
     assert len(outputs) == len(set(outputs)) >= runs, "two runs of the study would write to one directory"
     made = {f"{args.output}/best.pt" for args in parsed if "model" in args}
     assert {args.teacher_checkpoint for args in parsed if "method" in args} <= made
+
+
+def test_runs_from_before_a_flag_are_those_with_its_default():
+    for args, same in ((distill(), True), (distill("--no-flip"), False)):
+        assert same_flag("flip", {}, vars(args), None) == same == options.augmentation(args)["flip"]
 
 
 def test_flags_that_exclude_each_other(capsys):
