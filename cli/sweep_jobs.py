@@ -16,6 +16,7 @@ from rundir.files import damaged, existing_digest, make_directory, read_json, wr
 from rundir.identity import NON_EXPERIMENT_FLAGS, same_flag
 
 AUTOMATIC = (None, "auto")  # values that a run resolves itself, in config.json
+IMAGES = ("dataset", "data_dir", "image_size", "crop")  # flags that say which images are read
 NUMBERS = ("test_acc1_best", "test_acc1_last", "wall_s")
 
 
@@ -112,7 +113,7 @@ class Job:
     def sha256_of(self, name: str) -> str | None:
         """SHA-256 of the images or the file of flag `name`; None if there is no file."""
         if name == "data_dir":
-            return fingerprint(self.flags["dataset"], self.flags["data_dir"], self.flags["image_size"])
+            return fingerprint(*(self.flags[each] for each in IMAGES))
         return cached_digest(self.flags[name])
 
 
@@ -131,7 +132,7 @@ def results(jobs: list[Job], cells: list) -> dict[str, dict[int, dict]]:
     """Label of a cell -> seed -> result.  Failure DATA: runs with the same flags were trained on different images."""
     seen = {}
     for job in jobs:
-        flags = tuple(job.flags[name] for name in ("dataset", "data_dir", "image_size"))
+        flags = tuple(job.flags[name] for name in IMAGES)
         images = (read_json(job.directory / "config.json") or {}).get("data_sha256")
         first_images, first = seen.setdefault(flags, (images, job))
         if images and first_images and images != first_images:
@@ -157,7 +158,7 @@ cached_digest = cache(existing_digest)  # most runs of a sweep share one teacher
 
 
 @cache
-def fingerprint(dataset: str, data_dir: str, image_size: int | None) -> str:
+def fingerprint(dataset: str, data_dir: str, image_size: int | None, crop: str) -> str:
     """SHA-256 of the images; reads them, and imports torch."""
     from data import datasets
-    return datasets.load(dataset, data_dir, val_size=0, image_size=image_size).fingerprint
+    return datasets.load(dataset, data_dir, val_size=0, image_size=image_size, crop=crop).fingerprint

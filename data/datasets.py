@@ -12,6 +12,7 @@ import torch
 
 from data.cifar import cifar10, cifar100
 from data.imagefolder import imagefolder
+from data.pictures import stored_side
 from data.split import Source, Split
 from data.synthetic import CLASSES, generate
 from rundir.errors import DATA, OUT_OF_MEMORY, USAGE, Failure
@@ -49,18 +50,18 @@ class Dataset:
                 f"{self.image_size}x{self.image_size}, {len(self.classes)} classes; best epoch by the {self.selected_on}")
 
 
-def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu") -> Dataset:
+def load(name, data_dir, *, val_size=None, seed=42, image_size=None, crop="pad", device="cpu") -> Dataset:
     """Read the data set `name`, split it, and move it to `device`.
 
     data_dir: folder of the files; CIFAR is downloaded to it if missing.
     val_size: number of training images in the stratified validation split drawn by `seed`; None: 5000 for CIFAR, else a tenth;
     0: validate on the test set.  A tenth of an image folder without a test set becomes one, the same for every seed.
     image_size: side of the square to which images are resized and cropped, unless all share a square size that is no larger:
-    networks upsample such images on the device.
+    networks upsample such images on the device.  crop: of the augmentation; with "resized" that side is stored_side(image_size).
     Failure: DATA for unreadable files, USAGE for a wrong size, DISK or OUT_OF_MEMORY for insufficient space.
     """
     try:
-        source = DATASETS[name](Path(data_dir), image_size)
+        source = DATASETS[name](Path(data_dir), stored_side(image_size, crop))
     except OSError as failure:
         raise Failure(DATA, f"cannot read ({failure.filename}: {failure.strerror})", "check its permissions") from failure
     if (side := source.train.images.shape[1]) < MIN_SIDE:

@@ -39,6 +39,23 @@ def size_of(path: str) -> tuple[int, int] | None:
         return None
 
 
+def native_side(folder) -> int:
+    """The longer side of the first readable image of a data set's folder, in pixels; 0 without one."""
+    try:
+        train = os.path.join(folder, "train")
+        return max(next(filter(None, map(size_of, image_files(train if os.path.isdir(train) else folder))), (0, 0)))
+    except OSError:  # data.imagefolder names it
+        return 0
+
+
+def stored_side(image_size: int | None, crop: str) -> int | None:
+    """The side that photographs are resized to when they are read: with the crop "resized" 1.15 times `image_size`.
+
+    224 -> 256, a multiple of 4.  Training cuts windows out of them, and evaluation the centre (models.centre_crop).
+    """
+    return 4 * round(1.15 * image_size / 4) if image_size and crop == "resized" else image_size
+
+
 def decode_into(slot: np.ndarray, path: str) -> bool:
     """Resize the short side of an image to `side` and write its centre crop to `slot` (side, side, 3); False if unreadable."""
     try:
@@ -51,15 +68,15 @@ def decode_into(slot: np.ndarray, path: str) -> bool:
         return False
 
 
-def read(path: str, image_size: int) -> np.ndarray | None:
+def read(path: str, stored_size: int) -> np.ndarray | None:
     """RGB uint8 (side, side, 3), None if unreadable.
 
-    A square image of at most `image_size` keeps its size; any other is resized and centre-cropped, as in data.imagefolder.
+    A square image of at most `stored_size` keeps its size; any other is resized and centre-cropped, as in data.imagefolder.
     """
     size = size_of(path)
     if size is None:
         return None
-    side = size[0] if size[0] == size[1] <= image_size else image_size
+    side = size[0] if size[0] == size[1] <= stored_size else stored_size
     pixels = np.empty((side, side, 3), np.uint8)
     return pixels if decode_into(pixels, path) else None
 

@@ -6,8 +6,8 @@
 
 networks.py builds networks, weights.py loads and saves weights, cifar_networks.py defines the networks missing in torchvision.
 """
-from models.networks import build, flops, is_torchvision, names, parameters
+from models.networks import build, centre_crop, flops, is_torchvision, names, parameters
 from models.weights import fold, initialise, load, normalise, predict, read, save
 
-__all__ = ["build", "flops", "fold", "initialise", "is_torchvision", "load", "names", "normalise", "parameters",
-           "predict", "read", "save"]
+__all__ = ["build", "centre_crop", "flops", "fold", "initialise", "is_torchvision", "load", "names", "normalise",
+           "parameters", "predict", "read", "save"]

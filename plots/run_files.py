@@ -42,8 +42,8 @@ class Run:
         return self.summary["selected_on"].startswith("test") if self.summary else self.config.get("val_size") == 0
 
 
-SETTING = ("dataset", "student", "teacher", "teacher_sha256", "image_size", "val_size", "flip", "policy", "random_erasing",
-           "mixup", "cutmix", "mix_prob")
+SETTING = ("dataset", "student", "teacher", "teacher_sha256", "image_size", "val_size", "crop", "crop_scale", "crop_ratio",
+           "flip", "policy", "random_erasing", "mixup", "cutmix", "mix_prob")
 
 
 def control_of(run: Run, runs: list[Run]) -> Run | None:

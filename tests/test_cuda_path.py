@@ -20,8 +20,8 @@ STUDENTS = (CAPTURED, "--method kd --deterministic", "--method kd --amp bf16 --o
             "--method kd --kl reverse --amp off --kernels reference",
             "--method dkd --kernels reference --mixed-target dominant --opt sgd --momentum 0 --policy none",
             "--method dkd --grad-checkpoint --amp bf16 --opt sgd")
-TEACHERS = ("--opt sgd --model-ema 0.9 --deterministic --device cuda:0", "--amp off --mixup 0 --cutmix 0",
-            "--amp bf16 --kernels reference --policy randaugment")
+TEACHERS = ("--opt sgd --model-ema 0.9 --deterministic --device cuda:0", "--amp off --mixup 0 --cutmix 0 --crop resized",
+            "--amp bf16 --kernels reference --policy randaugment --crop resized --image-size 24")
 
 
 @pytest.fixture
