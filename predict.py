@@ -16,14 +16,14 @@ from rundir import errors
 BATCH, MAX_SHEET = 64, 96  # images in a batch and on the contact sheet
 
 
-def batches(paths, image_size: int, unreadable: list):
+def batches(paths, stored_size: int, unreadable: list):
     """(paths, images uint8 (N, side, side, 3)) of consecutive images of one size; unreadable paths are added to `unreadable`."""
     import numpy as np
 
     from data import pictures
     batch = []
     for path in paths:
-        image, reason = pictures.read(path, image_size)
+        image, reason = pictures.read(path, stored_size)
         if reason:
             print(f"skipped: {path} ({reason})", file=sys.stderr)
             unreadable.append(path)
@@ -47,7 +47,8 @@ def main(args):
     table = csv.writer(sys.stdout, lineterminator="\n")
     if args.csv:
         table.writerow(["path", "rank", "class", "probability"])
-    for paths, images in batches(pictures.image_paths(args.images), model.metadata["image_size"], unreadable):
+    stored_size = model.metadata.get("stored_size", model.metadata["image_size"])  # older files have none
+    for paths, images in batches(pictures.image_paths(args.images), stored_size, unreadable):
         for path, image, row in zip(paths, images, model(images)[0]):
             best = [(classes[index], row[index]) for index in row.argsort()[::-1][:args.top]]
             if args.csv:

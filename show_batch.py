@@ -1,8 +1,9 @@
-"""Draw a contact sheet of an augmented training batch, with the augmentation parameters and the labels.
+"""Draw a contact sheet of an augmented training batch: each image as it is stored and augmented, with classes and parameters.
 
     python show_batch.py                                              CIFAR-100 under the study's augmentation -> batch.png
     python show_batch.py --dataset synthetic --policy none            synthetic data; only Mixup/CutMix and erasing
     python show_batch.py --mix-mode elem --epoch 7 --step 3           Mixup/CutMix per image; any batch of any epoch
+    python show_batch.py --dataset imagefolder --data-dir photos --image-size 224    windows of photographs, resized
 
 With the flags and the seed of a training run, the batch is identical to that of the run.
 """
@@ -29,12 +30,14 @@ def main(args):
     mean, std = (torch.tensor(values, device=context.device).view(3, 1, 1) for values in (data.mean, data.std))
     images = (batch.images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
-    cells, targets = [], (part.tolist() for part in batch.targets)
-    for image, parameters, label, other, lam in zip(images[:args.images], augmenter.describe(args.step), *targets):
+    stored, own = (part[augmenter.sources(args.step).to(context.device)[:args.images]].cpu() for part in data.train)
+    columns = stored.numpy(), own.tolist(), images, augmenter.describe(args.step), *(part.tolist() for part in batch.targets)
+    cells = []
+    for original, true, image, parameters, label, other, lam in zip(*columns):
         names = data.classes[label] if lam == 1 else f"{lam:.2f} {data.classes[label]}\n{1 - lam:.2f} {data.classes[other]}"
-        cells.append((image, names, parameters.replace(", ", ",\n").replace(" | ", "\n")))
-    write_atomic(args.output, pictures.contact_sheet(cells, height=1.42))
-    print(f"{args.output}: batch {args.step} of epoch {args.epoch}, {len(cells)} of {args.batch_size} images of {args.dataset}")
+        cells += [(original, data.classes[true], ""), (image, names, parameters.replace(", ", ",\n").replace(" | ", "\n"))]
+    write_atomic(args.output, pictures.contact_sheet(cells, height=1.6))
+    print(f"{args.output}: batch {args.step} of epoch {args.epoch}, {len(stored)} of {args.batch_size} images of {args.dataset}")
 
 
 if __name__ == "__main__":

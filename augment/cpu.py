@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from augment.crop import crop, resized_crop
 from augment.policy import AUTOCONTRAST, CONTRAST, EQUALIZE, GEOMETRY, LOOKUP, SHARPNESS, PolicyTables
 from augment.sampling import Sampler
 from kernels import Targets
@@ -22,12 +23,13 @@ CPU_BLOCK = 2 ** 18  # pixels that a CPU works on at a time: the memory of large
 class _Plan(NamedTuple):
     """How the S steps of an epoch treat R rows of their batches: read them, mirrored ones last; crop, into the order of the first
     operation, sorted by kind; apply it; move into the order of the next operation, and after the last into that of the batch.
+    Windows that are resized are read in the order of the first operation.
 
     The lists are on the host: they hold the sizes of all groups, so that no step has to ask the device for one.
     """
     sources: torch.Tensor  # int64 (S, R), image numbers
     mirror_from: list[int]  # per step
-    corners: torch.Tensor  # int64 (S, R), see crop
+    windows: torch.Tensor  # int64 (S, R), see crop; or (S, R, 5), see resized_crop
     codes: list[torch.Tensor]  # per slot int64 (S, R)
     counts: list[list[list[int]]]  # per slot, step and kind
     moves: list[torch.Tensor]  # per slot int64 (S, R): where in this order each row of the next one is
@@ -80,7 +82,10 @@ class CpuBatches:
             self._plans[rows] = self._plan(rows)
         plan = self._plans[rows]
         images = self.images.index_select(0, plan.sources[step])
-        images = crop(images, plan.mirror_from[step], plan.corners[step], self.sampler.crop_pad)
+        if self.sampler.resized:
+            images = resized_crop(images, plan.windows[step], self.size)
+        else:
+            images = crop(images, plan.mirror_from[step], plan.windows[step], self.sampler.crop_pad)
         for codes, counts, moves in zip(plan.codes, plan.counts, plan.moves):
             apply_operations(images, codes[step], counts[step], self.sampler.policy)
             images = images.index_select(0, moves[step])
@@ -95,40 +100,28 @@ class CpuBatches:
 
     def _plan(self, rows: range) -> _Plan:
         part = slice(rows.start, rows.stop)
-        top, left, mirror, codes, _ = (drawn[:, part] for drawn in self._draws)
-        reading = mirror.int().argsort(dim=1, stable=True)
-        # In an image that is mirrored before, the window is as far from the right edge as it was to be from the left.
-        left = torch.where(mirror, 2 * self.sampler.crop_pad - left, left)
-        width = self.size + 2 * self.sampler.crop_pad
-        corners = (reading.argsort(1) * width + top) * width + left
-
+        top, left, height, width, mirror, codes, _ = (drawn[:, part] for drawn in self._draws)
         kinds = self.sampler.policy.kind[codes]
         orders = [*kinds.argsort(dim=1, stable=True).unbind(2), torch.arange(len(rows), device=codes.device).expand_as(top)]
+        if self.sampler.resized:
+            reading, drawn = orders[0], (top, left, height, width, mirror.long())
+            windows = torch.stack([each.gather(1, reading) for each in drawn], 2)
+        else:
+            reading = mirror.int().argsort(dim=1, stable=True)
+            # In an image that is mirrored before, the window is as far from the right edge as it was to be from the left.
+            left = torch.where(mirror, 2 * self.sampler.crop_pad - left, left)
+            corners = (reading.argsort(1) * self.sampler.crop_from + top) * self.sampler.crop_from + left
+            windows = corners.gather(1, orders[0])
         return _Plan(
             sources=self._sources[:, part].gather(1, reading),
             mirror_from=(~mirror).sum(1).tolist(),
-            corners=corners.gather(1, orders[0]),
+            windows=windows,
             codes=[code.gather(1, order) for code, order in zip(codes.unbind(2), orders)],
             counts=F.one_hot(kinds, len(KINDS)).sum(1).transpose(0, 1).tolist(),
             moves=[here.argsort(1).gather(1, following) for here, following in zip(orders, orders[1:])])
 
 
 # Arithmetic
-
-def crop(images: torch.Tensor, mirror_from: int, corners: torch.Tensor, pad: int) -> torch.Tensor:
-    """Windows of the zero-padded `images`, uint8 (rows, size, size, 3), those from row `mirror_from` on mirrored first.
-
-    corners: int64 (rows,), where the window of each row of the result begins, in pixels from the first of all padded images.
-    """
-    rows, size = images.shape[:2]
-    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
-    padded[mirror_from:] = padded[mirror_from:].flip(2)
-    width = size + 2 * pad
-    # A line of a window is 3*size bytes in a row, from any pixel on: in this view of the same memory a crop copies whole lines.
-    lines = padded.as_strided((rows * width * width - size + 1, 3 * size), (3, 1))
-    starts = corners.unsqueeze(1) + torch.arange(0, size * width, width, device=images.device)
-    return lines.index_select(0, starts.view(-1)).view(rows, 3 * size * size)
-
 
 def apply_operations(images: torch.Tensor, codes: torch.Tensor, counts: list[int], tables: PolicyTables) -> None:
     """Apply operation `codes[i]`, int64 (rows,), to `images[i]`, in place; the rows are sorted by kind, `counts` of each kind."""

@@ -20,11 +20,12 @@ class FusedBatches:
             epoch=0, batch_size=batch_size, mix_each=int(mix_each), crop_pad=sampler.crop_pad, flip=int(sampler.flip),
             subpolicies=len(policy.codes), erase=sampler.erase_threshold, mix=sampler.mix_threshold,
             cutmix=sampler.cutmix_threshold)
+        boxes = [sampler.erase_sizes, sampler.crop_sizes] if sampler.resized else [sampler.erase_sizes]
         blended = (policy.kind >= SHARPNESS) & (policy.kind <= CONTRAST)
         row = torch.where(blended, torch.arange(len(blended), device=device), policy.argument)
         operations = policy.kind + len(KINDS) * row
         every_byte = torch.arange(256, dtype=torch.uint8).unsqueeze(1).expand(-1, 3)
-        self.dtype, self._steps = dtype, torch.arange(len(images) // batch_size, device=device)
+        self.size, self.dtype, self._steps = sampler.size, dtype, torch.arange(len(images) // batch_size, device=device)
         self.tables = kernel.Tables(
             images=images.view(*images.shape[:2], -1).view(torch.int32), labels=labels.contiguous(),
             order=torch.empty(len(images), dtype=torch.int64, device=device),
@@ -33,7 +34,7 @@ class FusedBatches:
             blends=torch.stack([policy.ratio, policy.complement], 1),
             maps=policy.maps, lookups=policy.lookups, stretch=policy.stretch,
             normalised=cpu.normalise(every_byte, torch.tensor(mean), torch.tensor(std)).T.contiguous().to(device),
-            erase_sizes=sampler.erase_sizes.int(), lams=sampler.lams, half_sides=sampler.half_sides.int())
+            boxes=torch.cat(boxes).int(), lams=sampler.lams, half_sides=sampler.half_sides.int())
 
     def set_epoch(self, epoch: int, order: torch.Tensor) -> None:
         """Write the epoch where the kernel reads it, also from within a captured CUDA graph."""
@@ -42,5 +43,5 @@ class FusedBatches:
 
     def batch(self, step: int | torch.Tensor, rows: range) -> tuple[torch.Tensor, Targets]:
         step = step if isinstance(step, torch.Tensor) else self._steps[step]
-        images, *targets = kernel.augment_triton(step, rows, self.tables, self.dtype)
+        images, *targets = kernel.augment_triton(step, rows, self.tables, self.size, self.dtype)
         return images, Targets(*targets)

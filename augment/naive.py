@@ -7,16 +7,39 @@ import torchvision.transforms.functional as TF
 from torchvision.transforms.autoaugment import InterpolationMode, _apply_op
 
 from kernels import Targets
+from kernels.augment_constants import PLACE_BITS
+
+ONE = 2 ** PLACE_BITS  # pixel, in the units of a place between two
 
 
-def augment_image(image, window, codes, erased, *, operations, crop_pad, mean, std):
-    """Crop, flip, policy, normalise, erase: uint8 (3, size, size) -> float32 (3, size, size).
+def resized(image, size):
+    """uint8 (3, height, width) -> (3, size, size), by bilinear interpolation in whole numbers.
 
-    window: top and left edge in the padded image, and whether to mirror.  codes: indices of `operations`, (name, magnitude) each.
-    erased: the box top, left, bottom, right that becomes 0.
+    Pixel k of an axis is read at (k + 1/2) * length / size - 1/2, in 256ths of a pixel, halves rounded up, and not beyond the
+    outer pixels.  The sum of four pixels by their weights, in 65536ths, is rounded, halves up.  No antialiasing: the images of
+    folders are stored with 1.15 times the side of the result, so at most every seventh pixel is skipped.
     """
-    top, left, mirror = window
-    image = TF.crop(TF.pad(image, [crop_pad]), top, left, *image.shape[1:])
+    image = image.long()
+    for axis in (1, 2):
+        length, lines = image.shape[axis], []
+        for k in range(size):
+            place = (((2 * k + 1) * length - size) * ONE + size) // (2 * size)
+            before, part = divmod(min(max(place, 0), (length - 1) * ONE), ONE)
+            after = min(before + 1, length - 1)
+            lines.append((ONE - part) * image.select(axis, before) + part * image.select(axis, after))
+        image = torch.stack(lines, axis)
+    return ((image + ONE ** 2 // 2) // ONE ** 2).to(torch.uint8)
+
+
+def augment_image(image, window, codes, erased, *, operations, crop_pad, size, mean, std):
+    """Crop, flip, policy, normalise, erase: uint8 (3, H, W) -> float32 (3, size, size).
+
+    window: top, left, height and width in the image with `crop_pad` pixels of zeros around it, or, where that is None, in the
+    image itself, resized to `size`; and whether to mirror.  codes: indices of `operations`, (name, magnitude) each.  erased: the
+    box top, left, bottom, right that becomes 0.
+    """
+    *window, mirror = window
+    image = resized(TF.crop(image, *window), size) if crop_pad is None else TF.crop(TF.pad(image, [crop_pad]), *window)
     image = TF.hflip(image) if mirror else image
     for code in codes:
         image = _apply_op(image, *operations[code], InterpolationMode.NEAREST, None)
@@ -43,7 +66,8 @@ def augment_batch(images, labels, sampler, epoch: int, step: int, *, batch_size:
     """Batch `step` of an epoch: float32 (batch_size, 3, size, size) and its Targets; arguments as in BatchAugmenter."""
     positions = torch.arange(step * batch_size, (step + 1) * batch_size)
     sources = sampler.order(epoch, len(images))[positions]
-    how = {"operations": sampler.policy.operations, "crop_pad": sampler.crop_pad, "mean": mean, "std": std}
+    how = {"operations": sampler.policy.operations, "crop_pad": None if sampler.resized else sampler.crop_pad,
+           "size": sampler.size, "mean": mean, "std": std}
     *window, codes, erased = (drawn.tolist() for drawn in sampler.images(epoch, positions))
     plain = [augment_image(image.permute(2, 0, 1), *drawn, **how)
              for image, *drawn in zip(images[sources], zip(*window), codes, erased)]

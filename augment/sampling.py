@@ -3,16 +3,19 @@
 Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns the counter (position, epoch, stream, 0)
 under the 64-bit seed into four words in [0, 2^32).  No logarithm, root or power is taken of them, so every device draws the same.
 """
+import math
 from typing import NamedTuple
 
 import torch
 
 from augment.policy import PolicyTables
-from kernels.augment_constants import CROP, ERASE, ERASE_BITS, MIX, POLICY, QUANTILE_BITS, STREAMS
+from kernels.augment_constants import BOX_BITS, CROP, ERASE, MIX, POLICY, QUANTILE_BITS, STREAMS
 
 ORDER = len(STREAMS)  # drawn on the host alone
 QUANTILES = 2 ** QUANTILE_BITS  # entries of a table that stands for a distribution
 FINE = 256  # parts of a pixel that the law of erased boxes is integrated in
+GRID = 1024  # parts of the shares of the area, and of the ratios, that the law of windows is counted in
+ATTEMPTS = 10  # of torchvision, to draw a box that fits
 WORD = 0xFFFFFFFF
 
 
@@ -66,19 +69,50 @@ def erase_law(size: int) -> torch.Tensor:
 
 
 def erase_sizes(size: int) -> torch.Tensor:
-    """int64 (2**ERASE_BITS, 2): heights and widths, each as often as `erase_law` has it; largest remainders are rounded up."""
-    law = erase_law(size).flatten()
-    wanted = law * 2 ** ERASE_BITS
+    """int64 (2**BOX_BITS, 2): heights and widths, each as often as `erase_law` has it."""
+    return _table(erase_law(size))
+
+
+def crop_law(size: int, scale, ratio) -> torch.Tensor:
+    """float64 (size + 1, size + 1): how likely torchvision's RandomResizedCrop is to cut such a window out of size x size.
+
+    It draws a share of the area, uniform in `scale`, and a ratio w / h, log-uniform in `ratio`; rounds h and w; and draws again
+    where one is above `size`.  After ten draws in vain it takes the largest window with the ratio in `ratio` that is next to 1.
+    Szegedy et al. 2014, arXiv 1409.4842.
+    """
+    grid = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
+    area = (size * size * (scale[0] + (scale[1] - scale[0]) * grid))[:, None]
+    ratios = (math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * grid).exp()
+    height, width = (area / ratios).sqrt().round().long(), (area * ratios).sqrt().round().long()
+    fits = (height > 0) & (width > 0) & (height <= size) & (width <= size)
+    law = torch.bincount((height * (size + 1) + width)[fits], minlength=(size + 1) ** 2).view(size + 1, -1) / float(GRID ** 2)
+    rejected = float(1 - law.sum())
+    law *= sum(rejected ** attempt for attempt in range(ATTEMPTS))
+    nearest = min(max(1.0, ratio[0]), ratio[1])
+    law[round(size / max(nearest, 1)), round(size * min(nearest, 1))] += rejected ** ATTEMPTS
+    return law
+
+
+def crop_sizes(size: int, scale, ratio) -> torch.Tensor:
+    """int64 (2**BOX_BITS, 2): heights and widths, each as often as `crop_law` has it."""
+    return _table(crop_law(size, scale, ratio))
+
+
+def _table(law: torch.Tensor) -> torch.Tensor:
+    """int64 (2**BOX_BITS, 2): rows and columns of `law`, each as often as it has it; largest remainders are rounded up."""
+    wanted = law.flatten() * 2 ** BOX_BITS
     counts = wanted.long()
-    counts[(wanted - counts).argsort(descending=True, stable=True)[:2 ** ERASE_BITS - counts.sum()]] += 1
-    chosen = torch.arange(size * size).repeat_interleave(counts)
-    return torch.stack([chosen // size, chosen % size], 1)
+    counts[(wanted - counts).argsort(descending=True, stable=True)[:2 ** BOX_BITS - counts.sum()]] += 1
+    chosen = torch.arange(law.numel()).repeat_interleave(counts)
+    return torch.stack([chosen // law.shape[1], chosen % law.shape[1]], 1)
 
 
 class ImageDraws(NamedTuple):
     """What happens to each image; a box is top, left, bottom, right, and empty where there is none."""
-    top: torch.Tensor  # int64 (...), of the crop in the padded image
+    top: torch.Tensor  # int64 (...), of the window in the padded image, or in the image that it is resized from
     left: torch.Tensor
+    height: torch.Tensor
+    width: torch.Tensor
     mirror: torch.Tensor  # bool (...), after the crop
     codes: torch.Tensor  # int64 (..., slots), of PolicyTables
     erased: torch.Tensor  # int64 (..., 4)
@@ -92,15 +126,22 @@ class MixDraws(NamedTuple):
 
 
 class Sampler:
-    """Draws for images of size x size pixels, on the device of `policy`; the options are those of BatchAugmenter."""
+    """Draws for results of size x size pixels, on the device of `policy`; the options are those of BatchAugmenter.
 
-    def __init__(self, size: int, policy: PolicyTables, *, seed, crop_pad, flip, random_erasing, mixup, cutmix, mix_prob):
+    stored: side of the images, of which windows are resized to `size`; None: images of `size` are padded and cropped.
+    """
+
+    def __init__(self, size: int, policy: PolicyTables, *, seed, crop_pad, flip, random_erasing, mixup, cutmix, mix_prob,
+                 stored=None, scale=None, ratio=None):
         self.size, self.policy, self.seed, self.crop_pad, self.flip = size, policy, seed, crop_pad, flip
+        self.resized = stored is not None
+        self.crop_from = stored if self.resized else size + 2 * crop_pad
         self.erase_threshold = int(random_erasing * 2 ** 32)
         self.mix_threshold = int(mix_prob * 2 ** 32) if mixup or cutmix else 0
         self.cutmix_threshold = 0 if not cutmix else 1 if mixup else 2  # to be compared with one random bit
         device = policy.codes.device
         self.pixels = torch.tensor(float(size * size), device=device)  # see cpu._number
+        self.crop_sizes = crop_sizes(stored, scale, ratio).to(device) if self.resized else torch.full((1, 2), size, device=device)
         self.erase_sizes = erase_sizes(size).to(device)
         self.lams = beta_quantiles(mixup or 1.0).to(device)  # of what is off, any table will do
         self.half_sides = (0.5 * (1 - beta_quantiles(cutmix or 1.0).double()).sqrt() * size).long().to(device)
@@ -112,8 +153,11 @@ class Sampler:
 
     def images(self, epoch: int, positions: torch.Tensor) -> ImageDraws:
         """What happens to the images at `positions`, int64 (...), of the epoch."""
-        top, left, mirror, _ = philox(self.seed, positions, epoch, CROP, 0)
-        window = below(top, 2 * self.crop_pad + 1), below(left, 2 * self.crop_pad + 1), (mirror & int(self.flip)).bool()
+        top, left, mirror, quantile = philox(self.seed, positions, epoch, CROP, 0)
+        sides = self.crop_sizes[below(quantile, len(self.crop_sizes))]
+        height, width = sides.unbind(-1)
+        window = below(torch.stack([top, left], -1), self.crop_from + 1 - sides)
+        mirror = (mirror & int(self.flip)).bool()
 
         slots = self.policy.codes.shape[1]
         subpolicy, first, second, signs = philox(self.seed, positions, epoch, POLICY, 0)
@@ -123,9 +167,9 @@ class Sampler:
         codes = self.policy.codes[subpolicy].gather(-1, signs.unsqueeze(-1)).squeeze(-1) * applied
 
         fires, quantile, top, left = philox(self.seed, positions, epoch, ERASE, 0)
-        sides = self.erase_sizes[below(quantile, 2 ** ERASE_BITS)] * (fires < self.erase_threshold).unsqueeze(-1)
+        sides = self.erase_sizes[below(quantile, 2 ** BOX_BITS)] * (fires < self.erase_threshold).unsqueeze(-1)
         corner = below(torch.stack([top, left], -1), self.size + 1 - sides)
-        return ImageDraws(*window, codes, torch.cat([corner, corner + sides], -1))
+        return ImageDraws(window[..., 0], window[..., 1], height, width, mirror, codes, torch.cat([corner, corner + sides], -1))
 
     def mixes(self, epoch: int, positions: torch.Tensor) -> MixDraws:
         """How the images are mixed that share a draw, where the first of them are at `positions`, int64 (...), of the epoch."""

@@ -11,6 +11,8 @@ from rundir.errors import Parser
 
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
 POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "randaugment", "trivialaugment")
+CROPS = ("pad", "resized")
+LARGE = 64  # pixels: larger images of folders are taken for photographs
 DEFAULT = "default: %(default)s"
 EXPERIMENTS = {
     "v1": {"method": "kd", "policy": "none", "random_erasing": 0.0},
@@ -35,8 +37,17 @@ def data_flags(parser) -> None:
 
 
 def augmentation_flags(parser) -> None:
-    add = parser.add_argument_group("augmentation (besides random crop and flip)").add_argument
-    add("--policy", choices=POLICIES, default="autoaugment", help="default: %(default)s (CIFAR-10 policy)")
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--crop", choices=CROPS, help="random crops of the image padded by 4 pixels, or of windows that are resized to "
+        f"--image-size; default: resized for --dataset imagefolder above {LARGE} pixels, else pad")
+    add("--crop-scale", type=positive, nargs=2, default=[0.08, 1.0], metavar=("MIN", "MAX"),
+        help="share of the area in a resized window; default: 0.08 1.0")
+    add("--crop-ratio", type=positive, nargs=2, default=[0.75, 1.3333], metavar=("MIN", "MAX"),
+        help="width of a resized window over its height; default: 0.75 1.3333")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True,
+        help="mirror half of the images: not for letters, digits, arrows; " + DEFAULT)
+    add("--policy", choices=POLICIES, help=f"default: autoaugment-imagenet for --dataset imagefolder above {LARGE} pixels, else "
+        "autoaugment (CIFAR-10 policy)")
     add("--random-erasing", type=probability, default=0.25, metavar="P", help="share of images with Random Erasing; " + DEFAULT)
     add("--mixup", type=nonnegative, default=0.8, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of Mixup, 0 is off; " + DEFAULT)
     add("--cutmix", type=nonnegative, default=1.0, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of CutMix, 0 is off; " + DEFAULT)
@@ -128,6 +139,7 @@ def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
     args = parser.parse_args(argv)
     if args.init and args.pretrained:
         parser.error("--init and --pretrained exclude each other")
+    fill_in_augmentation(parser, args)
     check_schedule(parser, args)
     args.output = args.output or "runs/teacher"
     return args
@@ -161,6 +173,7 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     method_flags.fill_in(parser, args, of_preset=set(preset) if args.method != preset.get("method") else set())
+    fill_in_augmentation(parser, args)
     check_schedule(parser, args)
     args.output = args.output or f"runs/{args.experiment or method_flags.chosen(args).run_name}-s{args.seed}"
     return args
@@ -180,7 +193,40 @@ def parse_show(description, usage_lines, argv=None):
     device_flags(add)
     add("--output", type=png, default="batch.png", metavar="FILE", help=DEFAULT)
     debug_flag(add)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    fill_in_augmentation(parser, args)
+    return args
+
+
+def image_defaults(args) -> tuple[dict, str]:
+    """The defaults that depend on the images, and why; without --image-size a folder is asked for the size of an image."""
+    large, reason = False, args.dataset
+    if args.dataset == "imagefolder":
+        from data.layout import native_side
+        large = (args.image_size or native_side(args.data_dir)) > LARGE
+        reason += f" {'above' if large else 'up to'} {LARGE} pixels"
+    return {"crop": "resized", "policy": "autoaugment-imagenet"} if large else {"crop": "pad", "policy": "autoaugment"}, reason
+
+
+def fill_in_augmentation(parser, args) -> None:
+    """Set the defaults of --crop and --policy, and check the ranges of the crop."""
+    for name, value in image_defaults(args)[0].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("crop_scale", "crop_ratio"):
+        smallest, largest = given = getattr(args, name)
+        if smallest > largest or name == "crop_scale" and largest > 1:
+            limit = ", to 1 at most" * (name == "crop_scale")
+            parser.error(f"{method_flags.flag(name)} must rise{limit} ({smallest:g} {largest:g})")
+        if args.crop == "pad" and given != parser.get_default(name):
+            parser.error(f"{method_flags.flag(name)} does not belong to --crop pad ({smallest:g} {largest:g})")
+
+
+def chosen_defaults(args) -> list[str]:
+    """A line that says which defaults the images of a folder led to, if any."""
+    defaults, reason = image_defaults(args)
+    chosen = [f"{name}={value}" for name, value in defaults.items() if getattr(args, name) == value]
+    return [f"{', '.join(chosen)}: {reason}"] if chosen and args.dataset == "imagefolder" else []
 
 
 def check_schedule(parser, args) -> None:
@@ -196,11 +242,13 @@ def check_schedule(parser, args) -> None:
 
 def data(args) -> dict:
     """Keyword arguments of data.datasets.load; runs of earlier versions lack some of the flags."""
-    names = ("data_dir", "val_size", "seed", "image_size", "unreadable", "allow_empty_classes")
+    names = ("data_dir", "val_size", "seed", "image_size", "crop", "unreadable", "allow_empty_classes")
     return {"name": args.dataset, **{name: getattr(args, name) for name in names if name in vars(args)}}
 
 
 def augmentation(args) -> dict:
     """Keyword arguments of augment.BatchAugmenter."""
-    names = ("seed", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")
-    return {name: getattr(args, name) for name in names}
+    names = ("seed", "crop", "flip", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")
+    image_size = args.image_size if args.crop == "resized" else None
+    of_crop = {"image_size": image_size, "scale": args.crop_scale, "ratio": args.crop_ratio}
+    return {name: getattr(args, name) for name in names} | of_crop

@@ -16,6 +16,8 @@ from rundir.files import damaged, existing_digest, make_directory, read_json, wr
 from rundir.identity import NON_EXPERIMENT_FLAGS, same_flag
 
 AUTOMATIC = (None, "auto")  # values that a run resolves itself, in config.json
+# Flags that say which images are read.
+IMAGES = ("dataset", "data_dir", "image_size", "crop", "unreadable", "allow_empty_classes")
 NUMBERS = ("test_acc1_best", "test_acc1_last", "wall_s")
 
 
@@ -112,11 +114,8 @@ class Job:
     def sha256_of(self, name: str) -> str | None:
         """SHA-256 of the images or the file of flag `name`; None if there is no file."""
         if name == "data_dir":
-            return fingerprint(*(self.flags[flag] for flag in FINGERPRINTED))
+            return fingerprint(*(self.flags[flag] for flag in IMAGES))
         return cached_digest(self.flags[name])
-
-
-FINGERPRINTED = ("dataset", "data_dir", "image_size", "unreadable", "allow_empty_classes")
 
 
 def record(jobs: list[Job], path: Path) -> None:
@@ -134,7 +133,7 @@ def results(jobs: list[Job], cells: list) -> dict[str, dict[int, dict]]:
     """Label of a cell -> seed -> result.  Failure DATA: runs with the same flags were trained on different images."""
     seen = {}
     for job in jobs:
-        flags = tuple(job.flags[name] for name in ("dataset", "data_dir", "image_size"))
+        flags = tuple(job.flags[name] for name in IMAGES)
         images = (read_json(job.directory / "config.json") or {}).get("data_sha256")
         first_images, first = seen.setdefault(flags, (images, job))
         if images and first_images and images != first_images:
@@ -161,6 +160,6 @@ cached_digest = cache(existing_digest)  # most runs of a sweep share one teacher
 
 @cache
 def fingerprint(dataset: str, *flags) -> str:
-    """SHA-256 of the images; reads them, and imports torch.  flags: the values of FINGERPRINTED."""
+    """SHA-256 of the images; reads them, and imports torch.  flags: the values of IMAGES."""
     from data import datasets
-    return datasets.load(dataset, val_size=0, **dict(zip(FINGERPRINTED[1:], flags))).fingerprint
+    return datasets.load(dataset, val_size=0, **dict(zip(IMAGES[1:], flags))).fingerprint

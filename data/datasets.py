@@ -12,6 +12,7 @@ import torch
 
 from data.cifar import cifar10, cifar100
 from data.imagefolder import imagefolder
+from data.pictures import stored_side
 from data.split import Source, Split
 from data.synthetic import CLASSES, generate
 from rundir.errors import DATA, OUT_OF_MEMORY, USAGE, Failure
@@ -54,7 +55,7 @@ class Dataset:
         return "\n".join([summary, f"classes in order: {', '.join(shown)}", *self.notes])
 
 
-def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu", unreadable="stop",
+def load(name, data_dir, *, val_size=None, seed=42, image_size=None, crop="pad", device="cpu", unreadable="stop",
          allow_empty_classes=False) -> Dataset:
     """Read the data set `name`, split it, and move it to `device`.
 
@@ -63,13 +64,13 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, device="cpu
     0: validate on the test set.  A tenth of an image folder without a test set becomes one, the same for every seed; a folder
     with images for validation needs no such split, and val_size takes precedence over them.
     image_size: side of the square to which images are resized and cropped, unless all share a square size that is no larger:
-    networks upsample such images on the device.
+    networks upsample such images on the device.  crop: of the augmentation; with "resized" that side is stored_side(image_size).
     unreadable, allow_empty_classes: of data.imagefolder.
     Failure: DATA for unreadable files, USAGE for a wrong size, DISK or OUT_OF_MEMORY for insufficient space.
     """
     try:
         if name == "imagefolder":
-            source = imagefolder(Path(data_dir), image_size, unreadable, allow_empty_classes)
+            source = imagefolder(Path(data_dir), stored_side(image_size, crop), unreadable, allow_empty_classes)
         else:
             source = DATASETS[name](Path(data_dir))
     except OSError as failure:

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from data.pictures import counted, image_files, is_hidden
+from data.pictures import counted, image_files, is_hidden, size_of
 from rundir.errors import DATA, Failure
 from rundir.terminal import live
 
@@ -63,6 +63,17 @@ def find(data_dir: Path, allow_empty: bool) -> Layout:
     if empty:
         notes.append(f"classes without training images, left out: {', '.join(empty)}")
     return matched(data_dir, splits, notes, left_out)
+
+
+def native_side(data_dir) -> int:
+    """The longer side in pixels of the first readable image below a folder or in a CSV file; 0 without one."""
+    data_dir = Path(data_dir)
+    try:
+        paths = (path for images in read_table(data_dir).values() for _, path in images) if data_dir.is_file() else (
+            image_files(data_dir, Counter()))
+        return max(next(filter(None, map(size_of, paths)), (0, 0)))
+    except (OSError, Failure):  # `find` names it
+        return 0
 
 
 def matched(root: Path, splits: dict[str, Labelled], notes: list[str], left_out: Counter) -> Layout:

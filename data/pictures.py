@@ -97,6 +97,14 @@ def size_of(path: str) -> tuple[int, int] | None:
         return None
 
 
+def stored_side(image_size: int | None, crop: str) -> int | None:
+    """The side that photographs are resized to when they are read: with the crop "resized" 1.15 times `image_size`.
+
+    224 -> 256, a multiple of 4.  Training cuts windows out of them, and evaluation the centre (models.centre_crop).
+    """
+    return 4 * round(1.15 * image_size / 4) if image_size and crop == "resized" else image_size
+
+
 def decode_into(slot: np.ndarray, path: str) -> tuple[str | None, list[str]]:
     """Resize the short side of an image to `side` and write its centre crop to `slot` (side, side, 3).
 
@@ -169,14 +177,14 @@ def as_bytes(image: Image.Image) -> np.ndarray:
     return np.round(values / (largest / 255)).astype(np.uint8)
 
 
-def read(path: str, image_size: int) -> tuple[np.ndarray | None, str | None]:
+def read(path: str, stored_size: int) -> tuple[np.ndarray | None, str | None]:
     """RGB uint8 (side, side, 3) and None, or None and the reason why it is unreadable.
 
-    A square image of at most `image_size` keeps its size; any other is resized and centre-cropped, as in data.imagefolder.
+    A square image of at most `stored_size` keeps its size; any other is resized and centre-cropped, as in data.imagefolder.
     """
     with quiet():
         size = size_of(path) or (0, 1)
-        pixels = np.empty((*[size[0] if size[0] == size[1] <= image_size else image_size] * 2, 3), np.uint8)
+        pixels = np.empty((*[size[0] if size[0] == size[1] <= stored_size else stored_size] * 2, 3), np.uint8)
         reason, _ = decode_into(pixels, path)
     return (None, reason) if reason else (pixels, None)
 

@@ -158,7 +158,7 @@ def from_checkpoint(source) -> Model:
 
     @torch.no_grad()
     def run(images):
-        logits = net(models.normalise(torch.from_numpy(images), net.info["mean"], net.info["std"]))
+        logits = net(models.centre_crop(net, models.normalise(torch.from_numpy(images), net.info["mean"], net.info["std"])))
         return logits.softmax(1).numpy(), logits.numpy()
 
     return Model(net.info | {"input": "uint8", "largest_batch": None}, run)

@@ -37,8 +37,11 @@ class Deployed(nn.Module):
     def forward(self, images):
         if self.input == "uint8":
             images = images.permute(0, 3, 1, 2).float() / 255
-        size = (self.info["image_size"], self.info["image_size"])
-        images = F.interpolate((images - self.mean) / self.std, size, mode="bilinear", align_corners=False)
+        images, size = (images - self.mean) / self.std, self.info["image_size"]
+        if self.info["stored_size"] == size:
+            images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
+        else:
+            images = models.centre_crop(self, images)
         logits = self.net(images.to(self.dtype)).float()
         return logits.softmax(1), logits
 
@@ -74,7 +77,7 @@ def as_input(module: Deployed, images):
 
 def example(module: Deployed):
     """An example input of `module`, and the names of its dynamic dimensions by index."""
-    side = module.info["image_size"]
+    side = module.info["stored_size"]
     images = torch.zeros(LARGEST_BATCH, side, side, 3, dtype=torch.uint8)
     return as_input(module, images), dict(zip((0, 1, 2) if module.input == "uint8" else (0, 2, 3), "NHW"))
 
@@ -183,7 +186,7 @@ def to_executorch(module: Deployed, batches, path: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xnnpack
     from executorch.exir import to_edge_transform_and_lower
-    quantizer, side = None, module.info["image_size"]
+    quantizer, side = None, module.info["stored_size"]
     if batches is not None:
         quantizer = xnnpack.XNNPACKQuantizer().set_global(xnnpack.get_symmetric_quantization_config(is_per_channel=True))
     program = export_program(module, quantizer, batches, N=LARGEST_BATCH, H=side, W=side)
@@ -207,8 +210,9 @@ def metadata(module: Deployed, format: str, precision: str, checkpoint_sha256: s
     bounded = format == "executorch"
     return {
         "format": format, "precision": precision, "input": module.input, "images": images,
-        "largest_batch": LARGEST_BATCH if bounded else None, "largest_side": module.info["image_size"] if bounded else None,
-        "outputs": ["probabilities", "logits"], "image_size": module.info["image_size"], "model": module.info["model"],
+        "largest_batch": LARGEST_BATCH if bounded else None, "largest_side": module.info["stored_size"] if bounded else None,
+        "outputs": ["probabilities", "logits"], "image_size": module.info["image_size"],
+        "stored_size": module.info["stored_size"], "model": module.info["model"],
         "dataset": module.info["dataset"], "classes": list(module.info["classes"]), "checkpoint_sha256": checkpoint_sha256,
         "torch": torch.__version__,
     }

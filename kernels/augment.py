@@ -4,6 +4,7 @@ A program makes rows 2k and 2k+1 of the batch, which are each other's partners i
 under a 64-bit seed and with the counter (position in the epoch, epoch, stream, 0), what is to be done, and does it:
 
     window     size x size pixels of the image, padded with zeros, by two draws below 2 * pad + 1; mirrored, by one bit
+               or a box of the image, of a size from a table, resized to size x size by bilinear interpolation in whole numbers
     policy     up to two operations, each of one kind; x is a byte of the image, f = ratio and 1 - f = complement, c a channel
         GEOMETRY      the pixel that a map names, or 0                 SHARPNESS   f * x + (1-f) * mean of 3 x 3, x five times
         COLOR         f * x + (1-f) * gray                             CONTRAST    f * x + (1-f) * mean of gray
@@ -28,7 +29,9 @@ from kernels.augment_constants import WARPS
 
 NOTHING, GEOMETRY, SHARPNESS, COLOR, CONTRAST, EQUALIZE, AUTOCONTRAST, LOOKUP = map(tl.constexpr, augment_constants.KINDS)
 CROP, POLICY, ERASE, MIX = map(tl.constexpr, augment_constants.STREAMS)
-QUANTILE_BITS, ERASE_BITS = tl.constexpr(augment_constants.QUANTILE_BITS), tl.constexpr(augment_constants.ERASE_BITS)
+QUANTILE_BITS, BOX_BITS = tl.constexpr(augment_constants.QUANTILE_BITS), tl.constexpr(augment_constants.BOX_BITS)
+BOXES = tl.constexpr(2 ** augment_constants.BOX_BITS)
+ONE = tl.constexpr(2 ** augment_constants.PLACE_BITS)  # pixel, in the units of a place between two
 
 
 class Parameters(NamedTuple):
@@ -50,8 +53,8 @@ SEED, EPOCH, BATCH_SIZE, MIX_EACH, CROP_PAD, FLIP, SUBPOLICIES, ERASE_BELOW, MIX
 
 
 class Tables(NamedTuple):
-    """The kernel's inputs, contiguous tensors on one device: N images of size x size pixels, a policy and distributions."""
-    images: torch.Tensor  # int32 (N, size, 3*size/4): the bytes of NHWC images, four to a word
+    """The kernel's inputs, contiguous tensors on one device: N images, a policy for size x size pixels and distributions."""
+    images: torch.Tensor  # int32 (N, side, 3*side/4): the bytes of NHWC images, four to a word
     labels: torch.Tensor  # int64 (N,)
     order: torch.Tensor  # int64 (N,), the image at each position of the epoch
     parameters: torch.Tensor  # int64, of Parameters
@@ -62,7 +65,7 @@ class Tables(NamedTuple):
     lookups: torch.Tensor  # uint8 (L, 256)
     stretch: torch.Tensor  # float32 (256,): AutoContrast's factor by the range of a channel
     normalised: torch.Tensor  # float32 (3, 256)
-    erase_sizes: torch.Tensor  # int32 (2**ERASE_BITS, 2): heights and widths
+    boxes: torch.Tensor  # int32 (2**BOX_BITS, 2): heights and widths of erased boxes, and then as many of windows to resize
     lams: torch.Tensor  # float32 (2**QUANTILE_BITS,)
     half_sides: torch.Tensor  # int32 (2**QUANTILE_BITS,), of the pasted box
 
@@ -103,6 +106,16 @@ def _draw_window(words, tables):
 
 
 @triton.jit
+def _draw_resized(words, tables, SIDE: tl.constexpr):
+    """Top and left edge, height and width of a window to resize, and whether to mirror the result."""
+    top, left, mirror, quantile = _of(CROP, words)
+    quantile = (quantile >> (32 - BOX_BITS)).to(tl.int32) + BOXES
+    height, width = tl.load(tables.boxes + 2 * quantile), tl.load(tables.boxes + 2 * quantile + 1)
+    mirror = mirror.to(tl.int32) & tl.load(tables.parameters + FLIP).to(tl.int32)
+    return _below(top, SIDE + 1 - height), _below(left, SIDE + 1 - width), height, width, mirror
+
+
+@triton.jit
 def _draw_operation(subpolicy, word, sign, tables):
     wanted = tl.load(tables.subpolicies + subpolicy + sign)
     return tl.where(word.to(tl.int64) < tl.load(tables.subpolicies + subpolicy + 2), wanted, 0).to(tl.int32)
@@ -125,9 +138,9 @@ def _draw_erased(words, tables, SIZE: tl.constexpr):
     """A box: top, left, bottom, right; empty where there is none."""
     fires, quantile, top, left = _of(ERASE, words)
     fires = (fires.to(tl.int64) < tl.load(tables.parameters + ERASE_BELOW)).to(tl.int32)
-    quantile = (quantile >> (32 - ERASE_BITS)).to(tl.int32)
-    height = tl.load(tables.erase_sizes + 2 * quantile) * fires
-    width = tl.load(tables.erase_sizes + 2 * quantile + 1) * fires
+    quantile = (quantile >> (32 - BOX_BITS)).to(tl.int32)
+    height = tl.load(tables.boxes + 2 * quantile) * fires
+    width = tl.load(tables.boxes + 2 * quantile + 1) * fires
     top, left = _below(top, SIZE + 1 - height), _below(left, SIZE + 1 - width)
     return top, left, top + height, left + width
 
@@ -183,19 +196,74 @@ def _whole(values):
 
 
 @triton.jit
+def _pixel(words, byte, inside, other: tl.constexpr):
+    """The three bytes of a pixel from `byte` on: they lie in one word or in two that are neighbours."""
+    low = tl.load(words + (byte >> 2), inside, other).to(tl.uint32)
+    high = tl.load(words + ((byte + 2) >> 2), inside, other).to(tl.uint32)
+    shift = 8 * (byte & 3).to(tl.uint32)
+    return ((low >> shift) | ((high << 1) << (31 - shift))) & 0xFFFFFF
+
+
+@triton.jit
 def _read(index, top, left, mirror, tables, SIZE: tl.constexpr):
     """A window of image `index`, by address: cropping and mirroring cost nothing more."""
     pixel = tl.arange(0, SIZE * SIZE)
     line, column = pixel // SIZE + top, pixel % SIZE
     column = tl.where(mirror != 0, SIZE - 1 - column, column) + left
     inside = (line.to(tl.uint32) < SIZE) & (column.to(tl.uint32) < SIZE)  # what is negative is large without its sign
-    # The three bytes of a pixel lie in one word or in two that are neighbours; a line begins with a whole word.
-    words = tables.images + index * (3 * SIZE * SIZE // 4) + line * (3 * SIZE // 4)
-    byte = 3 * column
-    low = tl.load(words + (byte >> 2), inside, 0).to(tl.uint32)
-    high = tl.load(words + ((byte + 2) >> 2), inside, 0).to(tl.uint32)
-    shift = 8 * (byte & 3).to(tl.uint32)
-    return (((low >> shift) | ((high << 1) << (31 - shift))) & 0xFFFFFF).to(tl.int32)
+    words = tables.images + index * (3 * SIZE * SIZE // 4) + line * (3 * SIZE // 4)  # a line begins with a whole word
+    return _pixel(words, 3 * column, inside, 0).to(tl.int32)
+
+
+@triton.jit
+def _between(number, start, length, SIZE: tl.constexpr):
+    """The two lines or columns between which pixel `number` of a resized axis is read, and the weight of the second."""
+    place = tl.maximum(((2 * number + 1) * length - SIZE) * ONE + SIZE, 0) // (2 * SIZE)
+    place = tl.minimum(place, (length - 1) * ONE)
+    before = place // ONE
+    return start + before, start + tl.minimum(before + 1, length - 1), (place % ONE).to(tl.uint32)
+
+
+@triton.jit
+def _weigh(before, after, weight):
+    return before * (ONE - weight) + after * weight
+
+
+@triton.jit
+def _squeeze_line(words, column, next_column, along):
+    """A line between its columns: red in the lower and blue in the upper 16 bits, and green; in parts of ONE."""
+    before, after = _pixel(words, 3 * column, None, None), _pixel(words, 3 * next_column, None, None)
+    return (_weigh(before & 0xFF00FF, after & 0xFF00FF, along),
+            _weigh((before >> 8) & 255, (after >> 8) & 255, along))
+
+
+@triton.jit
+def _round(above, below, down):
+    return ((_weigh(above, below, down) + ONE * ONE // 2) // (ONE * ONE)).to(tl.int32)
+
+
+@triton.jit
+def _read_columns(words, number, top, left, height, width, mirror, SIZE: tl.constexpr, SIDE: tl.constexpr):
+    """The columns `number`, (1, K), of a resized window: (SIZE, K)."""
+    line, next_line, down = _between(tl.arange(0, SIZE)[:, None], top, height, SIZE)
+    column, next_column, along = _between(tl.where(mirror != 0, SIZE - 1 - number, number), left, width, SIZE)
+    above, green_above = _squeeze_line(words + line * (3 * SIDE // 4), column, next_column, along)
+    below, green_below = _squeeze_line(words + next_line * (3 * SIDE // 4), column, next_column, along)
+    return _pack(_round(above & 0xFFFF, below & 0xFFFF, down), _round(green_above, green_below, down),
+                 _round(above >> 16, below >> 16, down))
+
+
+@triton.jit
+def _read_resized(index, top, left, height, width, mirror, tables, SIZE: tl.constexpr, SIDE: tl.constexpr):
+    """A window of image `index`, resized: see `resized` in augment/naive.py."""
+    words = tables.images + index * (3 * SIDE * SIDE // 4)
+    number = 2 * tl.arange(0, SIZE // 2)[None, :]
+    # In halves, which the barriers keep apart: to load all lines at once takes more registers than there are.
+    even = _read_columns(words, number, top, left, height, width, mirror, SIZE, SIDE)
+    tl.debug_barrier()
+    odd = _read_columns(words, number + 1, top, left, height, width, mirror, SIZE, SIDE)
+    tl.debug_barrier()
+    return tl.reshape(tl.join(even, odd), [SIZE * SIZE])
 
 
 @triton.jit
@@ -350,7 +418,8 @@ def _write(out, row, red, green, blue):
 
 
 @triton.jit(do_not_specialize=["step", "first", "rows"])
-def _augment_kernel(step, first, rows, tables, out, out_label, out_other, out_lam, SIZE: tl.constexpr, SLOTS: tl.constexpr):
+def _augment_kernel(step, first, rows, tables, out, out_label, out_other, out_lam, SIZE: tl.constexpr, SLOTS: tl.constexpr,
+                    RESIZED: tl.constexpr, SIDE: tl.constexpr):
     first_row = 2 * tl.program_id(0)
     alone = first_row + 1 == rows  # the last of an odd batch, which stands in for its partner
     row = first_row + tl.arange(0, 2)
@@ -361,12 +430,21 @@ def _augment_kernel(step, first, rows, tables, out, out_label, out_other, out_la
 
     words = _draw_words(position, start + in_batch * tl.load(tables.parameters + MIX_EACH), tables)
     index, next_index = _both(source)
-    top, left, mirror = _draw_window(words, tables)
+    if RESIZED:
+        top, left, height, width, mirror = _draw_resized(words, tables, SIDE)
+        height, next_height = _both(height)
+        width, next_width = _both(width)
+    else:
+        top, left, mirror = _draw_window(words, tables)
     top, next_top = _both(top)
     left, next_left = _both(left)
     mirror, next_mirror = _both(mirror)
-    pixels = _read(index, top, left, mirror, tables, SIZE)
-    next_pixels = _read(next_index, next_top, next_left, next_mirror, tables, SIZE)
+    if RESIZED:
+        pixels = _read_resized(index, top, left, height, width, mirror, tables, SIZE, SIDE)
+        next_pixels = _read_resized(next_index, next_top, next_left, next_height, next_width, next_mirror, tables, SIZE, SIDE)
+    else:
+        pixels = _read(index, top, left, mirror, tables, SIZE)
+        next_pixels = _read(next_index, next_top, next_left, next_mirror, tables, SIZE)
 
     if SLOTS > 0:
         # The images take turns, so that the operations are compiled once and not four times.
@@ -404,17 +482,19 @@ def _augment_kernel(step, first, rows, tables, out, out_label, out_other, out_la
     tl.store(out_lam + row, tl.where(unmixed, 1.0, share), exists)
 
 
-def augment_triton(step: torch.Tensor, rows: range, tables: Tables, dtype: torch.dtype):
+def augment_triton(step: torch.Tensor, rows: range, tables: Tables, size: int, dtype: torch.dtype):
     """`rows` of the batch with the number that is in `step`, a 0-dim int64 tensor: one launch, which reads it when it runs.
 
-    rows: whole pairs (2k, 2k+1), of which the last may lack its second.  dtype: of 16 or 32 bits.  Nothing is checked.
+    rows: whole pairs (2k, 2k+1), of which the last may lack its second.  size: of the result; that of the images,
+    where windows are not resized.  dtype: of 16 or 32 bits.  Nothing is checked.
     Returns images (rows, 3, size, size), channels_last, of `dtype`; int64 label, other and float32 lam, (rows,).
     """
-    size, device = tables.images.shape[1], tables.images.device
+    device = tables.images.device
     images = torch.empty(len(rows), size, size, 3, dtype=dtype, device=device)
     # Each by itself, so that all are aligned: one code for all batch sizes.
     label, other, lam = (torch.empty(len(rows), dtype=kind, device=device) for kind in (torch.int64, torch.int64, torch.float32))
     _augment_kernel[(triton.cdiv(len(rows), 2),)](
         step, rows.start, len(rows), tables, images, label, other, lam, SIZE=size, SLOTS=tables.subpolicies.shape[1],
+        RESIZED=len(tables.boxes) > BOXES.value, SIDE=tables.images.shape[1],
         num_warps=WARPS[size], enable_fp_fusion=False)
     return images.permute(0, 3, 1, 2), label, other, lam

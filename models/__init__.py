@@ -7,8 +7,8 @@
 networks.py builds networks, weights.py loads and saves weights, cifar_networks.py defines the networks missing in torchvision.
 """
 from models.foreign import complete
-from models.networks import build, check_name, describe, flops, is_torchvision, names, parameters
+from models.networks import build, centre_crop, check_name, describe, flops, is_torchvision, names, parameters
 from models.weights import fold, initialise, load, normalise, predict, read, read_teacher, save
 
-__all__ = ["build", "check_name", "complete", "describe", "flops", "fold", "initialise", "is_torchvision", "load", "names",
-           "normalise", "parameters", "predict", "read", "read_teacher", "save"]
+__all__ = ["build", "centre_crop", "check_name", "complete", "describe", "flops", "fold", "initialise", "is_torchvision",
+           "load", "names", "normalise", "parameters", "predict", "read", "read_teacher", "save"]

@@ -81,6 +81,19 @@ def resize(image_size: int, net, inputs):
     return F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False, antialias=False)
 
 
+def centre_crop(net, images):
+    """Float images (N, 3, H, W) as `net` sees them outside of training, by its metadata `net.info`.
+
+    Trained on windows of images of `stored_size` pixels, it sees the centre of `image_size`; else all, which it resizes.
+    """
+    info = getattr(net, "info", {})
+    size, stored = info.get("image_size"), info.get("stored_size")
+    if stored in (None, size):
+        return images
+    first, images = (stored - size) // 2, F.interpolate(images, (stored, stored), mode="bilinear", align_corners=False)
+    return images[..., first:first + size, first:first + size]
+
+
 def meta_forward(net, image_size: int):
     """Forward pass of one image in eval mode on the meta device; consumes no random numbers and leaves `net` unchanged."""
     training = [module for module in net.modules() if module.training]

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from models import foreign
-from models.networks import build, natural_size, parameters, resize, torchvision_name
+from models.networks import build, centre_crop, natural_size, parameters, resize, torchvision_name
 from rundir import checkpoint
 from rundir.errors import CHECKPOINT, DATA, USAGE, Failure
 from rundir.files import digest
@@ -202,6 +202,7 @@ def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False, inp
     """
     info = dict(source) if isinstance(source, dict) else read(source)
     weights, path, _ = map(info.pop, ("state_dict", "path", "sha256"))
+    info.setdefault("stored_size", info["image_size"])  # older files have none
     try:
         with torch.random.fork_rng(devices=()):  # keeps a student's random weights independent of the teacher
             net = build(info["model"], len(info["classes"]), info["image_size"])
@@ -227,5 +228,6 @@ def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False, inp
 def predict(net, images, batch_size: int = 256):
     """Class probabilities, float32 (N, C) on the CPU, of images uint8 (N, H, W, 3), by a network from `load`."""
     device = next(net.parameters()).device
-    return torch.cat([net(normalise(batch.to(device), net.info["mean"], net.info["std"])).float().softmax(1).cpu()
+    mean, std = net.info["mean"], net.info["std"]
+    return torch.cat([net(centre_crop(net, normalise(batch.to(device), mean, std))).float().softmax(1).cpu()
                       for batch in torch.as_tensor(images).split(batch_size)])

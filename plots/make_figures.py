@@ -334,7 +334,7 @@ FIGURES = {
 # Tables
 
 def augmentation(config) -> str:
-    """Abbreviated, besides crop and flip, which every run has."""
+    """Abbreviated, without crop and flip."""
     mixing = ("M" if config.get("mixup") else "") + ("C" if config.get("cutmix") else "")
     parts = POLICIES.get(config.get("policy")), "RE" if config.get("random_erasing") else "", mixing
     return "+".join(filter(None, parts)) or "-"

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from rundir.files import damaged, read_json
+from rundir.identity import BEFORE
 
 NUMBER = int | float
 SUMMARY = {"test_acc1_last": NUMBER, "test_acc1_best": NUMBER, "best_epoch": int, "params": int, "flops": NUMBER,
            "wall_s": NUMBER, "stopped_early": bool, "selected_on": str, "verdict": str, "health": str | None,
            "alarms": list | None, "advice": str | None}
 ALARM = {"name": str, "value": NUMBER, "limit": NUMBER, "text": str}
-SETTING = ("dataset", "student", "teacher", "teacher_sha256", "image_size", "val_size", "policy", "random_erasing", "mixup",
-           "cutmix", "mix_prob")
+SETTING = ("dataset", "student", "teacher", "teacher_sha256", "image_size", "val_size", "crop", "crop_scale", "crop_ratio",
+           "flip", "policy", "random_erasing", "mixup", "cutmix", "mix_prob")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def control_of(run: Run, runs: list[Run]) -> Run | None:
     None for that run itself, and for a run without a teacher.
     """
     alike = [other for other in runs if other.config.get("method") == "kd" and all(
-        other.config.get(name) == run.config.get(name) for name in SETTING)]
+        (BEFORE | other.config).get(name) == (BEFORE | run.config).get(name) for name in SETTING)]
     same_seed = [other for other in alike if other.config["seed"] == run.config["seed"]]
     found = next(iter(same_seed + alike), None)
     return found if run.distilled and found is not run else None

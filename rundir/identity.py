@@ -7,12 +7,16 @@ NON_EXPERIMENT_FLAGS = {"output", "device", "cuda_graph", "grad_checkpoint", "re
 DIGESTS = {"data_dir": "data_sha256", "teacher_checkpoint": "teacher_sha256",
            "init": "init_sha256", "student_init": "init_sha256"}
 
+# Flags that changed nothing when they were added: their value in runs without them.
+BEFORE = {"flip": True, "crop": "pad", "crop_scale": [0.08, 1.0], "crop_ratio": [0.75, 1.3333]}
+
 
 def same_flag(name: str, old: dict, new: dict, sha256_of) -> bool:
     """Whether flag `name` is equivalent in the configuration `old` of a run and the flags `new`.
 
     sha256_of: function from the name of a changed path flag to the SHA-256 of its present content, or None.
     """
+    old, new = BEFORE | old, BEFORE | new
     if name not in old or name not in new:  # of another version: a missing flag is off
         return all(flags.get(name) in (None, False, "none") for flags in (old, new))
     if old[name] == new[name]:

@@ -172,11 +172,11 @@ def refuse_to_overwrite(output, starts) -> None:
             raise Failure(USAGE, f"--overwrite would delete the initial weights of the run ({path})", "choose another --output")
 
 
-def announce(config: dict, objective: str) -> None:
-    """Print the resolved flags and the training objective."""
+def announce(config: dict, *lines: str) -> None:
+    """Print the resolved flags, and `lines`."""
     settings = "  ".join(f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
                          for name, value in config.items() if value is not None)
-    print(textwrap.fill(settings, width=120, break_long_words=False, break_on_hyphens=False), objective, sep="\n", flush=True)
+    print(textwrap.fill(settings, width=120, break_long_words=False, break_on_hyphens=False), *lines, sep="\n", flush=True)
 
 
 def environment() -> dict:

@@ -363,7 +363,7 @@ class CudaPath(ExitStack):
         self.replace(models, build=self.outside(models.build), load=self.outside(models.load), initialise=lambda *_, **__: None,
                      flops=lambda *_: 1)
         self.replace(augmenter, build_tables=self.outside(augmenter.build_tables))
-        self.replace(sampling, erase_sizes=self.outside(sampling.erase_sizes),
+        self.replace(sampling, crop_sizes=self.outside(sampling.crop_sizes), erase_sizes=self.outside(sampling.erase_sizes),
                      beta_quantiles=self.outside(sampling.beta_quantiles))
         self.replace(augment, _augment_kernel=StandIn(self.watch))
         self.replace(softmax_kl, _softmax_kl_kernel=StandIn(self.watch), _hyperparameters={})

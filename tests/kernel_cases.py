@@ -111,14 +111,17 @@ def hard_logits(classes: int, kind: str, count: int):
     return z, v, targets
 
 
-def fused_batches(policy: str, size: int, mode: str, dtype, batch_size: int):
-    """What makes batches by the kernel whatever kernels.choose says, in epoch 5; and step -> batch by the specification."""
+def fused_batches(policy: str, size: int, mode: str, dtype, batch_size: int, stored: int | None = None):
+    """What makes batches by the kernel whatever kernels.choose says, in epoch 5; and step -> batch by the specification.
+
+    stored: side of the images, of which windows are resized; None: images of `size` are padded and cropped.
+    """
     g = torch.Generator().manual_seed(size)
     sampler = Sampler(size, build_tables(policy, size), seed=3, crop_pad=4, flip=True, random_erasing=0.5, mixup=0.8, cutmix=1.0,
-                      mix_prob=0.8)
-    count = 2 * batch_size + 3
-    coarse = torch.nn.functional.interpolate(torch.rand(count, 3, 4, 4, generator=g), (size, size), mode="bilinear")
-    images = (200 * coarse + 55 * torch.rand(count, 3, size, size, generator=g)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+                      mix_prob=0.8, stored=stored, scale=(0.08, 1.0), ratio=(0.75, 1.3333))
+    count, side = 2 * batch_size + 3, stored or size
+    coarse = torch.nn.functional.interpolate(torch.rand(count, 3, 4, 4, generator=g), (side, side), mode="bilinear")
+    images = (200 * coarse + 55 * torch.rand(count, 3, side, side, generator=g)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     labels = torch.randint(100, (count,), generator=g)
     options = {"batch_size": batch_size, "mix_each": mode == "elem", "mean": (0.5, 0.48, 0.44), "std": (0.2, 0.25, 0.27)}
     batches = FusedBatches(images, labels, sampler, dtype=dtype, **options)

@@ -5,7 +5,14 @@ import pytest
 import torch
 from kernel_cases import PLAIN, TRAINING, UNMIXED, pictures
 from kernel_cases import augmenter as make
-from torchvision.transforms import AutoAugment, AutoAugmentPolicy, RandAugment, RandomErasing, TrivialAugmentWide
+from torchvision.transforms import (
+    AutoAugment,
+    AutoAugmentPolicy,
+    RandAugment,
+    RandomErasing,
+    RandomResizedCrop,
+    TrivialAugmentWide,
+)
 
 from augment import POLICIES
 from augment.policy import build_tables
@@ -232,6 +239,32 @@ def test_erased_boxes_are_distributed_as_those_of_torchvision():
         near((corner == free).float().mean(), (1 / (free + 1)).mean())
 
 
+@pytest.mark.parametrize("scale, ratio, size", [
+    ((0.08, 1.0), (0.75, 1.3333), 256), ((0.9, 1.0), (0.5, 2.0), 36), ((1.0, 1.0), (1.0, 1.0), 20), ((0.3, 0.6), (2.0, 3.0), 50)])
+def test_windows_are_distributed_as_those_of_torchvision(scale, ratio, size):
+    """With scales near 1 most draws do not fit, and after ten torchvision takes the largest window."""
+    draws = sampler(stored=size, scale=scale, ratio=ratio).images(0, torch.arange(COUNT // 4))
+    ours = torch.stack([draws.height, draws.width, draws.top, draws.left], 1).float()
+    assert (ours[:, :2] >= 1).all() and (ours[:, 2:] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= size).all()
+    image = torch.empty(3, size, size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = torch.tensor([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(2500)])
+    theirs = theirs[:, [2, 3, 0, 1]].float()
+
+    def facts(box):
+        return {"height": box[:, 0] / size, "width": box[:, 1] / size, "area": box[:, :2].prod(1) / size ** 2,
+                "ratio": (box[:, 1] / box[:, 0]).log(), "bottom": (box[:, 0] + box[:, 2]) / size}
+
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    found, wanted = facts(ours), facts(theirs)
+    for name, values in wanted.items():
+        gap = max(abs(found[name].mean() - values.mean()), (found[name].quantile(levels) - values.quantile(levels)).abs().max())
+        assert gap < 0.035, f"{name}: {found[name].quantile(levels)}, torchvision {values.quantile(levels)}"
+    for corner, free in ((draws.top, size - draws.height), (draws.left, size - draws.width)):
+        near((corner / free)[free > 0].mean() if (free > 0).any() else 0.5, 0.5)
+
+
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 4.0, 2000.0])
 def test_beta_quantiles(alpha):
     quantiles = beta_quantiles(alpha)
@@ -283,7 +316,7 @@ def test_draws_of_neighbours_epochs_and_seeds_are_unrelated():
 
 def test_describe_names_what_was_done():
     images = pictures(96)
-    ours = augmenter(images, batch_size=9, mix_mode="elem")
+    ours = augmenter(images, batch_size=9, mix_mode="elem", crop_pad=0, flip=False)
     lams, texts = epoch(ours)[3], [text for step in range(ours.steps) for text in ours.describe(step)]
     unmixed = augmenter(images, batch_size=9, crop_pad=0, flip=False, **UNMIXED)
     unmixed_images, unmixed_texts = epoch(unmixed)[0], [text for step in range(ours.steps) for text in unmixed.describe(step)]
@@ -298,8 +331,28 @@ def test_describe_names_what_was_done():
     assert {"shear y", "auto contrast", "erase", "as it is", "mixup", "cutmix"} <= words and "identity" not in words
 
 
+def test_describe_names_the_window_and_what_is_mirrored():
+    images = pictures(144)
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    for options in ({"crop_pad": 1}, {"crop": "resized", "image_size": 16}, {"crop": "resized"} | whole):
+        ours = augmenter(images, batch_size=144, **(PLAIN | {"flip": True} | options))
+        (originals, draws), result, texts = in_order(ours, images), bytes_of(epoch(ours)[0]), ours.describe(0)
+        assert torch.equal(images[ours.sources(0)].permute(0, 3, 1, 2), originals)
+        for original, row, text, top, left, height, width, mirror in zip(originals, result, texts, *draws[:5]):
+            words = ["mirrored"] * bool(mirror)
+            if options.get("crop_pad") and (top, left) != (1, 1):
+                words = [f"crop {top - 1:+d} {left - 1:+d}", *words]
+            elif "image_size" in options:
+                words = [f"window {height}x{width} at {top} {left}", *words]
+            assert text == (", ".join(words) or "as it is")
+            assert text != "as it is" or torch.equal(row, original)
+        assert {"mirrored", "as it is"} <= {*texts} or "image_size" in options
+
+
 @pytest.mark.parametrize("change, message", [
     ({"policy": "autoaugmnet"}, "unknown policy .autoaugmnet.. choose one of none, autoaugment"),
+    ({"crop": "random"}, "unknown crop .random.. choose one of pad, resized"),
+    ({"image_size": 24}, "32 pixels are not resized to 24 by this crop .pad.. choose resized"),
     ({"mix_mode": "row"}, "unknown mix_mode .row.. choose one of batch, elem"),
     ({"batch_size": 33}, "fewer images than one batch .32 < 33.. use a smaller batch"),
     ({"images": torch.zeros(32, 3, 32, 32, dtype=torch.uint8)}, "torch.uint8 .32, 3, 32, 32"),

@@ -100,6 +100,36 @@ def test_every_setting(kernel, change):
     compare(kernel, pictures(6), epochs=(1, 2 ** 32 - 2), batch_size=3, steps=[1], policy="none", **change)
 
 
+@pytest.mark.parametrize("size, stored, options", [
+    (32, 36, {"mix_mode": "elem", "policy": "autoaugment-imagenet"}), (64, 72, {"flip": False}), (32, 20, {"scale": (1.0, 1.0)}),
+    (17, 25, {"policy": "randaugment"}), (32, 32, {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)})])
+def test_windows_that_are_resized(kernel, size, stored, options):
+    """Down and up; on the CPU path to every size; a whole image of the size of the result stays as it is."""
+    if kernel == "triton" and size == 17:
+        pytest.skip("the kernel makes 32x32 and 64x64")
+    count = 2 if kernel == "triton" and not ON_GPU else 66
+    options = {"policy": "none", "crop": "resized", "image_size": size, "batch_size": count, "random_erasing": 0.5} | options
+    compare(kernel, pictures(count, stored), **options)
+
+
+def test_a_whole_image_in_its_size_stays_as_it_is():
+    images = pictures(12, 20)
+    whole = augmenter(images, batch_size=12, **(PLAIN | {"crop": "resized", "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}))
+    expected = images[whole.sources(0)].permute(0, 3, 1, 2)
+    assert torch.equal((whole(0).images * 255).round().byte(), expected)
+
+
+def test_resized_windows_are_those_of_torch_to_one_level():
+    """Of F.interpolate in float32, whose places are not rounded to 256ths of a pixel."""
+    images = pictures(22, 40)
+    ours = augmenter(images, batch_size=22, **(PLAIN | {"crop": "resized", "image_size": 24}))
+    draws = ours.sampler.images(0, torch.arange(22))
+    for image, result, top, left, height, width in zip(images[ours.sources(0)], ours(0).images * 255, *draws[:4]):
+        window = image[top:top + height, left:left + width].permute(2, 0, 1)[None].float()
+        (expected,) = torch.nn.functional.interpolate(window, (24, 24), mode="bilinear")
+        assert (result - expected).abs().max() < 0.5 + 255 * 2 * 0.5 / 256
+
+
 @pytest.mark.parametrize("mode", ["batch", "elem"])
 @pytest.mark.parametrize("batch_size, cuts", [(16, [0, 8, 16]), (9, [0, 2, 8, 9])])
 def test_parts_of_a_batch_equal_the_whole(kernel, mode, batch_size, cuts, monkeypatch):

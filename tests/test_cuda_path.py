@@ -20,8 +20,9 @@ STUDENTS = (CAPTURED, "--method kd --deterministic --grad-checkpoint",
             "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda",
             "--method kd --kl reverse --amp off --kernels reference",
             "--method dkd --kernels reference --mixed-target dominant --opt sgd --momentum 0 --policy none")
-TEACHERS = ("--amp off --mixup 0 --cutmix 0 --opt sgd --model-ema 0.9 --device cuda:0",
-            "--amp bf16 --kernels reference --policy randaugment --deterministic --class-weights balanced")
+TEACHERS = ("--amp off --mixup 0 --cutmix 0 --crop resized --opt sgd --model-ema 0.9 --device cuda:0",
+            "--amp bf16 --kernels reference --policy randaugment --crop resized --image-size 24 "
+            "--deterministic --class-weights balanced")
 
 
 @pytest.fixture

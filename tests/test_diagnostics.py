@@ -72,7 +72,8 @@ def test_treatments_are_what_describe_says(mix_mode, batch_size, policy):
         for index, step in enumerate(range(0, 4, 2)):
             for row, words in enumerate(augment.describe(step)[2:]):
                 own, _, mix = words.partition(" | ")
-                policy_words = [word for word in own.split(", ") if word not in ("erase", "as it is", "")]
+                policy_words = [word for word in own.split(", ")
+                                if word not in ("erase", "as it is", "mirrored", "") and not word.startswith("crop ")]
                 told = bool(policy_words), "erase" in own, "mixup" in mix, "cutmix" in mix
                 assert told == tuple(bool(part[index, row]) for part in done), words
                 seen.add(told)

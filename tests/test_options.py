@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_images
 
 from cli import method_flags, options, sweep_grid
+from rundir.identity import same_flag
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,12 +74,13 @@ def test_a_warmup_raises_the_numbers_of_its_method():
 def test_choices_are_those_of_the_code():
     import kernels
     from augment import POLICIES, BatchAugmenter
+    from augment.augmenter import CROPS
     from data import datasets
     from kernels import softmax_kl
     from losses import kd
     from losses.methods import METHODS
 
-    assert options.POLICIES == tuple(POLICIES)
+    assert options.POLICIES == tuple(POLICIES) and options.CROPS == CROPS
     assert options.parse_teacher("", "", ["--image-size", str(datasets.MIN_SIDE)]).image_size == datasets.MIN_SIDE
     for side in (datasets.MIN_SIDE, datasets.MIN_SIDE - 1):
         images, labels = torch.zeros(4, side, side, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
@@ -102,6 +105,7 @@ def test_objective_is_printed_with_its_numbers():
 
 BAD = {  # flag: values that are out of range or of the wrong kind
     "--dataset": ["mnist"], "--data-dir": [""], "--val-size": ["-1", "0.1"], "--image-size": ["0", "x"], "--policy": ["cutout"],
+    "--crop": ["random"], "--crop-scale": ["0.5", "0"], "--crop-ratio": ["x"],
     "--random-erasing": ["-0.1", "1.1", "nan"], "--mixup": ["-1", "inf"], "--cutmix": ["-1", "nan"], "--mix-prob": ["2"],
     "--mix-mode": ["row"],
     "--epochs": ["0", "1.5"], "--batch-size": ["0", "1"], "-b": ["-4"], "--opt": ["lion"], "--lr": ["0", "-1", "nan", "inf"],
@@ -153,9 +157,39 @@ def test_every_command_of_the_study_is_accepted(experiment, runs):
     assert {args.teacher_checkpoint for args in parsed if "method" in args} <= made
 
 
+def test_runs_from_before_a_flag_are_those_with_its_default():
+    changed = "--no-flip --crop resized --crop-scale 0.2 1 --crop-ratio 1 1"
+    for args, same in ((distill(), True), (distill(*changed.split()), False)):
+        assert [same_flag(name, {}, vars(args), None) for name in ("flip", "crop", "crop_scale", "crop_ratio")] == [same] * 4
+        assert options.augmentation(args)["flip"] == same
+
+
+@pytest.mark.parametrize("argv, side, crop, policy, line", [
+    ((), 96, "pad", "autoaugment", []),
+    (("--dataset", "imagefolder"), 64, "pad", "autoaugment", ["crop=pad, policy=autoaugment: imagefolder up to 64 pixels"]),
+    (("--dataset", "imagefolder"), 65, "resized", "autoaugment-imagenet",
+     ["crop=resized, policy=autoaugment-imagenet: imagefolder above 64 pixels"]),
+    (("--dataset", "imagefolder", "--image-size", "224", "--policy", "none"), 16, "resized", "none",
+     ["crop=resized: imagefolder above 64 pixels"]),
+    (("--dataset", "imagefolder", "--image-size", "32", "--crop", "resized"), 96, "resized", "autoaugment",
+     ["policy=autoaugment: imagefolder up to 64 pixels"]),
+    (("--crop", "resized", "--image-size", "64"), 32, "resized", "autoaugment", []),
+    (("--dataset", "imagefolder"), None, "pad", "autoaugment", ["crop=pad, policy=autoaugment: imagefolder up to 64 pixels"])])
+def test_large_images_of_folders_are_augmented_as_photographs(tmp_path, argv, side, crop, policy, line):
+    """side: of the images there, which decides where no --image-size is given; None: no folder, which reading then reports."""
+    if side:
+        make_images(tmp_path / "train", ["a"], 1, seed=0, size=side)
+    args = teacher("--data-dir", str(tmp_path if side else tmp_path / "none"), *argv)
+    assert (args.crop, args.policy, options.chosen_defaults(args)) == (crop, policy, line)
+    assert options.augmentation(args)["image_size"] == (args.image_size if crop == "resized" else None)
+    assert options.data(args)["crop"] == crop
+
+
 def test_flags_that_exclude_each_other(capsys):
     for parse, argv in ((teacher, "--init x --pretrained"), (teacher, "--compile yes"), (distill, "--milestones 5 3"),
-                        (distill, "--epochs 5 --warmup-epochs 5"), (distill, "file"), (distill, "--compile --grad-checkpoint")):
+                        (distill, "--epochs 5 --warmup-epochs 5"), (distill, "file"), (distill, "--compile --grad-checkpoint"),
+                        (teacher, "--crop-scale 0.5 1"), (teacher, "--crop resized --crop-scale 0.5 1.5"),
+                        (teacher, "--crop resized --crop-ratio 2 1")):
         with pytest.raises(SystemExit) as stop:
             parse(*argv.split())
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

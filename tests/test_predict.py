@@ -10,12 +10,14 @@ import subprocess
 import sys
 import zipfile
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command import ROOT, one_line, run
+from command import ROOT, SMALL, one_line, run
 from exporting import CLASSES, needs_onnx, trained_run
+from helpers import make_images
 from PIL import Image, ImageOps
 
 import models
@@ -111,6 +113,38 @@ def test_images_of_other_sizes_are_cropped_and_shrunk_as_for_training(trained, p
     assert_same(*answers)
     of = {name: [row["probability"] for row in answers[0] if row["path"].endswith(name)] for name in ("fitted.png", "wide.png")}
     assert of["fitted.png"] == of["wide.png"]
+
+
+def test_a_network_of_resized_windows_sees_the_centre_everywhere(place, tmp_path, capsys):
+    """Images are stored with 1.15 times --image-size; validation, predict.py and the exported file take the middle."""
+    assert [pictures.stored_side(size, "resized") for size in (224, 64, 32, None)] == [256, 72, 36, None]
+    assert pictures.stored_side(224, "pad") == 224
+    make_images(tmp_path / "images" / "train", CLASSES[:2], 12, seed=0, size=26)
+    make_images(tmp_path / "images" / "test", CLASSES[:2], 4, seed=1, size=26)
+    code, out, err = run(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --val-size 4 --image-size 16 --crop resized "
+                                                     f"--epochs 1 --data-dir {tmp_path}/images --output {tmp_path}/run")
+    assert code == 0 and "images of 20x20" in out, err
+    code, out, err = run(capsys, "export.py", f"{tmp_path}/run/best.pt --format pt2")
+    assert code == 0, err
+    net, file = models.load(tmp_path / "run" / "best.pt"), f"{tmp_path}/run/export/best-fp32.pt2"
+    assert (net.info["image_size"], net.info["stored_size"]) == (16, 20)
+    assert json.loads(Path(f"{file}.json").read_text())["stored_size"] == 20
+
+    paths = sorted(map(str, (tmp_path / "images" / "test").glob("*/*.png")))
+    stored = np.stack([np.asarray(ImageOps.fit(Image.open(path), (20, 20), Image.Resampling.BILINEAR)) for path in paths])
+    centre = torch.from_numpy(stored[:, 2:18, 2:18].copy())
+    with torch.no_grad():
+        logits = net(models.normalise(centre, net.info["mean"], net.info["std"]))
+    expected, labels = logits.softmax(1).numpy(), [int("class1" in path) for path in paths]
+    accuracy = 100 * float(np.mean(logits.argmax(1).numpy() == labels))
+    assert accuracy == json.loads((tmp_path / "run" / "summary.json").read_text())["test_acc1_best"]
+    np.testing.assert_allclose(models.predict(net, stored).numpy(), expected, atol=1e-6)
+    for model in (f"{tmp_path}/run/best.pt", file):
+        code, out, err = run(capsys, "predict.py", f"{model} {tmp_path}/images/test --csv")
+        assert code == 0, err
+        found = {(row["path"], row["class"]): float(row["probability"]) for row in table(out)}
+        assert found == pytest.approx({(path, CLASSES[index]): expected[number, index]
+                                       for number, path in enumerate(paths) for index in (0, 1)}, abs=1e-5)
 
 
 def test_many_images_go_in_batches_and_a_sheet_shows_the_first(trained, place, tmp_path, capsys, monkeypatch):

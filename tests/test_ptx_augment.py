@@ -17,18 +17,22 @@ WAVEFRONTS = 1.95 if sass.OLD else 1.66  # per access to shared memory
 
 
 def cases():
-    """policy, size, mode, type, batch size, seed of the order: every policy, mode, size and type, though not with each other."""
+    """policy, size, mode, type, batch size, seed of the order, and the side of images of which windows are resized: every policy,
+    mode, size and type, though not with each other."""
     for number, policy in enumerate(POLICIES):
         yield policy, 32, MODES[number % 2], list(DTYPES)[number % 3], 32, None
         yield policy, 64, MODES[(number + 1) % 2], list(DTYPES)[(number + 2) % 3], 6, None
     for seed, (mode, kind) in enumerate(itertools.product(MODES, DTYPES)):
         yield "autoaugment", 32, mode, kind, 7, seed
+    yield "autoaugment", 32, "elem", "fp16", 7, 0, 36
+    yield "none", 32, "batch", "bf16", 4, None, 20
+    yield "none", 64, "elem", "fp32", 3, 1, 72
     yield COUNTED
 
 
-def launched(sm, policy, size, mode, kind, batch_size, seed):
+def launched(sm, policy, size, mode, kind, batch_size, seed, stored=None):
     """The launch of one batch, the batch, and what it must be."""
-    batches, expected = fused_batches(policy, size, mode, DTYPES[kind], batch_size)
+    batches, expected = fused_batches(policy, size, mode, DTYPES[kind], batch_size, stored)
     with ptx.executed(op, "_augment_kernel", sm, seed) as launches:
         batch = batches.batch(1, range(batch_size))
     return launches[0], batch, expected(1)
@@ -37,7 +41,7 @@ def launched(sm, policy, size, mode, kind, batch_size, seed):
 def execute(sm, *case):
     """How many numbers are wrong, and the counts per image."""
     launch, batch, expected = launched(sm, *case)
-    return {"wrong": differing(batch, expected), "counts": {name: count / case[-2] for name, count in launch.counts.items()}}
+    return {"wrong": differing(batch, expected), "counts": {name: count / case[4] for name, count in launch.counts.items()}}
 
 
 def without_barriers(sm):

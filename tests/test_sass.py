@@ -12,9 +12,10 @@ CLASSES = (100, 128, 200, 1000, 2048, 32000)  # 100, 200 and 1000 are no multipl
 OBJECTIVES = ((torch.float32, "pair", False, False), (torch.bfloat16, "pair", False, False),
               (torch.bfloat16, "dominant", False, False), (torch.float32, "pair", True, False),
               (torch.float32, "pair", True, True))
-# The result in each width, at both sizes; without a policy.
+# The result in each width, at both sizes; without a policy; and, with a fourth, of windows of images of that side.
 BATCHES = ((32, torch.float32, "autoaugment"), (32, torch.float16, "autoaugment"), (32, torch.bfloat16, "autoaugment"),
-           (64, torch.float32, "autoaugment"), (64, torch.float16, "autoaugment"), (32, torch.float16, "none"))
+           (64, torch.float32, "autoaugment"), (64, torch.float16, "autoaugment"), (32, torch.float16, "none"),
+           (32, torch.float16, "autoaugment", 36), (64, torch.float32, "autoaugment", 72))
 
 
 def losses(every=True):
@@ -32,9 +33,10 @@ def losses(every=True):
 
 
 def batches():
-    for size, dtype, policy in BATCHES:
-        made, _ = fused_batches(policy, size, "batch", dtype, 32)
-        yield {"size": size, "dtype": str(dtype), "policy": policy}, augment._augment_kernel, lambda: made.batch(1, range(32))
+    for size, dtype, policy, *stored in BATCHES:
+        made, _ = fused_batches(policy, size, "batch", dtype, 32, *stored)
+        about = {"size": size, "dtype": str(dtype), "policy": policy, "stored": stored}
+        yield about, augment._augment_kernel, lambda: made.batch(1, range(32))
 
 
 def launches():

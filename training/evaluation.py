@@ -69,7 +69,7 @@ def evaluate(net, split, mean, std, context: RunContext, batch_size: int) -> Eva
         begin = max(mine.start, rows.stop - batch_size)  # overlaps: cuDNN benchmarks each new batch size
         labels = split.labels[rows]
         with context.autocast:
-            logits = net(models.normalise(split.images[begin:rows.stop], mean, std))
+            logits = net(models.centre_crop(net, models.normalise(split.images[begin:rows.stop], mean, std)))
         logits = logits[first - begin:].float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
@@ -158,7 +158,7 @@ def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_wea
         both = (f"{evaluation.acc1:.2f} %, in its checkpoint {info['test_acc1']:.2f} % on {info['dataset']}; "
                 f"precision explains {most:.2f} points")
         raise Failure(USAGE, f"the teacher's test accuracy does not match its checkpoint ({both})",
-                      "check that --dataset and --data-dir are those that it was trained on")
+                      "check that --dataset, --data-dir, --image-size and --crop are those that it was trained on")
     chance = data.test.labels.bincount().max().item() / len(data.test.labels)
     least = 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / len(data.test.labels)))
     if evaluation.acc1 <= least and not allow_weak:

@@ -80,23 +80,27 @@ class Run:
         self.batch_size = global_batch_size(self.args.batch_size, self.data, self.context)
         self.micro_batches = micro_batches(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
         self.rows_at_once = len(self.micro_batches[0])
+        images, augmented = self.data.train.images, options.augmentation(self.args)["image_size"]
         stride = max(1, len(self.data.train.labels) // CLEAN)
         self.clean = Split(*(part[::stride] for part in self.data.train))
         self.cuda_graph = use_cuda_graph(self.args.cuda_graph, self.context, deterministic=self.args.deterministic,
-                                         grad_checkpoint=self.args.grad_checkpoint, fused=is_fused(self.data.train.images))
+                                         grad_checkpoint=self.args.grad_checkpoint,
+                                         fused=is_fused(images, augmented or self.data.image_size))
         return self.data
 
     def new_network(self, name: str, *, pretrained: bool, init: str | None):
         """The network to train, on the device; `net.info` is the metadata of best.pt.  `start` restores the checkpoint."""
         data, image_size = self.data, self.args.image_size or self.data.image_size
+        stored_size = max(image_size, data.image_size) if self.args.crop == "resized" else image_size
         with self.ranks.local_main_first():
             net = models.build(name, len(data.classes), image_size)
             if not self.saved:
                 self.began["init_sha256"] = models.initialise(net, name, pretrained=pretrained, init=init)
         if self.args.grad_checkpoint:
             recompute(net, name)
-        net.info = {"model": name, "classes": data.classes, "image_size": image_size, "mean": list(data.mean),
-                    "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed, "amp": self.context.precision}
+        net.info = {"model": name, "classes": data.classes, "image_size": image_size, "stored_size": stored_size,
+                    "mean": list(data.mean), "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed,
+                    "amp": self.context.precision}
         return net.to(self.context.device)
 
     def wrap(self, net):
