@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from augment.crop import crop, resized_crop
+from augment.crop import resized_crop
 from augment.policy import AUTOCONTRAST, CONTRAST, EQUALIZE, GEOMETRY, LOOKUP, SHARPNESS, PolicyTables
 from augment.sampling import Sampler
 from kernels import Targets
@@ -122,6 +122,21 @@ class CpuBatches:
 
 
 # Arithmetic
+
+def crop(images: torch.Tensor, mirror_from: int, corners: torch.Tensor, pad: int) -> torch.Tensor:
+    """Windows of the zero-padded `images`, uint8 (rows, size, size, 3), those from row `mirror_from` on mirrored first.
+
+    corners: int64 (rows,), where the window of each row of the result begins, in pixels from the first of all padded images.
+    """
+    rows, size = images.shape[:2]
+    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+    padded[mirror_from:] = padded[mirror_from:].flip(2)
+    width = size + 2 * pad
+    # A line of a window is 3*size bytes in a row, from any pixel on: in this view of the same memory a crop copies whole lines.
+    lines = padded.as_strided((rows * width * width - size + 1, 3 * size), (3, 1))
+    starts = corners.unsqueeze(1) + torch.arange(0, size * width, width, device=images.device)
+    return lines.index_select(0, starts.view(-1)).view(rows, 3 * size * size)
+
 
 def apply_operations(images: torch.Tensor, codes: torch.Tensor, counts: list[int], tables: PolicyTables) -> None:
     """Apply operation `codes[i]`, int64 (rows,), to `images[i]`, in place; the rows are sorted by kind, `counts` of each kind."""

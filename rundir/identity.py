@@ -2,13 +2,13 @@
 
 # Flags without an effect on the result: they may change on resume and differ between the runs of a table.
 NON_EXPERIMENT_FLAGS = {"output", "device", "cuda_graph", "grad_checkpoint", "resume", "overwrite", "debug", "dry_run",
-                        "config", "unreadable", "allow_empty_classes"}  # of the last two, the data are compared
+                        "config", "allow_weak_teacher"}
 # Path flags, and the entries of config.json with the SHA-256 of the content, which is compared instead of the path.
 DIGESTS = {"data_dir": "data_sha256", "teacher_checkpoint": "teacher_sha256",
            "init": "init_sha256", "student_init": "init_sha256"}
 
 # Flags that changed nothing when they were added: their value in runs without them.
-BEFORE = {"flip": True, "crop": "pad", "crop_scale": [0.08, 1.0], "crop_ratio": [0.75, 1.3333]}
+BEFORE = {"flip": True, "crop": "pad", "crop_scale": [0.08, 1.0], "crop_ratio": [0.75, 1.3333], "unreadable": "stop"}
 
 
 def same_flag(name: str, old: dict, new: dict, sha256_of) -> bool:

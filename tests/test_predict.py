@@ -85,13 +85,13 @@ def test_a_line_per_image(trained, place, capsys):
 def test_what_cannot_be_read_is_named_and_nothing_else_is_lost(trained, place, tmp_path, capsys, monkeypatch):
     good = sorted(map(str, (place / "images" / "test" / CLASSES[1]).glob("*.png")))[:3]
     (tmp_path / "bad.png").write_text("no image")
-    Image.fromarray(np.zeros((16, 16), np.uint16)).save(tmp_path / "deep.png")
-    lines = [good[0], str(tmp_path / "bad.png"), good[1], "nowhere.png", str(tmp_path / "deep.png"), "", *good[2:]]
+    (tmp_path / "cut.png").write_bytes((place / "images" / "test" / CLASSES[1] / "000.png").read_bytes()[:-30])
+    lines = [good[0], str(tmp_path / "bad.png"), good[1], "nowhere.png", str(tmp_path / "cut.png"), "", *good[2:]]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     code, out, err = run(capsys, "predict.py", f"{trained}/best.pt - --csv --top 1 --output {tmp_path}/sheet.png")
     assert code == 4 and [row["path"] for row in table(out)] == good, err
     *named, _, last = err.splitlines()
-    assert [line.split()[1] for line in named] == [str(tmp_path / "bad.png"), "nowhere.png", str(tmp_path / "deep.png")]
+    assert [line.split()[1] for line in named] == [str(tmp_path / "bad.png"), "nowhere.png", str(tmp_path / "cut.png")]
     assert last.startswith("error: 3 of 6 images could not be read (-). ") and "3 of 3 images" in err
     Image.open(tmp_path / "sheet.png").verify()
 
@@ -100,10 +100,10 @@ def test_images_of_other_sizes_are_cropped_and_shrunk_as_for_training(trained, p
     Image.open(place / "images" / "test" / CLASSES[2] / "000.png").resize((90, 40)).save(tmp_path / "wide.png")
     Image.open(tmp_path / "wide.png").crop((0, 0, 9, 9)).save(tmp_path / "small.png")
     for name in ("wide.png", "small.png"):
-        pixels = pictures.read(str(tmp_path / name), 16)
+        pixels, _ = pictures.read(str(tmp_path / name), 16)
         assert pixels.shape == ((9, 9, 3) if name == "small.png" else (16, 16, 3))
     fitted = np.asarray(ImageOps.fit(Image.open(tmp_path / "wide.png"), (16, 16), Image.Resampling.BILINEAR))
-    assert np.array_equal(pictures.read(str(tmp_path / "wide.png"), 16), fitted)
+    assert np.array_equal(pictures.read(str(tmp_path / "wide.png"), 16)[0], fitted)
     Image.fromarray(fitted).save(tmp_path / "fitted.png")
     answers = []
     for model in ("best.pt", "export/best-fp32.pt2"):
