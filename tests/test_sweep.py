@@ -113,7 +113,8 @@ def test_flags_of_the_sweep_end_at_the_script(control):
     ("distill.py --method kd --beta 2 8", "--beta 2 8"), ("distill.py -- --method dkd -- --method kd --gamma 1", "--gamma 1"),
     ("distill.py --lr 0.1 -1", "--lr"), ("distill.py --no-such-flag 1", "--no-such-flag"), ("distill.py --seed 0 x", "--seed"),
     ("distill.py --method kd fitnet", "fitnet"), ("distill.py --method", "see distill.py"), ("distill.py --seed", "--seed"),
-    ("distill.py -- train_teacher.py --beta 8", "see train_teacher.py --help"), ("distill.py --epochs 3 --warmup-epochs 3", "--warmup-epochs"),
+    ("distill.py -- train_teacher.py --beta 8", "see train_teacher.py --help"),
+    ("distill.py --epochs 3 --warmup-epochs 3", "--warmup-epochs"),
     ("distill.py --experiment v9", "see distill.py --help"), ("distill.py --standardize yes no --method kd", "yes"),
 ])
 def test_flags_that_are_refused(line, named):
