@@ -161,7 +161,7 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     for name, kind in (("mean", nonnegative), ("std", positive)):
         add(f"--teacher-{name}", type=kind, nargs=3, metavar=("R", "G", "B"), help=f"{name} of images in [0, 1] in the "
             "teacher's training; default: that in its file, else that of the data")
-    add("--allow-weak-teacher", action="store_true", help="distil a teacher that is no better than chance")
+    add("--allow-weak-teacher", action="store_true", help="distil a teacher near chance")
     add("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help=DEFAULT)
     add("--student-init", type=nonempty, default="none", metavar="{none,imagenet,PATH}", help=DEFAULT)
     method_flags.add_flags(parser)

@@ -5,7 +5,7 @@ To add a data set: one function that returns a `Source`, a line in `DATASETS`, i
 """
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,8 +39,8 @@ class Dataset:
     std: tuple[float, float, float]
     selected_on: str
     fingerprint: str
-    notes: list[str]
-    unreadable: list[tuple[str, str]]
+    notes: list[str] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def image_size(self) -> int:

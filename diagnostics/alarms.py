@@ -22,6 +22,11 @@ DEAD = 0.1  # share of classes that are never predicted
 CONCENTRATED = 0.5
 
 
+def near_chance(chance: float) -> float:
+    """The largest accuracy in percent that counts as near chance, which may be 1 %, 50 % or 96 %."""
+    return min(2 * chance, chance + NEAR, (chance + 100) / 2)
+
+
 def collapsed(last: float, reference: float) -> bool:
     """Whether a run collapsed.  last: its last validation accuracy (%).  reference: the control's last, or its own best."""
     return last < reference - FALL
@@ -66,7 +71,7 @@ def alarms(method, monitor, rows, diagnostics, val: Confusion, stopped_early: bo
 
     accuracy, last = [row.val_acc1 for row in rows], rows[-1].val_acc1
     best, chance, classes = max(accuracy), val.chance, len(val.names)
-    near = min(2 * chance, chance + NEAR, (chance + 100) / 2)  # chance may be 50 %, or 96 %
+    near = near_chance(chance)
     if collapsed(last, best):
         found.append(Alarm("collapse", best - last, FALL, rows[-1].epoch, f"validation accuracy fell from {best:.1f} % in epoch "
                            f"{accuracy.index(best) + 1} to {last:.1f} % at the end (alarm above {FALL:g} points)"))

@@ -419,7 +419,7 @@ class CudaPath(ExitStack):
         import distill
         from cli import options
         self._run(distill.main, options.parse_distill,
-                  f"--teacher-checkpoint {self.folder / 'teacher.pt'} --student {self.student} {flags}")
+                  f"--teacher-checkpoint {self.folder / 'teacher.pt'} --allow-weak-teacher --student {self.student} {flags}")
 
     def train_teacher(self, flags: str) -> None:
         import train_teacher

@@ -37,9 +37,9 @@ RECIPE = "--dataset imagefolder --data-dir images --epochs 3 --warmup-epochs 1 -
 COMMANDS = {  # between them: both optimizers, a moving average, an epoch that is not the best, a loss scale, and dropout
     "teacher": f"train_teacher.py --model resnet8 {RECIPE} --opt sgd --lr 2 --weight-decay 5e-4 --model-ema 0.9",
     "student": "distill.py --method dkd --temperature 1 --alpha 0.25 --beta 0.5 --ce-weight 0.25 --student forgetful_pico "
-               f"{RECIPE} --opt adamw --amp fp16 --kernels reference",
+               f"--allow-weak-teacher {RECIPE} --opt adamw --amp fp16 --kernels reference",
     "pair": "torchrun --nproc-per-node 2 distill.py --temperature 1 --alpha 0.25 --ce-weight 0.25 --student forgetful_pico "
-            f"--model-ema 0.9 {RECIPE} --batch-size 8 --opt adamw --amp fp16 --kernels reference",
+            f"--allow-weak-teacher --model-ema 0.9 {RECIPE} --batch-size 8 --opt adamw --amp fp16 --kernels reference",
 }  # with losses so small that FP16 finds its scale within a step or two of the four in an epoch, on any processor
 CONTEXT = multiprocessing.get_context("forkserver")
 os.environ["PYTHONPATH"] = str(ROOT)  # where the server from which all runs are forked finds our modules

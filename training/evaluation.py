@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import models
+from diagnostics.alarms import near_chance
 from diagnostics.classes import Confusion, effective_number
 from rundir.errors import DIVERGED, NONFINITE_HINT, USAGE, Failure
 from training.device import RunContext
@@ -145,7 +146,7 @@ def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_wea
     """Evaluate the teacher on the test set, and print its line.
 
     Failure USAGE: other classes than the data's, another accuracy than in its checkpoint, or, unless allow_weak, an accuracy
-    within two standard deviations of chance, the share of the largest class.
+    near chance, the share of the largest class.
     """
     info = teacher.info
     check_classes(info, data)
@@ -159,10 +160,10 @@ def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_wea
                 f"precision explains {most:.2f} points")
         raise Failure(USAGE, f"the teacher's test accuracy does not match its checkpoint ({both})",
                       "check that --dataset, --data-dir, --image-size and --crop are those that it was trained on")
-    chance = data.test.labels.bincount().max().item() / len(data.test.labels)
-    least = 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / len(data.test.labels)))
-    if evaluation.acc1 <= least and not allow_weak:
-        raise Failure(USAGE, f"the teacher is no better than chance ({evaluation.acc1:.2f} % of {len(data.test.labels)} test "
-                             f"images; two standard deviations above chance are {least:.2f} %)",
-                      "check its --teacher-mean and --teacher-std and the order of its classes, or use --allow-weak-teacher")
+    images = len(data.test.labels)
+    chance = 100 * max(count(data.test.labels, len(data.classes))) / images
+    if evaluation.acc1 <= near_chance(chance) and not allow_weak:
+        both = f"{evaluation.acc1:.2f} % of {images} test images; chance is {chance:.2f} %"
+        raise Failure(USAGE, f"the teacher is near chance ({both})",
+                      "check --teacher-mean and --teacher-std and the order of its classes, or use --allow-weak-teacher")
     return evaluation
