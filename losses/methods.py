@@ -56,6 +56,7 @@ def resolved(method: Method, values: dict) -> dict:
 
 TEMPERATURE = Hyperparameter(4.0, "softmax temperature", at_least=None, above=0.0)
 CE_WEIGHT = Hyperparameter(1.0, "weight of the cross-entropy with the labels")
+MIXED_TARGET = Hyperparameter("pair", "target class of a mixed image", choices=("pair", "dominant", "first"))
 STANDARDIZE = Hyperparameter(False, "z-score the logits of both networks, except for the cross-entropy (arXiv 2403.01427)")
 
 
@@ -105,7 +106,7 @@ DKD = Method(
         "beta": Hyperparameter(8.0, "weight of NCKD"),
         "temperature": TEMPERATURE,
         "ce_weight": CE_WEIGHT,
-        "mixed_target": Hyperparameter("pair", "target class of a mixed image", choices=("pair", "dominant", "first")),
+        "mixed_target": MIXED_TARGET,
         "standardize": STANDARDIZE,
     },
     terms=("ce", "tckd", "nckd"), weight_of={"ce": "ce_weight", "tckd": "alpha", "nckd": "beta"},
@@ -135,6 +136,27 @@ DIST = Method(
     formula=dist_formula, warmed_up=("beta", "gamma"))
 
 
+# --- NKD, Yang et al. 2023, arXiv 2303.13005
+
+def nkd_formula(values: dict, ce: str, ramp: str) -> str:
+    return ("{ce_weight:g} {ce} + ({alpha:g} target + {gamma:g} * {temperature:g}^2 nontarget){ramp}; cross-entropies with "
+            "the teacher, nontarget at T = {temperature:g}, mixed images: {mixed_target}").format(**values, ce=ce, ramp=ramp)
+
+
+NKD = Method(
+    function="losses.nkd:nkd_loss",
+    hyperparameters={
+        "alpha": Hyperparameter(1.0, "weight of the target classes' cross-entropy with the teacher"),
+        "gamma": Hyperparameter(3.5, "weight of the non-target classes' cross-entropy with the teacher"),
+        "temperature": TEMPERATURE._replace(default=3.0),
+        "ce_weight": CE_WEIGHT,
+        "mixed_target": MIXED_TARGET,
+    },
+    terms=("ce", "target", "nontarget"), weight_of={"ce": "ce_weight", "target": "alpha", "nontarget": "gamma"},
+    run="nkd-gamma{gamma:g}-T{temperature:g}", table="NKD alpha {alpha:g} gamma {gamma:g} T {temperature:g}", figure="NKD",
+    formula=nkd_formula, warmed_up=("alpha", "gamma"))
+
+
 # --- Cross-entropy alone: train_teacher.py
 
 LABELS = Method(
@@ -142,5 +164,5 @@ LABELS = Method(
     figure="labels alone", formula=lambda values, ce, ramp: ce)
 
 
-METHODS = {"kd": KD, "dkd": DKD, "dist": DIST}
+METHODS = {"kd": KD, "dkd": DKD, "dist": DIST, "nkd": NKD}
 TERMS = tuple(dict.fromkeys(term for method in METHODS.values() for term in method.terms))  # the order of columns in log.csv
