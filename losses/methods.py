@@ -157,6 +157,26 @@ NKD = Method(
     formula=nkd_formula, warmed_up=("alpha", "gamma"))
 
 
+# --- MLKD, Jin et al., CVPR 2023
+
+def mlkd_formula(values: dict, ce: str, ramp: str) -> str:
+    return ("{ce_weight:g} {ce} + ({alpha:g} T^2 KL(teacher || student) + {beta:g} batch + {gamma:g} class){ramp}, "
+            "summed over T = 2, 3, 4, 5, 6").format(**values, ce=ce, ramp=ramp)
+
+
+MLKD = Method(
+    function="losses.mlkd:mlkd_loss",
+    hyperparameters={
+        "alpha": Hyperparameter(0.9, "weight of KL"),
+        "beta": Hyperparameter(0.9, "weight of the similarities between the images of the batch"),
+        "gamma": Hyperparameter(0.9, "weight of the correlations between the classes"),
+        "ce_weight": CE_WEIGHT._replace(default=0.1),
+    },
+    terms=("ce", "kl", "batch", "class"), weight_of={"ce": "ce_weight", "kl": "alpha", "batch": "beta", "class": "gamma"},
+    run="mlkd-alpha{alpha:g}-beta{beta:g}-gamma{gamma:g}", table="MLKD alpha {alpha:g} beta {beta:g} gamma {gamma:g}",
+    figure="MLKD", formula=mlkd_formula, warmed_up=("alpha", "beta", "gamma"))
+
+
 # --- Cross-entropy alone: train_teacher.py
 
 LABELS = Method(
@@ -164,5 +184,5 @@ LABELS = Method(
     figure="labels alone", formula=lambda values, ce, ramp: ce)
 
 
-METHODS = {"kd": KD, "dkd": DKD, "dist": DIST, "nkd": NKD}
+METHODS = {"kd": KD, "dkd": DKD, "dist": DIST, "nkd": NKD, "mlkd": MLKD}
 TERMS = tuple(dict.fromkeys(term for method in METHODS.values() for term in method.terms))  # the order of columns in log.csv

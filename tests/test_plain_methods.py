@@ -6,9 +6,10 @@ from kernel_cases import rows
 
 from kernels.softmax_kl import softmax_kl_naive
 from losses import Targets, mixed_ce
+from losses.mlkd import levels, mlkd_loss
 from losses.nkd import is_target, nkd_loss, target_and_nontarget
 
-METHODS = {"nkd": nkd_loss}
+METHODS = {"nkd": nkd_loss, "mlkd": mlkd_loss}
 
 
 def published():
@@ -72,10 +73,39 @@ def test_nkd_has_the_value_of_the_authors_code():
         nkd_loss(z, v, mixed, mixed_target="both")
 
 
+# --- MLKD
+
+def mlkd_by_hand(z, v):
+    """Entry by entry of the matrices, as sums over pairs of images and of classes."""
+    found = torch.zeros(3, dtype=z.dtype)
+    for T in (2, 3, 4, 5, 6):
+        q, p = (z / T).softmax(1), (v / T).softmax(1)
+        batch = torch.stack([((a * b).sum() - (c * d).sum()) ** 2 for a, c in zip(q, p) for b, d in zip(q, p)])
+        classes = torch.stack([((a * b).sum() - (c * d).sum()) ** 2 for a, c in zip(q.T, p.T) for b, d in zip(q.T, p.T)])
+        found = found + torch.stack([T ** 2 * (p * (p / q).log()).sum(), batch.sum(), classes.sum() * len(z) / z.shape[1]])
+    return found / len(z)
+
+
+@pytest.mark.parametrize("size", [(16, 10), (5, 20), (12, 2)])
+def test_mlkd_is_its_formula(size):
+    z, v, targets = rows(*size)
+    equal_in_loss_terms_and_gradient(mlkd_loss, mlkd_by_hand, z, v, targets, (0.5, 2.0, 3.0, 4.0),
+                                     ce_weight=0.5, alpha=2.0, beta=3.0, gamma=4.0)
+
+
+def test_mlkd_has_the_values_of_the_authors_code():
+    """kd_loss, bc_loss and cc_loss of github.com/Jin-Ying/Multi-Level-Logit-Distillation, summed over its temperatures."""
+    z, v, label = published()
+    terms = mlkd_loss(z, v, Targets.unmixed(label))[1]
+    assert {name: terms[name].item() for name in ("kl", "batch", "class")} == pytest.approx(
+        {"kl": 24.960436424296073, "batch": 0.06813414645266377, "class": 0.05722582566679682}, rel=1e-5)
+
+
 # --- all
 
 GRADIENTS = {
     "nkd": lambda z, v, targets: target_and_nontarget(z, v, is_target(targets, z.shape[1], "pair"), 2.0),
+    "mlkd": lambda z, v, targets: levels(z / 3.0, v / 3.0, 3.0),
 }
 
 
