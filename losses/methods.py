@@ -177,6 +177,27 @@ MLKD = Method(
     figure="MLKD", formula=mlkd_formula, warmed_up=("alpha", "beta", "gamma"))
 
 
+# --- SKD, Jeong, Lee & Choi, CVPR 2026
+
+def skd_formula(values: dict, ce: str, ramp: str) -> str:
+    return ("{ce_weight:g} {ce} + ({alpha:g} * {temperature:g}^2 KL(teacher || student; T = {temperature:g}) "
+            "+ {beta:g} direction){ramp}; tikhonov {tikhonov:g}").format(**values, ce=ce, ramp=ramp)
+
+
+SKD = Method(
+    function="losses.skd:skd_loss",
+    hyperparameters={
+        "alpha": Hyperparameter(0.9, "weight of KL"),
+        "beta": Hyperparameter(0.9, "weight of the distance between cosine similarities in the batch"),
+        "temperature": TEMPERATURE,
+        "tikhonov": Hyperparameter(0.1, "added to the diagonal of the covariance", at_least=None, above=0.0),
+        "ce_weight": CE_WEIGHT._replace(default=0.1),
+    },
+    terms=("ce", "kl", "direction"), weight_of={"ce": "ce_weight", "kl": "alpha", "direction": "beta"},
+    run="skd-alpha{alpha:g}-beta{beta:g}-T{temperature:g}", table="SKD alpha {alpha:g} beta {beta:g} T {temperature:g}",
+    figure="SKD", formula=skd_formula, warmed_up=("alpha", "beta"))
+
+
 # --- Cross-entropy alone: train_teacher.py
 
 LABELS = Method(
@@ -184,5 +205,5 @@ LABELS = Method(
     figure="labels alone", formula=lambda values, ce, ramp: ce)
 
 
-METHODS = {"kd": KD, "dkd": DKD, "dist": DIST, "nkd": NKD, "mlkd": MLKD}
+METHODS = {"kd": KD, "dkd": DKD, "dist": DIST, "nkd": NKD, "mlkd": MLKD, "skd": SKD}
 TERMS = tuple(dict.fromkeys(term for method in METHODS.values() for term in method.terms))  # the order of columns in log.csv

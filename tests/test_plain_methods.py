@@ -8,8 +8,9 @@ from kernels.softmax_kl import softmax_kl_naive
 from losses import Targets, mixed_ce
 from losses.mlkd import levels, mlkd_loss
 from losses.nkd import is_target, nkd_loss, target_and_nontarget
+from losses.skd import direction_distance, skd_loss
 
-METHODS = {"nkd": nkd_loss, "mlkd": mlkd_loss}
+METHODS = {"nkd": nkd_loss, "mlkd": mlkd_loss, "skd": skd_loss}
 
 
 def published():
@@ -101,11 +102,45 @@ def test_mlkd_has_the_values_of_the_authors_code():
         {"kl": 24.960436424296073, "batch": 0.06813414645266377, "class": 0.05722582566679682}, rel=1e-5)
 
 
+# --- SKD
+
+def skd_by_hand(z, v, tikhonov):
+    """By the inverse of the covariance, row by row."""
+    q, p = (z / 4).softmax(1), (v / 4).softmax(1)
+    s, t = F.cosine_similarity(z[:, None], z[None], dim=2), F.cosine_similarity(v[:, None], v[None], dim=2)
+    difference = (s - t) / z.shape[1]
+    inverse = torch.linalg.inv(torch.cov(difference.T) + tikhonov * torch.eye(len(z), dtype=z.dtype))
+    distances = torch.stack([(row @ inverse @ row).sqrt() for row in difference])
+    return 16 * (p * (p / q).log()).sum(1).mean(), distances.mean()
+
+
+@pytest.mark.parametrize("tikhonov", [0.1, 1e-3])
+@pytest.mark.parametrize("size", [(16, 10), (6, 100), (40, 3)])
+def test_skd_is_its_formula(size, tikhonov):
+    z, v, targets = rows(*size)
+    equal_in_loss_terms_and_gradient(skd_loss, lambda z, v: skd_by_hand(z, v, tikhonov), z, v, targets, (0.5, 2.0, 3.0),
+                                     ce_weight=0.5, alpha=2.0, beta=3.0, tikhonov=tikhonov)
+
+
+def test_skd_has_the_values_of_the_authors_code():
+    """kd_loss and SKD_loss of github.com/HyunJunSik/StreamLined.
+
+    torchdistill 1.1.5 has the first direction times a mask of one half, and the second by the paper's equations, which do not
+    divide by the 10 classes.
+    """
+    z, v, label = published()
+    for tikhonov, direction in ((0.1, 0.6903702787091488), (0.1 / 10**2, 1.7999385745137382)):
+        terms = skd_loss(z, v, Targets.unmixed(label), tikhonov=tikhonov)[1]
+        assert {name: terms[name].item() for name in ("kl", "direction")} == pytest.approx(
+            {"kl": 5.177426847803781, "direction": direction}, rel=1e-5)
+
+
 # --- all
 
 GRADIENTS = {
     "nkd": lambda z, v, targets: target_and_nontarget(z, v, is_target(targets, z.shape[1], "pair"), 2.0),
     "mlkd": lambda z, v, targets: levels(z / 3.0, v / 3.0, 3.0),
+    "skd": lambda z, v, targets: direction_distance(z, v, 0.1),
 }
 
 
