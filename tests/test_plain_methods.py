@@ -139,7 +139,7 @@ def test_skd_has_the_values_of_the_authors_code():
 
 GRADIENTS = {
     "nkd": lambda z, v, targets: target_and_nontarget(z, v, is_target(targets, z.shape[1], "pair"), 2.0),
-    "mlkd": lambda z, v, targets: levels(z / 3.0, v / 3.0, 3.0),
+    "mlkd": lambda z, v, targets: levels(z, v),
     "skd": lambda z, v, targets: direction_distance(z, v, 0.1),
 }
 
