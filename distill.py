@@ -1,4 +1,4 @@
-"""Distil a saved teacher into a student, with KD, DKD or DIST.
+"""Distil a saved teacher into a student, with KD, DKD, or another method.
 
     python distill.py --method kd                              the recipe of experiment v2, teacher from runs/teacher/best.pt
     python distill.py --method dkd --beta 8                    the setting that collapsed in the study

@@ -65,7 +65,7 @@ def optimisation_flags(parser) -> None:
     add("--epochs", type=count, default=200, metavar="N", help=DEFAULT)
     batch_size_flag(add, default=128)
     add("--grad-accum", type=count, metavar="N", help="accumulate gradients over N micro-batches of a batch, to save memory; "
-        "BatchNorm and DIST see micro-batches; default: 1")
+        "BatchNorm, DIST, MLKD and SKD see micro-batches; default: 1")
     add("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: much less memory, more time, "
         "the same results")
     add("--opt", choices=("adamw", "sgd"), default="adamw", help=DEFAULT)

@@ -1,6 +1,7 @@
 """DIST (Huang et al. 2022, arXiv 2205.10536): match the teacher's preferences, not its probabilities."""
 from kernels import Targets
 from kernels.softmax_kl import Weights, softmax_kl
+from losses.logits import in_fp32
 
 SMALLEST = 1e-8  # added to the product of the norms, as in the authors' code: correlations of tiny vectors become 0
 
@@ -19,11 +20,10 @@ def dist_loss(student_logits, teacher_logits, targets: Targets, *, beta=1.0, gam
     Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "inter", "intra"}, detached, unweighted, T^2 included.
     Raises ValueError where CE does, and for teacher logits of another shape.
     """
-    if teacher_logits.shape != student_logits.shape:
-        raise ValueError(f"logits must have equal shapes: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
+    both = in_fp32(student_logits, teacher_logits)
     loss, terms = softmax_kl(student_logits, None, *targets, Weights(ce=ce_weight), temperature=1.0,
                              label_smoothing=label_smoothing, class_weights=class_weights)
-    q, p = ((logits.float() / temperature).softmax(1) for logits in (student_logits, teacher_logits.detach()))
+    q, p = ((logits / temperature).softmax(1) for logits in both)
     inter, intra = (temperature ** 2 * (1 - correlation(q, p, dim).mean()) for dim in (1, 0))
     return loss + beta * inter + gamma * intra, {"ce": terms.ce, "inter": inter.detach(), "intra": intra.detach()}
 

@@ -56,6 +56,7 @@ def resolved(method: Method, values: dict) -> dict:
 
 TEMPERATURE = Hyperparameter(4.0, "softmax temperature", at_least=None, above=0.0)
 CE_WEIGHT = Hyperparameter(1.0, "weight of the cross-entropy with the labels")
+MIXED_TARGET = Hyperparameter("pair", "target class of a mixed image", choices=("pair", "dominant", "first"))
 STANDARDIZE = Hyperparameter(False, "z-score the logits of both networks, except for the cross-entropy (arXiv 2403.01427)")
 
 
@@ -105,7 +106,7 @@ DKD = Method(
         "beta": Hyperparameter(8.0, "weight of NCKD"),
         "temperature": TEMPERATURE,
         "ce_weight": CE_WEIGHT,
-        "mixed_target": Hyperparameter("pair", "target class of a mixed image", choices=("pair", "dominant", "first")),
+        "mixed_target": MIXED_TARGET,
         "standardize": STANDARDIZE,
     },
     terms=("ce", "tckd", "nckd"), weight_of={"ce": "ce_weight", "tckd": "alpha", "nckd": "beta"},
@@ -135,6 +136,68 @@ DIST = Method(
     formula=dist_formula, warmed_up=("beta", "gamma"))
 
 
+# --- NKD, Yang et al. 2023, arXiv 2303.13005
+
+def nkd_formula(values: dict, ce: str, ramp: str) -> str:
+    return ("{ce_weight:g} {ce} + ({alpha:g} target + {gamma:g} * {temperature:g}^2 nontarget){ramp}; cross-entropies with "
+            "the teacher, nontarget at T = {temperature:g}, mixed images: {mixed_target}").format(**values, ce=ce, ramp=ramp)
+
+
+NKD = Method(
+    function="losses.nkd:nkd_loss",
+    hyperparameters={
+        "alpha": Hyperparameter(1.0, "weight of the target classes' cross-entropy with the teacher"),
+        "gamma": Hyperparameter(3.5, "weight of the non-target classes' cross-entropy with the teacher"),
+        "temperature": TEMPERATURE._replace(default=3.0),
+        "ce_weight": CE_WEIGHT,
+        "mixed_target": MIXED_TARGET,
+    },
+    terms=("ce", "target", "nontarget"), weight_of={"ce": "ce_weight", "target": "alpha", "nontarget": "gamma"},
+    run="nkd-gamma{gamma:g}-T{temperature:g}", table="NKD alpha {alpha:g} gamma {gamma:g} T {temperature:g}", figure="NKD",
+    formula=nkd_formula, warmed_up=("alpha", "gamma"))
+
+
+# --- MLKD, Jin et al., CVPR 2023
+
+def mlkd_formula(values: dict, ce: str, ramp: str) -> str:
+    return ("{ce_weight:g} {ce} + ({alpha:g} T^2 KL(teacher || student) + {beta:g} batch + {gamma:g} class){ramp}, "
+            "summed over T = 2, 3, 4, 5, 6").format(**values, ce=ce, ramp=ramp)
+
+
+MLKD = Method(
+    function="losses.mlkd:mlkd_loss",
+    hyperparameters={
+        "alpha": Hyperparameter(0.9, "weight of KL"),
+        "beta": Hyperparameter(0.9, "weight of the similarities between the images of the batch"),
+        "gamma": Hyperparameter(0.9, "weight of the correlations between the classes"),
+        "ce_weight": CE_WEIGHT._replace(default=0.1),
+    },
+    terms=("ce", "kl", "batch", "class"), weight_of={"ce": "ce_weight", "kl": "alpha", "batch": "beta", "class": "gamma"},
+    run="mlkd-alpha{alpha:g}-beta{beta:g}-gamma{gamma:g}", table="MLKD alpha {alpha:g} beta {beta:g} gamma {gamma:g}",
+    figure="MLKD", formula=mlkd_formula, warmed_up=("alpha", "beta", "gamma"))
+
+
+# --- SKD, Jeong, Lee & Choi, CVPR 2026
+
+def skd_formula(values: dict, ce: str, ramp: str) -> str:
+    return ("{ce_weight:g} {ce} + ({alpha:g} * {temperature:g}^2 KL(teacher || student; T = {temperature:g}) "
+            "+ {beta:g} direction){ramp}; tikhonov {tikhonov:g}").format(**values, ce=ce, ramp=ramp)
+
+
+SKD = Method(
+    function="losses.skd:skd_loss",
+    hyperparameters={
+        "alpha": Hyperparameter(0.9, "weight of KL"),
+        "beta": Hyperparameter(0.9, "weight of the distance between cosine similarities in the batch"),
+        "temperature": TEMPERATURE,
+        "tikhonov": Hyperparameter(0.1, "added to the diagonal of the covariance", at_least=None, above=0.0),
+        "ce_weight": CE_WEIGHT._replace(default=0.1),
+    },
+    terms=("ce", "kl", "direction"), weight_of={"ce": "ce_weight", "kl": "alpha", "direction": "beta"},
+    run="skd-alpha{alpha:g}-beta{beta:g}-T{temperature:g}", table="SKD alpha {alpha:g} beta {beta:g} T {temperature:g}",
+    figure="SKD", formula=skd_formula, warmed_up=("alpha", "beta"))
+
+
 # --- Cross-entropy alone: train_teacher.py
 
 LABELS = Method(
@@ -142,5 +205,5 @@ LABELS = Method(
     figure="labels alone", formula=lambda values, ce, ramp: ce)
 
 
-METHODS = {"kd": KD, "dkd": DKD, "dist": DIST}
+METHODS = {"kd": KD, "dkd": DKD, "dist": DIST, "nkd": NKD, "mlkd": MLKD, "skd": SKD}
 TERMS = tuple(dict.fromkeys(term for method in METHODS.values() for term in method.terms))  # the order of columns in log.csv

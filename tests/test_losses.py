@@ -26,7 +26,8 @@ def test_upstream_gradient_reaches_the_student_alone(method):
     function_of(method)(one, v, targets)[0].backward()
     loss, terms = function_of(method)(two, v, targets)
     (0.3 * loss + 1.7 * loss.square()).backward()
-    torch.testing.assert_close(two.grad, one.grad * (0.3 + 3.4 * loss.item()), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(two.grad, one.grad * (0.3 + 3.4 * loss.item()), rtol=1e-5,
+                               atol=1e-7 * two.grad.abs().max().clamp(min=1).item())
     assert v.grad is None
     assert all(term.ndim == 0 and term.dtype == torch.float32 and not term.requires_grad for term in terms.values())
 

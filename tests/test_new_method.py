@@ -31,7 +31,7 @@ RECORD = '''SQUARE = Method(
     terms=("ce", "distance"), run="square-strength{strength:g}", table="SQUARE strength {strength:g}", figure="SQUARE",
     formula=lambda numbers, ce, ramp: f"{ce} + {numbers['strength']:g} |z - v|^2 / C{ramp}", warmed_up=("strength",))
 '''
-LINE = 'METHODS = {"kd": KD, "dkd": DKD, "dist": DIST, "square": SQUARE}'
+METHODS, LINE = "METHODS = {", 'METHODS = {"square": SQUARE, '
 
 
 def test_a_file_a_record_and_a_line_make_a_method(tmp_path):
@@ -42,9 +42,8 @@ def test_a_file_a_record_and_a_line_make_a_method(tmp_path):
         shutil.copy(ROOT / name, copy)
     (copy / "losses" / "square.py").write_text(FILE)
     records = (copy / "losses" / "methods.py").read_text()
-    old = 'METHODS = {"kd": KD, "dkd": DKD, "dist": DIST}'
-    assert old in records
-    (copy / "losses" / "methods.py").write_text(records.replace(old, f"{RECORD}\n\n{LINE}"))
+    assert records.count(METHODS) == 1
+    (copy / "losses" / "methods.py").write_text(records.replace(METHODS, f"{RECORD}\n\n{LINE}"))
     classes = [f"class{index}" for index in range(4)]
     make_images(tmp_path / "images" / "train", classes, 20, seed=0)
     make_images(tmp_path / "images" / "test", classes, 5, seed=1)
@@ -59,7 +58,8 @@ def test_a_file_a_record_and_a_line_make_a_method(tmp_path):
             except SystemExit as stop:
                 assert not stop.code"""
     done = subprocess.run([sys.executable, "-c", program, f"train_teacher.py --model resnet8 {small}",
-                           f"distill.py --method square --strength 0.5 --centred --square-warmup 2 --student resnet8 {small}",
+                           f"distill.py --method square --strength 0.5 --centred --square-warmup 2 --student resnet8 {small} "
+                           "--allow-weak-teacher",
                            "plots/make_figures.py", "distill.py --help"], cwd=copy, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and not done.stderr, done.stderr

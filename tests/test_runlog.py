@@ -20,7 +20,8 @@ from command import ROOT
 from rundir import errors, files, run_directory
 
 COLUMNS = """epoch lr train_loss train_loss_ce train_loss_kl train_loss_tckd train_loss_nckd train_loss_inter
-train_loss_intra train_acc1 val_loss val_acc1 val_acc5 val_ece
+train_loss_intra train_loss_target train_loss_nontarget train_loss_batch train_loss_class train_loss_direction
+train_acc1 val_loss val_acc1 val_acc5 val_ece
 teacher_agree best_val_loss best_epoch bad_epochs grad_norm_mean grad_norm_max clip_frac amp_scale skipped_steps steps samples
 images_per_s epoch_s val_s total_s peak_mem_mb""".split()
 

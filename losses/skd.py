@@ -1,0 +1,46 @@
+"""SKD, streamlined knowledge distillation (Jeong, Lee & Choi, CVPR 2026): KL and the directions of the logits in a batch."""
+import torch
+import torch.nn.functional as F
+
+from kernels import Targets
+from losses.cross_entropy import mixed_ce
+from losses.logits import in_fp32
+
+
+def skd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.9, beta=0.9, temperature=4.0, tikhonov=0.1,
+             ce_weight=0.1, label_smoothing=0.0, class_weights=None):
+    """loss = ce_weight * CE + alpha * kl + beta * direction.
+
+    With q and p the softmaxes of student and teacher logits / T, (N, C), and s and t the logits with rows of norm 1:
+      kl        = T^2 * KL(p || q), mean over the batch
+      direction = mean over the rows of sqrt(D_i S^-1 D_i'),  D = (s s' - t t') / C, (N, N)
+                  S = covariance of D's columns over its rows, plus tikhonov * identity
+    `direction` is a Mahalanobis distance between the cosine similarities of student and teacher.  Neither term depends on the
+    labels, so mixed images need no special rule.  The batch is a rank's slice, or a micro-batch; one image has direction 0.
+
+    Formulas, weights, temperature and tikhonov are those of the authors' code (github.com/HyunJunSik/StreamLined).  It also
+    multiplies each term, already a mean, by a mask of about one half, which selects no images; that is left out.  The paper's
+    equations, as torchdistill 1.1.5 gives them, have no T^2, and do not divide by C: that is the same as tikhonov / C^2 here.
+
+    Logits (N, C) in fp32, fp16 or bf16; computed in fp32.  class_weights: fp32 (C,), of the cross-entropy.
+    Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "kl", "direction"}, detached, unweighted, T^2 included.
+    Raises ValueError for shapes that do not fit.
+    """
+    z, v = in_fp32(student_logits, teacher_logits)
+    ce = mixed_ce(student_logits, targets, label_smoothing=label_smoothing, class_weights=class_weights)
+    log_q, log_p = ((logits / temperature).log_softmax(1) for logits in (z, v))
+    kl = temperature ** 2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    direction = direction_distance(z, v, tikhonov)
+    return ce_weight * ce + alpha * kl + beta * direction, {
+        "ce": ce.detach(), "kl": kl.detach(), "direction": direction.detach()}
+
+
+def direction_distance(z, v, tikhonov):
+    """`direction`, 0-dim, of logits (N, C)."""
+    s, t = F.normalize(z), F.normalize(v)
+    difference = (s @ s.T - t @ t.T) / z.shape[1]
+    centred = difference - difference.mean(0)
+    covariance = centred.T @ centred / max(1, len(z) - 1) + tikhonov * torch.eye(len(z), dtype=z.dtype, device=z.device)
+    factor = torch.linalg.cholesky_ex(covariance).L  # cholesky() would wait for the GPU
+    # The norm of a whitened row is its distance; at 0 its gradient is 0, that of a square root infinite.
+    return torch.linalg.solve_triangular(factor, difference.T, upper=False).norm(dim=0).mean()
