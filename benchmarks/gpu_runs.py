@@ -105,7 +105,8 @@ def variants(args) -> list[str]:
     recipe += f" --device {args.device}"
 
     def distill(name: str) -> None:
-        command = f"distill.py --student v2_pico --teacher-checkpoint {folder}/teacher/best.pt {recipe} {VARIANTS[name]}"
+        command = (f"distill.py --student v2_pico --teacher-checkpoint {folder}/teacher/best.pt --allow-weak-teacher {recipe} "
+                   f"{VARIANTS[name]}")
         if name == "killed" and (ended := run(command, folder / name, args.end, kill_after=1)).outcome != "failed (-9)":
             keep(name, ended._replace(outcome=f"{ended.outcome} before it was killed"))
         else:
@@ -157,7 +158,9 @@ def train_chain(args, folder: Path, seconds: float, rows: table.Rows) -> None:
         flags = f"{recipe} --epochs {epochs} --warmup-epochs {min(2, epochs - 1)}"
         if which in ("teacher", "alone"):
             return f"train_teacher.py --model {teacher if which == 'teacher' else student} --no-pretrained {flags}"
-        return f"distill.py --experiment {which} --student {student} --teacher-checkpoint {folder}/teacher/best.pt {flags}"
+        # A teacher of a probe, or of few epochs, may be weak.
+        return (f"distill.py --experiment {which} --student {student} --teacher-checkpoint {folder}/teacher/best.pt "
+                f"--allow-weak-teacher {flags}")
 
     def measure(which: str) -> tuple[float, float]:
         """Seconds of a run outside its epochs, and of an epoch."""

@@ -198,7 +198,7 @@ def test_a_run_keeps_its_number_of_threads(place):
 
 
 def test_an_early_stop_stays_stopped_until_patience_grows(place):
-    run, line = torture.new_run(place), torture.command("teacher") + " --lr 50 --epochs 6 --clip-grad 0"
+    run, line = torture.new_run(place), torture.command("teacher") + " --lr 50 --epochs 6 --clip-grad 0 --model-ema 0"
     assert place.run(f"{line} --output {run} --patience 1").code == 0
     epochs = len(torture.log_of(run))
     assert epochs < 6, "the recipe was meant to get worse"

@@ -96,7 +96,7 @@ def test_loops_calls_what_the_script_calls():
 
     def loads(path):
         found = tree(path, ast.Call, lambda node: ast.unparse(node.func) == "models.load")
-        return [ast.unparse(node) for node in (*found.args[1:], *found.keywords)]
+        return [ast.unparse(node) for node in (*found.args[1:], *(each for each in found.keywords if each.arg != "inputs"))]
 
     assert loads("benchmarks/loops.py") == loads("distill.py")
 
