@@ -112,9 +112,9 @@ def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
     parser = new_parser(description, usage_lines, prog)
     add = parser.add_argument_group("network").add_argument
     add("--model", type=nonempty, default="efficientnet_v2_l", metavar="NAME",
-        help="a torchvision classifier, a CIFAR network or v2_*; " + DEFAULT)
+        help="a torchvision classifier, a CIFAR network, v2_* or timm/NAME; " + DEFAULT)
     add("--pretrained", action=argparse.BooleanOptionalAction,
-        help="start from torchvision's ImageNet weights; default: if available")
+        help="start from torchvision's or timm's weights; default: if available")
     add("--init", type=nonempty, metavar="PATH", help="start from a local file of weights, except for the head")
     data_flags(parser)
     augmentation_flags(parser)
