@@ -8,6 +8,7 @@ from cli import method_flags
 from cli.flag_types import count, device, nonempty, nonnegative, number, png, positive, probability, seed, whole
 from losses.methods import METHODS
 from rundir.errors import Parser
+from rundir.identity import listed, unlisted
 
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
 POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "randaugment", "trivialaugment")
@@ -138,9 +139,10 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     add = parser.add_argument_group("distillation").add_argument
     add("--experiment", choices=EXPERIMENTS, help="a preset of the study; flags take precedence")
     add("--method", choices=METHODS, default="kd", help=DEFAULT)
-    add("--teacher-checkpoint", type=nonempty, default="runs/teacher/best.pt", metavar="PATH",
-        help="a best.pt, or weights of another project; " + DEFAULT)
-    add("--teacher", type=nonempty, metavar="NAME", help="its network, for weights of another project; default: by its tensors")
+    add("--teacher-checkpoint", type=nonempty, nargs="+", default="runs/teacher/best.pt", metavar="PATH",
+        help="a best.pt, or weights of another project; of several, the mean probabilities; " + DEFAULT)
+    add("--teacher", type=nonempty, nargs="+", metavar="NAME",
+        help="its network, for weights of another project, or one for each; default: by the tensors")
     for name in ("mean", "std"):
         add(f"--teacher-{name}", type=positive, nargs=3, metavar=("R", "G", "B"), help=f"{name} of images in [0, 1] in the "
             "teacher's training; default: that in its file, else that of the data")
@@ -154,6 +156,10 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     run_flags(parser, output="runs/<experiment, or method and hyperparameters>-s<seed>")
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
+    files = listed(args.teacher_checkpoint)
+    if args.teacher and len(args.teacher) != len(files):
+        parser.error(f"--teacher must name one network for each --teacher-checkpoint ({len(args.teacher)} for {len(files)})")
+    args.teacher_checkpoint, args.teacher = unlisted(files), " + ".join(args.teacher or ()) or None
     method_flags.fill_in(parser, args, of_preset=set(preset) if args.method != preset.get("method") else set())
     check_schedule(parser, args)
     args.output = args.output or f"runs/{args.experiment or method_flags.chosen(args).run_name}-s{args.seed}"

@@ -13,6 +13,7 @@ from data.split import Split
 from diagnostics.alarms import judge
 from rundir import resume, run_directory
 from rundir.checkpoint import Writer
+from rundir.identity import listed
 from rundir.run_directory import EpochRow, RunDirectory
 from rundir.terminal import say
 from training.cuda_graph import use_cuda_graph
@@ -37,7 +38,7 @@ class Run:
         self.args, self.config, self.context, self.ranks = args, config, context, context.ranks
         models.check_name(config.get("student") or config["model"])
         if args.overwrite:
-            starts = (config.get(name) for name in ("teacher_checkpoint", "init", "student_init"))
+            starts = [path for name in ("teacher_checkpoint", "init", "student_init") for path in listed(config.get(name))]
             run_directory.refuse_to_overwrite(args.output, starts)
         self.directory = RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=self.ranks.is_main)
         self.stop = EarlyStop(args.monitor, args.patience)
