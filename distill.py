@@ -31,16 +31,16 @@ def main(args):
     if args.dry_run:
         return print(*advise(args, method, context), sep="\n")
 
-    checkpoint = models.read_teacher(args.teacher_checkpoint, args.teacher)
-    config["teacher_sha256"] = checkpoint["sha256"]
+    checkpoints, config["teacher_sha256"] = models.read_teachers(args.teacher_checkpoint, args.teacher)
     with Run(args, config, context) as run:
         if run.finished:
             return
         data, criterion, recipe = run.load_data(), method.criterion(context.device, run.class_weights), Recipe.of(args)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
-        checkpoint = models.complete(checkpoint, data, student.info["image_size"], args.teacher_mean, args.teacher_std)
-        teacher = models.load(checkpoint, context.device, context.dtype, folded=True, inputs=(data.mean, data.std))
+        teacher = models.load_teachers(
+            checkpoints, data, student.info["image_size"], args.teacher_mean, args.teacher_std, folded=True,
+            temperature=method.hyperparameters.get("temperature", 1.0), device=context.device, dtype=context.dtype)
         teacher_test = check_teacher(teacher, data, context, run.rows_at_once, args.allow_weak_teacher)
         teacher_val = run.evaluate(teacher, data.val)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,

@@ -26,7 +26,7 @@ def main(args):
     from training.run import Run
 
     context = setup_context(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
-    pretrained = models.is_torchvision(args.model) and not args.init if args.pretrained is None else args.pretrained
+    pretrained = models.has_weights(args.model) and not args.init if args.pretrained is None else args.pretrained
     config = vars(args) | {"script": "train_teacher", "pretrained": pretrained} | context.describe()
     method = method_flags.chosen(args)
     announce(config, *options.chosen_defaults(args), method.objective)

@@ -8,6 +8,7 @@ from cli import config_file, method_flags
 from cli.flag_types import count, device, nonempty, nonnegative, number, png, positive, probability, seed, whole
 from losses.methods import METHODS
 from rundir.errors import Parser
+from rundir.identity import listed, unlisted
 
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
 POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "randaugment", "trivialaugment")
@@ -127,9 +128,9 @@ def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
     parser = new_parser(description, usage_lines, prog)
     add = parser.add_argument_group("network").add_argument
     add("--model", type=nonempty, default="efficientnet_v2_l", metavar="NAME",
-        help="a torchvision classifier, a CIFAR network or v2_*; " + DEFAULT)
+        help="a torchvision classifier, a CIFAR network, v2_* or timm/NAME; " + DEFAULT)
     add("--pretrained", action=argparse.BooleanOptionalAction,
-        help="start from torchvision's ImageNet weights; default: if available")
+        help="start from torchvision's or timm's weights; default: if available")
     add("--init", type=nonempty, metavar="PATH", help="start from a local file of weights, without a head of other classes")
     data_flags(parser)
     augmentation_flags(parser)
@@ -155,9 +156,10 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     add = parser.add_argument_group("distillation").add_argument
     add("--experiment", choices=EXPERIMENTS, help="a preset of the study; flags take precedence")
     add("--method", choices=METHODS, default="kd", help=DEFAULT)
-    add("--teacher-checkpoint", type=nonempty, default="runs/teacher/best.pt", metavar="PATH",
-        help="a best.pt, or weights of another project; " + DEFAULT)
-    add("--teacher", type=nonempty, metavar="NAME", help="its network, for weights of another project; default: by its tensors")
+    add("--teacher-checkpoint", type=nonempty, nargs="+", default="runs/teacher/best.pt", metavar="PATH",
+        help="a best.pt, or weights of another project; of several, the mean probabilities; " + DEFAULT)
+    add("--teacher", type=nonempty, nargs="+", metavar="NAME",
+        help="its network, for weights of another project, or one for each; default: by the tensors")
     for name, kind in (("mean", nonnegative), ("std", positive)):
         add(f"--teacher-{name}", type=kind, nargs=3, metavar=("R", "G", "B"), help=f"{name} of images in [0, 1] in the "
             "teacher's training; default: that in its file, else that of the data")
@@ -172,6 +174,11 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     preset = config_file.flags_of(parser, argv, "distill") | preset
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
+    files = listed(args.teacher_checkpoint)
+    names = args.teacher.split(" + ") if isinstance(args.teacher, str) else args.teacher or []  # a string in config.json
+    if names and len(names) != len(files):
+        parser.error(f"--teacher must name one network for each --teacher-checkpoint ({len(names)} for {len(files)})")
+    args.teacher_checkpoint, args.teacher = unlisted(files), " + ".join(names) or None
     method_flags.fill_in(parser, args, of_preset=set(preset) if args.method != preset.get("method") else set())
     fill_in_augmentation(parser, args)
     check_schedule(parser, args)

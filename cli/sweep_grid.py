@@ -127,9 +127,9 @@ def product(script: str, flags: dict, dropped: set):
 
 
 def axis(script: str, flag: str, values: tuple) -> list[tuple]:
-    """The settings of a flag; a list, as for --milestones, is one setting."""
+    """The settings of a flag; a list, as for --milestones, is one setting, and so are teachers with commas between them."""
     whole = not values or isinstance(getattr(DEFAULTS[script], flag[2:].replace("-", "_"), None), list)
-    return [values] if whole else [(value,) for value in values]
+    return [values] if whole else [tuple(value.split(",")) if flag.startswith("--teacher") else (value,) for value in values]
 
 
 def foreign_hyperparameters(flags: dict) -> set[str]:

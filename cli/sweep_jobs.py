@@ -13,7 +13,7 @@ from pathlib import Path
 from cli import sweep_grid
 from rundir.errors import BUG, DATA, DIVERGED, IN_USE, STOPPED, USAGE, Failure
 from rundir.files import damaged, existing_digest, make_directory, read_json, write_json
-from rundir.identity import NON_EXPERIMENT_FLAGS, same_flag
+from rundir.identity import NON_EXPERIMENT_FLAGS, listed, same_flag, unlisted
 
 AUTOMATIC = (None, "auto")  # values that a run resolves itself, in config.json
 # Flags that say which images are read.
@@ -102,7 +102,7 @@ class Job:
             return self.flags
         given = recorded or self.flags
         old |= {name: given.get(name) for name, value in self.flags.items() if value in AUTOMATIC}
-        teacher = cached_digest(self.flags.get("teacher_checkpoint"))
+        teacher = digests(self.flags.get("teacher_checkpoint"))
         new = {"script": self.cell.script.removesuffix(".py")} | self.flags | ({"teacher_sha256": teacher} if teacher else {})
         changed = [f"{name} {old.get(name)} -> {value}" for name, value in new.items()
                    if not same_flag(name, old, new, self.sha256_of)]
@@ -111,11 +111,11 @@ class Job:
                           "use its flags, or choose another --output")
         return given
 
-    def sha256_of(self, name: str) -> str | None:
-        """SHA-256 of the images or the file of flag `name`; None if there is no file."""
+    def sha256_of(self, name: str) -> str | list[str] | None:
+        """SHA-256 of the images or the files of flag `name`; None if there is no file."""
         if name == "data_dir":
             return fingerprint(*(self.flags[flag] for flag in IMAGES))
-        return cached_digest(self.flags[name])
+        return digests(self.flags[name])
 
 
 def record(jobs: list[Job], path: Path) -> None:
@@ -156,6 +156,12 @@ def exclusive_lock(output: Path):
 
 
 cached_digest = cache(existing_digest)  # most runs of a sweep share one teacher
+
+
+def digests(paths) -> str | list[str] | None:
+    """SHA-256 of one file or each of several; None if one is missing."""
+    found = [cached_digest(path) for path in listed(paths)]
+    return unlisted(found) if all(found) else None
 
 
 @cache

@@ -1,12 +1,13 @@
 """Construction of networks by name, with random weights.
 
-Three kinds of names (`names()` lists them):
+Four kinds of names (`names()` lists them):
 - the CIFAR networks of the published distillation tables (CRD, Tian et al. 2020, arXiv 1910.10699; DKD, Zhao et al. 2022,
   arXiv 2203.08679), layer for layer: the ResNets have 1x1 convolutions as shortcuts, MobileNetV2 has half the width.  The tables'
   ResNet18, ResNet50, ShuffleV1 and ShuffleV2 are `cifar_resnet18`, `cifar_resnet50`, `shufflenet_v1` and `shufflenet_v2`;
 - `v2_pico` and `v2_tiny`, small EfficientNetV2s (Tan and Le 2021, arXiv 2104.00298), student and teacher of the demo;
 - torchvision's classifiers, with an optional prefix: `torchvision/vgg13` and `torchvision/mobilenet_v2` need it, and VGG-11, 16
-  and 19, because `vgg13` and `mobilenet_v2` are the CIFAR networks.
+  and 19, because `vgg13` and `mobilenet_v2` are the CIFAR networks;
+- timm's, with their prefix: `timm/convnext_atto`.  timm is an optional package.
 
 Every network maps float images (N, 3, H, W) to logits (N, C).  It resizes its input to its own image size on the device, so a
 224-pixel teacher and a 32-pixel student can share a batch.  To add a network: one function and one line in `NETWORKS` of
@@ -24,7 +25,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from models import timm_networks
 from models.cifar_networks import NETWORKS
+from models.timm_networks import is_timm
 from rundir.errors import USAGE, Failure, first_line
 
 PREFIX = "torchvision/"
@@ -41,8 +44,17 @@ def is_torchvision(name: str) -> bool:
     return torchvision_name(name) is not None
 
 
+def has_weights(name: str) -> bool:
+    """Whether torchvision or timm has trained weights of this network, as a rule of ImageNet."""
+    return timm_networks.config(name).has_weights if is_timm(name) else is_torchvision(name)
+
+
 def names() -> list[str]:
-    """The names that `build` accepts, one per network: CIFAR networks first, then torchvision's."""
+    """The names that `build` accepts, one per network: CIFAR networks, then torchvision's, then timm's if it is installed."""
+    return [*_names(), *timm_networks.names()]
+
+
+def _names() -> list[str]:
     classifiers = torchvision.models.list_models(module=torchvision.models)
     return [*NETWORKS, *(PREFIX + name if name in NETWORKS else name for name in classifiers)]
 
@@ -52,15 +64,17 @@ def _similar(name: str) -> list[str]:
     def letters(name):
         return re.sub("[^a-z0-9]|^(torchvision/|cifar_)", "", name.lower())
 
-    choices = sorted({letters(known) for known in names()})
+    choices = sorted({letters(known) for known in _names()})
     found = [letters(name)] if letters(name) in choices else difflib.get_close_matches(letters(name), choices)
     return [f"{known} (torchvision, for {natural_size(known)} pixels)" if is_torchvision(known) else f"{known} (CIFAR network)"
-            for known in names() if letters(known) in found]
+            for known in _names() if letters(known) in found]
 
 
 def check_name(name: str) -> None:
-    """Failure USAGE: unknown name."""
-    if name not in NETWORKS and not is_torchvision(name):
+    """Failure USAGE: unknown name, or one of timm's without timm."""
+    if is_timm(name):
+        timm_networks.config(name)
+    elif name not in NETWORKS and not is_torchvision(name):
         close = _similar(name)
         question = f"did you mean {' or '.join(close)}? " if close else ""
         command = 'python -c "import models; print(*models.names())"'
@@ -69,6 +83,8 @@ def check_name(name: str) -> None:
 
 def natural_size(name: str) -> int:
     """Image size in pixels of the published network."""
+    if is_timm(name):
+        return timm_networks.inputs(name)["image_size"]
     short_name = torchvision_name(name)
     return torchvision.models.get_model_weights(short_name).DEFAULT.transforms.keywords["crop_size"] if short_name else 32
 
@@ -119,14 +135,21 @@ class _LastPooling(TorchFunctionMode):
 
 
 def describe(name: str, net, image_size: int) -> str:
-    """One line: the parameters of `net`, and a note if it is torchvision's and its last feature map is 1x1 at this size."""
+    """One line: the parameters of `net`, and a note if its last feature map is 1x1 at this size, unless it is a CIFAR network."""
     text = f"{name}: {parameters(net) / 1e6:.2f} M parameters"
-    if is_torchvision(name):
+    if name not in NETWORKS:
         with _LastPooling() as pooling:
             meta_forward(net, image_size)
         if pooling.shape and pooling.shape[2:] == (1, 1):
             text += f"; its last feature map is 1x1 at {image_size} pixels (published for {natural_size(name)})"
     return text
+
+
+def _new(name: str, num_classes: int, image_size: int) -> nn.Module:
+    if is_timm(name):
+        return timm_networks.create(name, num_classes, image_size)
+    short_name = torchvision_name(name)
+    return _build_torchvision(short_name, num_classes, image_size) if short_name else NETWORKS[name](num_classes)
 
 
 def _build_torchvision(name: str, num_classes: int, image_size: int) -> nn.Module:
@@ -145,12 +168,11 @@ def _build_torchvision(name: str, num_classes: int, image_size: int) -> nn.Modul
 def build(name: str, num_classes: int, image_size: int = 32) -> nn.Module:
     """The network `name` with random weights in channels_last, for images of `image_size` pixels; others are resized.
 
-    Failure USAGE: unknown name, or a network that does not support this size.
+    Failure USAGE: unknown name, no timm, or a network that does not support this size.
     """
     check_name(name)
-    short_name = torchvision_name(name)
     try:
-        net = _build_torchvision(short_name, num_classes, image_size) if short_name else NETWORKS[name](num_classes)
+        net = _new(name, num_classes, image_size)
         for module in net.modules():
             if isinstance(module, nn.SiLU):
                 module.inplace = False  # autograd would copy the input

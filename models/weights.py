@@ -1,4 +1,4 @@
-"""Weights: initialisation from checkpoints or torchvision, loading and saving of trained networks, inference."""
+"""Weights: initialisation from checkpoints, torchvision or timm, loading and saving of trained networks, inference."""
 import re
 import ssl
 import sys
@@ -13,8 +13,9 @@ import torchvision
 from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
-from models import foreign
-from models.networks import build, centre_crop, natural_size, parameters, resize, torchvision_name
+from models import foreign, timm_networks
+from models.networks import build, centre_crop, has_weights, natural_size, parameters, resize, torchvision_name
+from models.timm_networks import is_timm
 from rundir import checkpoint
 from rundir.errors import CHECKPOINT, DATA, USAGE, Failure
 from rundir.files import digest
@@ -24,7 +25,7 @@ METADATA = ("model", "classes", "image_size", "mean", "std", "dataset", "state_d
 
 
 def initialise(net, name: str, *, pretrained: bool = False, init=None) -> str | None:
-    """Load weights into `net`: from the file `init`, or ImageNet weights if `pretrained`.
+    """Load weights into `net`: from the file `init`, or torchvision's or timm's if `pretrained`.
 
     init: weights of this or another project, see models.foreign; its SHA-256 is returned.  All tensors must match, except for
     those of the head, which are left out with another number of classes; ImageNet weights are always loaded without.
@@ -38,10 +39,13 @@ def initialise(net, name: str, *, pretrained: bool = False, init=None) -> str | 
         if _load_state(net, state) and (mismatch := _load_state(net, state, head)):
             raise Failure(DATA, f"these weights are not a {name} ({init}: {mismatch})", "name the weights of the same network")
     elif pretrained:
-        short_name = torchvision_name(name)
-        if short_name is None:
+        if short_name := torchvision_name(name):
+            weights = _imagenet_weights(short_name)
+        elif has_weights(name):
+            weights = timm_networks.weights(net, name)
+        else:
             raise Failure(USAGE, f"there are no ImageNet weights of {name}", "use --no-pretrained, or --init PATH")
-        if mismatch := _load_state(net, _imagenet_weights(short_name), head):
+        if mismatch := _load_state(net, weights, head):
             raise Failure(USAGE, f"the ImageNet weights of {name} do not fit this image size ({mismatch})",
                           f"use --image-size {natural_size(name)}, or --no-pretrained")
     return sha256
@@ -173,8 +177,10 @@ def read_teacher(path, network: str | None = None) -> dict:
         return content
     if (state := foreign.tensors(content)) is None:
         raise Failure(CHECKPOINT, f"no weights in the file ({path})", "name a file with the state_dict of a network")
-    return {"model": network or foreign.network_of(state, path), "state_dict": state, "test_acc1": None, "amp": "off",
-            "imported": True, "path": path, "sha256": sha256}
+    network = network or foreign.network_of(state, path)
+    inputs = timm_networks.inputs(network) if is_timm(network) else {}
+    return inputs | {"model": network, "state_dict": state, "test_acc1": None, "amp": "off", "imported": True, "path": path,
+                     "sha256": sha256}
 
 
 def read(path, missing: str = "check the path") -> dict:
@@ -198,9 +204,11 @@ def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False, inp
     dtype: of convolutions and linear layers; autocast's type saves casting the weights in every call.
     folded: fold BatchNorm into convolutions, which saves time and kernel launches.
     inputs: mean and std by which its inputs will be normalised, where they are not those of the metadata.
-    Failure CHECKPOINT: as in `read`, and weights that do not match the network of their metadata.
+    Failure CHECKPOINT: as in `read`, and weights that do not match the network of their metadata; USAGE: no timm.
     """
     info = dict(source) if isinstance(source, dict) else read(source)
+    if is_timm(info["model"]):
+        timm_networks.package(info["model"])
     weights, path, _ = map(info.pop, ("state_dict", "path", "sha256"))
     info.setdefault("stored_size", info["image_size"])  # older files have none
     try:

@@ -11,10 +11,21 @@ DIGESTS = {"data_dir": "data_sha256", "teacher_checkpoint": "teacher_sha256",
 BEFORE = {"flip": True, "crop": "pad", "crop_scale": [0.08, 1.0], "crop_ratio": [0.75, 1.3333], "unreadable": "stop"}
 
 
+def listed(value) -> list:
+    """The values of a flag, which is stored as one value or as a list of several."""
+    return value if isinstance(value, list) else [value]
+
+
+def unlisted(values: list):
+    """Inverse of `listed`."""
+    return values if len(values) > 1 else values[0]
+
+
 def same_flag(name: str, old: dict, new: dict, sha256_of) -> bool:
     """Whether flag `name` is equivalent in the configuration `old` of a run and the flags `new`.
 
-    sha256_of: function from the name of a changed path flag to the SHA-256 of its present content, or None.
+    sha256_of: function from the name of a changed path flag to the SHA-256 of its present content (a list for several files), or
+    None.
     """
     old, new = BEFORE | old, BEFORE | new
     if name not in old or name not in new:  # of another version: a missing flag is off

@@ -203,10 +203,10 @@ def test_the_warm_up_of_a_short_run_leaves_an_epoch():
 def test_flags_of_another_run_are_defaults(tmp_path, capsys):
     args = distill("--method", "dkd", "--beta", "2", "--lr", "0.1", "--seed", "7", "--output", "runs/x", "--epochs", "9")
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(vars(args) | {"script": "distill", "data_sha256": "0", "device": "cuda:3"}))
+    file.write_text(json.dumps(vars(args) | {"script": "distill", "data_sha256": "0", "device": "cuda:3", "teacher": "resnet8"}))
     same, other = distill("--config", str(file)), distill("--config", str(file), "--lr", "0.2", "--method", "kd")
     assert (same.beta, same.lr, same.seed, same.epochs, same.device) == (2.0, 0.1, 7, 9, "auto")
-    assert same.output == "runs/dkd-beta2-T4-s7"
+    assert same.output == "runs/dkd-beta2-T4-s7" and same.teacher == "resnet8"
     assert (other.lr, other.alpha, other.beta, other.seed) == (0.2, 0.7, None, 7), "hyperparameters are those of the method"
     for parse, path in ((teacher, file), (distill, tmp_path / "nothing.json"), (distill, tmp_path)):
         with pytest.raises(SystemExit) as stop:

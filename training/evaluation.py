@@ -143,11 +143,18 @@ def tolerance(images: int, *precisions: str) -> float:
 
 
 def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_weak: bool = False) -> Evaluation:
-    """Evaluate the teacher on the test set, and print its line.
+    """Evaluate the teacher on the test set, and print its line; of an Ensemble, after those of its teachers.
 
     Failure USAGE: other classes than the data's, another accuracy than in its checkpoint, or, unless allow_weak, an accuracy
     near chance, the share of the largest class.
     """
+    if isinstance(teacher, models.Ensemble):
+        for each in teacher.teachers:
+            check_teacher(each, data, context, batch_size, allow_weak)
+        evaluation = evaluate(teacher, data.test, data.mean, data.std, context, batch_size)
+        print(f"ensemble of {len(teacher.teachers)} teachers: {teacher.size / 1e6:.2f} M parameters, test accuracy "
+              f"{evaluation.acc1:.2f} %")
+        return evaluation
     info = teacher.info
     check_classes(info, data)
     evaluation = evaluate(teacher, data.test, data.mean, data.std, context, batch_size)

@@ -17,6 +17,7 @@ from plots import confusion
 from rundir import resume, run_directory
 from rundir.checkpoint import Writer
 from rundir.files import as_csv, write_atomic
+from rundir.identity import listed
 from rundir.run_directory import EpochRow, RunDirectory
 from rundir.terminal import say
 from training.cuda_graph import use_cuda_graph
@@ -43,7 +44,7 @@ class Run:
         self.args, self.config, self.context, self.ranks = args, config, context, context.ranks
         models.check_name(config.get("student") or config["model"])
         if args.overwrite:
-            starts = (config.get(name) for name in ("teacher_checkpoint", "init", "student_init"))
+            starts = [path for name in ("teacher_checkpoint", "init", "student_init") for path in listed(config.get(name))]
             run_directory.refuse_to_overwrite(args.output, starts)
         self.directory = RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=self.ranks.is_main)
         self.stop = EarlyStop(args.monitor, args.patience)
@@ -184,7 +185,7 @@ class Run:
             "stopped_early": stopped, "selected_on": self.data.selected_on, "unreadable": len(self.data.unreadable),
             "params": params, "flops": models.flops(net, net.info["image_size"]),
             "teacher_test_acc1": teacher_acc1, "teacher_params": teacher and teacher.size,
-            "retention": teacher and 100 * best / teacher_acc1, "compression": teacher and teacher.size / params,
+            "retention": 100 * best / teacher_acc1 if teacher_acc1 else None, "compression": teacher and teacher.size / params,
             "test_balanced_acc1": test.balanced_accuracy, "chance": val.chance,
             **judge(self.diagnostics.method, self.args.monitor, rows, self.directory.diagnostics_rows, val, stopped),
             "note": note,

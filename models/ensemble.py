@@ -1,0 +1,57 @@
+"""Several teachers as one: the mean of their probabilities."""
+import math
+from itertools import zip_longest
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.foreign import complete
+from models.weights import load, read_teacher
+from rundir.errors import USAGE, Failure
+from rundir.identity import listed, unlisted
+
+BETWEEN = " + "  # the names of several networks
+
+
+class Ensemble(nn.Module):
+    """Logits T log(mean_k softmax(v_k / T)), float32 (N, C): at temperature T their softmax is the mean of the teachers' softmax.
+
+    Probabilities are averaged, not logits (Hinton et al. 2015, arXiv 1503.02531, section 1, allow either mean).  The mean of
+    logits is the geometric mean of the probabilities, in which one teacher that is confident and wrong vetoes a class.  With
+    the arithmetic mean, the gradient of KL(teacher || student) is the mean of those for each teacher.
+    teachers: from `load`.  temperature: T, of the method.  `info` and `size`: as from `load`, the latter of all teachers.
+    Failure USAGE: their classes differ.
+    """
+
+    def __init__(self, teachers, temperature: float):
+        super().__init__()
+        self.teachers, self.temperature = nn.ModuleList(teachers), temperature
+        infos = [each.info for each in teachers]
+        for info in infos:
+            if list(info["classes"]) != list(infos[0]["classes"]):
+                both = f"{infos[0]['model']} has {len(infos[0]['classes'])}, {info['model']} {len(info['classes'])}"
+                raise Failure(USAGE, f"the teachers have different classes ({both})", "choose teachers of the same data")
+        self.info = {"model": BETWEEN.join(info["model"] for info in infos), "classes": infos[0]["classes"]}
+        self.size = sum(each.size for each in teachers)
+
+    def forward(self, images):
+        logs = [F.log_softmax(teacher(images).float() / self.temperature, dim=1) for teacher in self.teachers]
+        return self.temperature * (torch.logsumexp(torch.stack(logs), dim=0) - math.log(len(logs)))
+
+
+def read_teachers(paths, networks: str | None = None) -> tuple[list[dict], str | list[str]]:
+    """`read_teacher` of one path or each of several, and the SHA-256, as many.  networks: their names with BETWEEN, or None."""
+    pairs = zip_longest(listed(paths), networks.split(BETWEEN) if networks else [])
+    checkpoints = [read_teacher(*pair) for pair in pairs]
+    return checkpoints, unlisted([each["sha256"] for each in checkpoints])
+
+
+def load_teachers(checkpoints, data, image_size: int, mean, std, *, temperature: float, device, dtype, folded: bool = False):
+    """The network of one checkpoint of `read_teachers`, or the Ensemble of several, for images normalised as `data`.
+
+    image_size, mean, std: as in `complete`.  temperature: of Ensemble.  device, dtype, folded: as in `load`.
+    """
+    teachers = [load(complete(each, data, image_size, mean, std), device, dtype, folded=folded, inputs=(data.mean, data.std))
+                for each in checkpoints]
+    return Ensemble(teachers, temperature).eval() if len(teachers) > 1 else teachers[0]
