@@ -193,7 +193,7 @@ def mean_curve(runs) -> tuple[np.ndarray, ...]:
 def retentions(finished, name) -> list[float]:
     """Each seed's share of its teacher's test accuracy, in percent; for the student alone, of one that it did not have."""
     if finished[name][0].distilled:
-        return [run.summary["retention"] for run in finished[name]]
+        return [run.summary["retention"] for run in finished[name] if run.summary["retention"] is not None]
     teacher = [run.summary["test_acc1_best"] for run in finished.get("teacher", ())] or [
         run.summary["teacher_test_acc1"] for other in ("v1", "v2", "v3", "v3.1") for run in finished.get(other, ())]
     if name in TEACHERS or not teacher:
