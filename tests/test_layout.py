@@ -260,3 +260,14 @@ def test_classes_of_equal_images(tmp_path):
     loaded, _ = load_folder(tmp_path)
     assert "4 of 4 test images are also training images, pixel by pixel" in loaded.notes
     assert torch.equal(loaded.train.images.amax((1, 2, 3)) > 0, loaded.train.labels > 0)
+
+
+@pytest.mark.skipif("TORTURE" not in os.environ, reason="a minute; make torture runs it")
+def test_a_hundred_thousand_files(tmp_path):
+    for name in ("ant", "bee"):
+        folder(tmp_path, **{name: 50})
+        for k in range(49_950):
+            os.link(tmp_path / name / f"{k % 50:03}.png", tmp_path / name / f"{k:06}.png")
+    loaded, _ = load_folder(tmp_path)
+    assert [len(part.labels) for part in (loaded.train, loaded.val, loaded.test)] == [81_000, 9_000, 10_000]
+    assert "10000 of 10000 test images are also training images, pixel by pixel" in loaded.notes
