@@ -160,7 +160,7 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
         help="a best.pt, or weights of another project; of several, the mean probabilities; " + DEFAULT)
     add("--teacher", type=nonempty, nargs="+", metavar="NAME",
         help="its network, for weights of another project, or one for each; default: by the tensors")
-    for name, kind in (("mean", nonnegative), ("std", positive)):
+    for name, kind in (("mean", probability), ("std", number(float, above=0, at_most=1))):
         add(f"--teacher-{name}", type=kind, nargs=3, metavar=("R", "G", "B"), help=f"{name} of images in [0, 1] in the "
             "teacher's training; default: that in its file, else that of the data")
     add("--allow-weak-teacher", action="store_true", help="distil a teacher near chance")

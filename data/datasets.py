@@ -97,8 +97,12 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, crop="pad",
                             "choose a smaller --val-size, 0 to validate on the test set, or add images")
     else:
         val, selected_on = test, "test set"
-    for split, images in {"test": test, "validation": val}.items():
-        if (count := shared(images, train)) and not (split == "validation" and val is test):
+    for split, images in ({"test": test} | ({} if val is test else {"validation": val})).items():
+        counts = images.labels.bincount(minlength=len(source.classes)).tolist()
+        if missing := [name for name, count in zip(source.classes, counts) if not count]:
+            notes.append(f"no {split} images of {len(missing)} of {len(counts)} classes: {', '.join(missing[:10])}"
+                         + ", ..." * (len(missing) > 10))
+        if count := shared(images, train):
             notes.append(f"{count} of {len(images.labels)} {split} images are also training images, pixel by pixel")
     uploaded = upload([train, test] if val is test else [train, test, val], torch.device(device))
     return Dataset(name, uploaded[0], uploaded[-1], uploaded[1], source.classes, mean, std, selected_on, sha256, notes,

@@ -69,7 +69,8 @@ def imagefolder(data_dir: Path, image_size, unreadable: str, allow_empty_classes
     if not counts.all():
         raise Failure(DATA, f"class without readable training images ({found.classes[int(counts.argmin())]}, {data_dir})",
                       "replace its files")
-    notes = [*found.notes, *(f"{count} of {len(paths)} images {kind}" for kind, count in decoded.notes.items())]
+    left_out = [f"{len(skipped)} of {len(paths)} images cannot be read, left out"] if skipped else []
+    notes = [*found.notes, *left_out, *(f"{count} of {len(paths)} images {kind}" for kind, count in decoded.notes.items())]
     return Source(splits["train"], splits.get("test"), found.classes, val=splits.get("val"), notes=notes,
                   unreadable=decoded.unreadable)
 

@@ -9,6 +9,7 @@ Classes are matched by name, and sorted as text, as in torchvision's ImageFolder
 """
 import csv
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -84,14 +85,11 @@ def matched(root: Path, splits: dict[str, Labelled], notes: list[str], left_out:
     if "val" in splits and "test" not in splits:
         splits["test"] = splits.pop("val")
         notes.append("val is the test set, as in the literature; validation images are split off from train")
-    for split, images in splits.items():
+    for images in splits.values():
         present = dict(images)
         if unknown := sorted(set(present) - set(classes)):
             raise Failure(DATA, f"class without training images ({unknown[0]}, {present[unknown[0]]})",
                           "add some, or remove it from the other splits")
-        if missing := [name for name in classes if name not in present]:
-            notes.append(f"no {split} images of {len(missing)} of {len(classes)} classes: {', '.join(missing[:10])}"
-                         + ", ..." * (len(missing) > 10))
     if left_out:
         notes.append(f"left out: {counted(left_out)}")
     return Layout(root, classes, {split: sorted(splits[split]) for split in ("train", "val", "test") if split in splits}, notes)
@@ -102,7 +100,7 @@ def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     names, others = subfolders(root), []
     folders: dict[str, Path] = {}
     for name in names:
-        split = SPLITS.get(name.lower())
+        split = SPLITS.get(re.sub("[-_ ]?(set|data|images|split|[0-9]+)$", "", name.lower()))  # train, train_set, train2017
         if split in folders:
             raise Failure(DATA, f"two folders of one split ({folders[split]} and {root / name})", "keep one, or rename the other")
         if split:
@@ -152,7 +150,7 @@ def read_table(file: Path) -> dict[str, Labelled]:
     splits: dict[str, Labelled] = {"train": []}
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
-            rows = csv.DictReader(stream)
+            rows, seen = csv.DictReader(stream, skipinitialspace=True), set()
             columns = [name for name in ("path", "label", "split") if name in (rows.fieldnames or [])]
             if columns[:2] != ["path", "label"]:
                 raise Failure(DATA, f"no columns path and label ({file}: {','.join(rows.fieldnames or [])})",
@@ -160,10 +158,14 @@ def read_table(file: Path) -> dict[str, Labelled]:
             for row in rows:
                 path, label, *split_name = (row[name] for name in columns)
                 split = SPLITS.get((split_name[0] or "").strip().lower()) if split_name else "train"
-                if not (path and label and split):
-                    raise Failure(DATA, f"incomplete or unknown value ({file}, line {rows.line_num})",
+                where = f"{file}, line {rows.line_num}: {','.join(str(value) for value in row.values())}"
+                if not (path and label and label.strip() and split):
+                    raise Failure(DATA, f"incomplete or unknown value ({where})",
                                   "give each row a path, a label, and a split of train, val or test")
-                splits.setdefault(split, []).append((label, str(file.parent / path)))
+                if path in seen:
+                    raise Failure(DATA, f"a path that was there before ({where})", "keep one row for each image")
+                seen.add(path)
+                splits.setdefault(split, []).append((label.strip(), str(file.parent / path)))
     except (csv.Error, UnicodeDecodeError) as failure:
         raise Failure(DATA, f"not a CSV file in UTF-8 ({file}: {failure})", "save it as one") from failure
     return splits

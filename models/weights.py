@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from models import foreign, timm_networks
-from models.networks import build, centre_crop, has_weights, natural_size, parameters, resize, torchvision_name
+from models.networks import build, centre_crop, check_name, has_weights, natural_size, parameters, resize, torchvision_name
 from models.timm_networks import is_timm
 from rundir import checkpoint
 from rundir.errors import CHECKPOINT, DATA, USAGE, Failure
@@ -169,18 +169,28 @@ def read_teacher(path, network: str | None = None) -> dict:
     Failure CHECKPOINT: as in `read`, or weights of another or an unknown network.
     """
     missing = "train a teacher first: python train_teacher.py, or name one with --teacher-checkpoint"
+    if network:
+        check_name(network)
     content, sha256 = checkpoint.read_tensors(path, missing=missing)
     if checkpoint.is_own(content):
         content = read(path, missing)
         if network not in (None, content["model"]):
             raise Failure(CHECKPOINT, f"these weights are not a {network} ({path}: {content['model']})", "leave out --teacher")
-        return content
+        return finite(content, path)
     if (state := foreign.tensors(content)) is None:
         raise Failure(CHECKPOINT, f"no weights in the file ({path})", "name a file with the state_dict of a network")
     network = network or foreign.network_of(state, path)
     inputs = timm_networks.inputs(network) if is_timm(network) else {}
-    return inputs | {"model": network, "state_dict": state, "test_acc1": None, "amp": "off", "imported": True, "path": path,
-                     "sha256": sha256}
+    imported = {"model": network, "state_dict": state, "test_acc1": None, "amp": "off", "imported": True, "sha256": sha256}
+    return finite(inputs | imported | {"path": path}, path)
+
+
+def finite(content: dict, path) -> dict:
+    """`content`; Failure CHECKPOINT if a weight in it is not finite."""
+    for name, tensor in content["state_dict"].items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise Failure(CHECKPOINT, f"weights that are not finite ({path}: {name})", "name another --teacher-checkpoint")
+    return content
 
 
 def read(path, missing: str = "check the path") -> dict:
@@ -218,8 +228,8 @@ def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False, inp
         raise Failure(CHECKPOINT, f"cannot build the network of a checkpoint ({path}: {info['model']})",
                       "use the version of this project that wrote it") from failure
     if mismatch := _load_state(net, weights):
-        raise Failure(CHECKPOINT, f"these weights are not a {info['model']} ({path}: {mismatch})",
-                      "restore the file from a copy or make it again")
+        remedy = "name its network with --teacher" if info.get("imported") else "restore the file from a copy or make it again"
+        raise Failure(CHECKPOINT, f"these weights are not a {info['model']} ({path}: {mismatch})", remedy)
     size = parameters(net)
     if folded:
         net = fold(net.eval(), info["image_size"])

@@ -104,7 +104,7 @@ def test_every_network_of_ours_is_told_apart():
     assert not [names for names in seen.values() if len(names) > 1]
 
 
-@pytest.mark.parametrize("case", ["missing", "more", "shape", "kind", "empty", "not weights", "classes"])
+@pytest.mark.parametrize("case", ["missing", "more", "shape", "kind", "empty", "not weights", "classes", "NaN"])
 def test_what_does_not_fit_is_named(net, tmp_path, case):
     path, weights = tmp_path / "bad.pth", other_names(net.state_dict())
     first, words = next(iter(weights)), []
@@ -122,6 +122,9 @@ def test_what_does_not_fit_is_named(net, tmp_path, case):
         weights = {".".join([*key.split(".")[:-1], swap.get(key.split(".")[-1], key.split(".")[-1])]): tensor
                    for key, tensor in weights.items()}
         words = ["running_var"]
+    elif case == "NaN":
+        weights[first] = weights[first] * torch.nan
+        words = [first, "not finite"]
     elif case == "empty":
         weights = {}
     elif case == "not weights":

@@ -53,7 +53,7 @@ def relaid(plain, kind):
 
 
 @pytest.mark.parametrize("kind", ["table", "Tiny ImageNet", "train val", "Training TEST", "train valid", "TRAIN Validation",
-                                  "training testing"])
+                                  "training testing", "train_set test-2017"])
 def test_every_layout_leaves_the_same_images(plain, kind):
     wanted, loaded = load_folder(plain, val_size=4)[0], load_folder(relaid(plain, kind), val_size=4)[0]
     assert pixels(loaded) == pixels(wanted) and loaded.fingerprint == wanted.fingerprint
@@ -66,7 +66,7 @@ def test_val_validates_unless_a_val_size_is_given(plain):
     loaded, _ = load_folder(plain)
     assert [len(part.labels) for part in (loaded.train, loaded.val, loaded.test)] == [20, 6, 7]
     assert loaded.val.labels.tolist() == [0, 0, 2, 2, 2, 2] and loaded.selected_on == "validation folder of 6 images"
-    assert loaded.notes == ["no val images of 1 of 3 classes: bee"]
+    assert loaded.notes == ["no validation images of 1 of 3 classes: bee"]
     drawn, _ = load_folder(plain, val_size=4)
     assert len(drawn.val.labels) == 4 and "6 images for validation are not used, because of --val-size 4" in drawn.notes
     on_test, _ = load_folder(plain, val_size=0)
@@ -174,7 +174,7 @@ def test_a_wrong_layout_is_named(plain, case):
     ("file,class\na.png,ant\n", ["path and label", "file,class"]), ("", ["path and label"]),
     ("path,label\na.png,ant\nb.png,\n", ["line 3"]), ("path,label,split\na.png,ant,holdout\n", ["line 2"]),
     ("path,label\ngone.png,ant\nalso.png,bee\n", ["gone.png"]), ("path,label\na.png,\xe9\n", ["UTF-8"]),
-    ("path,label\na.png,ant\n", ["fewer than two classes"])])
+    ("path,label\na.png,ant\n", ["fewer than two classes"]), ("path,label\na.png,ant\na.png,bee\n", ["line 3: a.png,bee"])])
 def test_a_wrong_table_is_named(tmp_path, text, words):
     (tmp_path / "all.csv").write_bytes(text.encode("latin1"))
     with fails(4, *words):
@@ -191,7 +191,7 @@ def test_images_of_both_splits_are_counted(plain):
 def test_converted_images_are_counted(plain):
     Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(plain / "train" / "ant" / "000.png")
     for _ in range(2):  # from the cache, too
-        assert load_folder(plain)[0].notes == [f"1 of 27 images {pictures.ON_WHITE}"]
+        assert load_folder(plain, val_size=4)[0].notes == [f"1 of 27 images {pictures.ON_WHITE}"]
 
 
 # --- unreadable files
@@ -213,6 +213,7 @@ def test_unreadable_files_are_skipped_on_request_and_listed(damaged):
     loaded, _ = load_folder(damaged, val_size=4, unreadable="skip")
     again, said = load_folder(damaged, val_size=4, unreadable="skip")
     assert [os.path.relpath(path, damaged) for path, _ in loaded.unreadable] == ["train/ant/zz.png", "train/bee/zz.png"]
+    assert loaded.notes == ["2 of 29 images cannot be read, left out"]
     assert said == "" and again.unreadable == loaded.unreadable and pixels(again) == pixels(loaded)
     for path, _ in loaded.unreadable:
         os.unlink(path)
@@ -250,6 +251,7 @@ def test_a_class_of_one_image_is_for_training(tmp_path):
     folder(tmp_path, ant=1, bee=30)
     loaded, _ = load_folder(tmp_path)
     assert loaded.train.labels.bincount().tolist()[0] == 1 and loaded.val.labels.min() == loaded.test.labels.min() == 1
+    assert loaded.notes == [f"no {split} images of 1 of 2 classes: ant" for split in ("test", "validation")]
 
 
 def test_classes_of_equal_images(tmp_path):
