@@ -361,7 +361,8 @@ class CudaPath(ExitStack):
         self.replace(datasets, load=load)
         self.replace(metrics, MAX_SKIPPED=2)  # so that rows are copied to the host within a few steps
         self.replace(models, build=self.outside(models.build), load=self.outside(models.load), flops=lambda *_: 1,
-                     load_teachers=self.outside(models.load_teachers), initialise=lambda *_, **__: None)
+                     read_teachers=self.outside(models.read_teachers), load_teachers=self.outside(models.load_teachers),
+                     initialise=lambda *_, **__: None)
         self.replace(augmenter, build_tables=self.outside(augmenter.build_tables))
         self.replace(sampling, crop_sizes=self.outside(sampling.crop_sizes), erase_sizes=self.outside(sampling.erase_sizes),
                      beta_quantiles=self.outside(sampling.beta_quantiles))
