@@ -167,8 +167,7 @@ def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_wea
                 f"precision explains {most:.2f} points")
         raise Failure(USAGE, f"the teacher's test accuracy does not match its checkpoint ({both})",
                       "check that --dataset, --data-dir, --image-size and --crop are those that it was trained on")
-    images = len(data.test.labels)
-    chance = 100 * max(count(data.test.labels, len(data.classes))) / images
+    images, chance = len(data.test.labels), evaluation.confusion(data.test.labels, data.classes).chance
     if evaluation.acc1 <= near_chance(chance) and not allow_weak:
         both = f"{evaluation.acc1:.2f} % of {images} test images; chance is {chance:.2f} %"
         raise Failure(USAGE, f"the teacher is near chance ({both})",
