@@ -837,7 +837,7 @@ def tile_for(classes: int, vector: int, reverse: bool, weighted: bool) -> Tile:
         narrow = classes <= 2048 and not weighted
         rows, lanes, block, warps, registers = (1, 64, classes, 2, 255) if narrow else (1, 128, 2048, 4, 128)
     if weighted and registers:  # class weights are a third tile
-        registers = 192 if classes <= 128 else min(255, registers + 40)
+        registers = 208 if classes <= 128 else min(255, registers + 40)
     return Tile(rows, lanes, triton.next_power_of_2(triton.cdiv(block, lanes * vector)), warps, registers)
 
 
