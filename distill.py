@@ -5,7 +5,6 @@
     python distill.py --experiment v3.1 --seed 2               a preset of the study (v1, v2, v3, v3.1, v4)
     python distill.py --experiment v2 --resume auto            resume an interrupted run, or start it
     torchrun --nproc-per-node 2 distill.py --batch-size 64     on two GPUs, 64 images each
-
 Writes log.csv, summary.json, best.pt and last.pt to --output.
 """
 from cli import method_flags, options
@@ -24,13 +23,13 @@ def main(args):
     from training.metrics import Metrics
     from training.optimization import Recipe, Update, learning_rate
     from training.run import Run
+    from training.teacher_logits import TeacherLogits
 
     context = setup_context(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
     config, method = vars(args) | {"script": "distill"} | context.describe(), method_flags.chosen(args)
     announce(config, *options.chosen_defaults(args), method.objective)
     if args.dry_run:
         return print(*advise(args, method, context), sep="\n")
-
     checkpoints, config["teacher_sha256"] = models.read_teachers(args.teacher_checkpoint, args.teacher)
     with Run(args, config, context) as run:
         if run.finished:
@@ -38,9 +37,9 @@ def main(args):
         data, criterion, recipe = run.load_data(), method.criterion(context.device, run.class_weights), Recipe.of(args)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
-        teacher = models.load_teachers(
-            checkpoints, data, student.info["image_size"], args.teacher_mean, args.teacher_std, folded=True,
-            temperature=method.hyperparameters.get("temperature", 1.0), device=context.device, dtype=context.dtype)
+        teacher = models.load_teachers(checkpoints, data, student.info["image_size"], args.teacher_mean, args.teacher_std,
+                                       temperature=method.hyperparameters.get("temperature", 1.0), folded=True,
+                                       device=context.device, dtype=context.dtype)
         teacher_test = check_teacher(teacher, data, context, run.rows_at_once, args.allow_weak_teacher)
         teacher_val = run.evaluate(teacher, data.val)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,
@@ -48,15 +47,17 @@ def main(args):
         update = Update(student, recipe, context, len(run.micro_batches))
         metrics = Metrics(context.ranks, augmenter.steps, args.clip_grad)
         diagnostics = Diagnostics(method, augmenter, run.micro_batches[-1], context.ranks)
+        store = TeacherLogits.of(args, run, teacher, augmenter.steps)
         model, teacher_model = run.wrap(student), run.wrap(teacher)
-        print(f"student {models.describe(args.student, student, student.info['image_size'])}\n{data}")
 
-        def step(position, lr, diagnose):
+        def step(position, lr, diagnose, stored):
             for rows in run.micro_batches:
                 batch = augmenter(position, rows)
-                with context.autocast:
-                    teacher_logits = teacher_model(batch.images)  # without no_grad(): its parameters are frozen
+                with context.autocast:  # without no_grad() for the teacher: its parameters are frozen
+                    teacher_logits = store.read(position, rows) if stored else teacher_model(batch.images)
                     logits = model(batch.images)
+                if store.folder and not stored:
+                    store.add(position, rows, teacher_logits)
                 loss, terms = criterion(logits, teacher_logits, batch.targets)
                 update.backward(loss)
                 metrics.add(logits, batch.targets, loss, terms)
@@ -69,19 +70,19 @@ def main(args):
         run.start(update, metrics, diagnostics, teacher, **method.labels)
         for epoch in run.epochs():
             student.train()
-            augmenter.set_epoch(epoch)
-            diagnostics.set_epoch(epoch)
-            method.set_epoch(epoch)
+            for each in (augmenter, diagnostics, method, store):
+                each.set_epoch(epoch)
             for position in range(augmenter.steps):
                 lr = learning_rate((epoch - 1) * augmenter.steps + position, recipe, augmenter.steps)
-                step(position, lr, position % LOG_EVERY == 0)
+                step(position, lr, position % LOG_EVERY == 0, store.found[position])
                 metrics.log()
                 run.progress.step(epoch, position, lr, metrics)
             run.end_training(lr)
+            store.end_epoch()
             val = run.evaluate(update.evaluated, data.val)
             run.end_epoch(val, teacher_agree=val.agreement(teacher_val))
 
-        run.close(f"student initialisation: {args.student_init}", teacher, teacher_test.acc1)
+        run.close(f"student initialisation: {args.student_init}", teacher, teacher_test.acc1, **store.summary)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ ablation() {
     python train_teacher.py "${common[@]}" "${teacher[@]}" --output "$weaker" --resume auto
     python train_teacher.py "${common[@]}" "${teacher[@]}" --init "$weaker/best.pt" --image-size 48 --output "$stronger" \
         --resume auto
-    student=(--student "$pico" --teacher-checkpoint "$weaker/best.pt") seeds=(0 1 2)
+    student=(--student "$pico" --teacher-checkpoint "$weaker/best.pt" --teacher-logits "runs/$experiment/teacher-logits")
+    seeds=(0 1 2)
 
     # At a learning rate that suits KD: method, weight, target of mixed images, warm-up, clipping, precision, metric of early
     # stopping; without mixing; and two remedies from the literature.
@@ -72,6 +73,7 @@ ablation() {
         -- --method kd dkd --beta 1 2 4 8 16 --policy none --random-erasing 0 --mix-prob 1 \
         -- --method kd dkd --beta 1 2 4 8 16 --policy autoaugment --random-erasing 0.25 --mix-prob 0 \
         -- --method kd dkd --beta 1 2 4 8 16 --policy autoaugment --random-erasing 0.25 --mix-prob 1
+    rm -rf "runs/$experiment/teacher-logits"
     for name in usual high findings phase; do
         python results/tables.py "runs/$experiment/$name" "runs/$experiment/$name"
     done

@@ -7,10 +7,12 @@
     python sweep.py --dry-run distill.py --method dkd --beta 1 2 4 8                  lists the runs
 
 A flag with several values is an axis of the grid; -- separates grids that share the flags before the first --.  Every run is its
-own process.  After an interruption the same command continues; runs that finished or diverged are not repeated.
+own process; those with one teacher and one seed share its logits.  After an interruption the same command continues; runs that
+finished or diverged are not repeated.
 Writes the runs, logs/, table.md and table.csv to --output.
 """
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from signal import SIGTERM
@@ -29,6 +31,7 @@ def main(args):
     control, output = sweep_grid.find_control(cells, args.control), Path(args.output)
     repeats = range(max(len(cell.seeds) for cell in cells))  # seed by seed, so that pairs are complete early
     jobs = [sweep_jobs.Job(cell, cell.seeds[at], output, ROOT) for at in repeats for cell in cells if at < len(cell.seeds)]
+    sweep_jobs.share_teacher_logits(jobs, output / "teacher-logits")
     print(f"{len(jobs)} runs of {len(cells)} cells, {args.jobs} at once, compared with {control.label} -> {output}", flush=True)
     if args.dry_run:
         print(*(job.shown() for job in jobs), sep="\n")
@@ -47,6 +50,7 @@ def main(args):
     if failed:
         raise errors.Failure(failed[0].code, f"{len(failed)} of {len(jobs)} runs failed ({failed[0].log}: {failed[0].reason()})",
                              "fix it and repeat the command")
+    shutil.rmtree(output / "teacher-logits", ignore_errors=True)
 
 
 def run(jobs, at_once: int, metric: str) -> None:

@@ -45,7 +45,6 @@ def main(args):
         metrics = Metrics(context.ranks, augmenter.steps, args.clip_grad)
         diagnostics = Diagnostics(method, augmenter, run.micro_batches[-1], context.ranks)
         model = run.wrap(net)
-        print(f"{data}\n{models.describe(args.model, net, net.info['image_size'])}")
 
         def step(position, lr, diagnose):
             for rows in run.micro_batches:

@@ -1,5 +1,6 @@
 """Two distillation loops: that of distill.py without evaluation and files, and a plain one with a DataLoader and PIL."""
 import itertools
+import tempfile
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from diagnostics.gradients import LOG_EVERY, Diagnostics
 from training.cuda_graph import CudaGraph
 from training.metrics import Metrics
 from training.optimization import Recipe, Update, learning_rate
+from training.teacher_logits import TeacherLogits
 
 RECIPE = f"--method dkd --alpha {ALPHA} --beta {BETA} --temperature {T} --label-smoothing {EPS} --opt sgd --lr 0.05"
 PREFETCH = 2  # batches that a worker prefetches: DataLoader's default
@@ -46,10 +48,11 @@ class Ours:
     """The objects and the step of distill.py, with all images as an epoch.
 
     captured: steps become a CUDA graph.  lap: called with the name of each phase of a step at its end.
+    stored: the teacher's logits are; every block is then of one epoch, and reads them after the first whole one.
     """
     workers = 0
 
-    def __init__(self, teacher, student, args, context, images, labels, *, captured: bool = False):
+    def __init__(self, teacher, student, args, context, images, labels, *, captured: bool = False, stored: bool = False):
         method = method_flags.chosen(args)
         self.recipe, self.context, self.epoch, self.lap = Recipe.of(args), context, 0, lambda phase: None
         checkpoint = teacher.info | {"state_dict": teacher.state_dict(), "path": "", "sha256": ""}
@@ -60,18 +63,24 @@ class Ours:
         self.metrics = Metrics(context.ranks, self.augmenter.steps, args.clip_grad)
         self.diagnostics = Diagnostics(method, self.augmenter, range(args.batch_size), context.ranks)
         self.criterion = method.criterion(context.device)
+        self.folder = tempfile.TemporaryDirectory() if stored else None
+        self.store = TeacherLogits(self.folder and self.folder.name, 1e12, "", epochs=1, steps=self.augmenter.steps,
+                                   rows=range(args.batch_size),
+                                   example=torch.empty(1, len(CLASSES), dtype=context.dtype, device=context.device))
         self.teacher_model, self.model = context.compile(teacher, captured), context.compile(student, captured)
         self.take = CudaGraph(self.step, context.device) if captured else self.step
         first = next(student.parameters())  # its gradient comes last
         first.register_post_accumulate_grad_hook(lambda parameter: self.lap("backward"))
 
-    def step(self, position, lr, diagnose):
-        batch = self.augmenter(position)
+    def step(self, position, lr, diagnose, stored):
+        batch, rows = self.augmenter(position), range(self.augmenter.batch_size)
         self.lap("augment")
         with self.context.autocast:
-            teacher_logits = self.teacher_model(batch.images)
+            teacher_logits = self.store.read(position, rows) if stored else self.teacher_model(batch.images)
             self.lap("teacher")
             logits = self.model(batch.images)
+        if self.store.folder and not stored:
+            self.store.add(position, rows, teacher_logits)
         self.lap("student")
         loss, terms = self.criterion(logits, teacher_logits, batch.targets)
         self.lap("objective")
@@ -87,15 +96,17 @@ class Ours:
 
     def run(self, steps: int) -> dict:
         """Train the first `steps` of a new epoch; its columns of log.csv."""
-        self.epoch += 1
-        self.augmenter.set_epoch(self.epoch)
-        self.diagnostics.set_epoch(self.epoch)
+        self.epoch = 1 if self.store.folder else self.epoch + 1
+        for each in (self.augmenter, self.diagnostics, self.store):
+            each.set_epoch(self.epoch)
         self.lap("bookkeeping")
         for position in range(steps):
             lr = learning_rate((self.epoch - 1) * self.augmenter.steps + position, self.recipe, self.augmenter.steps)
-            self.take(position, lr, position % LOG_EVERY == 0)
+            self.take(position, lr, position % LOG_EVERY == 0, self.store.found[position])
             self.metrics.log()
         columns, of_epoch = self.metrics.epoch_columns(self.epoch)
+        if steps == self.augmenter.steps:  # else not all logits are there
+            self.store.end_epoch()
         columns |= {"amp_scale": self.update.amp_scale()} | of_epoch | self.diagnostics.columns()
         self.lap("bookkeeping")
         return columns

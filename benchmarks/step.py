@@ -6,8 +6,9 @@
 
 A case is teacher-student-batch size.  All contenders train the same pair on 32x32 images with DKD at beta 8, AutoAugment, Random
 Erasing, Mixup and CutMix, SGD and clipping; in fp16 on a GPU, in fp32 on a CPU, where ours is also run in bf16 if the CPU has it.
-Ours is the step of distill.py, on a GPU also as a CUDA graph.  The plain loop has a DataLoader with PIL transforms in `workers`
-processes, mixes in the collate function, takes the published loss on the dominant label, and reads the loss after every step.
+Ours is the step of distill.py, on a GPU also as a CUDA graph; with a stored teacher its logits are read and not computed.  The
+plain loop has a DataLoader with PIL transforms in `workers` processes, mixes in the collate function, takes the published loss on
+the dominant label, and reads the loss after every step.
 
 Contenders are interleaved in blocks of `steps`, after untimed steps that empty the loader's queue; times_base is the speed over
 that of the plain loop in the same repeat.  A block of ours is an epoch, with its random draws and columns.  share_*: parts of
@@ -51,6 +52,7 @@ def contenders(context, compiled: bool, plain, ours):
         if setup.compiled and not compiled:
             continue
         yield f"ours{suffix}", ours, channels_last, setup
+        yield f"ours{suffix}, stored teacher", partial(ours, stored=True, captured=on_gpu), channels_last, setup
         if on_gpu:
             yield f"ours{suffix}, graph", partial(ours, captured=True), channels_last, setup
         if half:

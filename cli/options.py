@@ -164,6 +164,10 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
         add(f"--teacher-{name}", type=kind, nargs=3, metavar=("R", "G", "B"), help=f"{name} of images in [0, 1] in the "
             "teacher's training; default: that in its file, else that of the data")
     add("--allow-weak-teacher", action="store_true", help="distil a teacher near chance")
+    add("--teacher-logits", nargs="?", const="runs/teacher-logits", type=nonempty, metavar="DIR",
+        help="store the teacher's logits, and read those that a run with this teacher, seed, data and augmentation has stored; "
+        "DIR: %(const)s by default")
+    add("--teacher-logits-limit", type=positive, default=20.0, metavar="GB", help="of the files in that directory; " + DEFAULT)
     add("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help=DEFAULT)
     add("--student-init", type=nonempty, default="none", metavar="{none,imagenet,PATH}", help=DEFAULT)
     method_flags.add_flags(parser)

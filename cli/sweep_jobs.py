@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -116,6 +117,17 @@ class Job:
         if name == "data_dir":
             return fingerprint(*(self.flags[flag] for flag in IMAGES))
         return digests(self.flags[name])
+
+
+def share_teacher_logits(jobs: list[Job], folder: Path) -> None:
+    """Make several runs with one teacher and one seed share its logits in `folder`, unless a flag names another."""
+    def group(job):
+        return str(job.flags.get("teacher_checkpoint")), job.seed
+
+    sizes = Counter(map(group, jobs))
+    for job in jobs:
+        if job.cell.script == "distill.py" and sizes[group(job)] > 1 and "--teacher-logits" not in job.cell.flags:
+            job.command += ["--teacher-logits", str(folder)]
 
 
 def record(jobs: list[Job], path: Path) -> None:

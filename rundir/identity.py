@@ -2,7 +2,7 @@
 
 # Flags without an effect on the result: they may change on resume and differ between the runs of a table.
 NON_EXPERIMENT_FLAGS = {"output", "device", "cuda_graph", "grad_checkpoint", "resume", "overwrite", "debug", "dry_run",
-                        "config", "allow_weak_teacher"}
+                        "config", "allow_weak_teacher", "teacher_logits", "teacher_logits_limit"}
 # Path flags, and the entries of config.json with the SHA-256 of the content, which is compared instead of the path.
 DIGESTS = {"data_dir": "data_sha256", "teacher_checkpoint": "teacher_sha256",
            "init": "init_sha256", "student_init": "init_sha256"}

@@ -6,6 +6,7 @@ comes to other numbers.  tests/test_cuda_path.py has the other half, on fake CUD
 """
 import csv
 import itertools
+import json
 import random
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -150,18 +151,27 @@ def place(tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize("script, flags", [
-    ("train_teacher.py", "--model v2_pico --model-ema 0.9"),
-    ("distill.py", "--student resnet8 --method dkd --dkd-warmup 2 --grad-accum 2 --opt sgd --lr 0.05")])
-def test_a_recorded_run_leaves_what_an_eager_one_leaves(capsys, place, graphs, script, flags):
+EAGER, RECORDED = "--no-cuda-graph", "--cuda-graph"
+
+
+@pytest.mark.parametrize("script, flags, order", [
+    ("train_teacher.py", "--model v2_pico --model-ema 0.9", (EAGER, RECORDED)),
+    ("distill.py", "--student resnet8 --method dkd --dkd-warmup 2 --grad-accum 2 --opt sgd --lr 0.05", (EAGER, RECORDED)),
+    ("distill.py", "--student resnet8 --teacher-logits {place}/eager", (EAGER, RECORDED)),  # the second reads the logits
+    ("distill.py", "--student resnet8 --teacher-logits {place}/recorded", (RECORDED, EAGER))])
+def test_a_recorded_run_leaves_what_an_eager_one_leaves(capsys, place, graphs, script, flags, order):
     """The student's teacher is the teacher's own run."""
-    for how in ("--no-cuda-graph", "--cuda-graph"):
-        weak = f"--allow-weak-teacher --teacher-checkpoint {place}/train_teacher.py{how}/best.pt"
-        teacher = weak if script == "distill.py" else ""
-        code, _, err = run(capsys, script, f"{FLAGS.format(place=place)} {flags} {teacher} {how} --output {place}/{script}{how}")
+    if script == "distill.py":
+        flags += " --allow-weak-teacher --teacher-checkpoint {place}/train_teacher.py" + EAGER + "/best.pt"
+    for how in order:
+        line = f"{FLAGS} {flags} {how} --overwrite --output {{place}}/{script}{how}"
+        code, _, err = run(capsys, script, line.format(place=place))
         assert code == 0, err
-    assert torture.difference(place / f"{script}--cuda-graph", place / f"{script}--no-cuda-graph") == ""
+    assert torture.difference(place / f"{script}{RECORDED}", place / f"{script}{EAGER}") == ""
     assert graphs.made == 2 and graphs.replays == 6
+    if "teacher-logits" in flags:
+        read = [json.loads((place / f"{script}{how}" / "summary.json").read_text())["teacher_logits_read"] for how in order]
+        assert read == [0, 1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -145,6 +145,7 @@ def test_a_sweep_of_the_real_scripts(here, capsys):
     assert [(row["flags"], row["n"], row["diverged"], row["mean"]) for row in table_of(Path("sweep/table.csv"))] == [
         ("--lr 0.02 --method kd", "1", "0", str(summary["test_acc1_best"])), ("--lr 1e30 --method dkd", "0", "1", "")]
     assert Path("sweep/logs/lr-0.02_method-kd-s0.txt").read_text().count("$ python") == 1
+    assert summary["teacher_logits_read"] == 0 and not Path("sweep/teacher-logits").exists()
 
 
 def test_an_unequal_end_keeps_the_best_epoch(here, capsys):

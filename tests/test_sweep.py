@@ -241,6 +241,15 @@ def runs_of(process):
     return [int(pid) for path in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in path.read_text().split()]
 
 
+@pytest.mark.parametrize("line, shares", [
+    ("distill.py --method kd dkd --seed 0 1", 4), ("distill.py --seed 0 1", 0), ("distill.py --teacher-checkpoint a.pt b.pt", 0),
+    ("distill.py --lr 1 2 --teacher-checkpoint a.pt b.pt -- -- --lr 3 -- train_teacher.py", 6),
+    ("distill.py --lr 1 2 --teacher-logits elsewhere", 0)])
+def test_runs_with_one_teacher_and_one_seed_share_its_logits(place, line, shares):
+    dry = run_sweep(f"--dry-run --output s {line}")[1].splitlines()
+    assert sum(command.endswith(" --teacher-logits s/teacher-logits") for command in dry) == shares
+
+
 def change(path, **values):
     """Change keys of a JSON file."""
     Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | values))
@@ -251,7 +260,8 @@ def test_a_sweep_and_the_same_one_again(place, monkeypatch):
     line = "--jobs 2 --output s distill.py --method dkd --beta 1 2 --seed 0 1 -- -- train_teacher.py --model v2_pico"
     names = [f"{name}-s{seed}" for name in ("beta-1", "beta-2", "train_teacher_model-v2_pico") for seed in (0, 1)]
     dry = run_sweep(f"--dry-run {line}")[1].splitlines()
-    assert len(dry) == 7 and "python distill.py --method dkd --beta 1 --seed 0 --resume auto --output s/beta-1-s0" == dry[1]
+    assert len(dry) == 7 and "python distill.py --method dkd --beta 1 --seed 0 --resume auto --output s/beta-1-s0 " \
+        "--teacher-logits s/teacher-logits" == dry[1]
     assert not Path("s").exists()
     code, out, err = run_sweep(line)
     assert (code, err) == (0, ""), out + err

@@ -2,7 +2,7 @@
 
 A replay runs no Python.  So a captured step reads and writes tensors with fixed addresses: the position in the epoch and the
 learning rate are written into two of them before each step, hyperparameters under warm-up into others before each epoch.
-Diagnostics steps and ordinary steps have a graph each.
+Steps of each kind, such as diagnostics steps and ordinary ones, have a graph of their own.
 
 A failed capture ends the run: PyTorch may leave its random generator in capture mode, which breaks dropout outside of a graph.
 """
@@ -47,10 +47,10 @@ def capture(function, pool, stream):
 
 
 class CudaGraph:
-    """A replacement for `step(position, lr, diagnose)` that replays it as a CUDA graph.
+    """A replacement for `step(position, lr, *kind)` that replays it as a CUDA graph.
 
-    The first WARM_UP steps, and the first of each kind by `diagnose`, run eagerly.
-    step: takes position and lr as 0-dim tensors on the device, int64 and fp32.
+    The first WARM_UP steps, and the first of each kind, run eagerly.
+    step: takes position and lr as 0-dim tensors on the device, int64 and fp32.  kind: bools, by which the step branches.
     """
 
     def __init__(self, step, device: torch.device):
@@ -60,17 +60,17 @@ class CudaGraph:
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self.eager_steps, self.graphs = 0, {}  # graphs: by kind; None after its eager step
 
-    def __call__(self, position: int, lr: float, diagnose: bool) -> None:
+    def __call__(self, position: int, lr: float, *kind: bool) -> None:
         self.position.fill_(position)
         self.lr.fill_(lr)
-        if self.eager_steps >= WARM_UP and diagnose in self.graphs and not self.graphs[diagnose]:
-            self.graphs[diagnose] = capture(lambda: self.step(self.position, self.lr, diagnose), self.pool, self.stream)
-        replay, main = self.graphs.get(diagnose), torch.cuda.current_stream()
+        if self.eager_steps >= WARM_UP and kind in self.graphs and not self.graphs[kind]:
+            self.graphs[kind] = capture(lambda: self.step(self.position, self.lr, *kind), self.pool, self.stream)
+        replay, main = self.graphs.get(kind), torch.cuda.current_stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
             if replay:
                 replay()
             else:
-                self.step(self.position, self.lr, diagnose)
-                self.eager_steps, self.graphs[diagnose] = self.eager_steps + 1, None
+                self.step(self.position, self.lr, *kind)
+                self.eager_steps, self.graphs[kind] = self.eager_steps + 1, None
         main.wait_stream(self.stream)

@@ -102,6 +102,7 @@ class Run:
         net.info = {"model": name, "classes": data.classes, "image_size": image_size, "stored_size": stored_size,
                     "mean": list(data.mean), "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed,
                     "amp": self.context.precision}
+        print(f"{data}\n{'student ' * ('student' in self.config)}{models.describe(name, net, image_size)}")
         return net.to(self.context.device)
 
     def wrap(self, net):
@@ -165,8 +166,11 @@ class Run:
         self.state.save(row, diagnostics, self.update.net.info if best else None)
         self.progress.epoch(row, best)
 
-    def close(self, note: str, teacher=None, teacher_acc1: float | None = None) -> None:
-        """Evaluate the last weights and best.pt once on the test set; store the accuracy in best.pt; write the results."""
+    def close(self, note: str, teacher=None, teacher_acc1: float | None = None, **more) -> None:
+        """Evaluate the last weights and best.pt once on the test set; store the accuracy in best.pt; write the results.
+
+        more: entries of summary.json that only this script has.
+        """
         self.writer.wait()
         self.ranks.barrier()  # rank 0 writes best.pt
         path, net, rows, data = self.directory / "best.pt", self.update.net, self.directory.rows, self.data
@@ -188,7 +192,7 @@ class Run:
             "retention": 100 * best / teacher_acc1 if teacher_acc1 else None, "compression": teacher and teacher.size / params,
             "test_balanced_acc1": test.balanced_accuracy, "chance": val.chance,
             **judge(self.diagnostics.method, self.args.monitor, rows, self.directory.diagnostics_rows, val, stopped),
-            "note": note,
+            "note": note, **more,
         })
 
     def write_classes(self, val: Confusion, test: Confusion) -> None:
