@@ -1,13 +1,14 @@
 """The runs of a sweep: commands, processes, results.  Imports no torch."""
 import fcntl
+import multiprocessing
 import os
+import runpy
 import shlex
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,8 @@ AUTOMATIC = (None, "auto")  # values that a run resolves itself, in config.json
 # Flags that say which images are read.
 IMAGES = ("dataset", "data_dir", "image_size", "crop", "unreadable", "allow_empty_classes")
 NUMBERS = ("test_acc1_best", "test_acc1_last", "wall_s")
+server = multiprocessing.get_context("forkserver")  # new processes begin with what it has imported, which takes seconds
+server.set_forkserver_preload(["torch", "torchvision"])
 
 
 class Job:
@@ -53,12 +56,10 @@ class Job:
             log.write(f"$ {self.shown()}\n".encode())
             log.flush()
             self.begin, started = log.tell(), time.monotonic()
-            # Its own process group: Ctrl-C reaches it once, through `stop`; a second signal would kill it.
-            self.process = subprocess.Popen(
-                [sys.executable, *self.command], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, process_group=0,
-                env={"OMP_NUM_THREADS": str(threads)} | os.environ | {"PYTHONUNBUFFERED": "1"})
-        code = self.process.wait()
-        self.seconds = time.monotonic() - started
+            self.process = server.Process(target=run_script, args=(self.command, self.log, threads))
+            self.process.start()
+        self.process.join()
+        code, self.seconds = self.process.exitcode, time.monotonic() - started
         self.code = 0 if self.result() else STOPPED - code if code < 0 else code or BUG
         return self
 
@@ -67,7 +68,8 @@ class Job:
         with self.lock:
             self.stopped = True
             if self.process:
-                self.process.send_signal(number)
+                with suppress(ProcessLookupError):  # it has ended
+                    os.kill(self.process.pid, number)
 
     def outcome(self, metric: str) -> str:
         if self.code:
@@ -117,6 +119,19 @@ class Job:
         if name == "data_dir":
             return fingerprint(*(self.flags[flag] for flag in IMAGES))
         return digests(self.flags[name])
+
+
+def run_script(command: list[str], log: Path, threads: int) -> None:
+    """Be the script in this new process, as `OMP_NUM_THREADS=threads python COMMAND >> log 2>&1` would."""
+    os.setpgid(0, 0)  # Ctrl-C reaches it once, through `stop`; a second signal would kill it
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
+    import torch
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def share_teacher_logits(jobs: list[Job], folder: Path) -> None:

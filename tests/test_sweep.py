@@ -231,14 +231,20 @@ def started_runs():
 
 
 def start(line, seconds=20):
-    """Start a sweep whose stubs take so many seconds."""
+    """Start a sweep whose stubs take so many seconds, and have a stub for PyTorch, which takes seconds to import."""
+    Path("stubs").mkdir(exist_ok=True)
+    Path("stubs/torch.py").write_text("def set_num_threads(count): pass\n")
+    Path("stubs/torchvision.py").touch()
     return subprocess.Popen([sys.executable, "sweep.py", *shlex.split(line)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"STUB_SECONDS": str(seconds)})
+                            stderr=subprocess.PIPE,
+                            env=os.environ | {"STUB_SECONDS": str(seconds), "PYTHONPATH": f"stubs:{ROOT}"})
 
 
 def runs_of(process):
-    """Process ids."""
-    return [int(pid) for path in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in path.read_text().split()]
+    """Process ids: those of the children of the server."""
+    def children(parent):
+        return [int(pid) for path in Path(f"/proc/{parent}/task").glob("*/children") for pid in path.read_text().split()]
+    return [run for child in children(process.pid) for run in children(child)]
 
 
 @pytest.mark.parametrize("line, shares", [
@@ -360,10 +366,11 @@ def test_killed_runs_and_runs_of_a_killed_sweep_fail_and_are_continued(place):
     wait_for(Path("s/distill-s1/config.json"))
     orphan, = runs_of(process)
     process.kill()
-    assert "seed 0: failed with exit code 137: no output" in process.communicate()[0]
+    process.wait()
     code, out, _ = run_sweep("--output s distill.py --seed 0 1")
     assert code == 3 and "seed 1: failed with exit code 3: run directory is in use" in out and "seed 0: completed" in out
     os.kill(orphan, signal.SIGKILL)
+    assert "seed 0: failed with exit code 137: no output" in process.communicate()[0]
     assert finished("s", "distill.py --seed 0 1") and sorted(name for name, *_ in started_runs()) == ["distill-s0", "distill-s1"]
 
 
