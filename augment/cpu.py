@@ -30,9 +30,13 @@ class _Plan(NamedTuple):
     sources: torch.Tensor  # int64 (S, R), image numbers
     mirror_from: list[int]  # per step
     windows: torch.Tensor  # int64 (S, R), see crop; or (S, R, 5), see resized_crop
+    lines: list[int]  # per step, of all windows
     codes: list[torch.Tensor]  # per slot int64 (S, R)
     counts: list[list[list[int]]]  # per slot, step and kind
     moves: list[torch.Tensor]  # per slot int64 (S, R): where in this order each row of the next one is
+    erased: list[list[list[int]]]  # per step and row
+    pasted: list[list[list[int]]]  # per step, and per row or one for all
+    mixed: list[bool]  # per step, whether any image is mixed outside of its box
 
 
 class CpuBatches:
@@ -67,7 +71,7 @@ class CpuBatches:
         images = torch.empty(len(rows), self.size, 3 * self.size, dtype=self.dtype, device=self.images.device)
         blocks = self._blocks(rows)
         for block, result in zip(blocks, images.split(len(blocks[0]))):
-            result.copy_(self._augmented(step, block))
+            self._augment(step, block, result)
         return (images.view(-1, self.size, self.size, 3).permute(0, 3, 1, 2),
                 Targets(*(column[step, rows.start:rows.stop] for column in self._targets)))
 
@@ -76,31 +80,33 @@ class CpuBatches:
         length = len(rows) if self.images.is_cuda else max(2, CPU_BLOCK // self.size ** 2 // 2 * 2)
         return [rows[first:first + length] for first in range(0, len(rows), length)]
 
-    def _augmented(self, step: int, rows: range) -> torch.Tensor:
-        """float32 (rows, size, 3*size): `rows` of batch `step`, in NHWC."""
+    def _augment(self, step: int, rows: range, result: torch.Tensor) -> None:
+        """Write `rows` of batch `step` to `result` (rows, size, 3*size), NHWC."""
         if rows not in self._plans:
             self._plans[rows] = self._plan(rows)
         plan = self._plans[rows]
         images = self.images.index_select(0, plan.sources[step])
         if self.sampler.resized:
-            images = resized_crop(images, plan.windows[step], self.size)
+            images = resized_crop(images, plan.windows[step], self.size, plan.lines[step])
         else:
             images = crop(images, plan.mirror_from[step], plan.windows[step], self.sampler.crop_pad)
         for codes, counts, moves in zip(plan.codes, plan.counts, plan.moves):
             apply_operations(images, codes[step], counts[step], self.sampler.policy)
             images = images.index_select(0, moves[step])
-        images = normalise(images, self.mean, self.std).view(-1, self.size, 3 * self.size)
-        if self.sampler.erase_threshold:
-            erase(images, self._draws.erased[step, rows.start:rows.stop])
+        values = result if self.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
+        normalise(images, self.mean, self.std, out=values.view(len(rows), -1))
+        erase(values, plan.erased[step])
         paired = len(rows) // 2 * 2
         if self.sampler.mix_threshold and paired:
-            mixes = slice(rows.start, rows.start + paired) if self.mix_each else slice(1)
-            mix(images[:paired], self._mixes.lam[step, mixes], self._mixes.pasted[step, mixes])
-        return images
+            lam = self._mixes.lam[step, rows.start:rows.start + paired] if self.mix_each else self._mixes.lam[step]
+            mix(values[:paired], lam, plan.pasted[step], plan.mixed[step])
+        if values is not result:
+            result.copy_(values)
 
     def _plan(self, rows: range) -> _Plan:
         part = slice(rows.start, rows.stop)
-        top, left, height, width, mirror, codes, _ = (drawn[:, part] for drawn in self._draws)
+        top, left, height, width, mirror, codes, erased = (drawn[:, part] for drawn in self._draws)
+        pasted, lam, _ = (drawn[:, part] if self.mix_each else drawn for drawn in self._mixes)
         kinds = self.sampler.policy.kind[codes]
         orders = [*kinds.argsort(dim=1, stable=True).unbind(2), torch.arange(len(rows), device=codes.device).expand_as(top)]
         if self.sampler.resized:
@@ -116,9 +122,11 @@ class CpuBatches:
             sources=self._sources[:, part].gather(1, reading),
             mirror_from=(~mirror).sum(1).tolist(),
             windows=windows,
+            lines=height.sum(1).tolist(),
             codes=[code.gather(1, order) for code, order in zip(codes.unbind(2), orders)],
             counts=F.one_hot(kinds, len(KINDS)).sum(1).transpose(0, 1).tolist(),
-            moves=[here.argsort(1).gather(1, following) for here, following in zip(orders, orders[1:])])
+            moves=[here.argsort(1).gather(1, following) for here, following in zip(orders, orders[1:])],
+            erased=erased.tolist(), pasted=pasted.tolist(), mixed=(lam < 1).any(1).tolist())
 
 
 # Arithmetic
@@ -151,13 +159,14 @@ def apply_operations(images: torch.Tensor, codes: torch.Tensor, counts: list[int
     blended = slice(rows[SHARPNESS].start, rows[CONTRAST].stop)
     if blended.start < blended.stop:
         values = images[blended].float()
-        others = values.clone()
-        for change, group in zip((_blur, _make_gray, _make_mean_gray), others.split(counts[SHARPNESS:CONTRAST + 1])):
-            if len(group):
-                change(group)
-        values.mul_(tables.ratio.index_select(0, codes[blended]).unsqueeze(1))
-        others.mul_(tables.complement.index_select(0, codes[blended]).unsqueeze(1))
-        images[blended] = _whole(values.add_(others))
+        parts = [part.split(counts[SHARPNESS:CONTRAST + 1]) for part in (
+            values.view(len(values), -1, 3), *(table.index_select(0, codes[blended]).view(-1, 1, 1)
+                                               for table in (tables.ratio, tables.complement)))]
+        for blend_with, pixels, ratio, complement in zip((_blurred, _gray, _mean_gray), *parts):
+            if len(pixels):
+                other = blend_with(pixels).mul_(complement)  # before the pixels change
+                pixels.mul_(ratio).add_(other)
+        images[blended] = _whole(values)
 
     looked_up = slice(rows[EQUALIZE].start, rows[LOOKUP].stop)
     if looked_up.start < looked_up.stop:
@@ -170,7 +179,7 @@ def apply_operations(images: torch.Tensor, codes: torch.Tensor, counts: list[int
         if counts[LOOKUP]:
             chosen = tables.argument.index_select(0, codes[rows[LOOKUP]])
             lookups.append(tables.lookups.index_select(0, chosen).unsqueeze(1).expand(-1, 3, -1))
-        images[looked_up] = torch.cat(lookups).view(-1).index_select(0, index.view(-1)).view_as(index)
+        images[looked_up] = torch.cat(lookups).to(torch.uint8).view(-1).index_select(0, index.view(-1)).view_as(index)
 
 
 def _whole(values):
@@ -178,30 +187,28 @@ def _whole(values):
     return values.clamp_(0, 255).to(torch.int16)
 
 
-# What an image is blended with: float32 (rows, 3*size*size), made in place of the image.
+# What images, float32 (rows, size*size, 3), are blended with: float32, broadcast over the pixels and channels.
 
-def _blur(images):
-    size = round((images.shape[1] / 3) ** 0.5)
-    images = images.view(-1, size, 3 * size)
+def _blurred(pixels):
+    size = round(pixels.shape[1] ** 0.5)
+    images = pixels.view(-1, size, 3 * size)
     lines = (images[:, :-2] + images[:, 1:-1]).add_(images[:, 2:])
     squares = (lines[..., :-6] + lines[..., 3:-3]).add_(lines[..., 6:])
-    images[:, 1:-1, 3:-3].mul_(4).add_(squares).div_(13).round_()  # not the border; 13 is odd, so there are no ties to round
+    blurred = images.clone()
+    blurred[:, 1:-1, 3:-3].mul_(4).add_(squares).div_(13).round_()  # not the border; 13 is odd, so there are no ties to round
+    return blurred.view_as(pixels)
 
 
-def _make_gray(images):
-    images.view(len(images), -1, 3).copy_(_gray(images).unsqueeze(2))
+def _gray(pixels):
+    """(rows, size*size, 1), whole numbers."""
+    red, green, blue = (pixels.flatten(1) * _gray_weights(pixels.shape[1], pixels.device)).view_as(pixels).unbind(2)
+    return (red + green).add_(blue).trunc_().unsqueeze(2)
 
 
-def _make_mean_gray(images):
-    gray = _gray(images)
-    total = gray.sum(1, keepdim=True, dtype=torch.int64).float()  # of whole numbers: exact in any order
-    images.copy_(total / _number(gray.shape[1], images.device))
-
-
-def _gray(images):
-    """float32 (rows, size*size), whole numbers."""
-    red, green, blue = (images * _gray_weights(images.shape[1] // 3, images.device)).view(len(images), -1, 3).unbind(2)
-    return (red + green).add_(blue).trunc_()
+def _mean_gray(pixels):
+    """(rows, 1, 1)."""
+    total = _gray(pixels).sum(1, keepdim=True, dtype=torch.int64).float()  # of whole numbers: exact in any order
+    return total / _number(pixels.shape[1], pixels.device)
 
 
 # Lookups that depend on the image: int16 (rows, 3, 256).
@@ -216,7 +223,7 @@ def _stretching(images, tables):
 def _equalizing(index):
     pixels = index.shape[1] // 3
     histogram = torch.zeros(len(index) * 768, dtype=torch.int32, device=index.device)
-    histogram = histogram.index_add_(0, index.view(-1), torch.ones_like(index).view(-1)).view(-1, 3, 256)
+    histogram = histogram.index_add_(0, index.view(-1), _one(index.device).expand(index.numel())).view(-1, 3, 256)
     not_brighter = histogram.cumsum(2, dtype=torch.int32)
     below_brightest = not_brighter.masked_fill(not_brighter == pixels, 0).amax(2, keepdim=True)
     step = below_brightest // 255
@@ -229,40 +236,40 @@ def _lookup_index(images):
     """int32 (rows, 3*size*size): where each byte finds its value in lookups (rows, 3, 256)."""
     rows, size = images.shape
     first = torch.arange(0, rows * 768, 768, dtype=torch.int32, device=images.device).unsqueeze(1)
-    return (images + _first_of_channel(size // 3, images.device)).add_(first)
+    return images.int().add_(_first_of_channel(size // 3, images.device)).add_(first)
 
 
-def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """float32 (rows, 3*size*size), by the steps of ToTensor and Normalize; mean, std: float32 (3*size*size,)."""
-    return images.float().div_(_number(255, images.device)).sub_(mean).div_(std)
+    values = images.float() if out is None else out.copy_(images)
+    return values.div_(_number(255, images.device)).sub_(mean).div_(std)
 
 
-def erase(images: torch.Tensor, boxes: torch.Tensor) -> None:
-    """Set the pixels inside of `boxes` to zero, in place; images: float32 (rows, size, 3*size), boxes: (rows, 4).
+def erase(images: torch.Tensor, boxes: list[list[int]]) -> None:
+    """Set the pixels inside of `boxes` (top, left, bottom, right) to zero, in place; images: float32 (rows, size, 3*size).
 
     Random Erasing: Zhong et al. 2017, arXiv 1708.04896.
     """
-    lines, columns = (-outside.int() for outside in _outside(boxes, images.shape[1]))
-    images.view(torch.int32).bitwise_and_(lines | columns)  # keeps all bits or none: quick on a CPU, and never -0
+    for image, (top, left, bottom, right) in zip(images, boxes):
+        if top < bottom:
+            image[top:bottom, 3 * left:3 * right] = 0
 
 
-def mix(images: torch.Tensor, lam: torch.Tensor, boxes: torch.Tensor) -> None:
+def mix(images: torch.Tensor, lam: torch.Tensor, boxes: list[list[int]], mixed: bool) -> None:
     """lam * image + (1 - lam) * partner, in place, where rows 2k and 2k+1 are partners and lam counts as 0 inside of `boxes`.
 
-    images: float32 (rows, size, 3*size), rows even; lam: float32 (rows,), boxes: (rows, 4), or one for all rows.
+    images: float32 (rows, size, 3*size), rows even; lam: float32 (rows,); boxes: for each row, or one for all.
+    mixed: whether any lam is below 1.
     Mixup: Zhang et al. 2017, arXiv 1710.09412.  CutMix: Yun et al. 2019, arXiv 1905.04899.
     """
-    lines, columns = (outside * lam.view(-1, 1, 1) for outside in _outside(boxes, images.shape[1]))
-    weights = torch.maximum(lines, columns)
     partners = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    images.mul_(weights).add_(partners.mul_(1 - weights))
-
-
-def _outside(boxes, size):
-    """bool (rows, size, 1) and (rows, 1, 3*size): the lines and the bytes of a line outside of boxes top, left, bottom, right."""
-    top, left, bottom, right = boxes.unsqueeze(2).unbind(1)
-    line, column = _coordinates(size, boxes.device)
-    return ((line < top) | (line >= bottom)).unsqueeze(2), ((column < left) | (column >= right)).unsqueeze(1)
+    if mixed:
+        lam = lam.view(-1, 1, 1)
+        images.mul_(lam).add_(partners * (1 - lam))
+    length = len(images) if len(boxes) == 1 else 1
+    for (top, left, bottom, right), image, partner in zip(boxes, images.split(length), partners.split(length)):
+        if top < bottom:
+            image[:, top:bottom, 3 * left:3 * right] = partner[:, top:bottom, 3 * left:3 * right]
 
 
 # Constants, which a small batch would spend more time on making than on using.
@@ -289,6 +296,5 @@ def _gray_weights(pixels, device):
 
 
 @functools.cache
-def _coordinates(size, device):
-    line = torch.arange(size, device=device)
-    return line, line.repeat_interleave(3)
+def _one(device):
+    return torch.ones(1, dtype=torch.int32, device=device)

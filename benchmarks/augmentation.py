@@ -6,13 +6,15 @@
 
 Images are 32x32.  Stage "pipeline" is crop, flip, AutoAugment, normalisation, Random Erasing and Mixup/CutMix; "policy" is
 AutoAugment alone, with normalisation in ours; "erase and mix", where timm is installed, is normalisation, Random Erasing and
-Mixup/CutMix.  Ours runs a whole epoch with its random draws.  Contenders are interleaved; times_first is the time over that of
-the stage's first contender in the same repeat, so drifting clocks cancel.  What works image by image is timed on at most 64 of
-them.
+Mixup/CutMix.  The case "photographs" is the pipeline with resized crops: images of 256 pixels, windows of 224, and the policy of
+ImageNet, in batches of 128.  Ours runs a whole epoch with its random draws.  Contenders are interleaved; times_first is the time
+over that of the stage's first contender in the same repeat, so drifting clocks cancel.  What works image by image is timed on at
+most 64 of them.
 """
 import itertools
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torchvision import transforms as v1
 from torchvision.transforms import v2
@@ -20,16 +22,19 @@ from torchvision.transforms import v2
 import kernels
 from augment import BatchAugmenter
 from benchmarks import table
-from benchmarks.augmentation_rivals import loading, mixing, timm_mixing, torchvision_pipeline
+from benchmarks.augmentation_rivals import loading, mixing, timm_mixing, timm_pipeline, torchvision_pipeline
 from benchmarks.clocks import captured, interleaved, wall_us
 from benchmarks.table import MEAN, STD
 from data.synthetic import generate
 from rundir import errors
 
 SIZES = ("128", "512", "2048")
+PHOTOGRAPHS = "photographs"
 IMAGE_BY_IMAGE = 64  # most images of a timing
+VERSIONS = ("v1", v1, v1.ConvertImageDtype(torch.float32)), ("v2", v2, v2.ToDtype(torch.float32, True))
 STAGES = {"policy": {"crop_pad": 0, "flip": False, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}, "pipeline": {},
-          "erase and mix": {"policy": "none", "crop_pad": 0, "flip": False}}
+          "erase and mix": {"policy": "none", "crop_pad": 0, "flip": False},
+          PHOTOGRAPHS: {"policy": "autoaugment-imagenet", "crop": "resized", "image_size": 224}}
 
 
 def ours(images, labels, batch_size: int, **options) -> dict:
@@ -70,20 +75,43 @@ def rivals(images, labels, batch_size: int) -> dict:
     """stage -> name -> a call that returns how many images it made."""
     few, mix = images[:min(batch_size, IMAGE_BY_IMAGE)].permute(0, 3, 1, 2).contiguous(), mixing()
     found = {"policy": {}, "pipeline": {}, "erase and mix": timm_mixing(images[:batch_size], labels[:batch_size])}
-    for name, module, to_float in (("v1", v1, v1.ConvertImageDtype(torch.float32)), ("v2", v2, v2.ToDtype(torch.float32, True))):
-        policy, pipeline = module.AutoAugment(v1.AutoAugmentPolicy.CIFAR10), torchvision_pipeline(module, [to_float])
+    for name, module, _ in VERSIONS:
+        policy = module.AutoAugment(v1.AutoAugmentPolicy.CIFAR10)
         found["policy"][f"torchvision {name}, tensor"] = lambda each=policy: len([each(image) for image in few])
-        found["pipeline"][f"torchvision {name}, tensor"] = lambda each=pipeline: len(
-            mix(torch.stack([each(image) for image in few]), labels[:len(few)])[0])
-    many, pictures = min(4096, len(images)) // batch_size * batch_size, [v1.functional.to_pil_image(image.cpu()) for image in few]
-    found["pipeline"] |= loading([pictures[index % len(pictures)] for index in range(many)], labels[:many], batch_size,
-                                 images.device)
+    found["pipeline"] |= one_by_one(tensor_pipelines(), few, labels, mix) | dataloader(images, labels, batch_size)
     return found
 
 
-def benchmark(images, labels, batch_size: int, repeats: int):
-    """A row for each stage and contender."""
-    for stage, others in rivals(images, labels, batch_size).items():
+def photographs(images, labels, batch_size: int) -> dict:
+    """name -> a call that returns how many photographs it made."""
+    few, mix = images[:IMAGE_BY_IMAGE].permute(0, 3, 1, 2).contiguous(), mixing()
+    found = one_by_one(tensor_pipelines(photographs=True), few, labels, mix)
+    found |= one_by_one(timm_pipeline(), [v1.functional.to_pil_image(image.cpu()) for image in few], labels, mix)
+    found |= dataloader(images, labels, batch_size, photographs=True)
+    return found
+
+
+def tensor_pipelines(photographs=False) -> dict:
+    return {f"torchvision {name}, tensor": torchvision_pipeline(module, [to_float], photographs)
+            for name, module, to_float in VERSIONS}
+
+
+def one_by_one(transforms: dict, images, labels, mix) -> dict:
+    """name -> a call that transforms, stacks and mixes `images`."""
+    return {name: lambda each=each: len(mix(torch.stack([each(image) for image in images]), labels[:len(images)])[0])
+            for name, each in transforms.items()}
+
+
+def dataloader(images, labels, batch_size: int, photographs=False) -> dict:
+    many = min(4096, len(images)) // batch_size * batch_size
+    pictures = [v1.functional.to_pil_image(image.permute(2, 0, 1).cpu()) for image in images[:min(batch_size, IMAGE_BY_IMAGE)]]
+    return loading([pictures[index % len(pictures)] for index in range(many)], labels[:many], batch_size, images.device,
+                   torchvision_pipeline(v1, [v1.ToTensor()], photographs))
+
+
+def benchmark(images, labels, batch_size: int, repeats: int, stages: dict):
+    """A row for each stage and contender.  stages: name -> the others."""
+    for stage, others in stages.items():
         if not others:
             continue
         calls = ours(images, labels, batch_size, **STAGES[stage]) | others
@@ -98,17 +126,25 @@ def benchmark(images, labels, batch_size: int, repeats: int):
 
 
 def main(args) -> None:
-    device, sizes = table.device(args.device), SIZES[:1 if args.quick or args.tiny else None]
-    count = max(map(int, args.case or sizes)) if args.tiny else 10_000
-    images, labels = (part.to(device) for part in generate(count, 0))
+    device, sizes = table.device(args.device), args.case or (*SIZES, PHOTOGRAPHS)[:1 if args.quick or args.tiny else None]
+    numbers = [int(size) for size in sizes if size != PHOTOGRAPHS]
+    images, labels = (part.to(device) for part in generate(max(numbers or [1]) if args.tiny else 10_000, 0))
     if device.type == "cuda":  # as many as CIFAR has
         images, labels = images.repeat(5, 1, 1, 1), labels.repeat(5)
     found = table.Rows(args, "augmentation", table.short(device), "batch_size stage contender images_per_s times_first")
-    for batch_size in args.case or sizes:
-        for row in benchmark(images, labels, int(batch_size), table.repeats(args, 3, 10)):
+    repeats = table.repeats(args, 3, 10)
+    for batch_size in numbers:
+        for row in benchmark(images, labels, batch_size, repeats, rivals(images, labels, batch_size)):
+            found.add(row)
+    if PHOTOGRAPHS in sizes:
+        count = 128 if args.tiny else 512
+        small, labels = (part.to(device) for part in generate(count, 0))
+        images = F.interpolate(small.permute(0, 3, 1, 2).float(), (256, 256), mode="bilinear").round().to(torch.uint8)
+        images = images.permute(0, 2, 3, 1).contiguous()
+        for row in benchmark(images, labels, 128, repeats, {PHOTOGRAPHS: photographs(images, labels, 128)}):
             found.add(row)
     found.close()
 
 
 if __name__ == "__main__":
-    errors.run(main, table.parser(__doc__, "one batch size, few repeats", SIZES, tiny=True).parse_args())
+    errors.run(main, table.parser(__doc__, "one batch size, few repeats", (*SIZES, PHOTOGRAPHS), tiny=True).parse_args())

@@ -11,11 +11,23 @@ from benchmarks.table import MEAN, STD
 from data.synthetic import CLASSES
 
 
-def torchvision_pipeline(version, to_float):
-    """From an image to a normalised tensor, in torchvision's order."""
-    return version.Compose([version.RandomCrop(32, padding=4), version.RandomHorizontalFlip(),
-                            version.AutoAugment(v1.AutoAugmentPolicy.CIFAR10), *to_float, version.Normalize(MEAN, STD),
-                            version.RandomErasing(0.25)])
+def torchvision_pipeline(version, to_float, photographs=False):
+    """From an image to a normalised tensor, in torchvision's order; of 32 pixels, or with resized crops of 224."""
+    crop = version.RandomResizedCrop(224) if photographs else version.RandomCrop(32, padding=4)
+    policy = v1.AutoAugmentPolicy.IMAGENET if photographs else v1.AutoAugmentPolicy.CIFAR10
+    return version.Compose([crop, version.RandomHorizontalFlip(), version.AutoAugment(policy), *to_float,
+                            version.Normalize(MEAN, STD), version.RandomErasing(0.25)])
+
+
+def timm_pipeline() -> dict:
+    """name -> timm's training transform of a PIL image: resized crops of 224; empty without timm."""
+    try:
+        from timm.data import create_transform
+    except ImportError:
+        print("timm is not installed: left out")
+        return {}
+    return {"timm, PIL": create_transform(224, is_training=True, auto_augment="original", color_jitter=None, mean=MEAN, std=STD,
+                                          interpolation="bilinear", re_prob=0.25, re_mode="const")}
 
 
 def mixing():
@@ -28,12 +40,12 @@ def transformed(transform, samples):
     return default_collate([(transform(image), label) for image, label in samples])
 
 
-def loading(pictures, labels, batch_size: int, device) -> dict:
+def loading(pictures, labels, batch_size: int, device, pipeline) -> dict:
     """name -> a call that makes an epoch of the usual DataLoader, with a worker for each core, copied to the device."""
     workers = min(16, os.cpu_count())
     loader = DataLoader(
         list(zip(pictures, labels.tolist())), batch_size, shuffle=True, drop_last=True, num_workers=workers,
-        collate_fn=partial(transformed, torchvision_pipeline(v1, [v1.ToTensor()])), persistent_workers=True,
+        collate_fn=partial(transformed, pipeline), persistent_workers=True,
         pin_memory=device.type == "cuda")
     return {f"DataLoader, PIL, {workers} workers": lambda: sum(len(images.to(device)) for images, _ in loader)}
 

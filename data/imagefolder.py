@@ -22,7 +22,7 @@ from rundir.files import write_atomic
 from rundir.terminal import live, say
 
 THREADS_ABOVE = 128  # pixels; decoding of smaller images is slower with threads
-CACHE_VERSION = b"2"  # to be changed with the pixels that `decode` returns
+CACHE_VERSION = b"3"  # to be changed with the pixels that `decode` returns
 
 
 @dataclass
@@ -111,7 +111,7 @@ def read_cache(path: Path, files: int) -> Decoded | None:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not verify the checksums
                 return None
-        decoded = Decoded(**torch.load(path, map_location="cpu", weights_only=True))
+        decoded = Decoded(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))  # has just been read once
         return decoded if len(decoded.images) + len(decoded.unreadable) == files else None
     except Exception:  # zipfile and the unpickler raise many types on damaged files
         return None

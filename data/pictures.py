@@ -7,6 +7,7 @@
     floating point         multiplied by 255; refused unless all values are within [0, 1]
     CMYK, YCbCr, HSV, palettes, greys, 1 bit    converted to RGB by Pillow; CIELAB by LittleCMS, to sRGB
     several frames         the first
+    large JPEG files       decoded at 1/2, 1/4 or 1/8 of their size, the short side at least 4/3 of the one that is kept
     embedded ICC profiles  ignored
 """
 import contextlib
@@ -20,7 +21,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 
 from rundir.errors import DATA, Failure, first_line
 
@@ -113,7 +114,12 @@ def decode_into(slot: np.ndarray, path: str) -> tuple[str | None, list[str]]:
     try:
         with Image.open(path, formats=formats()) as image:
             notes: list[str] = []
-            slot[...] = ImageOps.fit(upright_rgb(image, notes), slot.shape[:2], Image.Resampling.BILINEAR)
+            # JPEG decodes an eighth of the size in a fraction of the time. From 4/3 of the kept side on, the result is on average
+            # within a level of the whole image's.
+            drafted = image.draft(None, (-(-4 * len(slot) // 3),) * 2)
+            rgb = upright_rgb(image, notes)
+            width, height = drafted[1][2:] if drafted else image.size  # once it is loaded: Pillow turns a TIFF by itself
+            slot[...] = rgb.resize(slot.shape[:2], Image.Resampling.BILINEAR, centre(rgb, width, height, orientation(image)))
         return None, notes
     except Image.DecompressionBombError:
         return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels", []
@@ -123,6 +129,20 @@ def decode_into(slot: np.ndarray, path: str) -> tuple[str | None, list[str]]:
         return failure.strerror or first_line(failure), []
     except Exception as failure:  # see size_of
         return first_line(failure) or type(failure).__name__, []
+
+
+def centre(image: Image.Image, width: float, height: float, turn: int) -> tuple[float, float, float, float]:
+    """The centred square of an upright image, in pixels: left, top, right, bottom.
+
+    width, height: of the picture before it was turned by its EXIF orientation `turn`.  A JPEG that is decoded at an eighth of its
+    size may end within a pixel.
+    """
+    if turn in range(5, 9):
+        width, height = height, width
+    side = min(width, height)
+    left = image.width - (width + side) / 2 if turn in (2, 3, 6, 7) else (width - side) / 2
+    top = image.height - (height + side) / 2 if turn in (3, 4, 7, 8) else (height - side) / 2
+    return left, top, left + side, top + side
 
 
 def upright_rgb(image: Image.Image, notes: list[str]) -> Image.Image:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import table_of
 
-from benchmarks import augmentation_rivals, loss, table
+from benchmarks import augmentation, augmentation_rivals, decoding, loss, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,6 +37,23 @@ def test_a_quick_run_prints_rows_and_writes_nothing():
     output = python("-m", "benchmarks.loss", "--quick", "--device", "cpu", "--case", "128x100")
     assert re.search(r"rows 128, classes 100, float32, dkd, eager, reference, us [\d.]+", output)
     assert {path: path.stat().st_mtime for path in RESULTS.iterdir()} == before
+
+
+def test_decoding_has_a_row_of_each_contender(monkeypatch, tmp_path):
+    monkeypatch.setattr(decoding, "SIZES", ((960, 720),))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    decoding.main(table.parser("", "quick").parse_args(["--quick", "--output", str(tmp_path)]))
+    rows = {row["contender"]: row for row in table_of(tmp_path / "decoding-cpu.csv")}
+    assert list(rows) == ["whole image", "ours", "torchvision.io"] and rows["whole image"]["difference"] == "0.0"
+    assert 0 < float(rows["ours"]["difference"]) < 1 and float(rows["ours"]["ms"]) > 0
+
+
+def test_photographs_are_augmented_by_every_contender():
+    images, labels = torch.randint(0, 256, (4, 256, 256, 3), dtype=torch.uint8), torch.arange(4)
+    calls = augmentation.one_by_one(augmentation.tensor_pipelines(photographs=True), images.permute(0, 3, 1, 2), labels,
+                                    augmentation_rivals.mixing())
+    calls |= augmentation.ours(images, labels, 4, **augmentation.STAGES[augmentation.PHOTOGRAPHS])
+    assert [call() for call in calls.values()] == [4] * 3
 
 
 def test_published_code_without_enough_memory_leaves_the_others(monkeypatch, tmp_path):

@@ -374,10 +374,10 @@ def test_an_interruption_does_not_wait_for_the_photographs_that_are_left(two_tre
             if text.startswith("decoding"):
                 raise KeyboardInterrupt
 
-    started, fit = [], pictures.ImageOps.fit
+    started, decode_into = [], pictures.decode_into
     for path in two_trees.glob("*/*/*"):
         Image.open(path).resize((160, 160)).save(path)
-    monkeypatch.setattr(pictures.ImageOps, "fit", lambda *args: (started.append(1), time.sleep(0.02), fit(*args))[-1])
+    monkeypatch.setattr(pictures, "decode_into", lambda *args: (started.append(1), time.sleep(0.02), decode_into(*args))[-1])
     monkeypatch.setattr(imagefolder, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(2))
     with pytest.raises(KeyboardInterrupt), redirect_stdout(Interrupting()):
         datasets.load("imagefolder", two_trees, image_size=32)

@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from data import pictures
 
@@ -46,7 +46,7 @@ STORED = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4
 def test_exif_orientation_is_applied(tmp_path, tag, suffix):
     exif = Image.Exif()
     exif[0x0112] = tag
-    stored = Image.fromarray(np.ascontiguousarray(STORED[tag](NOISE)))
+    stored = Image.fromarray(np.ascontiguousarray(STORED[tag](np.pad(NOISE, ((0, 0), (4, 4), (0, 0))))))
     stored.save(tmp_path / f"a.{suffix}", exif=exif, **{"lossless": True} if suffix == "webp" else {})
     pixels, notes = decode(tmp_path / f"a.{suffix}")
     assert np.array_equal(pixels, NOISE)
@@ -63,6 +63,42 @@ def test_a_photograph_lies_upright_before_it_is_cropped(tmp_path):
     pixels, _ = decode(tmp_path / "a.jpg", side=20)
     assert pixels[:8].mean((0, 1))[0] > 240 and pixels[-8:].mean((0, 1))[2] > 240
     assert np.abs(pictures.read(str(tmp_path / "a.jpg"), 20)[0].astype(int) - pixels).max() == 0
+
+
+def photograph(width, height, mode="RGB"):
+    """Waves and a box, of all three colours."""
+    down, along = np.mgrid[:height, :width] / min(height, width)
+    whole = 100 + 90 * np.sin(np.stack([7 * down, 9 * along, 5 * (down - 2 * along)], 2))
+    whole[height // 5:height // 3, width // 3:width // 2] += 60
+    return Image.fromarray(whole.astype(np.uint8)).convert(mode)
+
+
+@pytest.mark.parametrize("width, height", [(640, 480), (1099, 827), (300, 199), (160, 161)])
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_a_large_jpeg_is_decoded_smaller_within_a_level(tmp_path, tag, width, height):
+    """Also where a last column and row are partly outside of the picture, at any of the sides once it is upright."""
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    photograph(width, height).save(tmp_path / "a.jpg", exif=exif, quality=92)
+    with Image.open(tmp_path / "a.jpg") as file:
+        wanted = ImageOps.fit(ImageOps.exif_transpose(file.convert("RGB")), (60, 60), Image.Resampling.BILINEAR)
+    pixels, _ = decode(tmp_path / "a.jpg", side=60)
+    difference = np.abs(pixels - np.asarray(wanted, int))
+    assert 0 < difference.mean() < 1, difference.mean()
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "progressive", "MPO", "small"])
+def test_kinds_of_large_jpegs(tmp_path, mode):
+    """"small": below 4/3 of twice the kept side the whole image is decoded, so that none is ever enlarged."""
+    image = photograph(*(159, 300) if mode == "small" else (1000, 700), mode if mode in ("L", "CMYK") else "RGB")
+    options = {"progressive": {"progressive": True}, "MPO": {"format": "MPO", "save_all": True, "append_images": [image]}}
+    image.save(tmp_path / "a.jpg", quality=92, **options.get(mode, {}))
+    with Image.open(tmp_path / "a.jpg") as file:
+        wanted = ImageOps.fit(file.convert("RGB"), (60, 60), Image.Resampling.BILINEAR)
+    pixels, notes = decode(tmp_path / "a.jpg", side=60)
+    difference = np.abs(pixels - np.asarray(wanted, int))
+    assert difference.mean() < 1 and (difference.max() == 0) == (mode == "small"), difference.mean()
+    assert notes == [pictures.FIRST_FRAME] * (mode == "MPO")
 
 
 def test_damaged_exif_data_do_not_hide_an_image(tmp_path):
