@@ -196,6 +196,7 @@ def parse_show(description, usage_lines, argv=None):
     data_flags(parser)
     augmentation_flags(parser)
     add = parser.add_argument_group("batch and output").add_argument
+    config_file.add_flag(add)
     batch_size_flag(add, default=128)
     add("--images", type=count, default=32, metavar="N", help="number of images to draw; " + DEFAULT)
     add("--epoch", type=count, default=1, metavar="N", help=DEFAULT)
@@ -204,6 +205,7 @@ def parse_show(description, usage_lines, argv=None):
     device_flags(add)
     add("--output", type=png, default="batch.png", metavar="FILE", help=DEFAULT)
     debug_flag(add)
+    parser.set_defaults(**config_file.flags_of(parser, argv, "distill", "train_teacher"))
     args = parser.parse_args(argv)
     fill_in_augmentation(parser, args)
     return args
