@@ -168,6 +168,7 @@ def test_an_unequal_end_keeps_the_best_epoch(here, capsys):
 
 BAD = [  # what is wrong, script, flags, exit code, words of the line
     ("no teacher", "distill", "--teacher-checkpoint nowhere.pt", 5, ["nowhere.pt", "train_teacher.py"]),
+    ("no such teacher in a dry run", "distill", "--dry-run --teacher-checkpoint nowhere.pt", 5, ["nowhere.pt", "--teacher"]),
     ("Triton without a GPU", "distill", "--kernels triton", 2, ["--kernels triton"]),
     ("teacher is text", "distill", "--teacher-checkpoint text.pt", 5, ["text.pt"]),
     ("teacher is the state of a run", "distill", "--teacher-checkpoint runs/teacher/last.pt", 5, ["last.pt", "best.pt"]),
@@ -229,9 +230,11 @@ def test_one_line_and_an_exit_code_for_what_is_wrong(script, flags, code, words,
     assert not Path("runs/bad").exists(), "a run that could not start left a directory"
 
 
-def test_a_dry_run_prints_and_touches_nothing(here, capsys):
-    code, out, err = distill(capsys, "--method dkd --beta 8 --teacher-checkpoint nowhere.pt --dry-run --output runs/dry")
-    assert code == 0 and "4^2 (1 TCKD + 8 NCKD)" in out and "beta=8.0" in out and not Path("runs/dry").exists()
+def test_a_dry_run_before_the_teacher_prints_and_touches_nothing(here, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = distill(capsys, "--method dkd --beta 8 --dry-run --output runs/dry", data=here / "images")
+    assert code == 0 and "no advice without a teacher (runs/teacher/best.pt)" in out
+    assert "4^2 (1 TCKD + 8 NCKD)" in out and "beta=8.0" in out and not Path("runs/dry").exists()
 
 
 def test_a_dry_run_of_several_processes_gives_advice_without_the_others(here, capsys, monkeypatch):

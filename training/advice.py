@@ -14,7 +14,6 @@ from cli import method_flags, options
 from data import datasets
 from diagnostics.gradients import Diagnostics
 from losses.cross_entropy import class_weights_of
-from rundir.identity import listed
 from training.device import RunContext, global_batch_size
 from training.distributed import Ranks
 from training.evaluation import check_classes
@@ -31,9 +30,8 @@ def advise(args, method, context: RunContext) -> list[str]:
     Failure: the data or the teacher are missing, damaged, or do not fit together.
     """
     models.check_name(args.student)
-    for path in listed(args.teacher_checkpoint):
-        if not Path(path).exists():
-            return [*describe_data(args), f"no advice without a teacher ({path})"]
+    if args.teacher_checkpoint in options.STUDY_TEACHERS and not Path(args.teacher_checkpoint).exists():  # not yet trained
+        return [*describe_data(args), f"no advice without a teacher ({args.teacher_checkpoint})"]
     checkpoints, _ = models.read_teachers(args.teacher_checkpoint, args.teacher)
     data = datasets.load(**options.data(args), device=context.device)
     teacher = models.load_teachers(
