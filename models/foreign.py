@@ -20,12 +20,14 @@ STUDENT = "student."  # of one of two networks in a file
 COUNTER = "num_batches_tracked"  # of BatchNorm, which files of torch before 0.4.1 lack and inference does not use
 
 
-def tensors(content) -> Mapping[str, torch.Tensor] | None:
-    """The state_dict in the content of a file, without prefixes; None if there is none."""
+def tensors(content, path, code: int = CHECKPOINT) -> Mapping[str, torch.Tensor]:
+    """The state_dict in the content of a file, without prefixes.  Failure `code`: there is none."""
     entries = content if isinstance(content, Mapping) else {}
     state = next((entries[key] for key in ENTRIES if isinstance(entries.get(key), Mapping)), entries)
     if not state or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
-        return None
+        found = f"its keys are {', '.join(map(str, list(entries)[:5]))}" if entries else f"it is of type {type(content).__name__}"
+        raise Failure(code, f"no weights in the file ({path}: {found})",
+                      f"save the state_dict of a network alone, or in a dictionary under {' or '.join(ENTRIES)}")
     while prefix := next((each for each in PREFIXES if all(key.startswith(each) for key in state)),
                          STUDENT if any(key.startswith(STUDENT) for key in state) else None):
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

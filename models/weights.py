@@ -35,7 +35,7 @@ def initialise(net, name: str, *, pretrained: bool = False, init=None) -> str | 
     head, sha256 = _head_keys(net), None
     if init is not None:
         content, sha256 = checkpoint.read_tensors(init, DATA)
-        state = foreign.tensors(content)
+        state = foreign.tensors(content, init, DATA)
         if _load_state(net, state) and (mismatch := _load_state(net, state, head)):
             raise Failure(DATA, f"these weights are not a {name} ({init}: {mismatch})", "name the weights of the same network")
     elif pretrained:
@@ -177,8 +177,7 @@ def read_teacher(path, network: str | None = None) -> dict:
         if network not in (None, content["model"]):
             raise Failure(CHECKPOINT, f"these weights are not a {network} ({path}: {content['model']})", "leave out --teacher")
         return finite(content, path)
-    if (state := foreign.tensors(content)) is None:
-        raise Failure(CHECKPOINT, f"no weights in the file ({path})", "name a file with the state_dict of a network")
+    state = foreign.tensors(content, path)
     network = network or foreign.network_of(state, path)
     inputs = timm_networks.inputs(network) if is_timm(network) else {}
     imported = {"model": network, "state_dict": state, "test_acc1": None, "amp": "off", "imported": True, "sha256": sha256}
