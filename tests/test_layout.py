@@ -187,7 +187,11 @@ def test_images_of_both_splits_are_counted(plain):
     assert not any("also training images" in note for note in load_folder(plain)[0].notes)
     for k, source in enumerate(sorted((plain / "train" / "ant").iterdir())[:2]):
         shutil.copy(source, plain / "test" / "cat" / f"copy{k}.png")
-    assert "2 of 9 test images are also training images, pixel by pixel" in load_folder(plain, val_size=0)[0].notes
+    folder(plain / "val", ant=1, bee=1, cat=1)
+    shutil.copytree(plain / "test" / "cat", plain / "val" / "cat", dirs_exist_ok=True)  # of four images, two are for training
+    counts = "2 of 9 test", "2 of 6 validation", "4 of 6 validation"
+    assert load_folder(plain)[0].notes == [f"{count} images are also {other} images, pixel by pixel"
+                                           for count, other in zip(counts, ("training", "training", "test"))]
 
 
 def test_converted_images_are_counted(plain):
