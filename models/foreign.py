@@ -11,7 +11,7 @@ import torch
 
 from models.cifar_networks import NETWORKS
 from models.networks import build
-from rundir.errors import CHECKPOINT, Failure
+from rundir.errors import CHECKPOINT, USAGE, Failure
 
 # The names under which files hold a state_dict; the first that is there counts.
 ENTRIES = ("state_dict_ema", "state_dict", "model", "net", "model_state_dict")
@@ -70,6 +70,14 @@ def complete(checkpoint: dict, data, image_size: int, mean=None, std=None) -> di
     """A checkpoint from models.read with the metadata of `data` where it has none.
 
     mean, std: of the images that the network was trained on, in place of those in the file.
+    Failure USAGE: its classes are not those of the data.
     """
+    theirs, ours = (list(classes) for classes in (checkpoint.get("classes", data.classes), data.classes))
+    if theirs != ours:
+        place, pair = next((place, pair) for place, pair in enumerate(zip_longest(theirs, ours)) if len(set(pair)) > 1)
+        their, our = ("none" if name is None else repr(name) for name in pair)
+        raise Failure(USAGE, f"the teacher's classes are not those of the data ({checkpoint['path']}: {len(theirs)} classes, the "
+                             f"data {len(ours)}; number {place} is {their}, in the data {our})",
+                      "choose the --dataset or --data-dir of its training, or a --teacher-checkpoint of these classes")
     missing = {"classes": data.classes, "image_size": image_size, "mean": data.mean, "std": data.std, "dataset": data.name}
     return missing | checkpoint | {name: value for name, value in (("mean", mean), ("std", std)) if value}

@@ -69,6 +69,15 @@ def _load_state(net, weights, skip=frozenset()) -> str | None:
     return mismatch if weights.keys() & net.state_dict().keys() else why
 
 
+def _classes_of(net, weights) -> int | None:
+    """The number of classes of `weights`; None if they do not fit `net` even without the head, or have none."""
+    head = _head_keys(net)
+    if _load_state(net, weights, head):
+        return None
+    layer = (foreign.in_order(net, weights, head)[0] or weights).get(max(head))  # its weight, after its bias
+    return None if layer is None else len(layer)
+
+
 def _load_by_name(net, weights, skip) -> str | None:
     state: OrderedDict = OrderedDict()
     # The attribute _metadata has the layer versions by which torch and torchvision convert older layouts.  A plain dict lacks it,
@@ -227,6 +236,11 @@ def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False, inp
         raise Failure(CHECKPOINT, f"cannot build the network of a checkpoint ({path}: {info['model']})",
                       "use the version of this project that wrote it") from failure
     if mismatch := _load_state(net, weights):
+        theirs = _classes_of(net, weights) if info.get("imported") else None
+        if theirs not in (None, len(info["classes"])):
+            raise Failure(CHECKPOINT, f"the teacher has {theirs} classes, the data {len(info['classes'])} ({path})",
+                          "choose the --dataset or --data-dir of its training, or fine-tune it first: python train_teacher.py "
+                          f"--model {info['model']} --init {path}")
         remedy = "name its network with --teacher" if info.get("imported") else "restore the file from a copy or make it again"
         raise Failure(CHECKPOINT, f"these weights are not a {info['model']} ({path}: {mismatch})", remedy)
     size = parameters(net)

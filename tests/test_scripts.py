@@ -172,7 +172,7 @@ BAD = [  # what is wrong, script, flags, exit code, words of the line
     ("Triton without a GPU", "distill", "--kernels triton", 2, ["--kernels triton"]),
     ("teacher is text", "distill", "--teacher-checkpoint text.pt", 5, ["text.pt"]),
     ("teacher is the state of a run", "distill", "--teacher-checkpoint runs/teacher/last.pt", 5, ["last.pt", "best.pt"]),
-    ("teacher of other classes", "distill other", TEACHER, 2, ["6 and 2; number 0"]),
+    ("teacher of other classes", "distill other", TEACHER, 2, ["best.pt: 6 classes, the data 2; number 0"]),
     ("teacher less accurate than it says", "distill", "--teacher-checkpoint lying.pt", 2, ["99.90 %"]),
     ("unknown student", "distill", "--student resnet9", 2, ["resnet9"]),
     ("unknown model", "train", "--model resnet9", 2, ["resnet9"]),
@@ -263,7 +263,7 @@ def test_a_dry_run_with_a_teacher_gives_advice_that_does_what_it_says(here, caps
     out = distill(capsys, f"--method kd --clip-grad 0 {flags}")[1]
     assert re.search(r"--alpha [\d.]+ --ce-weight 0.3: makes the gradient of KL", out) and "(now off)" in out
     code, _, err = distill(capsys, f"--method kd {flags}", data="other")
-    assert code == 2 and "6 and 2; number 0" in err and err.count("\n") == 1
+    assert code == 2 and "6 classes, the data 2; number 0" in err and err.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles and takes no CPU tensors")

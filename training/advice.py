@@ -16,7 +16,6 @@ from diagnostics.gradients import Diagnostics
 from losses.cross_entropy import class_weights_of
 from training.device import RunContext, global_batch_size
 from training.distributed import Ranks
-from training.evaluation import check_classes
 from training.optimization import StepResult
 
 BATCHES = 8
@@ -37,7 +36,6 @@ def advise(args, method, context: RunContext) -> list[str]:
     teacher = models.load_teachers(
         checkpoints, data, args.image_size or data.image_size, args.teacher_mean, args.teacher_std,
         temperature=method.hyperparameters.get("temperature", 1.0), device=context.device, dtype=context.dtype)
-    check_classes(teacher.info, data)
     batch_size = global_batch_size(args.batch_size, data, context)
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,
                                batch_size=batch_size)
