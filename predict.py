@@ -63,7 +63,7 @@ def main(args):
         write_atomic(args.output, pictures.contact_sheet(cells, height=1.25))
         print(f"{args.output}: {len(cells)} of {count} images", file=sys.stderr)
     if unreadable or not count:
-        counts = f"{len(unreadable)} of {len(unreadable) + count} images could not be read"
+        counts = f"{len(unreadable)} of {len(unreadable) + count} images could not be read" if unreadable else "no images"
         reason = f": {unreadable[args.images]}" if args.images in unreadable else ""
         raise errors.Failure(errors.DATA, f"{counts} ({args.images}{reason})", "replace unreadable files, or check the path")
 

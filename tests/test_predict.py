@@ -189,7 +189,7 @@ BAD = [  # what is wrong, arguments, exit code, words of the line
     ("an exported file that its runtime refuses", "refused.pt2 images", 5, ["refused.pt2", "export it again"]),
     ("no such image", "run/best.pt nowhere.png", 4, ["nowhere.png: No such file"]),
     ("an image that is text", "run/best.pt text.pt", 4, ["text.pt: not an image"]),
-    ("an empty folder", "run/best.pt empty", 4, ["empty"]),
+    ("an empty folder", "run/best.pt empty", 4, ["no images (empty)"]),
     ("no classes at all", "run/best.pt images --top 0", 2, ["--top"]),
     ("a sheet that cannot be written", "run/best.pt images/test/class0 --output /proc/nothing/a.png", 8, ["/proc/nothing"]),
 ]
