@@ -16,17 +16,18 @@ from rundir import errors
 BATCH, MAX_SHEET = 64, 96  # images in a batch and on the contact sheet
 
 
-def batches(paths, stored_size: int, unreadable: list):
-    """(paths, images uint8 (N, side, side, 3)) of consecutive images of one size; unreadable paths are added to `unreadable`."""
+def batches(source: str, stored_size: int, unreadable: dict):
+    """(paths, images uint8 (N, side, side, 3)) of consecutive images of one size; `unreadable` gets path and reason of others."""
     import numpy as np
 
     from data import pictures
     batch = []
-    for path in paths:
+    for path in pictures.image_paths(source):
         image, reason = pictures.read(path, stored_size)
         if reason:
-            print(f"skipped: {path} ({reason})", file=sys.stderr)
-            unreadable.append(path)
+            unreadable[path] = reason
+            if path != source:
+                print(f"skipped: {path} ({reason})", file=sys.stderr)
         else:
             if batch and (len(batch) == BATCH or batch[0][1].shape != image.shape):
                 yield [path for path, _ in batch], np.stack([image for _, image in batch])
@@ -42,13 +43,13 @@ def main(args):
     from rundir.files import write_atomic
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="surrogateescape")  # file names may be arbitrary bytes
-    model, unreadable, cells, count = runtime.load(args.model), [], [], 0
+    model, unreadable, cells, count = runtime.load(args.model), {}, [], 0
     classes = model.metadata["classes"]
     table = csv.writer(sys.stdout, lineterminator="\n")
     if args.csv:
         table.writerow(["path", "rank", "class", "probability"])
     stored_size = model.metadata.get("stored_size", model.metadata["image_size"])  # older files have none
-    for paths, images in batches(pictures.image_paths(args.images), stored_size, unreadable):
+    for paths, images in batches(args.images, stored_size, unreadable):
         for path, image, row in zip(paths, images, model(images)[0]):
             best = [(classes[index], row[index]) for index in row.argsort()[::-1][:args.top]]
             if args.csv:
@@ -62,8 +63,9 @@ def main(args):
         write_atomic(args.output, pictures.contact_sheet(cells, height=1.25))
         print(f"{args.output}: {len(cells)} of {count} images", file=sys.stderr)
     if unreadable or not count:
-        counts = f"{len(unreadable)} of {len(unreadable) + count} images could not be read"
-        raise errors.Failure(errors.DATA, f"{counts} ({args.images})", "replace the files listed above, or check the path")
+        counts = f"{len(unreadable)} of {len(unreadable) + count} images could not be read" if unreadable else "no images"
+        reason = f": {unreadable[args.images]}" if args.images in unreadable else ""
+        raise errors.Failure(errors.DATA, f"{counts} ({args.images}{reason})", "replace unreadable files, or check the path")
 
 
 if __name__ == "__main__":

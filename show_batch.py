@@ -4,6 +4,7 @@
     python show_batch.py --dataset synthetic --policy none            synthetic data; only Mixup/CutMix and erasing
     python show_batch.py --mix-mode elem --epoch 7 --step 3           Mixup/CutMix per image; any batch of any epoch
     python show_batch.py --dataset imagefolder --data-dir photos --image-size 224    windows of photographs, resized
+    python show_batch.py --config runs/x/config.json                  a batch of this run
 
 With the flags and the seed of a training run, the batch is identical to that of the run.
 """

@@ -14,8 +14,8 @@ def add_flag(add) -> None:
     add("--config", metavar="FILE", help="config.json of a run: its flags are the defaults, and flags take precedence")
 
 
-def flags_of(parser, argv, script: str) -> dict:
-    """The flags in the file of --config that `parser` knows; {} without it.
+def flags_of(parser, argv, *scripts: str) -> dict:
+    """The flags in the file of --config, of a run of one of `scripts`, that `parser` knows; {} without it.
 
     If --method is another one than that of the file, the hyperparameters of the file's method are left out.
     """
@@ -29,8 +29,10 @@ def flags_of(parser, argv, script: str) -> dict:
         config = read_json(Path(given.config))
     except Failure as failure:
         parser.error(str(failure))
-    if config is None or config.get("script") != script:
-        parser.error(f"not the config.json of a run of {script}.py ({given.config})")
+    if config is None:
+        parser.error(f"no such file (--config {given.config})")
+    if config.get("script") not in scripts:
+        parser.error(f"not the config.json of a run of {' or '.join(scripts)} ({given.config})")
     of_method = HYPERPARAMETERS if given.method not in (None, config.get("method")) else set()
     known = {action.dest for action in parser._actions} - LEFT_OUT - of_method
     return {name: value for name, value in config.items() if name in known}

@@ -15,12 +15,13 @@ POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "
 CROPS = ("pad", "resized")
 LARGE = 64  # pixels: larger images of folders are taken for photographs
 DEFAULT = "default: %(default)s"
+STUDY_TEACHERS = ("runs/teacher/best.pt", "runs/teacher-strong/best.pt")  # the default, and that of v4
 EXPERIMENTS = {
     "v1": {"method": "kd", "policy": "none", "random_erasing": 0.0},
     "v2": {"method": "kd"},
     "v3": {"method": "dkd", "beta": 8.0},
     "v3.1": {"method": "dkd", "beta": 2.0},
-    "v4": {"method": "kd", "teacher_checkpoint": "runs/teacher-strong/best.pt"},
+    "v4": {"method": "kd", "teacher_checkpoint": STUDY_TEACHERS[1]},
 }
 
 
@@ -156,7 +157,7 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     add = parser.add_argument_group("distillation").add_argument
     add("--experiment", choices=EXPERIMENTS, help="a preset of the study; flags take precedence")
     add("--method", choices=METHODS, default="kd", help=DEFAULT)
-    add("--teacher-checkpoint", type=nonempty, nargs="+", default="runs/teacher/best.pt", metavar="PATH",
+    add("--teacher-checkpoint", type=nonempty, nargs="+", default=STUDY_TEACHERS[0], metavar="PATH",
         help="a best.pt, or weights of another project; of several, the mean probabilities; " + DEFAULT)
     add("--teacher", type=nonempty, nargs="+", metavar="NAME",
         help="its network, for weights of another project, or one for each; default: by the tensors")
@@ -196,6 +197,7 @@ def parse_show(description, usage_lines, argv=None):
     data_flags(parser)
     augmentation_flags(parser)
     add = parser.add_argument_group("batch and output").add_argument
+    config_file.add_flag(add)
     batch_size_flag(add, default=128)
     add("--images", type=count, default=32, metavar="N", help="number of images to draw; " + DEFAULT)
     add("--epoch", type=count, default=1, metavar="N", help=DEFAULT)
@@ -204,6 +206,7 @@ def parse_show(description, usage_lines, argv=None):
     device_flags(add)
     add("--output", type=png, default="batch.png", metavar="FILE", help=DEFAULT)
     debug_flag(add)
+    parser.set_defaults(**config_file.flags_of(parser, argv, "distill", "train_teacher"))
     args = parser.parse_args(argv)
     fill_in_augmentation(parser, args)
     return args

@@ -102,20 +102,21 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, crop="pad",
         if missing := [name for name, count in zip(source.classes, counts) if not count]:
             notes.append(f"no {split} images of {len(missing)} of {len(counts)} classes: {', '.join(missing[:10])}"
                          + ", ..." * (len(missing) > 10))
-        if count := shared(images, train):
-            notes.append(f"{count} of {len(images.labels)} {split} images are also training images, pixel by pixel")
+        for other, known in {"training": train, "test": test}.items():
+            if images is not known and (count := shared(images, known)):
+                notes.append(f"{count} of {len(images.labels)} {split} images are also {other} images, pixel by pixel")
     uploaded = upload([train, test] if val is test else [train, test, val], torch.device(device))
     return Dataset(name, uploaded[0], uploaded[-1], uploaded[1], source.classes, mean, std, selected_on, sha256, notes,
                    source.unreadable)
 
 
-def shared(images: Split, training: Split) -> int:
-    """How many of the images are training images, too."""
+def shared(images: Split, others: Split) -> int:
+    """How many of the images are among the others, too."""
     step = max(1, images.images[0].numel() // 64) if len(images.labels) else 1
-    samples = [[row.tobytes() for row in split.images.flatten(1)[:, ::step].numpy()] for split in (images, training)]
+    samples = [[row.tobytes() for row in split.images.flatten(1)[:, ::step].numpy()] for split in (images, others)]
     alike = set(samples[0]) & set(samples[1])  # candidates, which are few in most data sets
     ours, theirs = ([row.numpy().tobytes() for row, sample in zip(split.images, each) if sample in alike]
-                    for split, each in zip((images, training), samples))
+                    for split, each in zip((images, others), samples))
     known = set(theirs)
     return sum(row in known for row in ours)
 

@@ -9,10 +9,10 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data import layout, pictures
@@ -58,9 +58,11 @@ def imagefolder(data_dir: Path, image_size, unreadable: str, allow_empty_classes
     paths = [path for images in found.splits.values() for _, path in images]
     prefix = f".fusekd-{data_dir.name}-" if data_dir != found.root else ".fusekd-cache-"
     decoded = read_images(found.root / prefix, found, paths, image_size)
-    if decoded.unreadable and unreadable == "stop":
-        raise Unreadable(decoded.unreadable, len(paths))
-    skipped = {path for path, _ in decoded.unreadable}
+    failed = [(path, f"{reason}, line {found.lines[path]} of {data_dir.name}" if path in found.lines else reason)
+              for path, reason in decoded.unreadable]
+    if failed and unreadable == "stop":
+        raise Unreadable(failed, len(paths))
+    skipped = {path for path, _ in failed}
     label_of = {name: label for label, name in enumerate(found.classes)}
     labels = [[label_of[name] for name, path in images if path not in skipped] for images in found.splits.values()]
     splits = {split: Split(images, torch.tensor(part, dtype=torch.int64)) for split, images, part
@@ -72,17 +74,20 @@ def imagefolder(data_dir: Path, image_size, unreadable: str, allow_empty_classes
     left_out = [f"{len(skipped)} of {len(paths)} images cannot be read, left out"] if skipped else []
     notes = [*found.notes, *left_out, *(f"{count} of {len(paths)} images {kind}" for kind, count in decoded.notes.items())]
     return Source(splits["train"], splits.get("test"), found.classes, val=splits.get("val"), notes=notes,
-                  unreadable=decoded.unreadable)
+                  unreadable=failed)
 
 
 def read_images(prefix: Path, found: layout.Layout, paths: list[str], image_size) -> Decoded:
     """The images at `paths`, from the cache that begins with `prefix` if sizes and times of the files are unchanged."""
-    listing = hashlib.sha256(CACHE_VERSION)
+    listing, path_of = hashlib.sha256(CACHE_VERSION), {}
     for split, images in found.splits.items():
         for name, path in images:
-            file = os.stat(path)
-            where = os.path.relpath(path, found.root)
-            listing.update(os.fsencode(f"{split}\0{name}\0{where}\0{file.st_size}\0{file.st_mtime_ns}\0"))
+            where, size_and_time = os.path.relpath(path, found.root), ""
+            path_of[where] = path
+            with suppress(OSError):  # a missing file is unreadable
+                file = os.stat(path)
+                size_and_time = f"{file.st_size}\0{file.st_mtime_ns}"
+            listing.update(os.fsencode(f"{split}\0{name}\0{where}\0{size_and_time}\0"))
     key = f"{prefix.name}{listing.hexdigest()[:16]}"
     native, resized = prefix.with_name(f"{key}.pt"), prefix.with_name(f"{key}-{image_size}.pt")
     for cache in (native, resized):
@@ -91,7 +96,7 @@ def read_images(prefix: Path, found: layout.Layout, paths: list[str], image_size
             if decoded is None:
                 print(f"the cache is damaged, so the images are decoded again ({cache})")
             elif cache == resized or image_size is None or decoded.images.shape[1] <= image_size:
-                decoded.unreadable = [(os.path.join(found.root, path), reason) for path, reason in decoded.unreadable]
+                decoded.unreadable = [(path_of[where], reason) for where, reason in decoded.unreadable]
                 return decoded
     decoded = decode(paths, image_size)
     relative = [(os.path.relpath(path, found.root), reason) for path, reason in decoded.unreadable]
@@ -157,8 +162,7 @@ def common_side(paths: list[str], image_size) -> tuple[int, bool, int]:
         if size:
             first_with.setdefault(size, path)
     if not first_with:
-        nowhere = np.empty((1, 1, 3), np.uint8)
-        raise Unreadable([(path, pictures.decode_into(nowhere, path)[0] or "unreadable header") for path in paths], len(paths))
+        return 1, True, 1  # no image can be decoded
     width, height = next(iter(first_with))
     largest = max(max(first_with))
     if len(first_with) == 1 and width == height and (image_size is None or width <= image_size):

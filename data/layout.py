@@ -27,11 +27,12 @@ Labelled = list[tuple[str, str]]  # class and path of each image, sorted
 
 
 class Layout(NamedTuple):
-    """The images by split, "train" first.  root: folder of the cache.  notes: lines for the user."""
+    """The images by split, "train" first.  root: folder of the cache.  notes: lines for the user.  lines: of a CSV, by path."""
     root: Path
     classes: list[str]
     splits: dict[str, Labelled]
     notes: list[str]
+    lines: dict[str, int]
 
 
 def find(data_dir: Path, allow_empty: bool) -> Layout:
@@ -40,7 +41,8 @@ def find(data_dir: Path, allow_empty: bool) -> Layout:
     Failure DATA: no such folder or file, or a layout that is not one of the above.
     """
     if data_dir.suffix == ".csv" and data_dir.is_file():
-        return matched(data_dir.parent, read_table(data_dir), [], Counter())
+        splits, lines = read_table(data_dir)
+        return matched(data_dir.parent, splits, [], Counter(), lines)
     if not data_dir.is_dir():
         raise Failure(DATA, f"no such folder ({data_dir})",
                       "--data-dir names one that holds train/CLASS/* and test/CLASS/*, or CLASS/* alone, or a CSV file")
@@ -63,21 +65,21 @@ def find(data_dir: Path, allow_empty: bool) -> Layout:
                             f"({folders['train'] / empty[0]}{has})", "add images, remove it, or use --allow-empty-classes")
     if empty:
         notes.append(f"classes without training images, left out: {', '.join(empty)}")
-    return matched(data_dir, splits, notes, left_out)
+    return matched(data_dir, splits, notes, left_out, {})
 
 
 def native_side(data_dir) -> int:
     """The longer side in pixels of the first readable image below a folder or in a CSV file; 0 without one."""
     data_dir = Path(data_dir)
     try:
-        paths = (path for images in read_table(data_dir).values() for _, path in images) if data_dir.is_file() else (
+        paths = (path for images in read_table(data_dir)[0].values() for _, path in images) if data_dir.is_file() else (
             image_files(data_dir, Counter()))
         return max(next(filter(None, map(size_of, paths)), (0, 0)))
     except (OSError, Failure):  # `find` names it
         return 0
 
 
-def matched(root: Path, splits: dict[str, Labelled], notes: list[str], left_out: Counter) -> Layout:
+def matched(root: Path, splits: dict[str, Labelled], notes: list[str], left_out: Counter, lines: dict[str, int]) -> Layout:
     """The layout of these splits, whose classes are those of "train"."""
     classes = sorted({name for name, _ in splits["train"]})
     if len(classes) < 2:
@@ -92,7 +94,8 @@ def matched(root: Path, splits: dict[str, Labelled], notes: list[str], left_out:
                           "add some, or remove it from the other splits")
     if left_out:
         notes.append(f"left out: {counted(left_out)}")
-    return Layout(root, classes, {split: sorted(splits[split]) for split in ("train", "val", "test") if split in splits}, notes)
+    return Layout(root, classes, {split: sorted(splits[split]) for split in ("train", "val", "test") if split in splits},
+                  notes, lines)
 
 
 def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
@@ -145,16 +148,19 @@ def read_classes(folder: Path, names: list[str], left_out: Counter) -> tuple[Lab
     return images, empty
 
 
-def read_table(file: Path) -> dict[str, Labelled]:
-    """The images of a CSV file; without a column `split` all are for training."""
+def read_table(file: Path) -> tuple[dict[str, Labelled], dict[str, int]]:
+    """The images of a CSV file, without a column `split` all for training, and the line of each path."""
     splits: dict[str, Labelled] = {"train": []}
+    lines: dict[str, int] = {}
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
-            rows, seen = csv.DictReader(stream, skipinitialspace=True), set()
-            columns = [name for name in ("path", "label", "split") if name in (rows.fieldnames or [])]
+            rows = csv.DictReader(stream, skipinitialspace=True)
+            header = ",".join(rows.fieldnames or [])
+            rows.fieldnames = names = [name.strip().lower() for name in rows.fieldnames or []]
+            columns = [name for name in ("path", "label", "split") if name in names]
             if columns[:2] != ["path", "label"]:
-                raise Failure(DATA, f"no columns path and label ({file}: {','.join(rows.fieldnames or [])})",
-                              "name them in its first line")
+                raise Failure(DATA, f"no columns path and label ({file}: the first line is {header})",
+                              "make it path,label or path,label,split, separated by commas")
             for row in rows:
                 path, label, *split_name = (row[name] for name in columns)
                 split = SPLITS.get((split_name[0] or "").strip().lower()) if split_name else "train"
@@ -162,10 +168,11 @@ def read_table(file: Path) -> dict[str, Labelled]:
                 if not (path and label and label.strip() and split):
                     raise Failure(DATA, f"incomplete or unknown value ({where})",
                                   "give each row a path, a label, and a split of train, val or test")
-                if path in seen:
+                path = str(file.parent / path)
+                if path in lines:
                     raise Failure(DATA, f"a path that was there before ({where})", "keep one row for each image")
-                seen.add(path)
-                splits.setdefault(split, []).append((label.strip(), str(file.parent / path)))
+                lines[path] = rows.line_num
+                splits.setdefault(split, []).append((label.strip(), path))
     except (csv.Error, UnicodeDecodeError) as failure:
         raise Failure(DATA, f"not a CSV file in UTF-8 ({file}: {failure})", "save it as one") from failure
-    return splits
+    return splits, lines

@@ -8,7 +8,6 @@ from torch import nn
 
 from models.foreign import complete
 from models.weights import load, read_teacher
-from rundir.errors import USAGE, Failure
 from rundir.identity import listed, unlisted
 
 BETWEEN = " + "  # the names of several networks
@@ -20,19 +19,14 @@ class Ensemble(nn.Module):
     Probabilities are averaged, not logits (Hinton et al. 2015, arXiv 1503.02531, section 1, allow either mean).  The mean of
     logits is the geometric mean of the probabilities, in which one teacher that is confident and wrong vetoes a class.  With
     the arithmetic mean, the gradient of KL(teacher || student) is the mean of those for each teacher.
-    teachers: from `load`.  temperature: T, of the method.  `info` and `size`: as from `load`, the latter of all teachers.
-    Failure USAGE: their classes differ.
+    teachers: from `load`, of the same classes.  temperature: T, of the method.  `info` and `size`: as from `load`, the latter
+    of all teachers.
     """
 
     def __init__(self, teachers, temperature: float):
         super().__init__()
         self.teachers, self.temperature = nn.ModuleList(teachers), temperature
-        infos = [each.info for each in teachers]
-        for info in infos:
-            if list(info["classes"]) != list(infos[0]["classes"]):
-                both = f"{infos[0]['model']} has {len(infos[0]['classes'])}, {info['model']} {len(info['classes'])}"
-                raise Failure(USAGE, f"the teachers have different classes ({both})", "choose teachers of the same data")
-        self.info = {"model": BETWEEN.join(info["model"] for info in infos), "classes": infos[0]["classes"]}
+        self.info = {"model": BETWEEN.join(each.info["model"] for each in teachers), "classes": teachers[0].info["classes"]}
         self.size = sum(each.size for each in teachers)
 
     def forward(self, images):
@@ -51,6 +45,7 @@ def load_teachers(checkpoints, data, image_size: int, mean, std, *, temperature:
     """The network of one checkpoint of `read_teachers`, or the Ensemble of several, for images normalised as `data`.
 
     image_size, mean, std: as in `complete`.  temperature: of Ensemble.  device, dtype, folded: as in `load`.
+    Failure: as in `complete` and `load`.
     """
     teachers = [load(complete(each, data, image_size, mean, std), device, dtype, folded=folded, inputs=(data.mean, data.std))
                 for each in checkpoints]

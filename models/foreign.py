@@ -11,7 +11,7 @@ import torch
 
 from models.cifar_networks import NETWORKS
 from models.networks import build
-from rundir.errors import CHECKPOINT, Failure
+from rundir.errors import CHECKPOINT, USAGE, Failure
 
 # The names under which files hold a state_dict; the first that is there counts.
 ENTRIES = ("state_dict_ema", "state_dict", "model", "net", "model_state_dict")
@@ -20,12 +20,14 @@ STUDENT = "student."  # of one of two networks in a file
 COUNTER = "num_batches_tracked"  # of BatchNorm, which files of torch before 0.4.1 lack and inference does not use
 
 
-def tensors(content) -> Mapping[str, torch.Tensor] | None:
-    """The state_dict in the content of a file, without prefixes; None if there is none."""
+def tensors(content, path, code: int = CHECKPOINT) -> Mapping[str, torch.Tensor]:
+    """The state_dict in the content of a file, without prefixes.  Failure `code`: there is none."""
     entries = content if isinstance(content, Mapping) else {}
     state = next((entries[key] for key in ENTRIES if isinstance(entries.get(key), Mapping)), entries)
     if not state or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
-        return None
+        found = f"its keys are {', '.join(map(str, list(entries)[:5]))}" if entries else f"it is of type {type(content).__name__}"
+        raise Failure(code, f"no weights in the file ({path}: {found})",
+                      f"save the state_dict of a network alone, or in a dictionary under {' or '.join(ENTRIES)}")
     while prefix := next((each for each in PREFIXES if all(key.startswith(each) for key in state)),
                          STUDENT if any(key.startswith(STUDENT) for key in state) else None):
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -68,6 +70,14 @@ def complete(checkpoint: dict, data, image_size: int, mean=None, std=None) -> di
     """A checkpoint from models.read with the metadata of `data` where it has none.
 
     mean, std: of the images that the network was trained on, in place of those in the file.
+    Failure USAGE: its classes are not those of the data.
     """
+    theirs, ours = (list(classes) for classes in (checkpoint.get("classes", data.classes), data.classes))
+    if theirs != ours:
+        place, pair = next((place, pair) for place, pair in enumerate(zip_longest(theirs, ours)) if len(set(pair)) > 1)
+        their, our = ("none" if name is None else repr(name) for name in pair)
+        raise Failure(USAGE, f"the teacher's classes are not those of the data ({checkpoint['path']}: {len(theirs)} classes, the "
+                             f"data {len(ours)}; number {place} is {their}, in the data {our})",
+                      "choose the --dataset or --data-dir of its training, or a --teacher-checkpoint of these classes")
     missing = {"classes": data.classes, "image_size": image_size, "mean": data.mean, "std": data.std, "dataset": data.name}
     return missing | checkpoint | {name: value for name, value in (("mean", mean), ("std", std)) if value}

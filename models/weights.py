@@ -35,7 +35,7 @@ def initialise(net, name: str, *, pretrained: bool = False, init=None) -> str | 
     head, sha256 = _head_keys(net), None
     if init is not None:
         content, sha256 = checkpoint.read_tensors(init, DATA)
-        state = foreign.tensors(content)
+        state = foreign.tensors(content, init, DATA)
         if _load_state(net, state) and (mismatch := _load_state(net, state, head)):
             raise Failure(DATA, f"these weights are not a {name} ({init}: {mismatch})", "name the weights of the same network")
     elif pretrained:
@@ -67,6 +67,15 @@ def _load_state(net, weights, skip=frozenset()) -> str | None:
     if why is None:
         return _load_by_name(net, renamed, skip)
     return mismatch if weights.keys() & net.state_dict().keys() else why
+
+
+def _classes_of(net, weights) -> int | None:
+    """The number of classes of `weights`; None if they do not fit `net` even without the head, or have none."""
+    head = _head_keys(net)
+    if _load_state(net, weights, head):
+        return None
+    layer = (foreign.in_order(net, weights, head)[0] or weights).get(max(head))  # its weight, after its bias
+    return None if layer is None else len(layer)
 
 
 def _load_by_name(net, weights, skip) -> str | None:
@@ -177,8 +186,7 @@ def read_teacher(path, network: str | None = None) -> dict:
         if network not in (None, content["model"]):
             raise Failure(CHECKPOINT, f"these weights are not a {network} ({path}: {content['model']})", "leave out --teacher")
         return finite(content, path)
-    if (state := foreign.tensors(content)) is None:
-        raise Failure(CHECKPOINT, f"no weights in the file ({path})", "name a file with the state_dict of a network")
+    state = foreign.tensors(content, path)
     network = network or foreign.network_of(state, path)
     inputs = timm_networks.inputs(network) if is_timm(network) else {}
     imported = {"model": network, "state_dict": state, "test_acc1": None, "amp": "off", "imported": True, "sha256": sha256}
@@ -228,6 +236,11 @@ def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False, inp
         raise Failure(CHECKPOINT, f"cannot build the network of a checkpoint ({path}: {info['model']})",
                       "use the version of this project that wrote it") from failure
     if mismatch := _load_state(net, weights):
+        theirs = _classes_of(net, weights) if info.get("imported") else None
+        if theirs not in (None, len(info["classes"])):
+            raise Failure(CHECKPOINT, f"the teacher has {theirs} classes, the data {len(info['classes'])} ({path})",
+                          "choose the --dataset or --data-dir of its training, or fine-tune it first: python train_teacher.py "
+                          f"--model {info['model']} --init {path}")
         remedy = "name its network with --teacher" if info.get("imported") else "restore the file from a copy or make it again"
         raise Failure(CHECKPOINT, f"these weights are not a {info['model']} ({path}: {mismatch})", remedy)
     size = parameters(net)

@@ -104,7 +104,7 @@ def test_every_network_of_ours_is_told_apart():
     assert not [names for names in seen.values() if len(names) > 1]
 
 
-@pytest.mark.parametrize("case", ["missing", "more", "shape", "kind", "empty", "not weights", "classes", "NaN"])
+@pytest.mark.parametrize("case", ["missing", "more", "shape", "kind", "empty", "not weights", "head", "classes", "NaN"])
 def test_what_does_not_fit_is_named(net, tmp_path, case):
     path, weights = tmp_path / "bad.pth", other_names(net.state_dict())
     first, words = next(iter(weights)), []
@@ -129,6 +129,9 @@ def test_what_does_not_fit_is_named(net, tmp_path, case):
         weights = {}
     elif case == "not weights":
         weights = {"model": "resnet8"}
+    elif case == "classes":
+        weights |= {key: torch.zeros(7, *tensor.shape[1:]) for key, tensor in weights.items() if tensor.shape[:1] == (10,)}
+        words = ["7 classes, the data 10", f"train_teacher.py --model resnet8 --init {path}"]
     else:
         last = list(weights)[-1]
         weights[last] = torch.zeros(7)
@@ -136,6 +139,13 @@ def test_what_does_not_fit_is_named(net, tmp_path, case):
     torch.save(weights, path)
     with fails(CHECKPOINT, path, *words):
         teacher(path)
+
+
+@pytest.mark.parametrize("classes, words", [([*DATA.classes[:9], "x"], "10 classes, the data 10; number 9 is 'x', in the data"),
+                                            (DATA.classes[:3], "3 classes, the data 10; number 3 is none, in the data")])
+def test_other_classes_are_named(classes, words):
+    with fails(USAGE, f"t.pt: {words}"):
+        models.complete({"classes": classes, "path": "t.pt"}, DATA, 32)
 
 
 class Touch:

@@ -1,6 +1,7 @@
 """Folders as people have them: splits and classes are found by name, and what is left out is said."""
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,8 +173,9 @@ def test_a_wrong_layout_is_named(plain, case):
 
 @pytest.mark.parametrize("text, words", [
     ("file,class\na.png,ant\n", ["path and label", "file,class"]), ("", ["path and label"]),
+    ("Path;Label\na.png;ant\n", ["path and label", "Path;Label", "commas"]),
     ("path,label\na.png,ant\nb.png,\n", ["line 3"]), ("path,label,split\na.png,ant,holdout\n", ["line 2"]),
-    ("path,label\ngone.png,ant\nalso.png,bee\n", ["gone.png"]), ("path,label\na.png,\xe9\n", ["UTF-8"]),
+    ("path,label\ngone.png,ant\nalso.png,bee\n", ["gone.png", "line 2 of all.csv"]), ("path,label\na.png,\xe9\n", ["UTF-8"]),
     ("path,label\na.png,ant\n", ["fewer than two classes"]), ("path,label\na.png,ant\na.png,bee\n", ["line 3: a.png,bee"])])
 def test_a_wrong_table_is_named(tmp_path, text, words):
     (tmp_path / "all.csv").write_bytes(text.encode("latin1"))
@@ -185,7 +187,11 @@ def test_images_of_both_splits_are_counted(plain):
     assert not any("also training images" in note for note in load_folder(plain)[0].notes)
     for k, source in enumerate(sorted((plain / "train" / "ant").iterdir())[:2]):
         shutil.copy(source, plain / "test" / "cat" / f"copy{k}.png")
-    assert "2 of 9 test images are also training images, pixel by pixel" in load_folder(plain, val_size=0)[0].notes
+    folder(plain / "val", ant=1, bee=1, cat=1)
+    shutil.copytree(plain / "test" / "cat", plain / "val" / "cat", dirs_exist_ok=True)  # of four images, two are for training
+    counts = "2 of 9 test", "2 of 6 validation", "4 of 6 validation"
+    assert load_folder(plain)[0].notes == [f"{count} images are also {other} images, pixel by pixel"
+                                           for count, other in zip(counts, ("training", "training", "test"))]
 
 
 def test_converted_images_are_counted(plain):
@@ -218,6 +224,20 @@ def test_unreadable_files_are_skipped_on_request_and_listed(damaged):
     for path, _ in loaded.unreadable:
         os.unlink(path)
     assert pixels(load_folder(damaged, val_size=4)[0]) == pixels(loaded)
+
+
+def test_rows_of_a_table_without_a_readable_file_are_skipped_on_request(damaged, monkeypatch):
+    """Paths are absolute or relative, the columns capitalised, and the table in the working directory; and from the cache."""
+    monkeypatch.chdir(damaged)
+    paths = sorted((damaged / "train").rglob("*.png"))
+    for written in (paths, [f"test/../{path.relative_to(damaged)}" for path in paths]):
+        rows = [f"{place}, {path.parent.name}" for place, path in zip(written, paths)]
+        Path("all.csv").write_text("\n".join(["Path, LABEL", "gone.png, bee", *rows]))
+        with fails(4, "3 of 23", "gone.png", "line 2 of all.csv", "zz.png", "line 12 of all.csv"):
+            load_folder("all.csv")
+        loaded = [load_folder("all.csv", val_size=2, unreadable="skip")[0] for _ in range(2)]
+        assert loaded[0].unreadable == loaded[1].unreadable and pixels(loaded[0]) == pixels(loaded[1])
+        assert {reason.rpartition(", ")[2] for _, reason in loaded[0].unreadable} == {f"line {k} of all.csv" for k in (2, 12, 19)}
 
 
 def test_a_class_whose_files_are_all_unreadable(damaged):

@@ -16,7 +16,7 @@ from helpers import fails
 from torch import nn
 
 import models
-from models import cifar_networks
+from models import cifar_networks, foreign
 from rundir import checkpoint
 from rundir.errors import CHECKPOINT, DATA, USAGE
 
@@ -195,16 +195,18 @@ def test_init_refuses_other_networks(tmp_path):
 
     def attempt(content, *words):
         torch.save(content, path)
-        with fails(DATA, f"resnet14 ({path}: ", *words):
+        with fails(DATA, f"({path}: ", *words):
             models.initialise(net, "resnet14", init=path)
 
-    attempt(models.build("resnet8", 10).state_dict(), "features.2.conv1.weight", "[32, 16, 3, 3]", "[16, 16, 3, 3]")
+    attempt(models.build("resnet8", 10).state_dict(), "resnet14", "features.2.conv1.weight", "[32, 16, 3, 3]", "[16, 16, 3, 3]")
     attempt(models.build("resnet18", 10).state_dict(), "conv1.weight (64, 3, 7, 7) in place of features.0.0.weight (16, 3, 3, 3)")
     attempt(state | {"extra": torch.zeros(1)}, "extra is unexpected")
     attempt({key: state[key] for key in state if key != "features.1.conv1.weight"}, "features.1.conv1.weight is missing")
     attempt(state | {"features.0.0.weight": torch.zeros(16, 3, 5, 5)}, "features.0.0.weight", "[16, 3, 5, 5]")
-    for nothing in (state | {"features.0.0.weight": "a string"}, 7, [state], {}, {"state_dict": None}, {3: torch.zeros(1)}):
-        attempt(nothing, "no weights in it")
+    for nothing, found in ((state | {"features.0.0.weight": "text"}, "features.0.0.weight"), (7, "int"),
+                           ([state], "list"), ({}, "dict"), ({"state_dict": None}, "keys are state_dict"),
+                           ({3: torch.zeros(1)}, "keys are 3"), ({"weights": state, "x": 1}, "keys are weights, x")):
+        attempt(nothing, "no weights", found, *foreign.ENTRIES)
 
 
 def test_init_refuses_damaged_and_evil_files(tmp_path):

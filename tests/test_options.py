@@ -208,8 +208,11 @@ def test_flags_of_another_run_are_defaults(tmp_path, capsys):
     assert (same.beta, same.lr, same.seed, same.epochs, same.device) == (2.0, 0.1, 7, 9, "auto")
     assert same.output == "runs/dkd-beta2-T4-s7" and same.teacher == "resnet8"
     assert (other.lr, other.alpha, other.beta, other.seed) == (0.2, 0.7, None, 7), "hyperparameters are those of the method"
-    for parse, path in ((teacher, file), (distill, tmp_path / "nothing.json"), (distill, tmp_path)):
+    shown = options.parse_show("", "", ["--config", str(file), "--epoch", "3"])
+    assert (shown.seed, shown.batch_size, shown.epoch, shown.crop, shown.output) == (7, 128, 3, "pad", "batch.png")
+    for parse, path, words in ((teacher, file, "train_teacher"), (distill, tmp_path / "nothing.json", "no such file"),
+                               (distill, tmp_path, "directory")):
         with pytest.raises(SystemExit) as stop:
             parse("--config", str(path))
         err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count("\n") == 1 and str(path) in err
+        assert stop.value.code == 2 and err.count("\n") == 1 and str(path) in err and words in err

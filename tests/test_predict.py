@@ -187,7 +187,9 @@ BAD = [  # what is wrong, arguments, exit code, words of the line
     ("a description that is none", "wrong.pt2 images", 5, ["wrong.pt2.json", "classes"]),
     ("an exported file that was damaged", "damaged.pt2 images", 5, ["damaged.pt2", "SHA-256"]),
     ("an exported file that its runtime refuses", "refused.pt2 images", 5, ["refused.pt2", "export it again"]),
-    ("an empty folder", "run/best.pt empty", 4, ["empty"]),
+    ("no such image", "run/best.pt nowhere.png", 4, ["nowhere.png: No such file"]),
+    ("an image that is text", "run/best.pt text.pt", 4, ["text.pt: not an image"]),
+    ("an empty folder", "run/best.pt empty", 4, ["no images (empty)"]),
     ("no classes at all", "run/best.pt images --top 0", 2, ["--top"]),
     ("a sheet that cannot be written", "run/best.pt images/test/class0 --output /proc/nothing/a.png", 8, ["/proc/nothing"]),
 ]

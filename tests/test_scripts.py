@@ -168,10 +168,11 @@ def test_an_unequal_end_keeps_the_best_epoch(here, capsys):
 
 BAD = [  # what is wrong, script, flags, exit code, words of the line
     ("no teacher", "distill", "--teacher-checkpoint nowhere.pt", 5, ["nowhere.pt", "train_teacher.py"]),
+    ("no such teacher in a dry run", "distill", "--dry-run --teacher-checkpoint nowhere.pt", 5, ["nowhere.pt", "--teacher"]),
     ("Triton without a GPU", "distill", "--kernels triton", 2, ["--kernels triton"]),
     ("teacher is text", "distill", "--teacher-checkpoint text.pt", 5, ["text.pt"]),
     ("teacher is the state of a run", "distill", "--teacher-checkpoint runs/teacher/last.pt", 5, ["last.pt", "best.pt"]),
-    ("teacher of other classes", "distill other", TEACHER, 2, ["6 and 2; number 0"]),
+    ("teacher of other classes", "distill other", TEACHER, 2, ["best.pt: 6 classes, the data 2; number 0"]),
     ("teacher less accurate than it says", "distill", "--teacher-checkpoint lying.pt", 2, ["99.90 %"]),
     ("unknown student", "distill", "--student resnet9", 2, ["resnet9"]),
     ("unknown model", "train", "--model resnet9", 2, ["resnet9"]),
@@ -229,9 +230,11 @@ def test_one_line_and_an_exit_code_for_what_is_wrong(script, flags, code, words,
     assert not Path("runs/bad").exists(), "a run that could not start left a directory"
 
 
-def test_a_dry_run_prints_and_touches_nothing(here, capsys):
-    code, out, err = distill(capsys, "--method dkd --beta 8 --teacher-checkpoint nowhere.pt --dry-run --output runs/dry")
-    assert code == 0 and "4^2 (1 TCKD + 8 NCKD)" in out and "beta=8.0" in out and not Path("runs/dry").exists()
+def test_a_dry_run_before_the_teacher_prints_and_touches_nothing(here, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = distill(capsys, "--method dkd --beta 8 --dry-run --output runs/dry", data=here / "images")
+    assert code == 0 and "no advice without a teacher (runs/teacher/best.pt)" in out
+    assert "4^2 (1 TCKD + 8 NCKD)" in out and "beta=8.0" in out and not Path("runs/dry").exists()
 
 
 def test_a_dry_run_of_several_processes_gives_advice_without_the_others(here, capsys, monkeypatch):
@@ -260,7 +263,7 @@ def test_a_dry_run_with_a_teacher_gives_advice_that_does_what_it_says(here, caps
     out = distill(capsys, f"--method kd --clip-grad 0 {flags}")[1]
     assert re.search(r"--alpha [\d.]+ --ce-weight 0.3: makes the gradient of KL", out) and "(now off)" in out
     code, _, err = distill(capsys, f"--method kd {flags}", data="other")
-    assert code == 2 and "6 and 2; number 0" in err and err.count("\n") == 1
+    assert code == 2 and "6 classes, the data 2; number 0" in err and err.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles and takes no CPU tensors")

@@ -14,10 +14,8 @@ from cli import method_flags, options
 from data import datasets
 from diagnostics.gradients import Diagnostics
 from losses.cross_entropy import class_weights_of
-from rundir.identity import listed
 from training.device import RunContext, global_batch_size
 from training.distributed import Ranks
-from training.evaluation import check_classes
 from training.optimization import StepResult
 
 BATCHES = 8
@@ -31,15 +29,13 @@ def advise(args, method, context: RunContext) -> list[str]:
     Failure: the data or the teacher are missing, damaged, or do not fit together.
     """
     models.check_name(args.student)
-    for path in listed(args.teacher_checkpoint):
-        if not Path(path).exists():
-            return [*describe_data(args), f"no advice without a teacher ({path})"]
+    if args.teacher_checkpoint in options.STUDY_TEACHERS and not Path(args.teacher_checkpoint).exists():  # not yet trained
+        return [*describe_data(args), f"no advice without a teacher ({args.teacher_checkpoint})"]
     checkpoints, _ = models.read_teachers(args.teacher_checkpoint, args.teacher)
     data = datasets.load(**options.data(args), device=context.device)
     teacher = models.load_teachers(
         checkpoints, data, args.image_size or data.image_size, args.teacher_mean, args.teacher_std,
         temperature=method.hyperparameters.get("temperature", 1.0), device=context.device, dtype=context.dtype)
-    check_classes(teacher.info, data)
     batch_size = global_batch_size(args.batch_size, data, context)
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,
                                batch_size=batch_size)

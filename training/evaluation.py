@@ -1,6 +1,5 @@
 """Evaluation on a split, early stopping, and checks of a teacher before distillation."""
 import math
-from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -122,17 +121,6 @@ class EarlyStop:
         return {"best_val_loss": self.best_loss, "best_epoch": self.best_epoch, "bad_epochs": self.bad_epochs}
 
 
-def check_classes(info: dict, data) -> None:
-    """Failure USAGE: the classes of a teacher, in its metadata `info`, are not those of the data."""
-    theirs, ours = list(info["classes"]), list(data.classes)
-    if theirs != ours:
-        place, first = next((place, pair) for place, pair in enumerate(zip_longest(theirs, ours)) if len(set(pair)) > 1)
-        both = (f"{len(theirs)} and {len(ours)}; number {place} is "
-                + " and ".join("none" if name is None else repr(name) for name in first))
-        raise Failure(USAGE, f"the classes of the teacher are not those of the data ({both})",
-                      "choose its --dataset, or another --teacher-checkpoint")
-
-
 def tolerance(images: int, *precisions: str) -> float:
     """The largest expected difference in accuracy (percentage points) between these precisions, keys of AMP.
 
@@ -145,8 +133,8 @@ def tolerance(images: int, *precisions: str) -> float:
 def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_weak: bool = False) -> Evaluation:
     """Evaluate the teacher on the test set, and print its line; of an Ensemble, after those of its teachers.
 
-    Failure USAGE: other classes than the data's, another accuracy than in its checkpoint, or, unless allow_weak, an accuracy
-    near chance, the share of the largest class.
+    Failure USAGE: another accuracy than in its checkpoint, or, unless allow_weak, an accuracy near chance, the share of the
+    largest class.
     """
     if isinstance(teacher, models.Ensemble):
         for each in teacher.teachers:
@@ -156,7 +144,6 @@ def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_wea
               f"{evaluation.acc1:.2f} %")
         return evaluation
     info = teacher.info
-    check_classes(info, data)
     evaluation = evaluate(teacher, data.test, data.mean, data.std, context, batch_size)
     origin = "" if info["test_acc1"] is not None else ", measured here: its file has none to compare with"
     print(f"teacher {info['model']}: {teacher.size / 1e6:.2f} M parameters, {info['image_size']} pixels, test accuracy "
