@@ -97,7 +97,7 @@ def losses(sm: int, sizes: dict):
             for name, function in (("KD", kd_loss), ("DKD", dkd_loss)):
                 z, v, targets = hard_logits(classes, "normal", rows)
                 function(z, v, targets)  # its hyperparameters are on the device before the executor watches
-                with (ptx.executed(softmax_kl, "_softmax_kl_kernel", sm) as launches,
+                with (ptx.executed(softmax_kl, sm) as launches,
                       mock.patch.object(softmax_kl, "use_triton", lambda tensor: True)):
                     function(z.to(dtype), v.to(dtype), targets)
                 ideal = classes * (2 * dtype.itemsize + 4)
@@ -111,7 +111,7 @@ def batches(sm: int, policies):
             for dtype in (torch.float32, torch.float16):
                 count = 64 if size == 32 else 16
                 made, _ = fused_batches(policy, size, "elem", dtype, count)
-                with ptx.executed(augment, "_augment_kernel", sm) as launches:
+                with ptx.executed(augment, sm) as launches:
                     made.batch(1, range(count))
                 ideal = 3 * size * size * (1 + dtype.itemsize)
                 yield row(sm, "augment", f"{policy} {size}x{size}", dtype, "image", launches[0], count, ideal)

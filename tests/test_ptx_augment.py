@@ -33,7 +33,7 @@ def cases():
 def launched(sm, policy, size, mode, kind, batch_size, seed, stored=None):
     """The launch of one batch, the batch, and what it must be."""
     batches, expected = fused_batches(policy, size, mode, DTYPES[kind], batch_size, stored)
-    with ptx.executed(op, "_augment_kernel", sm, seed) as launches:
+    with ptx.executed(op, sm, seed) as launches:
         batch = batches.batch(1, range(batch_size))
     return launches[0], batch, expected(1)
 
