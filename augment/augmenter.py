@@ -11,7 +11,7 @@ from augment.fused import FusedBatches
 from augment.policy import build_tables
 from augment.sampling import Sampler
 from kernels import Targets
-from kernels.augment_constants import WARPS
+from kernels.augment_constants import SIZES
 
 CROPS = "pad", "resized"
 MIX_MODES = "batch", "elem"
@@ -37,7 +37,7 @@ class BatchAugmenter:
     images: uint8 (N, side, side, 3), side >= 8, on any device; labels: int64 (N,), on the same.  An epoch is a permutation of the
     images without the last incomplete batch.  What is drawn depends on (seed, epoch, position in the epoch) alone, on no global
     generator and not on the order of the calls; the bytes after the policy are those of torchvision's v1 transforms on tensors.
-    Where is_fused(images, image_size), one launch makes the batch (fused.py), else plain PyTorch (cpu.py); both equal the
+    Where is_fused(images, image_size), one or two launches make the batch (fused.py), else plain PyTorch (cpu.py); both equal the
     specification in naive.py bit for bit.
 
     policy: a key of POLICIES.  flip: mirror half of the images.
@@ -73,8 +73,8 @@ class BatchAugmenter:
                                stored=side if resized else None, scale=scale, ratio=ratio)
         self.fused, self._images = is_fused(images, size), images
         if kernels.use_triton(images) and not self.fused:
-            _print_once(f"images of {size}x{size} are augmented in plain PyTorch: the fused kernel makes "
-                        + " and ".join(f"{size}x{size}" for size in WARPS) + ", of stored sides that are multiples of 4")
+            _print_once(f"images of {size}x{size} are augmented in plain PyTorch: the fused kernels make sides of {SIZES[0]} to "
+                        f"{SIZES[-1]} pixels, and they and the stored sides are multiples of {SIZES.step}")
         self._batches = (FusedBatches if self.fused else CpuBatches)(
             images, labels, self.sampler, batch_size=batch_size, mix_each=self.mix_each, mean=mean, std=std, dtype=dtype)
         self.set_epoch(0)
@@ -144,8 +144,8 @@ class BatchAugmenter:
 
 
 def is_fused(images, image_size: int) -> bool:
-    """Whether one launch makes a batch of `image_size` pixels of these images; it then reads the step on the device."""
-    return kernels.use_triton(images) and image_size in WARPS and images.shape[1] % 4 == 0
+    """Whether the kernels make a batch of `image_size` pixels of these images; they then read the step on the device."""
+    return kernels.use_triton(images) and image_size in SIZES and images.shape[1] % SIZES.step == 0
 
 
 @functools.cache

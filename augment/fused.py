@@ -1,4 +1,4 @@
-"""The fused path: batches by kernels/augment.py, one launch each.  naive.py says what it computes."""
+"""The fused path: batches by kernels/augment.py, in one or two launches each.  naive.py says what it computes."""
 import torch
 
 from augment import cpu

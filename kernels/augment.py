@@ -1,7 +1,9 @@
-"""A training batch from uint8 images in one launch: gather, crop, flip, policy, normalise, erase and mix, with its own draws.
+"""A training batch from uint8 images: gather, crop, flip, policy, normalise, erase and mix, with its own draws.
 
-A program makes rows 2k and 2k+1 of the batch, which are each other's partners in a mix.  For each it draws from Philox4x32-10,
-under a 64-bit seed and with the counter (position in the epoch, epoch, stream, 0), what is to be done, and does it:
+Images of 32 or 64 pixels take one launch: a program makes rows 2k and 2k+1 of the batch, which are each other's partners in a
+mix, in registers.  Other sizes take two launches, with the images in memory in between.  For each row a program draws from
+Philox4x32-10, under a 64-bit seed and with the counter (position in the epoch, epoch, stream, 0), what is to be done, and
+does it:
 
     window     size x size pixels of the image, padded with zeros, by two draws below 2 * pad + 1; mirrored, by one bit
                or a box of the image, of a size from a table, resized to size x size by bilinear interpolation in whole numbers
@@ -15,8 +17,8 @@ under a 64-bit seed and with the counter (position in the epoch, epoch, stream, 
 
 The specification is augment/naive.py.  The CPU path is augment/cpu.py; sampling.py makes the draws, and
 policy.py fills the tables.  All agree bit for bit, since they take whole numbers and tables, and round every product and sum
-by itself: the kernel is compiled without fused multiply-adds.  (For sm_120 the assembler in Triton 3.6 fuses some all the same;
-that in 3.8 does not.)
+by itself: the kernels are compiled without fused multiply-adds.  (For sm_120 the assembler in Triton 3.6 fuses some all the
+same; that in 3.8 does not.)
 """
 from typing import NamedTuple
 
@@ -30,6 +32,7 @@ from kernels.augment_constants import WARPS
 NOTHING, GEOMETRY, SHARPNESS, COLOR, CONTRAST, EQUALIZE, AUTOCONTRAST, LOOKUP = map(tl.constexpr, augment_constants.KINDS)
 CROP, POLICY, ERASE, MIX = map(tl.constexpr, augment_constants.STREAMS)
 QUANTILE_BITS, BOX_BITS = tl.constexpr(augment_constants.QUANTILE_BITS), tl.constexpr(augment_constants.BOX_BITS)
+POLICY_TILE, MIX_TILE = 2048, 1024  # pixels that a program of the first and the second launch works on at a time
 BOXES = tl.constexpr(2 ** augment_constants.BOX_BITS)
 ONE = tl.constexpr(2 ** augment_constants.PLACE_BITS)  # pixel, in the units of a place between two
 
@@ -157,8 +160,18 @@ def _draw_mix(words, alone, tables, SIZE: tl.constexpr):
     top, left = tl.maximum(line - half_side, 0), tl.maximum(column - half_side, 0)
     bottom, right = tl.minimum(line + half_side, SIZE), tl.minimum(column + half_side, SIZE)
     lam = tl.where(mixed & (cut == 0), tl.load(tables.lams + quantile), 1.0)
-    area = ((bottom - top) * (right - left)).to(tl.float32)
-    return (top, left, bottom, right), lam, tl.where(cut, 1.0 - area * (1.0 / (SIZE * SIZE)), lam)
+    share = 1.0 - _part((bottom - top) * (right - left), SIZE * SIZE)
+    return (top, left, bottom, right), lam, tl.where(cut, share, lam)
+
+
+@triton.jit
+def _draw_pair(step, first, first_row, rows, tables):
+    """The words that are drawn for two rows of the batch, the images that they are made of, and where the batch starts."""
+    in_batch = first + tl.minimum(first_row + tl.arange(0, 2), rows - 1)
+    start = tl.load(step) * tl.load(tables.parameters + BATCH_SIZE)
+    position = start + in_batch
+    source = tl.load(tables.order + position)
+    return _draw_words(position, start + in_batch * tl.load(tables.parameters + MIX_EACH), tables), source, start
 
 
 @triton.jit
@@ -196,6 +209,16 @@ def _whole(values):
 
 
 @triton.jit
+def _part(count, WHOLE: tl.constexpr):
+    """count / WHOLE, whole numbers of at most 2^24 and 2^16, rounded to float32 as by a division, which fuses products."""
+    if WHOLE & (WHOLE - 1) == 0:
+        part = count.to(tl.float32) * (1.0 / WHOLE)
+    else:  # no such quotient is within 2^-41 of itself from where float32 rounds up instead of down: two errors of 2^-53 are less
+        part = (count.to(tl.float64) * (1.0 / WHOLE)).to(tl.float32)
+    return part
+
+
+@triton.jit
 def _pixel(words, byte, inside, other: tl.constexpr):
     """The three bytes of a pixel from `byte` on: they lie in one word or in two that are neighbours."""
     low = tl.load(words + (byte >> 2), inside, other).to(tl.uint32)
@@ -205,9 +228,8 @@ def _pixel(words, byte, inside, other: tl.constexpr):
 
 
 @triton.jit
-def _read(index, top, left, mirror, tables, SIZE: tl.constexpr):
-    """A window of image `index`, by address: cropping and mirroring cost nothing more."""
-    pixel = tl.arange(0, SIZE * SIZE)
+def _read(pixel, index, top, left, mirror, tables, SIZE: tl.constexpr):
+    """The pixels with numbers `pixel` of a window of image `index`, by address: cropping and mirroring cost nothing more."""
     line, column = pixel // SIZE + top, pixel % SIZE
     column = tl.where(mirror != 0, SIZE - 1 - column, column) + left
     inside = (line.to(tl.uint32) < SIZE) & (column.to(tl.uint32) < SIZE)  # what is negative is large without its sign
@@ -243,10 +265,10 @@ def _round(above, below, down):
 
 
 @triton.jit
-def _read_columns(words, number, top, left, height, width, mirror, SIZE: tl.constexpr, SIDE: tl.constexpr):
-    """The columns `number`, (1, K), of a resized window: (SIZE, K)."""
-    line, next_line, down = _between(tl.arange(0, SIZE)[:, None], top, height, SIZE)
-    column, next_column, along = _between(tl.where(mirror != 0, SIZE - 1 - number, number), left, width, SIZE)
+def _read_between(words, line, column, top, left, height, width, mirror, SIZE: tl.constexpr, SIDE: tl.constexpr):
+    """The pixels at `line` and `column`, which broadcast, of a resized window."""
+    line, next_line, down = _between(line, top, height, SIZE)
+    column, next_column, along = _between(tl.where(mirror != 0, SIZE - 1 - column, column), left, width, SIZE)
     above, green_above = _squeeze_line(words + line * (3 * SIDE // 4), column, next_column, along)
     below, green_below = _squeeze_line(words + next_line * (3 * SIDE // 4), column, next_column, along)
     return _pack(_round(above & 0xFFFF, below & 0xFFFF, down), _round(green_above, green_below, down),
@@ -257,11 +279,11 @@ def _read_columns(words, number, top, left, height, width, mirror, SIZE: tl.cons
 def _read_resized(index, top, left, height, width, mirror, tables, SIZE: tl.constexpr, SIDE: tl.constexpr):
     """A window of image `index`, resized: see `resized` in augment/naive.py."""
     words = tables.images + index * (3 * SIDE * SIDE // 4)
-    number = 2 * tl.arange(0, SIZE // 2)[None, :]
+    line, column = tl.arange(0, SIZE)[:, None], 2 * tl.arange(0, SIZE // 2)[None, :]
     # In halves, which the barriers keep apart: to load all lines at once takes more registers than there are.
-    even = _read_columns(words, number, top, left, height, width, mirror, SIZE, SIDE)
+    even = _read_between(words, line, column, top, left, height, width, mirror, SIZE, SIDE)
     tl.debug_barrier()
-    odd = _read_columns(words, number + 1, top, left, height, width, mirror, SIZE, SIDE)
+    odd = _read_between(words, line, column + 1, top, left, height, width, mirror, SIZE, SIDE)
     tl.debug_barrier()
     return tl.reshape(tl.join(even, odd), [SIZE * SIZE])
 
@@ -283,33 +305,63 @@ def _smooth(channel, above, here, below):
 
 
 @triton.jit
-def _blur(red, green, blue, SIZE: tl.constexpr):
+def _is_border(pixel, SIZE: tl.constexpr):
+    line, column = pixel // SIZE, pixel % SIZE
+    return (line == 0) | (line == SIZE - 1) | (column == 0) | (column == SIZE - 1)
+
+
+@triton.jit
+def _blur(red, green, blue, above, here, below, border):
+    """above, here, below: sums of three neighbours in a line, ten bits for each channel."""
+    return (tl.where(border, red, _smooth(red, above, here, below)),
+            tl.where(border, green, _smooth(green, above >> 10, here >> 10, below >> 10)),
+            tl.where(border, blue, _smooth(blue, above >> 20, here >> 20, below >> 20)))
+
+
+@triton.jit
+def _widen(red, green, blue):
+    return red | (green << 10) | (blue << 20)  # ten bits hold the sum of three bytes
+
+
+@triton.jit
+def _blur_all(red, green, blue, SIZE: tl.constexpr):
     pixel = tl.arange(0, SIZE * SIZE)
     last = SIZE * SIZE - 1
-    wide = red | (green << 10) | (blue << 20)  # ten bits hold the sum of three bytes
+    wide = _widen(red, green, blue)
     wide += tl.gather(wide, tl.maximum(pixel - 1, 0), 0) + tl.gather(wide, tl.minimum(pixel + 1, last), 0)
     above, below = tl.gather(wide, tl.maximum(pixel - SIZE, 0), 0), tl.gather(wide, tl.minimum(pixel + SIZE, last), 0)
-    line, column = pixel // SIZE, pixel % SIZE
-    border = (line == 0) | (line == SIZE - 1) | (column == 0) | (column == SIZE - 1)
-    return (tl.where(border, red, _smooth(red, above, wide, below)),
-            tl.where(border, green, _smooth(green, above >> 10, wide >> 10, below >> 10)),
-            tl.where(border, blue, _smooth(blue, above >> 20, wide >> 20, below >> 20)))
+    return _blur(red, green, blue, above, wide, below, _is_border(pixel, SIZE))
+
+
+@triton.jit
+def _equalizing(histogram, highest, PIXELS: tl.constexpr):
+    """The step, and the table for a channel whose highest value is `highest`; where the step is 0, the channel stays."""
+    brightest = tl.sum(tl.where(tl.arange(0, 256) == highest, histogram, 0), 0)
+    step = (PIXELS - brightest) // 255
+    darker = tl.cumsum(histogram, 0) - histogram
+    return step, tl.minimum((darker + step // 2) // tl.maximum(step, 1), 255)
 
 
 @triton.jit
 def _equalize(channel, PIXELS: tl.constexpr):
-    histogram = tl.histogram(channel, 256)
-    brightest = tl.sum(tl.where(tl.arange(0, 256) == tl.max(channel, 0), histogram, 0), 0)
-    step = (PIXELS - brightest) // 255
-    darker = tl.cumsum(histogram, 0) - histogram
-    lookup = tl.minimum((darker + step // 2) // tl.maximum(step, 1), 255)
+    step, lookup = _equalizing(tl.histogram(channel, 256), tl.max(channel, 0), PIXELS)
     return tl.where(step > 0, tl.gather(lookup, channel, 0), channel)
 
 
 @triton.jit
-def _stretch(channel, tables):
-    low, high = tl.min(channel, 0), tl.max(channel, 0)
+def _stretch(channel, low, high, tables):
     return _whole((channel - tl.where(low == high, 0, low)).to(tl.float32) * tl.load(tables.stretch + high - low))
+
+
+@triton.jit
+def _stretch_all(channel, tables):
+    return _stretch(channel, tl.min(channel, 0), tl.max(channel, 0), tables)
+
+
+@triton.jit
+def _blend_pixels(red, green, blue, others, ratio, complement):
+    return (_blend(red, others[0], ratio, complement), _blend(green, others[1], ratio, complement),
+            _blend(blue, others[2], ratio, complement))
 
 
 @triton.jit
@@ -330,27 +382,24 @@ def _operate(pixels, operation, tables, SIZE: tl.constexpr):
         elif kind == EQUALIZE:
             red, green, blue = _equalize(red, PIXELS), _equalize(green, PIXELS), _equalize(blue, PIXELS)
         elif kind == AUTOCONTRAST:
-            red, green, blue = _stretch(red, tables), _stretch(green, tables), _stretch(blue, tables)
+            red, green, blue = _stretch_all(red, tables), _stretch_all(green, tables), _stretch_all(blue, tables)
         else:
             ratio, complement = tl.load(tables.blends + 2 * row), tl.load(tables.blends + 2 * row + 1)
             if kind == SHARPNESS:
-                other_red, other_green, other_blue = _blur(red, green, blue, SIZE)
-                red, green = _blend(red, other_red, ratio, complement), _blend(green, other_green, ratio, complement)
-                blue = _blend(blue, other_blue, ratio, complement)
+                others = _blur_all(red, green, blue, SIZE)
+                red, green, blue = _blend_pixels(red, green, blue, others, ratio, complement)
             else:
                 gray = _gray(red, green, blue).to(tl.float32)
                 if kind == CONTRAST:  # the mean is exact: a sum of whole numbers below 2^24, and a power of two
                     gray = tl.zeros([PIXELS], tl.float32) + tl.sum(gray, 0) * (1.0 / PIXELS)
-                red, green = _blend(red, gray, ratio, complement), _blend(green, gray, ratio, complement)
-                blue = _blend(blue, gray, ratio, complement)
+                red, green, blue = _blend_pixels(red, green, blue, (gray, gray, gray), ratio, complement)
         pixels = _pack(red, green, blue)
     return pixels
 
 
 @triton.jit
-def _inside(box, SIZE: tl.constexpr):
+def _inside(pixel, box, SIZE: tl.constexpr):
     top, left, bottom, right = box
-    pixel = tl.arange(0, SIZE * SIZE)
     line, column = (pixel // SIZE - top).to(tl.uint32), (pixel % SIZE - left).to(tl.uint32)
     return (line < (bottom - top).to(tl.uint32)) & (column < (right - left).to(tl.uint32))
 
@@ -394,14 +443,15 @@ def _quarters(words):
 
 
 @triton.jit
-def _store_four(place, first, second, third, fourth):
+def _store_four(place, first, second, third, fourth, exists):
     words = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [first.numel, 4])
-    tl.store(place + 12 * tl.arange(0, first.numel)[:, None] + tl.arange(0, 4)[None, :], words)
+    tl.store(place + 12 * tl.arange(0, first.numel)[:, None] + tl.arange(0, 4)[None, :], words, exists)
 
 
 @triton.jit
-def _write(out, row, red, green, blue):
-    if out.dtype.element_ty.primitive_bitwidth == 16:
+def _write(place, red, green, blue, left):
+    """To `place` on; of an image of which so many pixels are `left`, None: all that there are, whole groups of four."""
+    if place.dtype.element_ty.primitive_bitwidth == 16:
         even_red, odd_red = _halves(red)
         even_green, odd_green = _halves(green)
         even_blue, odd_blue = _halves(blue)
@@ -411,10 +461,44 @@ def _write(out, row, red, green, blue):
     a0, a1, a2, a3 = _quarters(a)
     b0, b1, b2, b3 = _quarters(b)
     c0, c1, c2, c3 = _quarters(c)
-    place = (out + row.to(tl.int64) * (3 * red.numel)).to(tl.pointer_type(tl.uint32))
-    _store_four(place, a0, b0, c0, a1)
-    _store_four(place + 4, b1, c1, a2, b2)
-    _store_four(place + 8, c2, a3, b3, c3)
+    exists = None if left is None else (tl.arange(0, a0.numel) * (red.numel // a0.numel) < left)[:, None]
+    place = place.to(tl.pointer_type(tl.uint32))
+    _store_four(place, a0, b0, c0, a1, exists)
+    _store_four(place + 4, b1, c1, a2, b2, exists)
+    _store_four(place + 8, c2, a3, b3, c3, exists)
+
+
+@triton.jit
+def _finish_pair(out, first_row, alone, first_pixel, left, pixels, next_pixels, words, tables, SIZE: tl.constexpr):
+    """Normalise, erase, mix and write the pixels of both rows from `first_pixel` on -> the share of each row in itself, (2,)."""
+    pixel = first_pixel + tl.arange(0, pixels.numel)
+    erased, next_erased = _both_boxes(_draw_erased(words, tables, SIZE))
+    pasted, lam, share = _draw_mix(words, alone, tables, SIZE)
+    pasted, next_pasted = _both_boxes(pasted)
+    lam, next_lam = _both(lam)
+    holes = _inside(pixel, erased, SIZE), _inside(pixel, next_erased, SIZE)
+    weights = (tl.where(_inside(pixel, pasted, SIZE), 0.0, lam), tl.where(_inside(pixel, next_pasted, SIZE), 0.0, next_lam))
+    red, next_red = _finish(0, pixels, next_pixels, holes, weights, tables, out.dtype.element_ty)
+    green, next_green = _finish(1, pixels, next_pixels, holes, weights, tables, out.dtype.element_ty)
+    blue, next_blue = _finish(2, pixels, next_pixels, holes, weights, tables, out.dtype.element_ty)
+    place = out + first_row.to(tl.int64) * (3 * SIZE * SIZE) + 3 * first_pixel
+    _write(place, red, green, blue, left)
+    if not alone:
+        _write(place + 3 * SIZE * SIZE, next_red, next_green, next_blue, left)
+    return share
+
+
+@triton.jit
+def _write_labels(out_label, out_other, out_lam, start, first, first_row, rows, source, share, tables):
+    row = first_row + tl.arange(0, 2)
+    partner_source = tl.load(tables.order + start + first + tl.minimum(row ^ 1, rows - 1))
+    own, partner = tl.load(tables.labels + source), tl.load(tables.labels + partner_source)
+    own = tl.where(share == 0.0, partner, own)
+    unmixed = (share == 1.0) | (own == partner)
+    exists = row < rows
+    tl.store(out_label + row, own, exists)
+    tl.store(out_other + row, tl.where(unmixed, own, partner), exists)
+    tl.store(out_lam + row, tl.where(unmixed, 1.0, share), exists)
 
 
 @triton.jit(do_not_specialize=["step", "first", "rows"])
@@ -422,13 +506,8 @@ def _augment_kernel(step, first, rows, tables, out, out_label, out_other, out_la
                     RESIZED: tl.constexpr, SIDE: tl.constexpr):
     first_row = 2 * tl.program_id(0)
     alone = first_row + 1 == rows  # the last of an odd batch, which stands in for its partner
-    row = first_row + tl.arange(0, 2)
-    in_batch = first + tl.minimum(row, rows - 1)
-    start = tl.load(step) * tl.load(tables.parameters + BATCH_SIZE)
-    position = start + in_batch
-    source = tl.load(tables.order + position)
+    words, source, start = _draw_pair(step, first, first_row, rows, tables)
 
-    words = _draw_words(position, start + in_batch * tl.load(tables.parameters + MIX_EACH), tables)
     index, next_index = _both(source)
     if RESIZED:
         top, left, height, width, mirror = _draw_resized(words, tables, SIDE)
@@ -443,8 +522,8 @@ def _augment_kernel(step, first, rows, tables, out, out_label, out_other, out_la
         pixels = _read_resized(index, top, left, height, width, mirror, tables, SIZE, SIDE)
         next_pixels = _read_resized(next_index, next_top, next_left, next_height, next_width, next_mirror, tables, SIZE, SIDE)
     else:
-        pixels = _read(index, top, left, mirror, tables, SIZE)
-        next_pixels = _read(next_index, next_top, next_left, next_mirror, tables, SIZE)
+        pixels = _read(tl.arange(0, SIZE * SIZE), index, top, left, mirror, tables, SIZE)
+        next_pixels = _read(tl.arange(0, SIZE * SIZE), next_index, next_top, next_left, next_mirror, tables, SIZE)
 
     if SLOTS > 0:
         # The images take turns, so that the operations are compiled once and not four times.
@@ -459,42 +538,196 @@ def _augment_kernel(step, first, rows, tables, out, out_label, out_other, out_la
             next_operation = later_operation
             later_operation = last_operation
 
-    erased, next_erased = _both_boxes(_draw_erased(words, tables, SIZE))
-    pasted, lam, share = _draw_mix(words, alone, tables, SIZE)
-    pasted, next_pasted = _both_boxes(pasted)
-    lam, next_lam = _both(lam)
-    holes = _inside(erased, SIZE), _inside(next_erased, SIZE)
-    weights = tl.where(_inside(pasted, SIZE), 0.0, lam), tl.where(_inside(next_pasted, SIZE), 0.0, next_lam)
-    red, next_red = _finish(0, pixels, next_pixels, holes, weights, tables, out.dtype.element_ty)
-    green, next_green = _finish(1, pixels, next_pixels, holes, weights, tables, out.dtype.element_ty)
-    blue, next_blue = _finish(2, pixels, next_pixels, holes, weights, tables, out.dtype.element_ty)
-    _write(out, first_row, red, green, blue)
-    if not alone:
-        _write(out, first_row + 1, next_red, next_green, next_blue)
+    share = _finish_pair(out, first_row, alone, 0, None, pixels, next_pixels, words, tables, SIZE)
+    _write_labels(out_label, out_other, out_lam, start, first, first_row, rows, source, share, tables)
 
-    partner_source = tl.load(tables.order + start + first + tl.minimum(row ^ 1, rows - 1))
-    own, partner = tl.load(tables.labels + source), tl.load(tables.labels + partner_source)
-    own = tl.where(share == 0.0, partner, own)
-    unmixed = (share == 1.0) | (own == partner)
-    exists = row < rows
-    tl.store(out_label + row, own, exists)
-    tl.store(out_other + row, tl.where(unmixed, own, partner), exists)
-    tl.store(out_lam + row, tl.where(unmixed, 1.0, share), exists)
+
+# --- images of other sizes, in two launches -----------------------------------------------------------------------------
+# The first has a program for each image, which works through its pixels in tiles: it crops them into memory and applies the
+# operations there.  Two copies take turns where an operation reads other pixels than it writes; the last one writes the
+# first copy.  A barrier lets all threads see what the others wrote.  The second has a program for each tile of a pair of images.
+
+@triton.jit
+def _own(pair, number):
+    """The value of row `number` of `pair`, as a scalar."""
+    return tl.sum(tl.where(tl.arange(0, 2) == number, pair, 0), 0)
+
+
+@triton.jit
+def _tile(first_pixel, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """The numbers of its pixels, and which exist.  One to a thread and not four: then a warp works on pixels side by side."""
+    pixel = tl.max_contiguous(first_pixel + tl.arange(0, TILE), 1)
+    return pixel, pixel < SIZE * SIZE
+
+
+@triton.jit
+def _moves(operation):
+    """1 for an operation that reads other pixels than it writes, else 0."""
+    kind = operation & 7
+    return ((kind == GEOMETRY) | (kind == SHARPNESS)).to(tl.int32)
+
+
+@triton.jit
+def _load_wide(image, pixel, inner):
+    """Three neighbours in a line, added up as in _blur."""
+    wide = tl.zeros_like(pixel)
+    for beside in tl.static_range(-1, 2):
+        red, green, blue = _unpack(tl.load(image + pixel + beside, inner, 0))
+        wide += _widen(red, green, blue)
+    return wide
+
+
+@triton.jit
+def _make_lookup(lookup, image, kind, ratio, complement, tables, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Write the tables, uint8 (3, 256), by which CONTRAST, EQUALIZE or AUTOCONTRAST changes each channel of an image."""
+    PIXELS: tl.constexpr = SIZE * SIZE
+    level = tl.arange(0, 256)
+    if kind == CONTRAST:
+        total = tl.zeros([TILE], tl.int32)
+        for first_pixel in range(0, PIXELS, TILE):
+            pixel, exists = _tile(first_pixel, SIZE, TILE)
+            red, green, blue = _unpack(tl.load(image + pixel, exists, 0))
+            total += _gray(red, green, blue)
+        mean = _part(tl.sum(total, 0), PIXELS)
+        changed = _blend(level, mean, ratio, complement).to(tl.uint8)
+        for channel in range(3):
+            tl.store(lookup + 256 * channel + level, changed)
+    else:
+        for channel in range(3):
+            histogram = tl.zeros([256], tl.int32)
+            for first_pixel in range(0, PIXELS, TILE):
+                pixel, exists = _tile(first_pixel, SIZE, TILE)
+                histogram += tl.histogram((tl.load(image + pixel, exists, 0) >> (8 * channel)) & 255, 256, exists)
+            low, high = tl.min(tl.where(histogram > 0, level, 255), 0), tl.max(tl.where(histogram > 0, level, 0), 0)
+            if kind == EQUALIZE:
+                step, changed = _equalizing(histogram, high, PIXELS)
+                changed = tl.where(step > 0, changed, level)
+            else:
+                changed = _stretch(level, low, high, tables)
+            tl.store(lookup + 256 * channel + level, changed.to(tl.uint8))
+
+
+@triton.jit
+def _operate_in_tiles(image, at, own_lookup, operation, tables, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Apply `operation` to the copy at `at` of an image -> where the result is."""
+    PIXELS: tl.constexpr = SIZE * SIZE
+    kind, row = operation & 7, operation >> 3
+    source, target = image + at, image + (PIXELS - at)
+    ratio, complement = tl.load(tables.blends + 2 * row), tl.load(tables.blends + 2 * row + 1)
+    if kind > COLOR:
+        lookup, channel = tables.lookups + row * 256, 0
+        if kind != LOOKUP:
+            _make_lookup(own_lookup, source, kind, ratio, complement, tables, SIZE, TILE)
+            lookup, channel = own_lookup, 256
+            tl.debug_barrier()
+        for first_pixel in range(0, PIXELS, TILE):
+            pixel, exists = _tile(first_pixel, SIZE, TILE)
+            red, green, blue = _unpack(tl.load(source + pixel, exists, 0))
+            red, green = tl.load(lookup + red).to(tl.int32), tl.load(lookup + channel + green).to(tl.int32)
+            blue = tl.load(lookup + 2 * channel + blue).to(tl.int32)
+            tl.store(source + pixel, _pack(red, green, blue), exists)
+    elif kind == GEOMETRY:
+        for first_pixel in range(0, PIXELS, TILE):
+            pixel, exists = _tile(first_pixel, SIZE, TILE)
+            moved = tl.load(tables.maps + row * PIXELS + pixel, exists, PIXELS)
+            tl.store(target + pixel, tl.load(source + moved, moved < PIXELS, 0), exists)
+    elif kind == SHARPNESS:
+        for first_pixel in range(0, PIXELS, TILE):
+            pixel, exists = _tile(first_pixel, SIZE, TILE)
+            border = _is_border(pixel, SIZE)
+            inner = exists & (border == 0)
+            red, green, blue = _unpack(tl.load(source + pixel, exists, 0))
+            others = _blur(red, green, blue, _load_wide(source, pixel - SIZE, inner), _load_wide(source, pixel, inner),
+                           _load_wide(source, pixel + SIZE, inner), border)
+            red, green, blue = _blend_pixels(red, green, blue, others, ratio, complement)
+            tl.store(target + pixel, _pack(red, green, blue), exists)
+    elif kind == COLOR:
+        for first_pixel in range(0, PIXELS, TILE):
+            pixel, exists = _tile(first_pixel, SIZE, TILE)
+            red, green, blue = _unpack(tl.load(source + pixel, exists, 0))
+            gray = _gray(red, green, blue)
+            red, green, blue = _blend_pixels(red, green, blue, (gray, gray, gray), ratio, complement)
+            tl.store(source + pixel, _pack(red, green, blue), exists)
+    return tl.where(_moves(operation) != 0, PIXELS - at, at)
+
+
+@triton.jit(do_not_specialize=["step", "first", "rows"])
+def _augment_policy_kernel(step, first, rows, tables, copies, lookups, SIZE: tl.constexpr, SLOTS: tl.constexpr,
+                          RESIZED: tl.constexpr, SIDE: tl.constexpr, TILE: tl.constexpr):
+    """Crop, flip and policy for each row; copies: int32 (rows, 2, SIZE*SIZE), lookups: uint8 (rows, 768), to be written."""
+    row = tl.program_id(0)
+    words, source, _ = _draw_pair(step, first, row // 2 * 2, rows, tables)
+    number = row % 2
+    index = _own(source, number)
+    if RESIZED:
+        top, left, height, width, mirror = _draw_resized(words, tables, SIDE)
+        height, width = _own(height, number), _own(width, number)
+    else:
+        top, left, mirror = _draw_window(words, tables)
+    top, left, mirror = _own(top, number), _own(left, number), _own(mirror, number)
+
+    operation, later_operation = 0, 0
+    if SLOTS > 0:
+        operation, later_operation = _draw_operations(words, tables, SLOTS)
+        operation, later_operation = _own(operation, number), _own(later_operation, number)
+    image = copies + row.to(tl.int64) * (2 * SIZE * SIZE)
+    at = (_moves(operation) ^ _moves(later_operation)) * (SIZE * SIZE)
+    for first_pixel in range(0, SIZE * SIZE, TILE):
+        pixel, exists = _tile(first_pixel, SIZE, TILE)
+        if RESIZED:
+            place = tl.where(exists, pixel, 0)
+            pixels = _read_between(tables.images + index * (3 * SIDE * SIDE // 4), place // SIZE, place % SIZE, top, left, height,
+                                   width, mirror, SIZE, SIDE)
+        else:
+            pixels = _read(pixel, index, top, left, mirror, tables, SIZE)
+        tl.store(image + at + pixel, pixels, exists)
+
+    for _ in range(SLOTS):
+        tl.debug_barrier()
+        at = _operate_in_tiles(image, at, lookups + row * 768, operation, tables, SIZE, TILE)
+        operation = later_operation
+
+
+@triton.jit(do_not_specialize=["step", "first", "rows"])
+def _augment_mix_kernel(step, first, rows, tables, copies, out, out_label, out_other, out_lam, SIZE: tl.constexpr,
+                        TILE: tl.constexpr):
+    """Normalise, erase and mix the bytes in `copies`, and the labels."""
+    PIXELS: tl.constexpr = SIZE * SIZE
+    TILES: tl.constexpr = (PIXELS + TILE - 1) // TILE
+    first_row, first_pixel = 2 * (tl.program_id(0) // TILES), tl.program_id(0) % TILES * TILE
+    alone = first_row + 1 == rows
+    words, source, start = _draw_pair(step, first, first_row, rows, tables)
+    pixel = first_pixel + tl.arange(0, TILE)
+    image = copies + first_row.to(tl.int64) * (2 * PIXELS) + pixel
+    pixels = tl.load(image, pixel < PIXELS, 0)
+    next_pixels = tl.load(image + 2 * PIXELS, (pixel < PIXELS) & (alone == 0), 0)
+    share = _finish_pair(out, first_row, alone, first_pixel, PIXELS - first_pixel, pixels, next_pixels, words, tables, SIZE)
+    if first_pixel == 0:
+        _write_labels(out_label, out_other, out_lam, start, first, first_row, rows, source, share, tables)
 
 
 def augment_triton(step: torch.Tensor, rows: range, tables: Tables, size: int, dtype: torch.dtype):
-    """`rows` of the batch with the number that is in `step`, a 0-dim int64 tensor: one launch, which reads it when it runs.
+    """`rows` of the batch with the number that is in `step`, a 0-dim int64 tensor, which the kernels read when they run.
 
     rows: whole pairs (2k, 2k+1), of which the last may lack its second.  size: of the result; that of the images,
     where windows are not resized.  dtype: of 16 or 32 bits.  Nothing is checked.
     Returns images (rows, 3, size, size), channels_last, of `dtype`; int64 label, other and float32 lam, (rows,).
     """
-    device = tables.images.device
-    images = torch.empty(len(rows), size, size, 3, dtype=dtype, device=device)
+    device, count, pairs = tables.images.device, len(rows), triton.cdiv(len(rows), 2)
+    images = torch.empty(count, size, size, 3, dtype=dtype, device=device)
     # Each by itself, so that all are aligned: one code for all batch sizes.
-    label, other, lam = (torch.empty(len(rows), dtype=kind, device=device) for kind in (torch.int64, torch.int64, torch.float32))
-    _augment_kernel[(triton.cdiv(len(rows), 2),)](
-        step, rows.start, len(rows), tables, images, label, other, lam, SIZE=size, SLOTS=tables.subpolicies.shape[1],
-        RESIZED=len(tables.boxes) > BOXES.value, SIDE=tables.images.shape[1],
-        num_warps=WARPS[size], enable_fp_fusion=False)
+    label, other, lam = (torch.empty(count, dtype=kind, device=device) for kind in (torch.int64, torch.int64, torch.float32))
+    batch, results = (step, rows.start, count, tables), (images, label, other, lam)
+    image = {"SIZE": size, "SLOTS": tables.subpolicies.shape[1], "RESIZED": len(tables.boxes) > BOXES.value,
+             "SIDE": tables.images.shape[1]}
+    if size in WARPS:
+        _augment_kernel[(pairs,)](*batch, *results, **image, num_warps=WARPS[size], enable_fp_fusion=False)
+    else:
+        copies = torch.empty(count, 2, size * size, dtype=torch.int32, device=device)
+        lookups = torch.empty(count, 3 * 256, dtype=torch.uint8, device=device)
+        # Without a limit the assembler aims at two programs on a multiprocessor, and spills registers for that.
+        _augment_policy_kernel[(count,)](*batch, copies, lookups, **image, TILE=POLICY_TILE, num_warps=POLICY_TILE // 128,
+                                         maxnreg=128, enable_fp_fusion=False)
+        _augment_mix_kernel[(pairs * triton.cdiv(size * size, MIX_TILE),)](
+            *batch, copies, *results, SIZE=size, TILE=MIX_TILE, num_warps=MIX_TILE // 256, enable_fp_fusion=False)
     return images.permute(0, 3, 1, 2), label, other, lam

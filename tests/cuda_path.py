@@ -366,7 +366,7 @@ class CudaPath(ExitStack):
         self.replace(augmenter, build_tables=self.outside(augmenter.build_tables))
         self.replace(sampling, crop_sizes=self.outside(sampling.crop_sizes), erase_sizes=self.outside(sampling.erase_sizes),
                      beta_quantiles=self.outside(sampling.beta_quantiles))
-        self.replace(augment, _augment_kernel=StandIn(self.watch))
+        self.replace(augment, **{name: StandIn(self.watch) for name in vars(augment) if name.endswith("_kernel")})
         self.replace(softmax_kl, _softmax_kl_kernel=StandIn(self.watch), _hyperparameters={})
         self.replace(torch.ops.fusekd, softmax_kl=softmax_kl._softmax_kl)  # the launcher, not the operator's fake form
         for cached in (softmax_kl._counter, *(each for each in vars(cpu).values() if hasattr(each, "cache_clear"))):

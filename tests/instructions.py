@@ -13,6 +13,7 @@ import itertools
 import os
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -37,6 +38,7 @@ from rundir import errors
 GPUS = {"h100": (132, 4, 1.7, 3000.0), "h200": (132, 4, 1.7, 4200.0)}
 LAUNCH_NS = 2500.0  # of an empty kernel in a CUDA graph
 CLASSES, QUICK_CLASSES = {10: 64, 100: 64, 1000: 16, 2048: 4, 32000: 2}, {10: 64, 100: 64}  # and how many rows are executed
+IMAGES = {32: 64, 64: 16, 224: 8}  # by their size, how many are executed
 POLICIES, QUICK_POLICIES = ("none", "autoaugment", "randaugment", "trivialaugment"), ("autoaugment",)
 SECTOR = 32  # bytes
 CASES = ("executed", "assembled", "launches")
@@ -44,7 +46,8 @@ CASES = ("executed", "assembled", "launches")
 
 @dataclass(frozen=True)
 class Row:
-    """Counts per row of logits, or per image; bounds of the model in ns per row or image, and for a launch."""
+    """Counts of all launches per row of logits, or per image; warps of the first; bounds of the model in ns per row or image, and
+    of the launches."""
     sm: int
     kernel: str
     case: str
@@ -77,17 +80,17 @@ class Code:
     instructions: int
 
 
-def row(sm: int, kernel: str, case: str, dtype, unit: str, launch, count: int, ideal_bytes: float, classes=None) -> Row:
-    counts = {name: value / count for name, value in launch.counts.items()}
+def row(sm: int, kernel: str, case: str, dtype, unit: str, launches, count: int, ideal_bytes: float, classes=None) -> Row:
+    counts = {name: value / count for name, value in sum((launch.counts for launch in launches), Counter()).items()}
     instructions, sectors = counts["warp instructions"], counts["load sectors"] + counts["store sectors"]
     accesses, ideal = counts.get("shared accesses", 0), ideal_bytes / SECTOR
     bounds = [bound for processors, schedulers, clock, rate in GPUS.values()
               for bound in (instructions / (processors * schedulers * clock), SECTOR * sectors / rate)]
-    return Row(sm, kernel, case, str(dtype).removeprefix("torch."), unit, launch.warps, round(instructions, 1),
+    return Row(sm, kernel, case, str(dtype).removeprefix("torch."), unit, launches[0].warps, round(instructions, 1),
                round(32 * instructions / classes, 1) if classes else None, round(sectors, 1), round(ideal, 1),
                round(sectors / ideal, 2), round(counts["shared wavefronts"] / accesses, 2) if accesses else None,
-               round(launch.counts.get("barriers", 0) / (launch.grid * launch.warps), 1),
-               *(round(bound, 3) for bound in bounds), LAUNCH_NS)
+               round(sum(launch.counts.get("barriers", 0) / (launch.grid * launch.warps) for launch in launches), 1),
+               *(round(bound, 3) for bound in bounds), LAUNCH_NS * len(launches))
 
 
 def losses(sm: int, sizes: dict):
@@ -97,24 +100,23 @@ def losses(sm: int, sizes: dict):
             for name, function in (("KD", kd_loss), ("DKD", dkd_loss)):
                 z, v, targets = hard_logits(classes, "normal", rows)
                 function(z, v, targets)  # its hyperparameters are on the device before the executor watches
-                with (ptx.executed(softmax_kl, "_softmax_kl_kernel", sm) as launches,
+                with (ptx.executed(softmax_kl, sm) as launches,
                       mock.patch.object(softmax_kl, "use_triton", lambda tensor: True)):
                     function(z.to(dtype), v.to(dtype), targets)
                 ideal = classes * (2 * dtype.itemsize + 4)
-                yield row(sm, "softmax_kl", f"{name} C={classes}", dtype, "row", launches[0], rows, ideal, classes)
+                yield row(sm, "softmax_kl", f"{name} C={classes}", dtype, "row", launches, rows, ideal, classes)
 
 
 def batches(sm: int, policies):
     """The image's bytes read once and the batch written once would be ideal."""
     for policy in policies:
-        for size in (32, 64):
+        for size, count in IMAGES.items():
             for dtype in (torch.float32, torch.float16):
-                count = 64 if size == 32 else 16
                 made, _ = fused_batches(policy, size, "elem", dtype, count)
-                with ptx.executed(augment, "_augment_kernel", sm) as launches:
+                with ptx.executed(augment, sm) as launches:
                     made.batch(1, range(count))
                 ideal = 3 * size * size * (1 + dtype.itemsize)
-                yield row(sm, "augment", f"{policy} {size}x{size}", dtype, "image", launches[0], count, ideal)
+                yield row(sm, "augment", f"{policy} {size}x{size}", dtype, "image", launches, count, ideal)
 
 
 def assembled(quick: bool):

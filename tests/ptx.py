@@ -1,6 +1,6 @@
 """Executes compiled Triton kernels on a CPU: their PTX, instruction by instruction, in numpy.
 
-    with executed(op, "_softmax_kl_kernel", sm=90) as launches:
+    with executed(op, sm=90) as launches:
         op.softmax_kl_triton(...)                                the real launcher, on CPU tensors
     launches[0].counts["warp instructions"]
 
@@ -8,10 +8,10 @@ Needs a process in which Triton compiles instead of interpreting: `python ptx.py
 `cases()` of FILE, `{sm, case} | execute(sm, *case)`, or the fault, and for each barrier of `without_barriers(sm)`.
 
 It shows what the interpreter of Triton cannot: what the compiler made of the kernel.  `Fault` is raised for an address outside
-of a tensor or not aligned, for memory that is read before it was written, for a race in shared memory between two barriers, for
-a shuffle with a lane that is elsewhere, and for a barrier that not all threads reach.  With a seed, programs and warps take
-turns in random order.  Counts are exact: instructions that a warp issues, 32-byte sectors of global memory, wavefronts of shared
-memory, barriers.
+of a tensor or not aligned, for memory that is read before it was written, for a race in shared memory between two barriers, in
+global memory for a warp that reads what another one of its program wrote, for a shuffle with a lane that is elsewhere, and for a
+barrier that not all threads reach.  With a seed, programs and warps take turns in random order.  Counts are exact: instructions
+that a warp issues, 32-byte sectors of global memory, wavefronts of shared memory, barriers.
 
 All programs run at once: a register is an array with one number per thread of the grid, and a step executes one instruction for
 all threads that are at it.  What numpy cannot tell: ex2, lg2, rcp and sqrt are rounded correctly here and approximated on a GPU;
@@ -30,7 +30,7 @@ import sass
 import torch
 
 UNSIGNED, SIGNED = ({size: np.dtype(f"{letter}{size}").type for size in (1, 2, 4, 8)} for letter in "ui")
-KINDS = {"f16": np.float16, "f32": np.float32, "bf16": np.uint16, "pred": np.bool_} | {
+KINDS = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16": np.uint16, "pred": np.bool_} | {
     f"{letter}{8 * size}": kinds[size] for letter, kinds in (("u", UNSIGNED), ("s", SIGNED), ("b", UNSIGNED)) for size in kinds}
 
 
@@ -205,7 +205,10 @@ COMPUTE = {
 # --- memory -------------------------------------------------------------------------------------------------------------
 
 class GlobalMemory:
-    """The tensors of a launch side by side, with forbidden zones between them; new ones have not been written."""
+    """The tensors of a launch side by side, with forbidden zones between them; new ones have not been written.
+
+    Of each 32-bit word it remembers which warp wrote it last, and in which interval between two barriers of its program.
+    """
     BASE, GUARD, ALIGNMENT = 1 << 20, 4096, 256
 
     def __init__(self, tensors, fresh):
@@ -220,6 +223,7 @@ class GlobalMemory:
             part = slice(self.starts[key], self.starts[key] + array.nbytes)
             self.bytes[part], self.valid[part] = array, True
             self.written[part] = key not in fresh
+        self.writer, self.interval = np.full(end // 4 + 1, SharedMemory.NOBODY), np.zeros(end // 4 + 1, np.int64)
 
     def address(self, tensor) -> int:
         return self.BASE + self.starts[tensor.untyped_storage().data_ptr()] + tensor.storage_offset() * tensor.element_size()
@@ -236,15 +240,19 @@ class GlobalMemory:
             raise Fault(f"an address outside of the tensors, or not aligned ({address[bad][0] - self.BASE})")
         return place
 
-    def load(self, address, width: int):
+    def load(self, address, width: int, warp, interval):
         place = self.place(address, width)
         if not self.written[place].all():
             raise Fault("global memory is read before it was written")
+        writer = self.writer[place // 4]
+        if ((writer >= 0) & (writer != warp) & (self.interval[place // 4] == interval)).any():
+            raise Fault("race: a warp reads global memory that another one wrote without a barrier between")
         return self.bytes.view(UNSIGNED[width])[place // width]
 
-    def store(self, address, values) -> None:
+    def store(self, address, values, warp, interval) -> None:
         place = self.place(address, values.dtype.itemsize)
         self.bytes.view(values.dtype)[place // values.dtype.itemsize] = values
+        self.writer[place // 4], self.interval[place // 4] = warp, interval
         for byte in range(values.dtype.itemsize):
             self.written[place + byte] = True
 
@@ -335,6 +343,7 @@ class Machine:
         self.warp, self.home = thread // 32, thread // program.threads
         self.special = {"tid.x": (thread % program.threads).astype(np.uint32), "ctaid.x": self.home.astype(np.uint32),
                         "laneid": (thread % 32).astype(np.uint32), "nctaid.x": np.full(threads, programs, np.uint32)}
+        self.interval = self.home * 2**32  # of each thread
         self.random = None if seed is None else np.random.default_rng(seed)
 
     def run(self) -> Counter:
@@ -359,6 +368,7 @@ class Machine:
             waiting, done = (state.reshape(self.programs, -1) for state in (self.waiting, self.done))
             complete = (waiting | done).all(1) & waiting.any(1)
             waiting[complete] = False
+            self.interval.reshape(self.programs, -1)[complete] += 1
             self.shared.barrier(complete)
 
     def step(self, ready) -> None:
@@ -406,8 +416,8 @@ class Machine:
                 value = self.registers[name][lanes]
             else:
                 value = self.special[name][lanes] if name in self.special else np.zeros(len(lanes), np.uint32)
-        elif operand.startswith("0f"):
-            value = np.full(len(lanes), int(operand[2:], 16), np.uint32)
+        elif operand.startswith(("0f", "0d")):
+            value = np.full(len(lanes), int(operand[2:], 16), np.uint32 if operand[1] == "f" else np.uint64)
         elif operand == "global_smem":
             value = np.zeros(len(lanes), np.uint64)
         else:
@@ -454,8 +464,12 @@ class Machine:
         self.waiting[lanes] = True
 
     def do_mov(self, instruction, lanes) -> None:
-        """To one register, or to the parts of a wide one."""
-        value, parts = self.read(instruction.operands[1], lanes, instruction.type), self.parts(instruction.operands[0])
+        """To one register from another one or from two halves, or to the parts of a wide one."""
+        target, source = instruction.operands
+        if source.startswith("{"):
+            halves = [self.read(part, lanes, "u16") for part in self.parts(source)]
+            return self.write(target, lanes, np.stack(halves, 1).view(np.uint32).ravel())
+        value, parts = self.read(source, lanes, instruction.type), self.parts(target)
         if len(parts) == 1:
             return self.write(parts[0], lanes, value)
         size = value.dtype.itemsize // len(parts)
@@ -475,7 +489,7 @@ class Machine:
             if instruction.has("shared"):
                 value = self.shared.load(self.home[lanes], address + number * width, width, self.warp[lanes])
             else:
-                value = self.memory.load(address + number * width, width)
+                value = self.memory.load(address + number * width, width, self.warp[lanes], self.interval[lanes])
             self.write(register, lanes, value)
 
     def do_st(self, instruction, lanes) -> None:
@@ -487,7 +501,7 @@ class Machine:
             if instruction.has("shared"):
                 self.shared.store(self.home[lanes], address + number * width, value, self.warp[lanes])
             else:
-                self.memory.store(address + number * width, value)
+                self.memory.store(address + number * width, value, self.warp[lanes], self.interval[lanes])
 
     def count(self, instruction, kind: str, address, width: int, lanes) -> None:
         """Sectors that each warp touches in global memory; in shared memory wavefronts: the most words that it wants of one
@@ -513,7 +527,7 @@ class Machine:
             self.count(instruction, "atomic", address, 4, lanes)
             old = self.shared.add(self.home[lanes], address, value, self.warp[lanes])
         else:
-            self.memory.load(address, 4)
+            self.memory.load(address, 4, self.warp[lanes], self.interval[lanes])
             old = add_in_turn(self.memory.bytes.view(np.uint32), (address - self.memory.BASE) // 4, value)
         self.write(target, lanes, old)
 
@@ -613,26 +627,27 @@ def without_barriers(launch: Launch, wrong, numbers, seeds=(None,)):
 
 
 @contextmanager
-def executed(module, name: str, sm: int, seed: int | None = None):
-    """While it is entered, each launch of the kernel `module.name` is compiled for `sm` and executed here -> list of the
-    launches so far.
+def executed(module, sm: int, seed: int | None = None):
+    """While it is entered, each launch of a kernel of `module` is compiled for `sm` and executed here -> list of the launches so
+    far.
 
     seed: of random orders of programs and warps; None: all together.
     """
-    launches, fresh, kernel, empty = [], set(), getattr(module, name), torch.empty
+    launches, fresh, empty = [], set(), torch.empty
 
     def new(*shape, **options):
         tensor = empty(*shape, **options)
         fresh.add(tensor.untyped_storage().data_ptr())
         return tensor
 
-    def launch(grid, *arguments, **options):
+    def launch(kernel, grid, *arguments, **options):
         compiled = sass.compile_for(sm, kernel, lambda: kernel[grid](*arguments, **options))
         launches.append(Launch(compiled, grid[0], list(given(arguments, compiled.src.constants)), fresh))
         launches[-1].run(seed)
         fresh.difference_update(launches[-1].fresh)
 
-    with mock.patch.object(module, name, ByGrid(launch)), mock.patch.object(torch, "empty", new):
+    kernels = {name: ByGrid(partial(launch, kernel)) for name, kernel in vars(module).items() if name.endswith("_kernel")}
+    with mock.patch.multiple(module, **kernels), mock.patch.object(torch, "empty", new):
         yield launches
 
 

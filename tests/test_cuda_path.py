@@ -20,7 +20,7 @@ STUDENTS = (CAPTURED, "--method kd --deterministic --grad-checkpoint",
             "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda",
             "--method kd --kl reverse --amp off --kernels reference",
             "--method dkd --kernels reference --mixed-target dominant --opt sgd --momentum 0 --policy none")
-TEACHERS = ("--amp off --mixup 0 --cutmix 0 --crop resized --opt sgd --model-ema 0.9 --device cuda:0",
+TEACHERS = ("--amp off --mixup 0 --cutmix 0 --crop resized --image-size 40 --opt sgd --model-ema 0.9 --device cuda:0",
             "--amp bf16 --kernels reference --policy randaugment --crop resized --image-size 24 "
             "--deterministic --class-weights balanced")
 
@@ -56,6 +56,7 @@ def test_a_teacher_is_trained_without_waiting(tmp_path, flags, evaluated):
         assert torch.backends.cudnn.allow_tf32 == ("--amp off" not in flags), "fp32 is exact, or it was not asked for"
         assert not torch.utils.deterministic.fill_uninitialized_memory, "a launch more for every new tensor"
     assert path.watch.steps == 6 and (tmp_path / "run" / "summary.json").exists() and set(evaluated) == {128}
+    assert path.watch.recordings == (0 if "--kernels reference" in flags else 2), "the batches of 40 pixels are captured, too"
     # What is cached on the way, such as the constants of the augmentation on a CPU, is real again afterwards.
     pixels = torch.full((1, 12), 255, dtype=torch.uint8)
     assert torch.equal(cpu.normalise(pixels, torch.zeros(12), torch.ones(12)), torch.ones(1, 12))

@@ -45,7 +45,7 @@ def launched(sm, classes, kind, split, logits, rows, seed):
            "split": "pair" if split == "reverse" else split, "reverse": split == "reverse"}
     class_weights = torch.arange(1, classes + 1) % 4 / 2.0 if logits == "weighted" else None
     op.hyperparameters(weights, 4.0, how["label_smoothing"], z.device)  # on the device before the executor watches
-    with (ptx.executed(op, "_softmax_kl_kernel", sm, seed) as launches,
+    with (ptx.executed(op, sm, seed) as launches,
           mock.patch.object(op, "use_triton", lambda tensor: True)):
         loss, terms = softmax_kl(z, v, *targets, weights, class_weights=class_weights, **how)
         gradient, = torch.autograd.grad(loss, z)

@@ -1,5 +1,6 @@
-"""Both kernels as machine code for sm_80, sm_90 and sm_120, without a GPU: no spills, few registers, wide loads and stores."""
+"""All kernels as machine code for sm_80, sm_90 and sm_120, without a GPU: no spills, few registers, wide loads and stores."""
 import os
+from unittest import mock
 
 import pytest
 import sass
@@ -7,6 +8,7 @@ import torch
 from kernel_cases import fused_batches
 
 from kernels import augment, softmax_kl
+from kernels.augment_constants import WARPS
 
 CLASSES = (100, 128, 200, 1000, 2048, 32000)  # 100, 200 and 1000 are no multiple of a 16-byte load, the others are
 OBJECTIVES = ((torch.float32, "pair", False, False), (torch.bfloat16, "pair", False, False),
@@ -15,7 +17,12 @@ OBJECTIVES = ((torch.float32, "pair", False, False), (torch.bfloat16, "pair", Fa
 # The result in each width, at both sizes; without a policy; and, with a fourth, of windows of images of that side.
 BATCHES = ((32, torch.float32, "autoaugment"), (32, torch.float16, "autoaugment"), (32, torch.bfloat16, "autoaugment"),
            (64, torch.float32, "autoaugment"), (64, torch.float16, "autoaugment"), (32, torch.float16, "none"),
-           (32, torch.float16, "autoaugment", 36), (64, torch.float32, "autoaugment", 72))
+           (32, torch.float16, "autoaugment", 36), (64, torch.float32, "autoaugment", 72),
+           (224, torch.float16, "autoaugment", 256))
+ONE_LAUNCH, TWO_LAUNCHES = ("_augment_kernel",), ("_augment_policy_kernel", "_augment_mix_kernel")
+MORE_BATCHES = ((8, torch.bfloat16, "none"), (20, torch.bfloat16, "autoaugment", 48), (72, torch.float32, "autoaugment"),
+                (96, torch.float16, "trivialaugment", 112), (224, torch.float32, "autoaugment"),
+                (256, torch.float32, "autoaugment", 320))
 
 
 def losses(every=True):
@@ -32,16 +39,22 @@ def losses(every=True):
                 reverse=reverse, class_weights=torch.ones(classes) if weighted else None)
 
 
-def batches():
-    for size, dtype, policy, *stored in BATCHES:
+def batches(every=True):
+    for size, dtype, policy, *stored in BATCHES + MORE_BATCHES * every:
         made, _ = fused_batches(policy, size, "batch", dtype, 32, *stored)
-        about = {"size": size, "dtype": str(dtype), "policy": policy, "stored": stored}
-        yield about, augment._augment_kernel, lambda: made.batch(1, range(32))
+        for name in ONE_LAUNCH if size in WARPS else TWO_LAUNCHES:
+            about = {"size": size, "dtype": str(dtype), "policy": policy, "stored": stored, "kernel": name}
+            others = {other: mock.MagicMock() for other in ONE_LAUNCH + TWO_LAUNCHES if other != name}
+
+            def call():
+                with mock.patch.multiple(augment, **others):
+                    made.batch(1, range(32))
+            yield about, getattr(augment, name), call
 
 
 def launches():
     yield from losses("TORTURE" in os.environ)
-    yield from batches()
+    yield from batches("TORTURE" in os.environ)
 
 
 @pytest.fixture(scope="module")
@@ -71,5 +84,6 @@ def test_sass_of_softmax_kl_reads_and_writes_128_bits_where_rows_are_aligned(com
 def test_sass_of_augment_has_no_spills_stores_128_bits_and_rounds_every_product(compiled):
     """The equality with PyTorch's separate products and sums hangs on the last."""
     assert_none([code for code in compiled[1] if code["spills"] or code["stack"] or code["registers"] > 128])
-    assert_none([code for code in compiled[1] if code["stores128"] < (4 if "32" in code["dtype"] else 2)])
+    writing = [code for code in compiled[1] if code["kernel"] != "_augment_policy_kernel"]
+    assert_none([code for code in writing if code["stores128"] < (4 if "32" in code["dtype"] else 2)])
     assert_none([code for code in compiled[1] if code["fused"]])
