@@ -159,7 +159,7 @@ def read_table(file: Path) -> tuple[dict[str, Labelled], dict[str, int]]:
             rows.fieldnames = names = [name.strip().lower() for name in rows.fieldnames or []]
             columns = [name for name in ("path", "label", "split") if name in names]
             if columns[:2] != ["path", "label"]:
-                raise Failure(DATA, f"no columns path and label ({file}: the first line is {header})",
+                raise Failure(DATA, f"no columns path and label ({file}: the first line is {header or 'empty'})",
                               "make it path,label or path,label,split, separated by commas")
             for row in rows:
                 path, label, *split_name = (row[name] for name in columns)
@@ -168,7 +168,7 @@ def read_table(file: Path) -> tuple[dict[str, Labelled], dict[str, int]]:
                 if not (path and label and label.strip() and split):
                     raise Failure(DATA, f"incomplete or unknown value ({where})",
                                   "give each row a path, a label, and a split of train, val or test")
-                path = str(file.parent / path)
+                path = os.path.normpath(file.parent / path)
                 if path in lines:
                     raise Failure(DATA, f"a path that was there before ({where})", "keep one row for each image")
                 lines[path] = rows.line_num

@@ -172,11 +172,12 @@ def test_a_wrong_layout_is_named(plain, case):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("file,class\na.png,ant\n", ["path and label", "file,class"]), ("", ["path and label"]),
+    ("file,class\na.png,ant\n", ["path and label", "file,class"]), ("", ["path and label", "the first line is empty"]),
     ("Path;Label\na.png;ant\n", ["path and label", "Path;Label", "commas"]),
     ("path,label\na.png,ant\nb.png,\n", ["line 3"]), ("path,label,split\na.png,ant,holdout\n", ["line 2"]),
     ("path,label\ngone.png,ant\nalso.png,bee\n", ["gone.png", "line 2 of all.csv"]), ("path,label\na.png,\xe9\n", ["UTF-8"]),
-    ("path,label\na.png,ant\n", ["fewer than two classes"]), ("path,label\na.png,ant\na.png,bee\n", ["line 3: a.png,bee"])])
+    ("path,label\na.png,ant\n", ["fewer than two classes"]), ("path,label\na.png,ant\na.png,bee\n", ["line 3: a.png,bee"]),
+    ("path,label\nt/a.png,ant\nt/x/../a.png,bee\n", ["line 3: t/x/../a.png,bee"])])
 def test_a_wrong_table_is_named(tmp_path, text, words):
     (tmp_path / "all.csv").write_bytes(text.encode("latin1"))
     with fails(4, *words):
