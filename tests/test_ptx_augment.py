@@ -56,14 +56,14 @@ def execute(sm, *case):
 
 
 def without_barriers(sm):
-    """The counted case with every ninth barrier taken out, the first of two launches with every second, under torture with each
+    """The counted case with every ninth barrier taken out, the first of two launches with every sixth, under torture with each
     -> number, and whether that was noticed."""
     torture = "TORTURE" in os.environ
     (launch,), batch, expected = launched(sm, *COUNTED)
     numbers = range(3 * (not torture), len(launch.program.barriers), 1 if torture else 9)
     yield from ptx.without_barriers(launch, lambda: differing(batch, expected), numbers)
     launch = launched(sm, *UNBARRED_LARGE)[0][0]
-    numbers = range(0, len(launch.program.barriers), 1 if torture else 2)
+    numbers = range(0, len(launch.program.barriers), 1 if torture else 6)
     yield from ptx.without_barriers(launch, lambda: False, numbers)  # the races are seen
 
 
