@@ -24,7 +24,7 @@ def cases():
     mode, size and type, though not with each other."""
     for number, policy in enumerate(POLICIES):
         yield policy, 32, MODES[number % 2], list(DTYPES)[number % 3], 32, None
-        size, *stored = ((64,), (72,), (64,), (20,), (64,), (72, 96))[number]
+        size, *stored = ((64,), (48,), (64,), (20,), (64,), (48, 60))[number]
         yield policy, size, MODES[(number + 1) % 2], list(DTYPES)[(number + 2) % 3], 5, None, *stored
     for seed, (mode, kind) in enumerate(itertools.product(MODES, DTYPES)):
         yield "autoaugment", 32, mode, kind, 7, seed
