@@ -210,10 +210,13 @@ def _whole(values):
 
 @triton.jit
 def _part(count, WHOLE: tl.constexpr):
-    """count / WHOLE, whole numbers of at most 2^24 and 2^16, rounded to float32 as by a division, which fuses products."""
+    """count / WHOLE, of whole numbers below 2^24 and up to 2^16, rounded once to float32.
+
+    A division itself would be compiled to fused multiply-adds.
+    """
     if WHOLE & (WHOLE - 1) == 0:
         part = count.to(tl.float32) * (1.0 / WHOLE)
-    else:  # no such quotient is within 2^-41 of itself from where float32 rounds up instead of down: two errors of 2^-53 are less
+    else:  # the quotient is at least 2^-41 of its size away from the middle of two float32 numbers; the error is below 2^-51
         part = (count.to(tl.float64) * (1.0 / WHOLE)).to(tl.float32)
     return part
 
