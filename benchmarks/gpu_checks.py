@@ -35,7 +35,7 @@ ROWS = {1: 37, 2: 37, 3: 37, 10: 513, 100: 257, 300: 65, 1000: 37, 2048: 9, 5000
 OBJECTIVES = {"pair": Weights(0.7, 0.3, 1.0, 8.0), "dominant": Weights(1.0, None, 1.0, 2.0),
               "first": Weights(1.0, None, 1.0, 8.0), "reverse": Weights(0.2, 1.5)}
 SMOOTHING = 0.1
-IMAGES = {32: (56_100, 255), 64: (4_064, 127)}  # of each policy and type, a million in all, and of a batch
+IMAGES = {32: (56_100, 255), 64: (4_064, 127), 224: (93, 31)}  # of each policy and type, a million in all, and of a batch
 TINY = ("KD C=10", "none 32x32")  # cases of the model
 
 
