@@ -31,7 +31,8 @@ def main(args):
     control, output = sweep_grid.find_control(cells, args.control), Path(args.output)
     repeats = range(max(len(cell.seeds) for cell in cells))  # seed by seed, so that pairs are complete early
     jobs = [sweep_jobs.Job(cell, cell.seeds[at], output, ROOT) for at in repeats for cell in cells if at < len(cell.seeds)]
-    sweep_jobs.share_teacher_logits(jobs, output / "teacher-logits")
+    store = output / "teacher-logits"
+    sweep_jobs.share_teacher_logits(jobs, store)
     print(f"{len(jobs)} runs of {len(cells)} cells, {args.jobs} at once, compared with {control.label} -> {output}", flush=True)
     if args.dry_run:
         print(*(job.shown() for job in jobs), sep="\n")
@@ -50,7 +51,7 @@ def main(args):
     if failed:
         raise errors.Failure(failed[0].code, f"{len(failed)} of {len(jobs)} runs failed ({failed[0].log}: {failed[0].reason()})",
                              "fix it and repeat the command")
-    shutil.rmtree(output / "teacher-logits", ignore_errors=True)
+    shutil.rmtree(store, ignore_errors=True)
 
 
 def run(jobs, at_once: int, metric: str) -> None:

@@ -60,6 +60,8 @@ class Job:
             self.process.start()
         self.process.join()
         code, self.seconds = self.process.exitcode, time.monotonic() - started
+        with self.lock:
+            self.process = None  # another process may have its number now
         self.code = 0 if self.result() else STOPPED - code if code < 0 else code or BUG
         return self
 

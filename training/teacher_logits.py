@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cli import options
@@ -37,6 +38,9 @@ class TeacherLogits:
     def of(cls, args, run, teacher, steps: int) -> "TeacherLogits":
         """By the flags.  teacher: of models.load_teachers.  steps: of an epoch."""
         context = run.context
+        shape = {"epochs": args.epochs, "steps": steps, "rows": context.ranks.rows(args.batch_size)}
+        if args.teacher_logits is None:
+            return cls(None, 0, "", **shape, example=None)
         with context.autocast:
             example = teacher(torch.zeros(1, 3, run.data.image_size, run.data.image_size, device=context.device))
         facts = {
@@ -44,8 +48,7 @@ class TeacherLogits:
             "std": args.teacher_std, "temperature": getattr(teacher, "temperature", None),
             "data": run.data.fingerprint, **options.data(args) | {"data_dir": None}, **options.augmentation(args),
             "batch_size": run.batch_size, "micro_batches": len(run.micro_batches), "deterministic": args.deterministic}
-        return cls(args.teacher_logits, args.teacher_logits_limit * GB, key_of(facts, context), epochs=args.epochs, steps=steps,
-                   rows=context.ranks.rows(args.batch_size), example=example)
+        return cls(args.teacher_logits, args.teacher_logits_limit * GB, key_of(facts, context), **shape, example=example)
 
     def __init__(self, folder: str | None, limit: float, key: str, *, epochs: int, steps: int, rows: range, example):
         self.folder, self.first, self.steps, self.epoch, self.found = folder, rows.start, steps, 0, [False] * steps
@@ -82,12 +85,12 @@ class TeacherLogits:
         """Read what the file has of `epoch`."""
         if self.folder is None:
             return
-        self.epoch, size = epoch, self.record * self.steps
-        content = os.pread(self.file, size, (epoch - 1) * size).ljust(size, b"\0")
-        records = [content[first:first + self.record] for first in range(0, size, self.record)]
-        self.found = [record[:SEAL] == self._seal(position, record[SEAL:]) for position, record in enumerate(records)]
+        self.epoch, content = epoch, np.zeros((self.steps, self.record), np.uint8)
+        os.preadv(self.file, [content], (epoch - 1) * content.nbytes)  # what the file does not have stays 0
+        self.found = [record[:SEAL].tobytes() == self._seal(position, record[SEAL:].tobytes())
+                      for position, record in enumerate(content)]
         if any(self.found):
-            logits = torch.frombuffer(bytearray(b"".join(record[SEAL:] for record in records)), dtype=self.logits.dtype)
+            logits = torch.from_numpy(content[:, SEAL:].copy()).view(self.logits.dtype)
             self.logits.copy_(logits.view_as(self.logits))
 
     def end_epoch(self) -> None:
