@@ -31,7 +31,7 @@ def main(args):
         writers.export(module, args.format, args.precision, check.calibration(data), path)
 
         metadata = writers.metadata(module, args.format, args.precision, trained["sha256"])
-        images, labels = (part.numpy() for part in data.test)
+        images, labels = data.test.images.numpy(), data.test.labels.numpy()
         exported, expected = (model(images)[1] for model in (runtime.open_exported(path, metadata), original))
         row = check.compare(path, checkpoint, metadata, exported, expected, labels)
         print(row)

@@ -31,7 +31,8 @@ def main(args):
     mean, std = (torch.tensor(values, device=context.device).view(3, 1, 1) for values in (data.mean, data.std))
     images = (batch.images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
-    stored, own = (part[augmenter.sources(args.step).to(context.device)[:args.images]].cpu() for part in data.train)
+    shown = augmenter.sources(args.step).to(context.device)[:args.images]
+    stored, own = data.train.part(shown).cpu(), data.train.labels[shown]
     columns = stored.numpy(), own.tolist(), images, augmenter.describe(args.step), *(part.tolist() for part in batch.targets)
     cells = []
     for original, true, image, parameters, label, other, lam in zip(*columns):

@@ -34,11 +34,11 @@ class Treatments(NamedTuple):
 class BatchAugmenter:
     """Crop, flip, policy, normalise, erase and mix: `augmenter(step)` is batch `step` of the epoch that was set last, at first 0.
 
-    images: uint8 (N, side, side, 3), side >= 8, on any device; labels: int64 (N,), on the same.  An epoch is a permutation of the
-    images without the last incomplete batch.  What is drawn depends on (seed, epoch, position in the epoch) alone, on no global
-    generator and not on the order of the calls; the bytes after the policy are those of torchvision's v1 transforms on tensors.
-    Where is_fused(images, image_size), one or two launches make the batch (fused.py), else plain PyTorch (cpu.py); both equal the
-    specification in naive.py bit for bit.
+    images: uint8 (N, side, side, 3), side >= 8, on any device; labels: int64 (N,), on the same.  rows: int64 (N,), where only
+    some images are meant.  An epoch is a permutation of the N images without the last incomplete batch.  What is drawn depends
+    on (seed, epoch, position in the epoch) alone, on no global generator and not on the order of the calls; the bytes after the
+    policy are those of torchvision's v1 transforms on tensors.  Where is_fused(images, image_size), one or two launches make the
+    batch (fused.py), else plain PyTorch (cpu.py); both equal the specification in naive.py bit for bit.
 
     policy: a key of POLICIES.  flip: mirror half of the images.
     crop: "pad" crops the image with `crop_pad` pixels of zeros around it to its size.  "resized" resizes a random window to
@@ -52,36 +52,36 @@ class BatchAugmenter:
     ValueError: images of another shape or type, an unknown name, fewer images than one batch.
     """
 
-    def __init__(self, images, labels, *, batch_size, seed, policy="autoaugment", crop="pad", crop_pad=4, image_size=None,
-                 scale=(0.08, 1.0), ratio=(0.75, 1.3333), flip=True, random_erasing=0.25, mixup=0.8, cutmix=1.0, mix_prob=1.0,
-                 mix_mode="batch", mean, std, dtype=torch.float32):
+    def __init__(self, images, labels, rows=None, *, batch_size, seed, policy="autoaugment", crop="pad", crop_pad=4,
+                 image_size=None, scale=(0.08, 1.0), ratio=(0.75, 1.3333), flip=True, random_erasing=0.25, mixup=0.8, cutmix=1.0,
+                 mix_prob=1.0, mix_mode="batch", mean, std, dtype=torch.float32):
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[2:] != (images.shape[1], 3) or images.shape[1] < 8:
             raise ValueError(f"cannot augment images ({images.dtype} {tuple(images.shape)}). "
                              "give torch.uint8 (N, size, size, 3), size >= 8")
         for name, value, known in (("crop", crop, CROPS), ("mix_mode", mix_mode, MIX_MODES)):
             if value not in known:
                 raise ValueError(f"unknown {name} ({value}). choose one of {', '.join(known)}")
-        if len(images) < batch_size:
-            raise ValueError(f"fewer images than one batch ({len(images)} < {batch_size}). use a smaller batch, or more images")
+        if len(labels) < batch_size:
+            raise ValueError(f"fewer images than one batch ({len(labels)} < {batch_size}). use a smaller batch, or more images")
         side, resized = images.shape[1], crop == "resized"
         if image_size not in (None, side) and not resized:
             raise ValueError(f"images of {side} pixels are not resized to {image_size} by this crop ({crop}). choose resized")
         size = image_size or side
-        self.batch_size, self.steps, self.mix_each = batch_size, len(images) // batch_size, mix_mode == "elem"
+        self.batch_size, self.steps, self.mix_each = batch_size, len(labels) // batch_size, mix_mode == "elem"
         self.sampler = Sampler(size, build_tables(policy, size).to(images.device), seed=seed, crop_pad=crop_pad, flip=flip,
                                random_erasing=random_erasing, mixup=mixup, cutmix=cutmix, mix_prob=mix_prob,
                                stored=side if resized else None, scale=scale, ratio=ratio)
-        self.fused, self._images = is_fused(images, size), images
+        self.fused, self._labels = is_fused(images, size), labels
         if kernels.use_triton(images) and not self.fused:
             _print_once(f"images of {size}x{size} are augmented in plain PyTorch: the fused kernels make sides of {SIZES[0]} to "
                         f"{SIZES[-1]} pixels, and they and the stored sides are multiples of {SIZES.step}")
         self._batches = (FusedBatches if self.fused else CpuBatches)(
-            images, labels, self.sampler, batch_size=batch_size, mix_each=self.mix_each, mean=mean, std=std, dtype=dtype)
+            images, labels, rows, self.sampler, batch_size=batch_size, mix_each=self.mix_each, mean=mean, std=std, dtype=dtype)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of `epoch`; may wait for the device.  A captured CUDA graph follows, too, where the kernel runs."""
-        self.epoch, self._order = epoch, self.sampler.order(epoch, len(self._images))
+        self.epoch, self._order = epoch, self.sampler.order(epoch, len(self._labels))
         self._batches.set_epoch(epoch, self._order)
 
     def __call__(self, step: int | torch.Tensor, rows: range | None = None) -> Batch:
@@ -105,7 +105,7 @@ class BatchAugmenter:
 
     def treatments(self, epoch: int, steps: range, rows: range) -> Treatments:
         """What is done to `rows` of the batches `steps` of an epoch, which need not be the one that is set."""
-        first = torch.tensor(steps, device=self._images.device)[:, None] * self.batch_size
+        first = torch.tensor(steps, device=self._labels.device)[:, None] * self.batch_size
         own = torch.arange(rows.start, rows.stop, device=first.device)
         draws = self.sampler.images(epoch, first + own)
         mixes = self.sampler.mixes(epoch, first + own * self.mix_each)
@@ -122,7 +122,7 @@ class BatchAugmenter:
         crop: by how many lines (down) and columns (to the right) the window is off the image.  window: height x width, then its
         top and left edge.  cutmix, mixup: the share of the row that is its own.
         """
-        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size, device=self._images.device)
+        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size, device=self._labels.device)
         draws = self.sampler.images(self.epoch, positions)
         mixes = self.sampler.mixes(self.epoch, positions if self.mix_each else positions[:1].expand(self.batch_size))
         names = [re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower() for name, _ in self.sampler.policy.operations]

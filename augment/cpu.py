@@ -42,22 +42,24 @@ class _Plan(NamedTuple):
 class CpuBatches:
     """Makes batches of `images` on their device; the arguments are those of BatchAugmenter."""
 
-    def __init__(self, images, labels, sampler: Sampler, *, batch_size, mix_each, mean, std, dtype):
-        self.images, self.labels, self.sampler, self.batch_size, self.dtype = images, labels, sampler, batch_size, dtype
-        self.size, self.steps, self.mix_each = sampler.size, len(images) // batch_size, mix_each
+    def __init__(self, images, labels, rows, sampler: Sampler, *, batch_size, mix_each, mean, std, dtype):
+        self.images, self.labels, self.rows, self.sampler = images, labels, rows, sampler
+        self.batch_size, self.dtype = batch_size, dtype
+        self.size, self.steps, self.mix_each = sampler.size, len(labels) // batch_size, mix_each
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32).repeat(self.size ** 2).to(images.device)
                               for values in (mean, std))
 
     def set_epoch(self, epoch: int, order: torch.Tensor) -> None:
         """Draw all of `epoch` at once, so that a step only looks it up; waits for the device."""
         positions = torch.arange(self.steps * self.batch_size, device=self.images.device).view(self.steps, self.batch_size)
-        self._sources = order[:positions.numel()].to(self.images.device).view_as(positions)
+        order = order[:positions.numel()].to(self.images.device).view_as(positions)
+        self._sources = order if self.rows is None else self.rows[order]
         self._draws = self.sampler.images(epoch, positions)
         self._mixes = self.sampler.mixes(epoch, positions if self.mix_each else positions[:, :1])
 
         paired = self.batch_size // 2 * 2
         share = self._mixes.share.expand_as(positions)
-        label = self.labels[self._sources]
+        label = self.labels[order]
         other = label.clone()  # an odd last row is its own partner
         other[:, :paired] = label[:, :paired].unflatten(1, (-1, 2)).flip(2).flatten(1)
         label = torch.where(share == 0, other, label)
@@ -223,7 +225,7 @@ def _stretching(images, tables):
 def _equalizing(index):
     pixels = index.shape[1] // 3
     histogram = torch.zeros(len(index) * 768, dtype=torch.int32, device=index.device)
-    histogram = histogram.index_add_(0, index.view(-1), _one(index.device).expand(index.numel())).view(-1, 3, 256)
+    histogram = histogram.index_add_(0, index.view(-1), index.new_ones(1).expand(index.numel())).view(-1, 3, 256)
     not_brighter = histogram.cumsum(2, dtype=torch.int32)
     below_brightest = not_brighter.masked_fill(not_brighter == pixels, 0).amax(2, keepdim=True)
     step = below_brightest // 255
@@ -293,8 +295,3 @@ def _first_of_channel(pixels, device):
 @functools.cache
 def _gray_weights(pixels, device):
     return torch.tensor([0.2989, 0.587, 0.114], device=device).repeat(pixels)
-
-
-@functools.cache
-def _one(device):
-    return torch.ones(1, dtype=torch.int32, device=device)

@@ -11,8 +11,8 @@ from kernels.augment_constants import CONTRAST, KINDS, SHARPNESS
 class FusedBatches:
     """Makes batches of `images` on their device; the arguments are those of BatchAugmenter."""
 
-    def __init__(self, images, labels, sampler: Sampler, *, batch_size, mix_each, mean, std, dtype):
-        policy, device, images = sampler.policy, images.device, images.contiguous()
+    def __init__(self, images, labels, rows, sampler: Sampler, *, batch_size, mix_each, mean, std, dtype):
+        policy, device, images = sampler.policy, images.device, images.contiguous() if rows is None else images[rows]
         if images.storage_offset() % 4:  # a part of other memory; the kernel reads whole words
             images = images.clone()
         parameters = kernel.Parameters(

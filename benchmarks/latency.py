@@ -59,7 +59,7 @@ def torch_call(checkpoint: Path, device, compiled: bool):
 def onnx_files(checkpoint: Path, module, folder: Path):
     """(engine, file, accuracy on the test set) in fp32 and in int8, exported to `folder`."""
     data = check.data_of_run(checkpoint, module.info["classes"])
-    images, labels = (part.numpy() for part in data.test)
+    images, labels = data.test.images.numpy(), data.test.labels.numpy()
     for precision in ("fp32", "int8"):
         path = folder / f"{checkpoint.parent.name}-{precision}.onnx"
         writers.export(module, "onnx", precision, check.calibration(data), path)

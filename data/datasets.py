@@ -45,7 +45,7 @@ class Dataset:
     @property
     def image_size(self) -> int:
         """Height and width of the stored images, in pixels."""
-        return self.train.images.shape[1]
+        return self.train.stored.shape[1]
 
     def __str__(self) -> str:
         sizes = [len(split.labels) for split in (self.train, self.val, self.test)]
@@ -76,14 +76,14 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, crop="pad",
     except OSError as failure:
         raise Failure(DATA, f"cannot read ({failure.filename}: {failure.strerror})",
                       "check the path and its permissions") from failure
-    if (side := source.train.images.shape[1]) < MIN_SIDE:
+    if (side := source.train.stored.shape[1]) < MIN_SIDE:
         raise Failure(USAGE, f"images of {side}x{side} are too small to be augmented ({data_dir})",
                       f"use images of at least {MIN_SIDE}x{MIN_SIDE}")
     train, val, test, sha256, notes = source.train, source.val, source.test, fingerprint(source), list(source.notes)
     if test is None:
         train, test = divide(train, a_tenth(train), TEST_SEED, source.classes, "a test split",
                              "add images, or give the folder train and test")
-    mean, std = source.mean_and_std or mean_and_std(train.images)
+    mean, std = source.mean_and_std or mean_and_std(train)
     if val is not None and val_size is not None:
         notes.append(f"{len(val.labels)} images for validation are not used, because of --val-size {val_size}")
         val = None
@@ -112,10 +112,11 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, crop="pad",
 
 def shared(images: Split, others: Split) -> int:
     """How many of the images are among the others, too."""
-    step = max(1, images.images[0].numel() // 64) if len(images.labels) else 1
-    samples = [[row.tobytes() for row in split.images.flatten(1)[:, ::step].numpy()] for split in (images, others)]
+    step = max(1, images.stored[0].numel() // 64) if len(images.labels) else 1
+    samples = [[row.tobytes() for row in split._replace(stored=split.stored.flatten(1)[:, ::step]).images.numpy()]
+               for split in (images, others)]
     alike = set(samples[0]) & set(samples[1])  # candidates, which are few in most data sets
-    ours, theirs = ([row.numpy().tobytes() for row, sample in zip(split.images, each) if sample in alike]
+    ours, theirs = ([split.part(row).numpy().tobytes() for row, sample in enumerate(each) if sample in alike]
                     for split, each in zip((images, others), samples))
     known = set(theirs)
     return sum(row in known for row in ours)
@@ -125,7 +126,7 @@ def fingerprint(source: Source) -> str:
     content = hashlib.sha256(repr(source.classes).encode())
     for split in filter(None, (source.train, source.test, source.val)):
         content.update(split.labels.numpy().data)
-        content.update(split.images.numpy().data)
+        content.update(split.stored.numpy().data)
     return content.hexdigest()
 
 
@@ -158,10 +159,11 @@ def divide(split: Split, count: int, seed: int, classes: list[str], cause: str, 
     return split.take(~chosen), split.take(chosen)
 
 
-def mean_and_std(images: torch.Tensor) -> tuple[tuple, tuple]:
-    """Mean and standard deviation per channel of `images` scaled to [0, 1], from exact histograms without a float copy."""
+def mean_and_std(split: Split) -> tuple[tuple, tuple]:
+    """Mean and standard deviation per channel of the images scaled to [0, 1], from exact histograms without a float copy."""
+    parts = (split.part(slice(first, first + 1000)) for first in range(0, len(split.labels), 1000))
     histogram = torch.stack([torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in part.unbind(-1)])
-                             for part in images.split(1000)]).sum(0)
+                             for part in parts]).sum(0)
     levels = torch.arange(256, dtype=torch.float64) / 255
     weights = histogram / histogram.sum(1, keepdim=True, dtype=torch.float64)
     mean = weights @ levels
@@ -171,8 +173,11 @@ def mean_and_std(images: torch.Tensor) -> tuple[tuple, tuple]:
 
 
 def upload(splits: list[Split], device: torch.device) -> list[Split]:
+    """The splits on `device`; a GPU gets the images of each split, without the others."""
+    if device.type == "cpu":
+        return splits
     if device.type == "cuda":
-        needed = sum(tensor.nbytes for split in splits for tensor in split)
+        needed = sum(len(split.labels) * split.stored[0].nbytes + split.labels.nbytes for split in splits)
         free, _ = torch.cuda.mem_get_info(device)
         if needed > free:
             raise Failure(OUT_OF_MEMORY, f"too many images for the GPU ({needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free)",

@@ -1,4 +1,5 @@
 """Image files of one's own: decoded once, resized to --image-size, cached beside the images."""
+import fcntl
 import glob
 import hashlib
 import io
@@ -9,7 +10,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,24 +91,51 @@ def read_images(prefix: Path, found: layout.Layout, paths: list[str], image_size
             listing.update(os.fsencode(f"{split}\0{name}\0{where}\0{size_and_time}\0"))
     key = f"{prefix.name}{listing.hexdigest()[:16]}"
     native, resized = prefix.with_name(f"{key}.pt"), prefix.with_name(f"{key}-{image_size}.pt")
-    for cache in (native, resized):
-        if cache.is_file():
-            decoded = read_cache(cache, len(paths))
-            if decoded is None:
-                print(f"the cache is damaged, so the images are decoded again ({cache})")
-            elif cache == resized or image_size is None or decoded.images.shape[1] <= image_size:
-                decoded.unreadable = [(path_of[where], reason) for where, reason in decoded.unreadable]
-                return decoded
-    decoded = decode(paths, image_size)
-    relative = [(os.path.relpath(path, found.root), reason) for path, reason in decoded.unreadable]
+
+    def cached() -> Decoded | None:
+        for cache in (native, resized):
+            if cache.is_file():
+                decoded = read_cache(cache, len(paths))
+                if decoded is None:
+                    print(f"the cache is damaged, so the images are decoded again ({cache})")
+                elif cache == resized or image_size is None or decoded.images.shape[1] <= image_size:
+                    decoded.unreadable = [(path_of[where], reason) for where, reason in decoded.unreadable]
+                    return decoded
+        return None
+
+    if decoded := cached():
+        return decoded
+    with alone(found.root) as waited:
+        if waited and (decoded := cached()):
+            return decoded
+        decoded = decode(paths, image_size)
+        relative = [(os.path.relpath(path, found.root), reason) for path, reason in decoded.unreadable]
+        try:
+            write_cache(native if decoded.is_native else resized, vars(decoded) | {"unreadable": relative})
+            for outdated in prefix.parent.glob(f"{glob.escape(prefix.name)}*"):
+                if not outdated.name.startswith(key):
+                    outdated.unlink(missing_ok=True)
+        except OSError as failure:
+            print(f"no cache of the images is kept, they will be decoded again ({prefix.parent}: {failure.strerror})")
+            return decoded
+    return cached() or decoded  # the cache is mapped, in memory that other runs share
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[bool]:
+    """Locks `folder` where its file system has locks; whether another process had it locked until now."""
+    waited, directory = False, os.open(folder, os.O_RDONLY)
     try:
-        write_cache(native if decoded.is_native else resized, vars(decoded) | {"unreadable": relative})
-        for outdated in prefix.parent.glob(f"{glob.escape(prefix.name)}*"):
-            if not outdated.name.startswith(key):
-                outdated.unlink(missing_ok=True)
-    except OSError as failure:
-        print(f"no cache of the images is kept, they will be decoded again ({prefix.parent}: {failure.strerror})")
-    return decoded
+        with suppress(OSError):
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another process that decodes these images ({folder})")
+                waited = True
+                fcntl.flock(directory, fcntl.LOCK_EX)
+        yield waited
+    finally:
+        os.close(directory)
 
 
 def read_cache(path: Path, files: int) -> Decoded | None:

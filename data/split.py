@@ -6,13 +6,27 @@ import torch
 
 
 class Split(NamedTuple):
-    """Images uint8 (N, H, W, 3), contiguous, and their labels int64 (N,)."""
-    images: torch.Tensor
+    """N labelled images: all of `stored`, uint8 (M, H, W, 3), or those at `rows`, int64 (N,).  labels: int64 (N,).
+
+    Splits of one data set share `stored`, and so do the runs on one machine where it is a mapped file.
+    """
+    stored: torch.Tensor
     labels: torch.Tensor
+    rows: torch.Tensor | None = None
 
     def take(self, chosen: torch.Tensor) -> "Split":
-        """The rows selected by the mask `chosen`, bool (N,)."""
-        return Split(self.images[chosen], self.labels[chosen])
+        """The images selected by the mask `chosen`, bool (N,)."""
+        rows = torch.arange(len(chosen)) if self.rows is None else self.rows
+        return Split(self.stored, self.labels[chosen], rows[chosen])
+
+    def part(self, chosen) -> torch.Tensor:
+        """The images at `chosen`, a slice or an index tensor, uint8 (n, H, W, 3)."""
+        return self.stored[chosen if self.rows is None else self.rows[chosen]]
+
+    @property
+    def images(self) -> torch.Tensor:
+        """All N images, uint8 (N, H, W, 3): a copy if they are not all of `stored`."""
+        return self.part(slice(None))
 
 
 @dataclass(frozen=True)

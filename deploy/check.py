@@ -68,8 +68,8 @@ def data_of_run(checkpoint: Path, classes, data_dir: str | None = None) -> datas
 
 def calibration(data: datasets.Dataset) -> torch.Tensor:
     """Evenly spaced validation images, uint8 (N, H, W, 3); training images if validation used the test set."""
-    images = (data.train if data.val is data.test else data.val).images
-    return images[:: max(1, len(images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
+    split = data.train if data.val is data.test else data.val
+    return split.part(slice(None, None, max(1, len(split.labels) // CALIBRATION_IMAGES)))[:CALIBRATION_IMAGES]
 
 
 def compare(path: Path, checkpoint: Path, metadata: dict, exported, expected, labels) -> Row:

@@ -175,6 +175,15 @@ def test_images_may_be_a_part_of_other_memory(begin):
     assert not differing(batch, specified(images, 0, 0, batch_size=6, policy="none"))
 
 
+def test_rows_choose_among_more_images(kernel):
+    images, labels, rows = pictures(12), torch.tensor([4, 0, 2, 1, 3]), torch.tensor([7, 2, 11, 3, 5])
+    few, chosen = (augmenter(each, kernel, labels, batch_size=4, rows=part)
+                   for each, part in ((images[rows], None), (images, rows)))
+    assert few.steps == chosen.steps == 1 and few.sources(0).tolist() == chosen.sources(0).tolist()
+    one, other = few(0), chosen(0)
+    assert torch.equal(one.images, other.images) and all(map(torch.equal, one.targets, other.targets))
+
+
 def test_nothing_is_drawn_on_the_host(monkeypatch):
     ours = augmenter(pictures(16), "triton")
     for drawn in ("images", "mixes"):

@@ -418,9 +418,10 @@ def test_a_changed_folder_is_decoded_again(two_trees, change):
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "foreign", "pickle"])
 def test_a_damaged_cache_is_decoded_again(two_trees, damage):
     first, _ = load_folder(two_trees)
+    train, test = first.train.images, first.test.images.clone()  # not the cache itself, which is mapped
     cache, = two_trees.glob(".fusekd*")
     content = cache.read_bytes()
-    middle = content.index(first.test.images.numpy().tobytes()) + 50
+    middle = content.index(test.numpy().tobytes()) + 50
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
     foreign = io.BytesIO()
     torch.save([torch.zeros(2, 8, 8, 3)], foreign)
@@ -428,7 +429,7 @@ def test_a_damaged_cache_is_decoded_again(two_trees, damage):
                        "pickle": b"cos\nsystem\n(S'exit 1'\ntR."}[damage])
     second, said = load_folder(two_trees)
     assert "cache is damaged" in said and str(cache) in said
-    assert torch.equal(first.train.images, second.train.images) and torch.equal(first.test.images, second.test.images)
+    assert torch.equal(train, second.train.images) and torch.equal(test, second.test.images)
     assert load_folder(two_trees)[1] == "", "the cache was not mended"
 
 
@@ -440,11 +441,17 @@ def test_without_room_for_the_cache_the_images_are_still_there(two_trees, monkey
     assert len(loaded.test.labels) == 7 and str(two_trees) in said and "Read-only file system" in said
 
 
-def test_several_processes_may_write_one_cache(two_trees):
-    with ThreadPoolExecutor(6) as pool:  # of one process here, which is the harder case for names made from its number
+def test_of_several_processes_one_decodes_and_all_map_its_cache(two_trees, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(imagefolder, "decode", lambda *given, decode=imagefolder.decode: decoded.append(0) or decode(*given))
+    with ThreadPoolExecutor(6) as pool:  # of one process here: locks are of open files
         loads = list(pool.map(lambda _: load_folder(two_trees), range(6)))
     assert all(torch.equal(one.train.images, loads[0][0].train.images) for one, _ in loads)
-    assert not any("no cache" in said for _, said in loads), loads[0][1]
+    assert len(decoded) == 1 and not any("no cache" in said for _, said in loads), loads[0][1]
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".fusekd" in line]
+    spans = [[int(end, 16) for end in line[0].split("-")] for line in maps]
+    for split in (part for one, _ in loads for part in (one.train, one.val, one.test)):
+        assert any(first <= split.stored.data_ptr() < last for first, last in spans), "a copy of the images"
     assert len(list(two_trees.glob(".fusekd*"))) == 1 and load_folder(two_trees)[1] == ""
 
 

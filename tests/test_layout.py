@@ -22,7 +22,8 @@ def plain(tmp_path):
 
 
 def pixels(loaded):
-    return [loaded.classes, *(tensor.tolist() for split in (loaded.train, loaded.val, loaded.test) for tensor in split)]
+    splits = loaded.train, loaded.val, loaded.test
+    return [loaded.classes, *(part.tolist() for split in splits for part in (split.images, split.labels))]
 
 
 def relaid(plain, kind):

@@ -69,7 +69,7 @@ def evaluate(net, split, mean, std, context: RunContext, batch_size: int) -> Eva
         begin = max(mine.start, rows.stop - batch_size)  # overlaps: cuDNN benchmarks each new batch size
         labels = split.labels[rows]
         with context.autocast:
-            logits = net(models.centre_crop(net, models.normalise(split.images[begin:rows.stop], mean, std)))
+            logits = net(models.centre_crop(net, models.normalise(split.part(slice(begin, rows.stop)), mean, std)))
         logits = logits[first - begin:].float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]

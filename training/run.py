@@ -81,9 +81,9 @@ class Run:
         self.batch_size = global_batch_size(self.args.batch_size, self.data, self.context)
         self.micro_batches = micro_batches(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
         self.rows_at_once = len(self.micro_batches[0])
-        images, augmented = self.data.train.images, options.augmentation(self.args)["image_size"]
+        images, augmented = self.data.train.stored, options.augmentation(self.args)["image_size"]
         stride = max(1, len(self.data.train.labels) // CLEAN)
-        self.clean = Split(*(part[::stride] for part in self.data.train))
+        self.clean = Split(self.data.train.part(slice(None, None, stride)), self.data.train.labels[::stride])
         self.cuda_graph = use_cuda_graph(self.args.cuda_graph, self.context, deterministic=self.args.deterministic,
                                          grad_checkpoint=self.args.grad_checkpoint,
                                          fused=is_fused(images, augmented or self.data.image_size))
