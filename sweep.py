@@ -13,7 +13,9 @@ Writes the runs, logs/, table.md and table.csv to --output.
 """
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from signal import SIGTERM
 from statistics import median_low
@@ -21,7 +23,7 @@ from statistics import median_low
 from cli import sweep_grid, sweep_jobs
 from rundir import errors
 from rundir.files import as_csv, write_atomic
-from rundir.terminal import clock
+from rundir.terminal import clock, live, say
 
 ROOT = Path(__file__).resolve().parent
 
@@ -55,17 +57,26 @@ def main(args):
 
 
 def run(jobs, at_once: int, metric: str) -> None:
-    """Run the jobs without a result, `at_once` in parallel, and print each outcome."""
+    """Run the jobs without a result, `at_once` in parallel; print each outcome, and on a terminal a live line of them all."""
     waiting = [job for job in jobs if not job.result()]
     done, seconds, threads = len(jobs) - len(waiting), [], max(1, len(os.sched_getaffinity(0)) // at_once)
     print(f"{done} of them are already done", flush=True)
+    began, end = time.monotonic(), None
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            for ended in as_completed([pool.submit(job.run, threads) for job in waiting]):
-                job, done = ended.result(), done + 1
-                seconds.append(job.seconds)
-                left = clock(median_low(seconds) * (len(jobs) - done) / at_once)
-                print(f"[{done}/{len(jobs)}] {job}: {job.outcome(metric)}  ({clock(job.seconds)}, eta {left})", flush=True)
+            running = {pool.submit(job.run, threads) for job in waiting}
+            while running:
+                ended, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                for job in (future.result() for future in ended):
+                    done += 1
+                    seconds.append(job.seconds)
+                    left = median_low(seconds) * (len(jobs) - done) / at_once
+                    end = time.monotonic() + left
+                    say(f"[{done}/{len(jobs)}] {job}: {job.outcome(metric)}  ({clock(job.seconds)}, eta {clock(left)})")
+                if running and sys.stdout.isatty():
+                    now = time.monotonic()
+                    eta = f", eta {clock(max(0.0, end - now))}" if end else ""
+                    live(f"{done} of {len(jobs)} runs, {min(at_once, len(running))} running, {clock(now - began)}{eta}")
         except BaseException as failure:
             for job in waiting:
                 job.stop(getattr(failure, "number", SIGTERM))

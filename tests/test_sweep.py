@@ -16,6 +16,7 @@ import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command import run_main
@@ -285,6 +286,12 @@ def test_a_sweep_and_the_same_one_again(place, monkeypatch):
     assert Path("s/table.md").read_bytes() == table
     out = run_sweep(f"--control '--beta 2' --metric test_acc1_last {line}")[1]
     assert "control, --beta 2," in out and "test_acc1_last" in out
+
+
+def test_a_terminal_has_a_live_line_of_all_runs(place, monkeypatch):
+    monkeypatch.setattr(sweep, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    out = run_sweep("--jobs 1 --output s distill.py --seed 0 1 2")[1]
+    assert re.search(r"\r\x1b\[K2 of 3 runs, 1 running, 0:00:0\d, eta 0:00:0\d(\r|\[)", out), out
 
 
 def test_another_experiment_in_the_directory_of_a_run_is_refused(place):
