@@ -1,4 +1,4 @@
-"""Images a second of the batch augmentation beside torchvision, a DataLoader and timm.
+"""Images a second of the batch augmentation beside torchvision, timm, kornia and a DataLoader.
 
     python -m benchmarks.augmentation                 the table -> benchmarks/results/augmentation-<gpu or cpu>.csv
     python -m benchmarks.augmentation --quick         one batch size, few repeats
@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 import kernels
 from augment import BatchAugmenter
 from benchmarks import table
-from benchmarks.augmentation_rivals import loading, mixing, timm_mixing, timm_pipeline, torchvision_pipeline
+from benchmarks.augmentation_rivals import kornia_pipeline, loading, mixing, timm_mixing, timm_pipeline, torchvision_pipeline
 from benchmarks.clocks import captured, interleaved, wall_us
 from benchmarks.table import MEAN, STD
 from data.synthetic import generate
@@ -87,6 +87,8 @@ def photographs(images, labels, batch_size: int) -> dict:
     few, mix = images[:IMAGE_BY_IMAGE].permute(0, 3, 1, 2).contiguous(), mixing()
     found = one_by_one(tensor_pipelines(photographs=True), few, labels, mix)
     found |= one_by_one(timm_pipeline(), [v1.functional.to_pil_image(image.cpu()) for image in few], labels, mix)
+    found |= {name: lambda each=each: len(mix(each(few / 255), labels[:len(few)])[0])
+              for name, each in kornia_pipeline(images.device).items()}
     found |= dataloader(images, labels, batch_size, photographs=True)
     return found
 

@@ -1,4 +1,4 @@
-"""Augmentation in common use: torchvision image by image, a DataLoader with workers, and timm on the device."""
+"""Augmentation in common use: torchvision and timm image by image, a DataLoader with workers, timm and kornia on batches."""
 import os
 from functools import partial
 
@@ -28,6 +28,23 @@ def timm_pipeline() -> dict:
         return {}
     return {"timm, PIL": create_transform(224, is_training=True, auto_augment="original", color_jitter=None, mean=MEAN, std=STD,
                                           interpolation="bilinear", re_prob=0.25, re_mode="const")}
+
+
+def kornia_pipeline(device) -> dict:
+    """name -> kornia's transform of a batch, float32 in [0, 1] -> float32: resized crops of 224; empty without kornia.
+
+    It draws one sub-policy for the whole batch; all others here draw one for each image.
+    """
+    try:
+        from kornia import augmentation
+        from kornia.augmentation.auto import AutoAugment
+    except ImportError:
+        print("kornia is not installed: left out")
+        return {}
+    return {"kornia, batch": augmentation.AugmentationSequential(
+        augmentation.RandomResizedCrop((224, 224)), augmentation.RandomHorizontalFlip(), AutoAugment("imagenet"),
+        augmentation.Normalize(torch.tensor(MEAN), torch.tensor(STD)), augmentation.RandomErasing(p=0.25),
+        data_keys=["input"]).to(device)}
 
 
 def mixing():
