@@ -18,6 +18,7 @@ TEACHER = 50.0  # teacher accuracy (%) on the augmented images: below, it is wro
 SKIPPED = 0.01  # share of the steps: a loss scale that is doubled every 2,000 steps skips 0.05 %
 MOVE = 1.45  # relative update norm over that of equilibrium: 90th percentile of the calibrating runs that did not collapse
 DEAD = 0.02  # share of classes that are never predicted: likewise
+HIGH = 0.5  # share of the peak learning rate: above, cosine is in its first half, and multistep before its first milestone
 # Of the effective number of predicted classes beyond the first over that of the labels: 0 for a constant prediction, whatever the
 # sizes of the classes, and 1 for a perfect one.  0.5 is half-way.
 CONCENTRATED = 0.5
@@ -114,6 +115,9 @@ def alarms(method, recipe, monitor, rows, diagnostics, val: Confusion, stopped_e
         kept = accuracy[rows[-1].best_epoch - 1]
         check("early stop", last - kept, 0.0, "early stopping while validation accuracy was rising: "
               f"{kept:.1f} % in the best epoch by --monitor {monitor}, {last:.1f} % in the last")
+        epoch, lr, peak = rows[-1].epoch, rows[-1].lr, max(row.lr for row in rows)
+        check("stop", lr / peak, HIGH, f"stopped before the learning rate came down: after {epoch / recipe.epochs:.0%} of the "
+              f"schedule it is {lr:.3g}, {lr / peak:.0%} of its peak (alarm above {HIGH:.0%})", epoch)
     return found
 
 

@@ -343,6 +343,15 @@ def test_early_stopping_on_the_loss_while_accuracy_rises():
     assert names(judged([10, 50, 46], early=True, log={"best_epoch": 2}, lrs=[1, 1, 0.1])) == []
 
 
+def test_early_stopping_before_the_learning_rate_came_down():
+    result = judged([10, 50, 49], "--method dkd --epochs 30", early=True, log={"best_epoch": 2}, lrs=[0.2, 0.4, 0.38])
+    assert names(result) == ["stop"] and result["verdict"] == "early stop", "no collapse"
+    assert result["alarms"][0]["value"] == pytest.approx(0.95) and result["alarms"][0]["epoch"] == 3
+    assert all(words in result["alarms"][0]["text"] for words in ("10% of the schedule", "0.38, 95% of its peak"))
+    assert names(judged([10, 50, 49], early=True, log={"best_epoch": 2}, lrs=[0.2, 0.4, 0.2])) == []
+    assert names(judged([10, 50, 49], lrs=[0.2, 0.4, 0.38])) == [], "not stopped"
+
+
 @pytest.mark.parametrize("flags", [
     "--opt sgd --lr 0.5 --weight-decay 0.01 --momentum 0.9", "--opt sgd --lr 0.2 --weight-decay 0.02 --momentum 0.5",
     "--opt adamw --lr 0.05 --weight-decay 0.2"])
@@ -408,7 +417,8 @@ def test_alarms_of_a_teacher_speak_of_what_its_run_has():
     diagnostics = [{"epoch": 1, "images": 100, "clip_factor": 0.1, **values}]
     val = Confusion(["a", "b"], np.array([[8, 0], [8, 0]]))
     result = alarms.judge(method, recipe, "val_loss", rows, diagnostics, val, True)
-    assert names(result) == ["collapse", "chance", "concentrated", "dead", "skipped", "move", "inverted", "clipped", "early stop"]
+    assert names(result) == ["collapse", "chance", "concentrated", "dead", "skipped", "move", "inverted", "clipped", "early stop",
+                             "stop"]
     words = " ".join([result["advice"], *(alarm["text"] for alarm in result["alarms"])])
     flags = set(re.findall(r"--[a-z-]+", words))
     assert flags == {"--lr", "--clip-grad", "--amp", "--mix-prob", "--class-weights", "--monitor"}
