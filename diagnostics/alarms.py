@@ -104,7 +104,7 @@ def alarms(method, recipe, monitor, rows, diagnostics, val: Confusion, stopped_e
     clipped = sum(row.clip_frac * count for row, count in zip(rows, taken)) / max(1, sum(taken))
     factors = [row["clip_factor"] for row in diagnostics if row["clip_factor"]]
     check("clipped", clipped, CLIPPED, f"{clipped:.0%} of the steps were clipped (alarm above {CLIPPED:.0%}), to "
-          f"{sum(factors) / max(1, len(factors)):.0%} of the gradient on average")
+          f"{sum(factors) / max(1, len(factors)):.0%} of the gradient on average; STUDY.md has an example of its cost")
     for term, share in by_share.items():
         check("share", share, SHARE, f"{term.upper()} is {share:.0%} of the logit gradient (alarm above {SHARE:.0%})")
     teacher = mean(diagnostics, "teacher_acc1")
