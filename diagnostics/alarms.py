@@ -2,24 +2,27 @@
 
 A collapse is a fall of validation accuracy below a reference, by `collapsed`: summary.json compares with the run's own best epoch
 and also counts an accuracy near chance; plots/ and STUDY.md compare with the control, a KD run.  Chance is the accuracy of the
-constant prediction of the largest class.  An alarm is a value beyond a limit, not a cause: STUDY.md counts how often each is
-raised in runs that did not collapse.  MOVE and DEAD are set on those runs.
+constant prediction of the largest class.  An alarm is a value beyond a limit, not a cause: alarms.csv in results/ablation-small
+counts how often each is raised in runs that collapsed, and in others.
 """
+import math
 from typing import NamedTuple
 
 from diagnostics.classes import Confusion, effective_number
 
-FALL = 5.0  # percentage points of validation accuracy below the reference: a collapse
-NEAR = 5.0  # percentage points above chance
-CLIPPED = 0.9  # share of the steps
-SHARE = 0.8  # of one distillation term in the logit gradient
-TEACHER = 50.0  # teacher accuracy (%) on the augmented images
-SKIPPED = 0.01  # share of the steps
-MOVE = 0.03  # relative norm of a weight update
-DEAD = 0.1  # share of classes that are never predicted
+FALL = 5.0  # percentage points of validation accuracy below the reference: runs of that folder end at most 3.3 below their best
+NEAR = 5.0  # percentage points above chance: as FALL
+CLIPPED = 0.9  # share of the steps: then clipping is not for rare large gradients, but scales nearly all
+SHARE = 0.8  # of one distillation term in the logit gradient: four times all others together
+TEACHER = 50.0  # teacher accuracy (%) on the augmented images: below, it is wrong more often than right
+SKIPPED = 0.01  # share of the steps: a loss scale that is doubled every 2,000 steps skips 0.05 %
+MOVE = 1.45  # relative update norm over that of equilibrium: 90th percentile of the calibrating runs that did not collapse
+DEAD = 0.02  # share of classes that are never predicted: likewise
+HIGH = 0.5  # share of the peak learning rate: above, cosine is in its first half, and multistep before its first milestone
 # Of the effective number of predicted classes beyond the first over that of the labels: 0 for a constant prediction, whatever the
-# sizes of the classes, and 1 for a perfect one.
+# sizes of the classes, and 1 for a perfect one.  0.5 is half-way.
 CONCENTRATED = 0.5
+BETA1 = 0.9  # of torch.optim.AdamW
 
 
 def near_chance(chance: float) -> float:
@@ -41,13 +44,13 @@ class Alarm(NamedTuple):
     text: str
 
 
-def judge(method, monitor: str, rows: list, diagnostics: list[dict], val: Confusion, stopped_early: bool) -> dict:
+def judge(method, recipe, monitor: str, rows: list, diagnostics: list[dict], val: Confusion, stopped_early: bool) -> dict:
     """Entries of summary.json: verdict, health, alarms, and advice, None unless the run collapsed or leaves out classes.
 
-    method: a losses.chosen_method.ChosenMethod.  rows: of log.csv.  diagnostics: rows of diagnostics.csv.
-    val: the confusion matrix of the best epoch's weights on the validation set.
+    method: a losses.chosen_method.ChosenMethod.  recipe: a training.optimization.Recipe.  rows: of log.csv.
+    diagnostics: rows of diagnostics.csv.  val: the confusion matrix of the best epoch's weights on the validation set.
     """
-    found = alarms(method, monitor, rows, diagnostics, val, stopped_early)
+    found = alarms(method, recipe, monitor, rows, diagnostics, val, stopped_early)
     names = {alarm.name for alarm in found}
     remedies = [f"{name}: {remedy}" for name, remedy in advice(method, diagnostics).items() if name in names]
     verdict = "collapsed" if names & {"collapse", "chance"} else "early stop" if stopped_early else "completed"
@@ -57,17 +60,13 @@ def judge(method, monitor: str, rows: list, diagnostics: list[dict], val: Confus
             "advice": "; ".join(remedies) or None if verdict == "collapsed" or names & {"dead", "concentrated"} else None}
 
 
-def alarms(method, monitor, rows, diagnostics, val: Confusion, stopped_early: bool) -> list[Alarm]:
+def alarms(method, recipe, monitor, rows, diagnostics, val: Confusion, stopped_early: bool) -> list[Alarm]:
     """The alarms of a run; arguments as for `judge`."""
     found, steps, by_share = [], sum(row.steps for row in rows), shares(method, diagnostics)
 
     def check(name: str, value, limit: float, text: str, epoch=None) -> None:
         if value is not None and value > limit:
             found.append(Alarm(name, value, limit, epoch, text))
-
-    def worst(column: str) -> tuple:
-        """The largest value and its epoch."""
-        return max(((row[column], row["epoch"]) for row in diagnostics if row.get(column) is not None), default=(None, None))
 
     accuracy, last = [row.val_acc1 for row in rows], rows[-1].val_acc1
     best, chance, classes = max(accuracy), val.chance, len(val.names)
@@ -93,10 +92,10 @@ def alarms(method, monitor, rows, diagnostics, val: Confusion, stopped_early: bo
     skipped = sum(row.skipped_steps for row in rows) / steps
     check("skipped", skipped, SKIPPED, f"{skipped:.1%} of the steps were skipped: loss or gradient was not finite "
           f"(alarm above {SKIPPED:.0%})")
-    move, epoch = worst("update_ratio")
-    check("move", move, MOVE, f"large updates: in epoch {epoch} a step changes the weights by {move or 0:.1%} of their norm "
-          f"(alarm above {MOVE:.0%})" + "".join(f"; {term.upper()} is {share:.0%} of the logit gradient"
-                                                 for term, share in list(by_share.items())[:1]), epoch)
+    move, ratio, epoch = max(moves(recipe, rows, diagnostics), default=(None, 0, None))
+    check("move", move, MOVE, f"large updates: in epoch {epoch} a step changes the weights by {ratio:.1%} of their norm, "
+          f"{move or 0:.2f} times what learning rate and weight decay alone set (alarm above {MOVE:g})" + "".join(
+              f"; {term.upper()} is {share:.0%} of the logit gradient" for term, share in list(by_share.items())[:1]), epoch)
     dominant, minor = mean(diagnostics, "pull_whole"), mean(diagnostics, "pull_minor_whole")
     if dominant is not None and minor > dominant:
         found.append(Alarm("inverted", minor, dominant, None, "mixed images: the loss raises the logit of the minor label more "
@@ -105,7 +104,7 @@ def alarms(method, monitor, rows, diagnostics, val: Confusion, stopped_early: bo
     clipped = sum(row.clip_frac * count for row, count in zip(rows, taken)) / max(1, sum(taken))
     factors = [row["clip_factor"] for row in diagnostics if row["clip_factor"]]
     check("clipped", clipped, CLIPPED, f"{clipped:.0%} of the steps were clipped (alarm above {CLIPPED:.0%}), to "
-          f"{sum(factors) / max(1, len(factors)):.0%} of the gradient on average")
+          f"{sum(factors) / max(1, len(factors)):.0%} of the gradient on average; STUDY.md has an example of its cost")
     for term, share in by_share.items():
         check("share", share, SHARE, f"{term.upper()} is {share:.0%} of the logit gradient (alarm above {SHARE:.0%})")
     teacher = mean(diagnostics, "teacher_acc1")
@@ -116,6 +115,36 @@ def alarms(method, monitor, rows, diagnostics, val: Confusion, stopped_early: bo
         kept = accuracy[rows[-1].best_epoch - 1]
         check("early stop", last - kept, 0.0, "early stopping while validation accuracy was rising: "
               f"{kept:.1f} % in the best epoch by --monitor {monitor}, {last:.1f} % in the last")
+        epoch, lr, peak = rows[-1].epoch, rows[-1].lr, max(row.lr for row in rows)
+        check("stop", lr / peak, HIGH, f"stopped before the learning rate came down: after {epoch / recipe.epochs:.0%} of the "
+              f"schedule it is {lr:.3g}, {lr / peak:.0%} of its peak (alarm above {HIGH:.0%})", epoch)
+    return found
+
+
+def equilibrium(recipe, lr: float) -> tuple[float, float]:
+    """The share of the weights' squared norm that weight decay takes per step, and the relative update norm that balances it.
+
+    For scale-invariant weights (before a normalisation) and random gradients, the second is sqrt(2 lr wd / (1 + momentum)) with
+    SGD and sqrt(2 lr wd (1 - beta1) / (1 + beta1)) with AdamW: rotational equilibrium (arXiv 2305.17212).
+    """
+    momentum, beta = (recipe.momentum, recipe.momentum) if recipe.opt == "sgd" else (0.0, BETA1)
+    decay = 2 * lr * recipe.weight_decay / (1 - momentum)
+    return decay, math.sqrt(decay * (1 - beta) / (1 + beta))
+
+
+def moves(recipe, rows: list, diagnostics: list[dict]) -> list[tuple[float, float, int]]:
+    """By epoch: the mean relative update norm over that of equilibrium at the epoch's mean learning rate, itself, and the epoch.
+
+    Only of epochs by whose end weight decay alone has taken the squared norm to 1 / e: before, the initialisation sets the norm.
+    So a run without weight decay has none.
+    """
+    ratios, found, taken = {row["epoch"]: row.get("update_ratio") for row in diagnostics}, [], 0.0
+    before = 0.0 if recipe.warmup_epochs else rows[0].lr
+    for row in rows:
+        decay, balance = equilibrium(recipe, (before + row.lr) / 2)  # a row has the rate of the last step
+        before, taken = row.lr, taken + row.steps * decay
+        if taken >= 1 and (ratio := ratios.get(row.epoch)) is not None:
+            found.append((ratio / balance, ratio, row.epoch))
     return found
 
 

@@ -25,7 +25,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python plots/explain.py`
-from diagnostics.alarms import CLIPPED, MOVE, SHARE, TEACHER, collapsed
+from diagnostics.alarms import CLIPPED, SHARE, TEACHER, collapsed
 from losses.methods import TERMS
 from plots import make_figures
 from plots.run_files import Run, control_of, read_columns, read_run, require
@@ -281,8 +281,7 @@ PANELS = (
     ("Share of the logit gradient", "share (%)", "share_{term}", curves(Curve("share_{term}"), factor=100, limit=100 * SHARE)),
     ("Gradient before clipping", "norm", "grad_norm_mean", curves(Curve("grad_norm_mean"), log=True)),
     ("Clipped steps", "share (%)", "clip_frac", curves(Curve("clip_frac"), factor=100, limit=100 * CLIPPED)),
-    ("Change of the weights by a step", "% of their norm", "update_ratio",
-     curves(Curve("update_ratio"), factor=100, limit=100 * MOVE, log=True)),
+    ("Change of the weights by a step", "% of their norm", "update_ratio", curves(Curve("update_ratio"), factor=100, log=True)),
     ("Teacher on the student's images", "images it is right about (%)", "teacher_acc1", teacher),
     ("Pull on mixed labels", "pull on a logit (nats)", "pull_whole",
      curves(Curve("pull_whole", "larger label"), Curve("pull_minor_whole", "other label", DASHED))),

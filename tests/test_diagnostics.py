@@ -22,7 +22,7 @@ from rundir.run_directory import RunDirectory
 from training.device import RunContext
 from training.distributed import Ranks
 from training.evaluation import Evaluation
-from training.optimization import StepResult, Update
+from training.optimization import Recipe, StepResult, Update
 
 ROOT = Path(__file__).parent.parent
 CLASSES, BATCH = 7, 12
@@ -233,8 +233,11 @@ def test_a_run_from_before_columns_were_removed_or_added_goes_on(tmp_path):
 
 # --- the verdict
 
+SGD = "--opt sgd --lr 1 --weight-decay 5e-4 --momentum 0.9 --warmup-epochs 0"  # equilibrium: 2.29 % after 100 steps
+
+
 def row(epoch, val_acc1, **values):
-    columns = {"best_epoch": 1, "clip_frac": 0.5, "skipped_steps": 0, "steps": 100}
+    columns = {"best_epoch": 1, "clip_frac": 0.5, "skipped_steps": 0, "steps": 100, "lr": 1.0}
     return argparse.Namespace(epoch=epoch, val_acc1=val_acc1, **columns | values)
 
 
@@ -249,10 +252,13 @@ def perfect(*images):
     return Confusion([f"class {number}" for number in range(len(images))], np.diag(images))
 
 
-def judged(accuracies, flags="--method dkd", early=False, log=None, val=perfect(*[10] * 100), **values):
+def judged(accuracies, flags="--method dkd", early=False, log=None, val=perfect(*[10] * 100), lrs=None, **values):
+    args = student(f"{flags} {SGD}")
     rows = [row(epoch, accuracy, **log or {}) for epoch, accuracy in enumerate(accuracies, 1)]
-    method = method_flags.chosen(student(flags))
-    return alarms.judge(method, "val_loss", rows, [looked(each.epoch, **values) for each in rows], val, early)
+    for each, lr in zip(rows, lrs or []):
+        each.lr = lr
+    diagnostics = [looked(each.epoch, **values) for each in rows]
+    return alarms.judge(method_flags.chosen(args), Recipe.of(args), "val_loss", rows, diagnostics, val, early)
 
 
 def names(result):
@@ -268,7 +274,7 @@ def names(result):
     ([15.0], False, 10, "collapsed", ["chance"]), ([0.2], False, 1000, "collapsed", ["chance"])])
 def test_verdict(accuracies, early, classes, expected, raised):
     """A fall, or an accuracy near chance, which depends on the number of classes."""
-    result = judged(accuracies, early=early, val=perfect(*[10] * classes))
+    result = judged(accuracies, early=early, val=perfect(*[10] * classes), lrs=[1.0, 1.0, 0.1])
     assert result["verdict"] == expected and [name for name in names(result) if name != "early stop"] == raised
     assert all(f"{100 / classes:g} %" in alarm["text"] for alarm in result["alarms"] if alarm["name"] == "chance")
 
@@ -318,7 +324,8 @@ def test_a_healthy_run_raises_no_alarm():
 
 
 @pytest.mark.parametrize("name, values, words", [
-    ("dead", {"dead_classes": 34}, ["34 of 100 classes"]), ("move", {"update_ratio": 0.07}, ["7.0%", "NCKD", "50%"]),
+    ("dead", {"dead_classes": 34}, ["34 of 100 classes"]),
+    ("move", {"update_ratio": 0.05}, ["5.0%", "2.18 times", "NCKD", "50%"]),
     ("inverted", {"pull_minor_whole": 0.6}, ["0.600 against 0.500"]), ("share", {"share_nckd": 0.85}, ["NCKD", "85%"]),
     ("teacher", {"teacher_acc1": 30.0, "teacher_either": 41.0}, ["30 %", "41 %"]),
     ("skipped", {"log": {"skipped_steps": 2}}, ["2.0%"]), ("clipped", {"log": {"clip_frac": 0.95}}, ["95%", "50%"])])
@@ -330,10 +337,49 @@ def test_each_alarm_has_its_number(name, values, words):
 
 
 def test_early_stopping_on_the_loss_while_accuracy_rises():
-    result = judged([10, 30, 50], early=True, log={"best_epoch": 2})
+    result = judged([10, 30, 50], early=True, log={"best_epoch": 2}, lrs=[1, 1, 0.1])
     assert names(result) == ["early stop"]
     assert "30.0 %" in result["alarms"][0]["text"] and "val_loss" in result["alarms"][0]["text"]
-    assert names(judged([10, 50, 46], early=True, log={"best_epoch": 2})) == []
+    assert names(judged([10, 50, 46], early=True, log={"best_epoch": 2}, lrs=[1, 1, 0.1])) == []
+
+
+def test_early_stopping_before_the_learning_rate_came_down():
+    result = judged([10, 50, 49], "--method dkd --epochs 30", early=True, log={"best_epoch": 2}, lrs=[0.2, 0.4, 0.38])
+    assert names(result) == ["stop"] and result["verdict"] == "early stop", "no collapse"
+    assert result["alarms"][0]["value"] == pytest.approx(0.95) and result["alarms"][0]["epoch"] == 3
+    assert all(words in result["alarms"][0]["text"] for words in ("10% of the schedule", "0.38, 95% of its peak"))
+    assert names(judged([10, 50, 49], early=True, log={"best_epoch": 2}, lrs=[0.2, 0.4, 0.2])) == []
+    assert names(judged([10, 50, 49], lrs=[0.2, 0.4, 0.38])) == [], "not stopped"
+
+
+@pytest.mark.parametrize("flags", [
+    "--opt sgd --lr 0.5 --weight-decay 0.01 --momentum 0.9", "--opt sgd --lr 0.2 --weight-decay 0.02 --momentum 0.5",
+    "--opt adamw --lr 0.05 --weight-decay 0.2"])
+def test_a_scale_invariant_weight_reaches_the_equilibrium(flags):
+    """Random gradients, orthogonal to the weight and inversely proportional to its norm."""
+    torch.manual_seed(0)
+    net, recipe = torch.nn.Linear(512, 1, bias=False), Recipe.of(student(flags))
+    update, ratios = Update(net, recipe, RunContext(torch.device("cpu"), "off")), []
+    for _ in range(400):
+        update.backward(F.normalize(net.weight) @ torch.randn(512))
+        ratios.append(update(recipe.lr, diagnose=True).relative_update.item())
+    _, expected = alarms.equilibrium(recipe, recipe.lr)
+    assert sum(ratios[300:]) / 100 == pytest.approx(expected, rel=0.02)
+    assert sum(ratios[:20]) / 20 > 1.5 * expected, "the initial norm is small"
+
+
+def moves(flags, lrs, ratio=0.05):
+    rows = [row(epoch, 50.0, lr=lr) for epoch, lr in enumerate(lrs, 1)]
+    return alarms.moves(Recipe.of(student(flags)), rows, [looked(each.epoch, update_ratio=ratio) for each in rows])
+
+
+def test_updates_are_relative_to_the_equilibrium_of_the_epoch():
+    """At its mean learning rate; not before weight decay has taken the squared norm to 1 / e, and never without weight decay."""
+    assert moves(SGD, [1, 0.5]) == [(pytest.approx(0.05 / math.sqrt(2 * lr * 5e-4 / 1.9)), 0.05, epoch)
+                                    for epoch, lr in ((1, 1), (2, 0.75))]
+    assert [epoch for *_, epoch in moves(SGD.replace("warmup-epochs 0", "warmup-epochs 2"), [0.5, 1, 1, 1])] == [2, 3, 4]
+    assert [epoch for *_, epoch in moves("--opt adamw --lr 1e-3 --weight-decay 2 --warmup-epochs 0", [1e-3] * 4)] == [3, 4]
+    assert moves(SGD.replace("5e-4", "0"), [1] * 9) == moves(SGD, [1, 1], None) == []
 
 
 def test_a_run_that_went_wrong_gets_advice_for_each_alarm():
@@ -351,24 +397,28 @@ def test_a_run_that_went_wrong_gets_advice_for_each_alarm():
 
 
 def test_a_teacher_is_judged_too():
-    method = method_flags.chosen(options.parse_teacher("", "", []))
+    args = options.parse_teacher("", "", SGD.split())
+    method, recipe = method_flags.chosen(args), Recipe.of(args)
     rows, val = [row(1, 50.0), row(2, 10.0)], perfect(*[10] * 100)
     without = {"epoch": 1, "images": 100, "clip_factor": 1.0, "update_ratio": 0.2, "dead_classes": None, "share_ce": 1.0}
-    result = alarms.judge(method, "val_loss", rows, [without], val, False)
+    result = alarms.judge(method, recipe, "val_loss", rows, [without], val, False)
     assert names(result) == ["collapse", "move"] and result["advice"].startswith("move: halve --lr, or clip")
-    result = alarms.judge(method, "val_loss", rows, [], val, False)
+    result = alarms.judge(method, recipe, "val_loss", rows, [], val, False)
     assert result["verdict"] == "collapsed", "a run from before diagnostics"
 
 
 def test_alarms_of_a_teacher_speak_of_what_its_run_has():
     """All that can be raised without a teacher: no student, no other term or label rule, no flag of distill.py."""
-    method = method_flags.chosen(options.parse_teacher("", "", []))
+    args = options.parse_teacher("", "", SGD.split())
+    method, recipe = method_flags.chosen(args), Recipe.of(args)
     rows = [row(1, 60.0, clip_frac=1.0, skipped_steps=9), row(2, 50.0, clip_frac=1.0, skipped_steps=9),
             row(3, 50.5, clip_frac=1.0, skipped_steps=9, best_epoch=2)]
     values = {"update_ratio": 0.2, "dead_classes": 1, "share_ce": 1.0, "pull_whole": 0.1, "pull_minor_whole": 0.2}
     diagnostics = [{"epoch": 1, "images": 100, "clip_factor": 0.1, **values}]
-    result = alarms.judge(method, "val_loss", rows, diagnostics, Confusion(["a", "b"], np.array([[8, 0], [8, 0]])), True)
-    assert names(result) == ["collapse", "chance", "concentrated", "dead", "skipped", "move", "inverted", "clipped", "early stop"]
+    val = Confusion(["a", "b"], np.array([[8, 0], [8, 0]]))
+    result = alarms.judge(method, recipe, "val_loss", rows, diagnostics, val, True)
+    assert names(result) == ["collapse", "chance", "concentrated", "dead", "skipped", "move", "inverted", "clipped", "early stop",
+                             "stop"]
     words = " ".join([result["advice"], *(alarm["text"] for alarm in result["alarms"])])
     flags = set(re.findall(r"--[a-z-]+", words))
     assert flags == {"--lr", "--clip-grad", "--amp", "--mix-prob", "--class-weights", "--monitor"}

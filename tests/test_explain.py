@@ -26,11 +26,11 @@ METHODS = {  # config, and the terms of the loss with their shares of the logit 
 CURVE = [10.0, 20.0, 30.0, 40.0, 45.0, 50.0, 55.0, 54.0]
 FALLING = [10.0, 30.0, 50.0, 60.0, 48.0, 30.0, 28.0, 20.0]  # most in epoch 6: 18 points
 HEALTHY = {"verdict": "completed", "health": "healthy", "alarms": [], "advice": None}
-MOVE = "steps are large: in epoch 2 one changes the weights by 4.5% of their norm (alarm above 4%)"
+MOVE = "large updates: in epoch 2 a step changes the weights by 4.5% of their norm"
 COLLAPSED = {
     "verdict": "collapsed", "health": "3 alarms", "advice": "move: halve --lr or --beta", "alarms": [
         {"name": "collapse", "value": 40.0, "limit": 5.0, "epoch": 8, "text": "validation accuracy fell from 60.0 % to 20.0 %"},
-        {"name": "move", "value": 0.045, "limit": 0.04, "epoch": 2, "text": MOVE},
+        {"name": "move", "value": 1.5, "limit": 1.45, "epoch": 2, "text": MOVE},
         {"name": "teacher", "value": 30.0, "limit": 50.0, "epoch": None, "text": "the teacher is right about 30 % of images"}]}
 TITLES = {title for title, *_ in explain.PANELS}
 
@@ -115,7 +115,7 @@ def test_words_on_a_healthy_and_on_a_collapsed_run(tmp_path):
     said = words(write_run(tmp_path / "run", "dkd", curve=FALLING, summary=COLLAPSED)).splitlines()[3:]
     assert said[0] == "collapsed, 3 alarms" and said[-1] == "  Advice: move: halve --lr or --beta"
     assert [line.split(": ")[1] for line in said if line.startswith("  Alarm")] == [
-        "collapse 40, limit 5", "move 0.045, limit 0.04", "teacher 30, limit 50"]
+        "collapse 40, limit 5", "move 1.5, limit 1.45", "teacher 30, limit 50"]
 
 
 @pytest.mark.parametrize(("status", "expected"), [
@@ -164,7 +164,7 @@ def test_the_page_of_one_run(tmp_path):
     shares = [line.get_ydata()[0] for line in drawn["Share of the logit gradient"].lines]
     np.testing.assert_allclose(shares, [10, 5, 85, 80])
     assert set(drawn["Clipped steps"].lines[0].get_ydata()) == {25.0}
-    assert legend(drawn["Change of the weights by a step"]) == ["limit 3 %"]
+    assert legend(drawn["Clipped steps"]) == ["limit 90 %"]
     assert legend(drawn["Cosine with cross-entropy"]) == ["TCKD", "NCKD", "whole loss"]
     axis = panels(draw(write_run(tmp_path / "short", "kd", curve=CURVE[:2])))["Teacher on the student's images"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["all", "mixup"], "no image was clean"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from diagnostics import alarms
 from plots import make_figures
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -27,6 +28,20 @@ def test_the_figures_come_from_the_tables(tmp_path, monkeypatch):
     assert drawn == [tmp_path / f"figure{number}" for number in (7, 8, 9)]
     for name in ("figure7.csv", "figure9.csv"):
         assert (tmp_path / name).read_bytes() == (RESULTS / "ablation-small" / name).read_bytes()
+
+
+def test_how_often_alarms_are_raised_comes_from_the_tables(tmp_path, monkeypatch):
+    """The committed counts; the alarms in runs.csv; limits as calibrated."""
+    monkeypatch.syspath_prepend(RESULTS / "ablation-small")
+    counts = script("ablation-small/alarms.py")
+    counts.main(["--output", str(tmp_path / "alarms.csv")])
+    committed = RESULTS / "ablation-small" / "alarms.csv"
+    assert (tmp_path / "alarms.csv").read_bytes() == committed.read_bytes()
+    runs = counts.read_runs()
+    assert len(runs) == 126 and all(run["alarms"] == run["recorded"] for run in runs)
+    with open(committed, newline="") as file:
+        calibrated = {row["alarm"]: round(float(row["calibrated"]), 2) for row in csv.DictReader(file) if row["calibrated"]}
+    assert calibrated == {"dead": alarms.DEAD, "move": alarms.MOVE}
 
 
 def test_tables_hold_the_runs_that_ended(tmp_path):

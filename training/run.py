@@ -25,6 +25,7 @@ from training.device import RunContext, global_batch_size, micro_batches, set_th
 from training.evaluation import EarlyStop, Evaluation, count, evaluate
 from training.grad_checkpoint import recompute
 from training.metrics import Progress
+from training.optimization import Recipe
 
 CLEAN = 512  # training images, at least (at most twice as many), for the accuracy without augmentation
 CLASS_COLUMNS = ("class", "train_images", "val_images", "test_images", "val_acc1", "test_acc1")  # of classes.csv
@@ -191,7 +192,8 @@ class Run:
             "teacher_test_acc1": teacher_acc1, "teacher_params": teacher and teacher.size,
             "retention": 100 * best / teacher_acc1 if teacher_acc1 else None, "compression": teacher and teacher.size / params,
             "test_balanced_acc1": test.balanced_accuracy, "chance": val.chance,
-            **judge(self.diagnostics.method, self.args.monitor, rows, self.directory.diagnostics_rows, val, stopped),
+            **judge(self.diagnostics.method, Recipe.of(self.args), self.args.monitor, rows, self.directory.diagnostics_rows, val,
+                    stopped),
             "note": note, **more,
         })
 

@@ -1,0 +1,80 @@
+"""Sensitivity and specificity of the alarms for a collapse, from the tables of the sweeps: printed, and written to alarms.csv.
+
+    python results/ablation-small/alarms.py
+
+Sensitivity is the share of the collapsed runs in which an alarm is raised, specificity that of the others in which it is not.
+The alarms are those of diagnostics/alarms.py on epochs.csv.  Collapsed is as in figures.py.
+
+Half of the cells calibrates: `calibrated`, a limit, is the 90th percentile of its runs that did not collapse.  The other half is
+held back.  A control cannot fall below itself, and at lower learning rates only 2 of 69 runs collapse: so the runs at 1.6 that
+have a control are also counted on their own.
+"""
+import argparse
+import hashlib
+import json
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from figures import read_sweep  # beside this script; it puts the project's root on the path
+
+from diagnostics import alarms
+from diagnostics.classes import Confusion
+from losses.methods import LABELS, METHODS
+from results.tables import write_csv
+
+FOLDER = Path(__file__).parent
+HALVES = ("calibrating", "held back")
+# A cell's settings, in all sweeps: the seeds of a cell are in the same half.  Runs that differ in precision or patience are near
+# or exact repeats, and so are one cell.
+SETTINGS = ("lr", "opt", "clip_grad", "teacher_checkpoint", "method", "alpha", "beta", "ce_weight", "standardize", "mixed_target",
+            "dkd_warmup", "policy", "random_erasing", "mix_prob")
+GROUPS = ("all", "learning rate 1.6, with a control")
+VAL = Confusion([""] * 100, np.diag([10] * 100))  # has the labels; predictions by class were not recorded
+
+
+def read_runs() -> list[dict]:
+    """A dict per run: its half and groups, whether it collapsed, its alarms, and the values of those that are calibrated."""
+    runs = []
+    for cell in (cell for sweep in ("findings", "high", "phase", "usual") for cell in read_sweep(FOLDER / sweep).values()):
+        method, recipe = SimpleNamespace(record=METHODS.get(cell.flags["method"], LABELS)), SimpleNamespace(**cell.flags)
+        settings = json.dumps([cell.flags.get(name) for name in SETTINGS])
+        for seed, run in cell.runs.items():
+            rows, control = [SimpleNamespace(**row) for row in run["epochs"]], cell.control and cell.control.runs[seed]
+            found = alarms.alarms(method, recipe, recipe.monitor, rows, run["epochs"], VAL, run["stopped_early"])
+            move, *_ = max(alarms.moves(recipe, rows, run["epochs"]), default=(None,))
+            runs.append({
+                "settings": settings, "groups": GROUPS[:1 + (control is not None and recipe.lr == 1.6)],
+                "collapsed": alarms.collapsed(run["val"][-1], control["val"][-1] if control else max(run["val"])),
+                "alarms": {alarm.name: alarm.value for alarm in found}, "recorded": run["alarms"],
+                "move": move, "dead": rows[-1].dead_classes / len(VAL.names)})
+    cells = sorted({run["settings"] for run in runs}, key=lambda settings: hashlib.sha256(settings.encode()).hexdigest())
+    return [run | {"half": HALVES[cells.index(run["settings"]) % 2]} for run in runs]
+
+
+def count(alarm: str, runs: list[dict]) -> dict:
+    """Columns of alarms.csv."""
+    raised, silent = ([(alarm in run["alarms"]) == collapsed for run in runs if run["collapsed"] == collapsed]
+                      for collapsed in (True, False))
+    return {"raised": sum(raised), "collapsed": len(raised), "sensitivity": round(sum(raised) / len(raised), 3),
+            "silent": sum(silent), "others": len(silent), "specificity": round(sum(silent) / len(silent), 3)}
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--output", type=Path, default=FOLDER / "alarms.csv", help="default: beside this script")
+    output, runs, rows = parser.parse_args(arguments).output, read_runs(), []
+    names = sorted({name for run in runs for name in run["alarms"]})
+    for half, group, alarm in product(HALVES, GROUPS, names):
+        chosen = [run for run in runs if run["half"] == half and group in run["groups"]]
+        rows.append({"half": half, "runs": group, "alarm": alarm} | count(alarm, chosen))
+        if (half, group) == (HALVES[0], GROUPS[0]) and alarm in ("move", "dead"):
+            values = [run[alarm] for run in chosen if not run["collapsed"] and run[alarm] is not None]
+            rows[-1]["calibrated"] = round(float(np.quantile(values, 0.9, method="higher")), 4)
+    write_csv(output, rows)
+    print(output.read_text(), end="")
+
+
+if __name__ == "__main__":
+    main()
