@@ -34,7 +34,7 @@ def main(args):
     with Run(args, config, context) as run:
         if run.finished:
             return
-        data, criterion, recipe = run.load_data(), method.criterion(context.device, run.class_weights), Recipe.of(args)
+        data, (criterion, matched), recipe = run.load_data(), method.criteria(context.device, run.class_weights), Recipe.of(args)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
         teacher = models.load_teachers(checkpoints, data, student.info["image_size"], args.teacher_mean, args.teacher_std,
@@ -59,7 +59,7 @@ def main(args):
                 if store.folder and not stored:
                     store.add(position, rows, teacher_logits)
                 loss, terms = criterion(logits, teacher_logits, batch.targets)
-                update.backward(loss)
+                update.backward(loss, matched and matched(logits, teacher_logits, batch.targets)[0])
                 metrics.add(logits, batch.targets, loss, terms)
             result = update(lr, diagnose)
             metrics.end_step(position, result)

@@ -62,7 +62,7 @@ class Ours:
         self.update = Update(student, self.recipe, context)
         self.metrics = Metrics(context.ranks, self.augmenter.steps, args.clip_grad)
         self.diagnostics = Diagnostics(method, self.augmenter, range(args.batch_size), context.ranks)
-        self.criterion = method.criterion(context.device)
+        self.criterion, self.matched = method.criteria(context.device)
         self.folder = tempfile.TemporaryDirectory() if stored else None
         self.store = TeacherLogits(self.folder and self.folder.name, 1e12, "", epochs=1, steps=self.augmenter.steps,
                                    rows=range(args.batch_size),
@@ -84,7 +84,7 @@ class Ours:
         self.lap("student")
         loss, terms = self.criterion(logits, teacher_logits, batch.targets)
         self.lap("objective")
-        self.update.backward(loss)
+        self.update.backward(loss, self.matched and self.matched(logits, teacher_logits, batch.targets)[0])
         self.metrics.add(logits, batch.targets, loss, terms)
         self.lap("bookkeeping")
         result = self.update(lr, diagnose)

@@ -1,11 +1,11 @@
 """The flags of the methods, from their records in losses/methods.py.  Imports no torch."""
-from cli.flag_types import number, whole
+from cli.flag_types import number, positive, whole
 from losses.chosen_method import ChosenMethod
 from losses.methods import LABELS, METHODS, resolved
 
 
 def add_flags(parser) -> None:
-    """A flag for every hyperparameter of every method, and a warm-up flag for each method that has `warmed_up`."""
+    """A flag for every hyperparameter of every method, a warm-up flag for each method that has `warmed_up`, and two controls."""
     add = parser.add_argument_group("hyperparameters of the method").add_argument
     owners = {}
     for key, method in METHODS.items():
@@ -28,6 +28,10 @@ def add_flags(parser) -> None:
         if method.warmed_up:
             add(flag(f"{key}_warmup"), type=whole, default=0, metavar="EPOCHS",
                 help=f"linear warm-up of {key}'s {' and '.join(method.warmed_up)} from 0; default: %(default)s")
+    add("--loss-scale", type=positive, default=1.0, metavar="X", help="multiply the whole loss by X, and so the gradient before "
+        "clipping; not AMP's loss scale, which is divided out again; default: %(default)s")
+    add("--match-norm", choices=("none", *METHODS), default="none", help="rescale each step's gradient, before clipping, to the "
+        "norm of that of this method's loss with its default hyperparameters; a second backward pass; default: %(default)s")
 
 
 def flag(name: str) -> str:
@@ -55,6 +59,10 @@ def fill_in(parser, args, of_preset: set) -> None:
     reason = record.validate(hyperparameters)
     if reason:
         parser.error(reason)
+    if args.match_norm != "none" and args.loss_scale != 1:
+        parser.error(f"--loss-scale and --match-norm exclude each other: matching cancels the scale ({args.loss_scale:g})")
+    if args.match_norm != "none" and args.compile:
+        parser.error(f"--compile and --match-norm exclude each other: matching takes two backward passes ({args.match_norm})")
 
 
 def chosen(args) -> ChosenMethod:
@@ -62,4 +70,5 @@ def chosen(args) -> ChosenMethod:
     name = getattr(args, "method", None)
     record = METHODS[name] if name else LABELS
     return ChosenMethod(record, {each: getattr(args, each) for each in record.hyperparameters}, args.label_smoothing,
-                        getattr(args, f"{name}_warmup", 0), args.class_weights)
+                        getattr(args, f"{name}_warmup", 0), args.class_weights, getattr(args, "loss_scale", 1.0),
+                        getattr(args, "match_norm", "none"))

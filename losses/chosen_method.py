@@ -2,26 +2,33 @@
 from functools import cached_property, partial
 from pkgutil import resolve_name
 
-from losses.methods import Method, resolved
+from losses.methods import METHODS, Method, resolved
 
 
 class ChosenMethod:
     """A record of losses/methods.py with the run's values.
 
     hyperparameters: by name, None for the record's default_fn.  warmup_epochs: of `record.warmed_up`, which rise from 0.
-    class_weights: "none" or "balanced".
+    class_weights: "none" or "balanced".  loss_scale: factor of the whole loss.
+    match_norm: key of METHODS or "none"; `matched` is that method with its default hyperparameters, to whose gradient norm each
+    step's gradient is rescaled, or None.
     """
 
     def __init__(self, record: Method, hyperparameters: dict, label_smoothing: float, warmup_epochs: int = 0,
-                 class_weights: str = "none"):
-        self.record = record
+                 class_weights: str = "none", loss_scale: float = 1.0, match_norm: str = "none"):
+        self.record, self.loss_scale, self.match_norm, self.matched = record, loss_scale, match_norm, None
+        if match_norm != "none":
+            defaults = {name: each.default for name, each in METHODS[match_norm].hyperparameters.items()}
+            self.matched = ChosenMethod(METHODS[match_norm], defaults, label_smoothing, class_weights=class_weights)
         self.hyperparameters, self.label_smoothing, self.warmup_epochs = hyperparameters, label_smoothing, warmup_epochs
         self.class_weights = class_weights
         self.arguments = hyperparameters | {"label_smoothing": label_smoothing, "class_weights": None}
 
     @cached_property
     def function(self):
-        return resolve_name(self.record.function)
+        """That of the record, with its loss times `loss_scale`."""
+        function = resolve_name(self.record.function)
+        return function if self.loss_scale == 1 else partial(scaled, self.loss_scale, function)
 
     def criterion(self, device, class_weights=None):
         """The loss, a function of both logits (N, C) and a Targets.  class_weights: fp32 (C,), on `device`.
@@ -35,6 +42,10 @@ class ChosenMethod:
         self.arguments["class_weights"] = class_weights
         return partial(self.function, **self.arguments)
 
+    def criteria(self, device, class_weights=None):
+        """`criterion`, and that of `matched` or None."""
+        return self.criterion(device, class_weights), self.matched and self.matched.criterion(device, class_weights)
+
     def set_epoch(self, epoch: int) -> None:
         """Set the hyperparameters under warm-up for `epoch`, from 1."""
         if self.warmup_epochs:
@@ -47,9 +58,11 @@ class ChosenMethod:
         return resolved(self.record, self.hyperparameters)
 
     def named(self, template: str, separator: str) -> str:
-        """The template filled in, with the names of the switches that are on."""
-        switches = (name for name, value in self.hyperparameters.items() if value is True)
-        return separator.join([template.format(**self.hyperparameters), *switches])
+        """The template filled in, with the names of the switches that are on, and the controls."""
+        switches = [name for name, value in self.hyperparameters.items() if value is True]
+        controls = {"loss-scale": f"{self.loss_scale:g}", "match-norm": self.match_norm}
+        return separator.join([template.format(**self.hyperparameters), *switches,
+                               *(f"{name}{separator}{value}" for name, value in controls.items() if value not in ("1", "none"))])
 
     @property
     def run_name(self) -> str:
@@ -63,7 +76,19 @@ class ChosenMethod:
 
     @property
     def objective(self) -> str:
-        """The loss as a formula with its values."""
+        """The loss as a formula with its values, and the one whose gradient norm it gets."""
+        norm = f"; gradient rescaled to the norm of that of {self.matched.formula}" if self.matched else ""
+        return f"loss = {self.formula}{norm}"
+
+    @property
+    def formula(self) -> str:
         ce = f"CE(label smoothing {self.label_smoothing:g}{', classes balanced' * (self.class_weights == 'balanced')})"
         ramp = f" * min(epoch / {self.warmup_epochs}, 1)" if self.warmup_epochs else ""
-        return f"loss = {self.record.formula(self.hyperparameters, ce, ramp)}"
+        formula = self.record.formula(self.hyperparameters, ce, ramp)
+        return formula if self.loss_scale == 1 else f"{self.loss_scale:g} * ({formula})"
+
+
+def scaled(factor: float, function, *logits_and_targets, **arguments):
+    """The loss of `function` times `factor`, and its terms."""
+    loss, terms = function(*logits_and_targets, **arguments)
+    return factor * loss, terms

@@ -235,6 +235,18 @@ def backward(loss, gradient):
                 ready.append(following)
 
 
+def gradients_of(loss, parameters, gradient):
+    """As torch.autograd.grad, by `backward`."""
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    backward(loss, gradient)
+    found = tuple(parameter.grad for parameter in parameters)
+    for parameter, gradient in zip(parameters, before):
+        parameter.grad = gradient
+    return found
+
+
 # --- the run ------------------------------------------------------------------------------------------------------------
 
 class CudaPath(ExitStack):
@@ -404,7 +416,12 @@ class CudaPath(ExitStack):
         self.phase(BatchAugmenter, "__call__", "augmentation")
         self.replace(metrics.Progress, step=end_step)
         self.replace(torch.nn.Module, __call__=call)
+        def walk_twice(loss, parameters, gradient, *, retain_graph, materialize_grads):
+            with self.watch.during("backward"), torch.no_grad():
+                return gradients_of(loss, parameters, gradient)
+
         self.replace(torch.Tensor, backward=walk)
+        self.replace(torch.autograd, grad=walk_twice)
         for target, name in ((torch.amp.GradScaler, "scale"), (torch.amp.GradScaler, "unscale_"),
                              (torch.amp.GradScaler, "update"),
                              (torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step"), (torch.optim.SGD, "step")):

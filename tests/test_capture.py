@@ -156,7 +156,8 @@ EAGER, RECORDED = "--no-cuda-graph", "--cuda-graph"
 
 @pytest.mark.parametrize("script, flags, order", [
     ("train_teacher.py", "--model v2_pico --model-ema 0.9", (EAGER, RECORDED)),
-    ("distill.py", "--student resnet8 --method dkd --dkd-warmup 2 --grad-accum 2 --opt sgd --lr 0.05", (EAGER, RECORDED)),
+    ("distill.py", "--student resnet8 --method dkd --dkd-warmup 2 --grad-accum 2 --opt sgd --lr 0.05 --match-norm kd",
+     (EAGER, RECORDED)),
     ("distill.py", "--student resnet8 --teacher-logits {place}/eager", (EAGER, RECORDED)),  # the second reads the logits
     ("distill.py", "--student resnet8 --teacher-logits {place}/recorded", (RECORDED, EAGER))])
 def test_a_recorded_run_leaves_what_an_eager_one_leaves(capsys, place, graphs, script, flags, order):

@@ -15,7 +15,7 @@ from training import evaluation, run
 from training.metrics import Metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # a deep copy of one asks for it
-CAPTURED = "--method dkd --model-ema 0.9 --dkd-warmup 2 --grad-accum 2 --class-weights balanced"
+CAPTURED = "--method dkd --model-ema 0.9 --dkd-warmup 2 --grad-accum 2 --class-weights balanced --match-norm kd"
 STUDENTS = (CAPTURED, "--method kd --deterministic --grad-checkpoint",
             "--method kd --amp bf16 --opt sgd --clip-grad 0 --device cuda",
             "--method kd --kl reverse --amp off --kernels reference",

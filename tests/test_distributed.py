@@ -93,7 +93,7 @@ def test_every_image_is_evaluated_once(size):
     together(size, evaluate_in_shares)
 
 
-def train(context, each, steps=24):
+def train(context, each, matches, steps=24):
     """A network in float64 and without BatchNorm -> its weights and the means of the epoch."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (768, 8, 8, 3), generator=generator, dtype=torch.uint8)
@@ -112,9 +112,9 @@ def train(context, each, steps=24):
             teacher_logits = teacher(batch.images.double()).float()
         logits = model(batch.images.double()).float()
         loss, _ = losses.dkd_loss(logits, teacher_logits, batch.targets, beta=2.0, label_smoothing=0.1)
-        update.backward(loss)
+        update.backward(loss, losses.kd_loss(logits, teacher_logits, batch.targets)[0] if matches else None)
         count(metrics, update(0.1), logits, batch.targets, loss)
-    return torch.cat([weight.detach().flatten() for weight in net.parameters()]), metrics.epoch_columns(1)[0]
+    return torch.cat([weight.detach().flatten() for weight in net.parameters()]), *metrics.epoch_columns(1)
 
 
 def count(metrics, result, logits, targets, loss):
@@ -123,14 +123,17 @@ def count(metrics, result, logits, targets, loss):
     metrics.log()
 
 
-def train_like_one(context):
-    (shared, columns), (whole, expected) = train(context, 16 // context.ranks.size), train(ALONE, 16)
+def train_like_one(context, matches):
+    (shared, *columns), (whole, *expected) = train(context, 16 // context.ranks.size, matches), train(ALONE, 16, matches)
     assert (shared - whole).norm() <= 1e-12 * whole.norm()
-    assert columns == pytest.approx(expected, rel=1e-5)
+    assert len(columns) == 2 and ("match_factor" in columns[1]) == matches
+    for one, two in zip(columns, expected):
+        assert one == pytest.approx(two, rel=1e-5)
 
 
-def test_two_processes_train_the_network_that_one_would():
-    together(2, train_like_one)
+@pytest.mark.parametrize("matches", [False, True])
+def test_two_processes_train_the_network_that_one_would(matches):
+    together(2, train_like_one, matches)
 
 
 def one_statistic(context):

@@ -119,7 +119,8 @@ BAD_DISTILL = {
     "--temperature": ["0", "inf"],
     "--ce-weight": ["-1"],  "--kl": ["both"], "--mixed-target": ["all", "pair"], "--dkd-warmup": ["-1", "20"],
     "--teacher-checkpoint": [""],
-    "--student": [""], "--student-init": [""], "--temp": ["4"], "--no-such-flag": ["1"],
+    "--student": [""], "--student-init": [""], "--loss-scale": ["0", "-1", "nan", "inf"], "--match-norm": ["fitnet", ""],
+    "--temp": ["4"], "--no-such-flag": ["1"],
 }
 
 
@@ -127,6 +128,7 @@ BAD_DISTILL = {
     *((parse, flag, value) for parse in (distill, teacher) for flag, values in BAD.items() for value in values),
     *((distill, flag, value) for flag, values in BAD_DISTILL.items() for value in values),
     (teacher, "--model", ""), (teacher, "--beta", "8"), (teacher, "--init", ""),
+    (teacher, "--loss-scale", "1"), (teacher, "--match-norm", "none"),
 ])
 def test_a_bad_value_is_one_line_and_exit_code_2(parse, flag, value, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -162,6 +164,8 @@ def test_runs_from_before_a_flag_are_those_with_its_default():
     for args, same in ((distill(), True), (distill(*changed.split()), False)):
         assert [same_flag(name, {}, vars(args), None) for name in ("flip", "crop", "crop_scale", "crop_ratio")] == [same] * 4
         assert options.augmentation(args)["flip"] == same
+    for argv, same in (((), True), (("--loss-scale", "2"), False), (("--match-norm", "kd"), False)):
+        assert all(same_flag(name, {}, vars(distill(*argv)), None) for name in ("loss_scale", "match_norm")) == same
 
 
 @pytest.mark.parametrize("argv, side, crop, policy, line", [
@@ -188,6 +192,7 @@ def test_large_images_of_folders_are_augmented_as_photographs(tmp_path, argv, si
 def test_flags_that_exclude_each_other(capsys):
     for parse, argv in ((teacher, "--init x --pretrained"), (teacher, "--compile yes"), (distill, "--milestones 5 3"),
                         (distill, "--epochs 5 --warmup-epochs 5"), (distill, "file"), (distill, "--compile --grad-checkpoint"),
+                        (distill, "--match-norm kd --loss-scale 2"), (distill, "--match-norm kd --compile"),
                         (teacher, "--crop-scale 0.5 1"), (teacher, "--crop resized --crop-scale 0.5 1.5"),
                         (teacher, "--crop resized --crop-ratio 2 1")):
         with pytest.raises(SystemExit) as stop:

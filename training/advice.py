@@ -41,7 +41,7 @@ def advise(args, method, context: RunContext) -> list[str]:
                                batch_size=batch_size)
     student = models.build(args.student, len(data.classes), args.image_size or data.image_size).to(context.device).train()
     class_weights = class_weights_of(args.class_weights, data.train.labels, len(data.classes))
-    criterion, steps = method.criterion(context.device, class_weights), range(min(BATCHES, augmenter.steps))
+    (criterion, matched), steps = method.criteria(context.device, class_weights), range(min(BATCHES, augmenter.steps))
     diagnostics = Diagnostics(method, augmenter, range(batch_size), Ranks(), steps)  # each process reads whole batches
     augmenter.set_epoch(1)
     diagnostics.set_epoch(1)
@@ -52,7 +52,7 @@ def advise(args, method, context: RunContext) -> list[str]:
             with torch.no_grad():
                 v = teacher(batch.images)
             z = student(batch.images)
-        criterion(z, v, batch.targets)[0].backward()
+        (matched or criterion)(z, v, batch.targets)[0].backward()
         norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), math.inf))
         student.zero_grad()
         diagnostics.add(step, StepResult(*torch.zeros(3, device=z.device)), batch.targets, z, v)

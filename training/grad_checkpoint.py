@@ -3,7 +3,7 @@
 Losses, gradients, running statistics and parameter names stay the same: a block draws the same random numbers again, and its
 BatchNorms do not count a batch twice.
 """
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -43,21 +43,25 @@ def forward(block, *inputs):
     plain = partial(type(block).forward, block)
     if not (block.training and torch.is_grad_enabled()):
         return plain(*inputs)
-    return checkpoint(plain, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block)))
+    return checkpoint(plain, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), FrozenStatistics(block)))
 
 
-@contextmanager
-def frozen_statistics(block):
-    """Disables updates of running statistics and counters in the BatchNorms of `block`.
+class FrozenStatistics:
+    """A context that disables updates of running statistics and counters in the BatchNorms of `block`.
 
-    A momentum of 0 keeps the statistics bitwise.  Without running statistics other tensors would be saved than the first time.
+    Each backward pass enters it.  A momentum of 0 keeps the statistics bitwise.  Without running statistics other tensors would
+    be saved than the first time.
     """
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, counter) in zip(norms, before):
+
+    def __init__(self, block):
+        self.block = block
+
+    def __enter__(self):
+        norms = [module for module in self.block.modules() if isinstance(module, _BatchNorm)]
+        self.before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *failure):
+        for norm, momentum, counter in self.before:
             norm.momentum, norm.num_batches_tracked = momentum, counter

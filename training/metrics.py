@@ -20,12 +20,13 @@ class Metrics:
 
     Inside the step, also in a CUDA graph, call `add` for each micro-batch and then `end_step`; after the step `log`, which does
     not wait for the device; after the epoch `epoch_columns`.  Rows are means over the ranks.
+    With --match-norm a row ends with the step's factor.
     """
 
     def __init__(self, ranks, steps: int, clip_grad: float = 0.0):
         self.ranks, self.steps, self.clip_grad = ranks, steps, clip_grad or math.inf
         self.consecutive_skips = 0
-        self.names, self.micro_batches, self.table = (), [], None
+        self.names, self.micro_batches, self.table, self.matched = (), [], None, False
         self.clear()
 
     def clear(self) -> None:
@@ -43,7 +44,8 @@ class Metrics:
         """Write the row of the step at `position` in the epoch.  result: a training.optimization.StepResult."""
         values, self.micro_batches = self.micro_batches, []
         values = values[0] if len(values) == 1 else torch.stack(list(map(torch.stack, values))).mean(0).unbind()
-        values = [result.skipped, result.norm, *values]
+        self.matched = result.match_factor is not None
+        values = [result.skipped, result.norm, *values, *[result.match_factor] * self.matched]
         if self.table is None:
             self.table = torch.empty(self.steps, len(values), device=result.norm.device)
         if isinstance(position, int):
@@ -83,7 +85,7 @@ class Metrics:
         """Columns of log.csv: means over the rows that have arrived; NaN where every step was skipped."""
         rows = kept(self.rows)
         _, correct, *losses = zip(*rows) if rows else [()] * (2 + len(self.names))
-        columns = zip((*self.names, "train_acc1"), (*losses, [100 * share for share in correct]))
+        columns = zip((*self.names, "train_acc1"), (*losses[:len(self.names)], [100 * share for share in correct]))
         return {name: mean(column, math.nan) for name, column in columns}
 
     def epoch_columns(self, epoch: int) -> tuple[dict, dict]:
@@ -92,13 +94,16 @@ class Metrics:
         Failure DIVERGED: every step was skipped.
         """
         self.read(self.table[len(self.rows):self.taken])
-        columns, norms = self.means(), [norm for norm, *_ in kept(self.rows)]
+        columns, rows = self.means(), kept(self.rows)
+        norms = [norm for norm, *_ in rows]
         if not all(map(math.isfinite, columns.values())):
             raise self.failure(f"all steps of epoch {epoch} were skipped")
         columns |= {"grad_norm_mean": mean(norms), "grad_norm_max": max(norms),
                     "clip_frac": mean([norm > self.clip_grad for norm in norms]),
                     "skipped_steps": self.taken - len(norms), "steps": self.taken}
         diagnostics = {"clip_factor": mean([min(1.0, self.clip_grad / norm) if norm else 1.0 for norm in norms])}
+        if self.matched:
+            diagnostics["match_factor"] = mean([factor for *_, factor in rows])
         self.clear()
         return columns, diagnostics
 

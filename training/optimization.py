@@ -60,10 +60,11 @@ def learning_rate(step: int, recipe: Recipe, steps_per_epoch: int) -> float:
 
 class StepResult(NamedTuple):
     """0-dim fp32 tensors.  skipped: 1 or 0.  norm: of the gradient before clipping.  relative_update: norm of the weights' change
-    over their norm; None outside of diagnostics steps."""
+    over their norm; None outside of diagnostics steps.  match_factor: of the gradient, by Update.match_norm; None without it."""
     skipped: torch.Tensor
     norm: torch.Tensor
     relative_update: torch.Tensor | None
+    match_factor: torch.Tensor | None = None
 
 
 class Update:
@@ -84,6 +85,7 @@ class Update:
             self.average = AveragedModel(net, self.parameters[0].device)
             self.average_buffers = FlatBuffers(self.average.module)
             self.averages = [*self.average.module.parameters(), *self.average_buffers.floats]
+        self.matched = ()  # the gradient of the `matched` losses of this step so far
         self.zero, self.share = torch.tensor([0.0, 1 / micro_batches], device=self.parameters[0].device)
         self.remember_buffers()
 
@@ -92,15 +94,24 @@ class Update:
         """The network to evaluate and save: the moving average where there is one."""
         return self.average.module if self.average else self.net
 
-    def backward(self, loss) -> None:
-        """Add the gradient of a micro-batch's loss, times its share of the batch."""
+    def backward(self, loss, matched=None) -> None:
+        """Add the gradient of a micro-batch's loss, times its share of the batch.
+
+        matched: another loss of it; the step rescales its gradient to the norm of that of these losses.
+        """
         seed = torch.addcmul(self.share, loss.detach(), self.zero)  # NaN for a non-finite loss; all-reduced, so all ranks skip
-        loss.backward(self.scaler.scale(seed))
+        seed = self.scaler.scale(seed)
+        if matched is not None:
+            trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+            gradient = torch.autograd.grad(matched, trained, seed, retain_graph=True, materialize_grads=True)
+            self.matched = torch._foreach_add(self.matched, gradient) if self.matched else gradient
+        loss.backward(seed)
 
     @torch.no_grad()
     def __call__(self, lr: float | torch.Tensor, diagnose: bool = False) -> StepResult:
         """Take the step.  diagnose: also measure the relative update."""
         self.set_learning_rate(lr)
+        factor = self.match_norm() if self.matched else None
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
         before = self.copy_parameters() if diagnose else None
@@ -111,7 +122,22 @@ class Update:
             self.update_average()
         if self.context.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # the next step may overwrite compiled networks' outputs
-        return StepResult(skipped, norm, self.relative_update(before) if diagnose else None)
+        return StepResult(skipped, norm, self.relative_update(before) if diagnose else None, factor)
+
+    def match_norm(self) -> torch.Tensor:
+        """Rescale the gradient to the norm of that of the `matched` losses -> the factor.
+
+        Where a norm is not finite, or that of the gradient 0, the factor is not finite either, and the step is skipped.  This is
+        done before unscaling, so that the scaler sees an overflow in either gradient; the factor does not depend on the scale.
+        """
+        gradient, matched = [parameter.grad for parameter in self.parameters if parameter.grad is not None], self.matched
+        self.matched = ()
+        if self.ranks.size > 1:  # DDP averages the gradients of backward() alone
+            matched = [self.ranks.mean(torch.cat([part.flatten() for part in matched]))]
+        norm, wanted = map(torch.nn.utils.get_total_norm, (gradient, matched))
+        factor = torch.addcmul(wanted / norm, norm, self.zero)  # NaN for an infinite norm
+        torch._foreach_mul_(gradient, factor)
+        return factor
 
     def set_learning_rate(self, lr: float | torch.Tensor) -> None:
         """Set the rate; AdamW's `capturable` must be set during CUDA graph capture."""
