@@ -2,7 +2,7 @@
 # The commands of the study and its ablations.  Those of the demo are in the Makefile.
 #   ./experiments.sh                    the study and its controls: one GPU; data and ImageNet weights are downloaded if missing
 #   ./experiments.sh ablation           the causes of DKD's collapse, on CIFAR-100: one GPU
-#   ./experiments.sh ablation-small     the same on the embedded data: two CPU cores, 45 minutes
+#   ./experiments.sh ablation-small     the same on the embedded data: two CPU cores, under two hours
 #   ./experiments.sh published          KD and DKD for every pair of DKD's tables, 6 teachers and 66 students: one GPU
 # After an interruption the same command continues.
 set -euo pipefail
@@ -41,40 +41,59 @@ sweep() {
 
 ablation() {
     local weaker="runs/$experiment/teacher" stronger="runs/$experiment/teacher-strong"
-    python train_teacher.py "${common[@]}" "${teacher[@]}" --output "$weaker" --resume auto
-    python train_teacher.py "${common[@]}" "${teacher[@]}" --init "$weaker/best.pt" --image-size 48 --output "$stronger" \
+    python train_teacher.py "${common[@]}" "${short[@]}" "${teacher[@]}" --output "$weaker" --resume auto
+    python train_teacher.py "${common[@]}" "${short[@]}" "${teacher[@]}" --init "$weaker/best.pt" --image-size 48 --output "$stronger" \
         --resume auto
     student=(--student "$pico" --teacher-checkpoint "$weaker/best.pt" --teacher-logits "runs/$experiment/teacher-logits")
     seeds=(0 1 2)
 
+    # The recipe of the study (AdamW, weight decay, label smoothing, DKD without cross-entropy): clipped as in the study, not
+    # clipped, and KD clipped as often as DKD is; and with more epochs.
+    seeds=("${five[@]}")
+    sweep recipe "${recipe[@]}" --epochs "${lengths[0]}" -- --method kd --clip-grad 1 0 0.1 \
+        -- --method dkd --beta 8 2 --ce-weight 0 --clip-grad 1 0 -- --method dkd --beta 8 --ce-weight 1 --clip-grad 1
+    sweep recipe-long "${recipe[@]}" --epochs "${lengths[1]}" -- --method kd --clip-grad 1 \
+        -- --method dkd --beta 8 --ce-weight 0 --clip-grad 1 0
+
+    # A larger loss or another one, at a high learning rate at which KD does not collapse: each scaled to about the gradient norm
+    # of the other, and matched to it in every step; the weight of the cross-entropy; labels alone; and with more epochs.
+    sweep scale "${short[@]}" "${high[@]}" --clip-grad 0 -- --method kd -- --method dkd --beta 8 \
+        -- --method dkd --beta 8 --loss-scale 0.22 -- --method kd --loss-scale 4.5 \
+        -- --method dkd --beta 8 --match-norm kd -- --method kd --match-norm dkd \
+        -- --method kd --ce-weight 1 -- --method dkd --beta 8 --ce-weight 0 -- --method kd --alpha 0 --ce-weight 0.3 \
+        -- train_teacher.py --model "$pico"
+    sweep scale-long "${long[@]}" "${high[@]}" --clip-grad 0 -- --method kd -- --method dkd --beta 8 \
+        -- train_teacher.py --model "$pico"
+    seeds=(0 1 2)
+
     # At a learning rate that suits KD: method, weight, target of mixed images, warm-up, clipping, precision, metric of early
     # stopping; without mixing; and two remedies from the literature.
-    sweep usual "${usual[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
+    sweep usual "${short[@]}" "${usual[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
         -- --method dkd --beta 2 8 -- --method kd --alpha 8 --ce-weight 1 \
         -- --method dkd --beta 8 --mixed-target dominant first -- --method dkd --beta 8 --dkd-warmup "$warmup" \
         -- --method dkd --beta 8 --clip-grad 1 -- --method dkd --beta 8 --amp "${precisions[@]}" \
         -- --method dkd --beta 8 --patience "$patience" --monitor val_loss val_acc1 -- --method kd dkd --beta 8 --mix-prob 0 \
         -- --method kd --standardize -- --method dkd --beta 8 --standardize -- --method dist
 
-    # At a high learning rate at which KD does not collapse.
-    sweep high "${high[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
+    # At the high learning rate.
+    sweep high "${short[@]}" "${high[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
         -- --method dkd --beta 2 8 -- --method kd --alpha 8 --ce-weight 1 -- --method dkd --beta 8 --mixed-target dominant \
         -- --method dkd --beta 8 --dkd-warmup "$warmup" -- --method dkd --beta 8 --clip-grad 1 \
         -- --method dkd --beta 8 --standardize -- --method kd dkd --beta 8 --mix-prob 0
 
     # The findings of the study, with its optimizer and clipping; and without clipping.
-    sweep findings "${adamw[@]}" --clip-grad 1 -- --experiment v2 v1 v3 v3.1 -- --experiment v3 --clip-grad 0 \
+    sweep findings "${short[@]}" "${adamw[@]}" --clip-grad 1 -- --experiment v2 v1 v3 v3.1 -- --experiment v3 --clip-grad 0 \
         -- --experiment v4 --teacher-checkpoint "$stronger/best.pt"
 
     # The phase diagram: beta against augmentation, at the high learning rate.
     seeds=("${few[@]}")
-    sweep phase "${high[@]}" --clip-grad 0 \
+    sweep phase "${short[@]}" "${high[@]}" --clip-grad 0 \
         -- --method kd dkd --beta 1 2 4 8 16 --policy none --random-erasing 0 --mix-prob 0 \
         -- --method kd dkd --beta 1 2 4 8 16 --policy none --random-erasing 0 --mix-prob 1 \
         -- --method kd dkd --beta 1 2 4 8 16 --policy autoaugment --random-erasing 0.25 --mix-prob 0 \
         -- --method kd dkd --beta 1 2 4 8 16 --policy autoaugment --random-erasing 0.25 --mix-prob 1
     rm -rf "runs/$experiment/teacher-logits"
-    for name in usual high findings phase; do
+    for name in recipe recipe-long scale scale-long usual high findings phase; do
         python results/tables.py "runs/$experiment/$name" "runs/$experiment/$name"
     done
     python results/ablation-small/figures.py --tables "runs/$experiment" --output figures
@@ -117,15 +136,19 @@ case ${1:-study} in
                 --random-erasing 0 --mixup 0 --cutmix 0)
         published ;;
     ablation)
-        experiment=ablation pico=resnet8x4 jobs=4 patience=30 warmup=20 precisions=(bf16 off) few=(0 1 2)
-        common=(--epochs 100 --warmup-epochs 5 --label-smoothing 0 --weight-decay 5e-4)
+        experiment=ablation pico=resnet8x4 jobs=4 patience=30 warmup=20 precisions=(bf16 off) few=(0 1 2) five=(0 1 2 3 4)
+        common=() lengths=(100 200)
+        short=(--epochs 100 --warmup-epochs 5 --label-smoothing 0 --weight-decay 5e-4) long=(--epochs 400 "${short[@]:2}")
+        recipe=(--opt adamw --lr 1e-3 --weight-decay 0.05 --label-smoothing 0.1 --warmup-epochs 5 --patience 0)
         teacher=(--model resnet32x4 --opt sgd --lr 0.1 --patience 0)
         usual=(--opt sgd --lr 0.1 --patience 0) high=(--opt sgd --lr 0.8 --patience 0)
         adamw=(--opt adamw --lr 1e-3 --patience 0)
         ablation ;;
     ablation-small)
-        experiment=ablation-small pico=v2_pico jobs=2 patience=2 warmup=3 precisions=(bf16) few=(0)
-        common=(--dataset synthetic --epochs 6 --batch-size 64 --warmup-epochs 2 --label-smoothing 0 --weight-decay 5e-4)
+        experiment=ablation-small pico=v2_pico jobs=2 patience=2 warmup=3 precisions=(bf16) few=(0) five=(0 1 2 3 4)
+        common=(--dataset synthetic --batch-size 64) lengths=(12 30)
+        short=(--epochs 6 --warmup-epochs 2 --label-smoothing 0 --weight-decay 5e-4) long=(--epochs 24 "${short[@]:2}")
+        recipe=(--opt adamw --lr 1e-3 --weight-decay 0.05 --label-smoothing 0.1 --warmup-epochs 2 --patience 0)
         teacher=(--model v2_tiny --opt sgd --lr 0.2 --mix-prob 0.5 --clip-grad 0 --patience 0 --epochs 8)
         usual=(--opt sgd --lr 0.2 --patience 0) high=(--opt sgd --lr 1.6 --patience 0)
         adamw=(--opt adamw --lr 4e-3 --patience 0)
