@@ -1,4 +1,5 @@
 """The benchmarks without a test file of their own do what their commands say; what they measure is not judged."""
+import argparse
 import importlib.util
 import os
 import re
@@ -7,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 from helpers import table_of
 
-from benchmarks import augmentation, augmentation_rivals, decoding, loss, table
+from benchmarks import augmentation, augmentation_rivals, decoding, figure, loss, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,6 +56,11 @@ def test_photographs_are_augmented_by_every_contender():
                                     augmentation_rivals.mixing())
     calls |= augmentation.ours(images, labels, 4, **augmentation.STAGES[augmentation.PHOTOGRAPHS])
     assert [call() for call in calls.values()] == [4] * 3
+
+
+def test_the_picture_is_drawn_from_the_committed_files(tmp_path):
+    figure.main(argparse.Namespace(where="cpu", output=tmp_path / "performance.png"))
+    assert matplotlib.image.imread(tmp_path / "performance.png").shape[1] == 1290
 
 
 def test_published_code_without_enough_memory_leaves_the_others(monkeypatch, tmp_path):
