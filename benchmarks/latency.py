@@ -30,6 +30,7 @@ from benchmarks.clocks import wall_us
 from deploy import check, runtime, writers
 from rundir import errors
 from rundir.files import digest, write_json
+from rundir.run_directory import processor
 
 BATCHES = (8, 32, 128)
 CALLS, BLOCK_S = 20, 0.1  # of a block of single images; the least time of a block of batches
@@ -37,12 +38,10 @@ CPU = torch.device("cpu")
 SHOWN = "run engine threads file_mb accuracy ms_median ms_p95 images_per_s best_batch"
 
 
-def processor() -> str:
+def processor_with_int8() -> str:
     """The model of the CPU, and its instructions for int8."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    int8 = [flag for flag in found.get("flags", "").split() if flag in ("avx2", "avx_vnni", "avx512_vnni", "amx_int8")]
-    return ", ".join([found.get("model name", ""), *int8])
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return ", ".join([processor(), *(flag for flag in ("avx2", "avx_vnni", "avx512_vnni", "amx_int8") if flag in flags)])
 
 
 def torch_call(checkpoint: Path, device, compiled: bool):
@@ -135,7 +134,7 @@ def main(args) -> None:
             onnxruntime = importlib.metadata.version("onnxruntime")
         except errors.Failure as failure:
             print(f"without ONNX Runtime: {failure}")
-    common = {"hardware": table.hardware(device), "processor": processor(), "torch": torch.__version__,
+    common = {"hardware": table.hardware(device), "processor": processor_with_int8(), "torch": torch.__version__,
               "onnxruntime": onnxruntime}
     torch._dynamo.config.recompile_limit = 1000  # every network, number of threads and kind of batch is compiled for itself
     found = table.Rows(args, "latency", table.short(device), SHOWN)

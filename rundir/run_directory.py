@@ -197,6 +197,15 @@ def environment() -> dict:
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
         "cuda": torch.version.cuda if cuda else None, "cudnn": torch.backends.cudnn.version() if cuda else None,
         "driver": driver.partition("\n")[0] or None, "gpu": torch.cuda.get_device_name() if cuda else None,
-        "processor": platform.machine(), "threads": torch.get_num_threads(),
+        "processor": processor(), "threads": torch.get_num_threads(),
         "git_commit": output("git", "rev-parse", "HEAD") or None, "git_dirty": bool(output("git", "status", "--porcelain")),
     }
+
+
+def processor() -> str:
+    """The model of the CPU, else its architecture."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
