@@ -1,7 +1,9 @@
 """results/: the study's figures come from its committed tables, and the tables from run directories."""
 import csv
 import importlib.util
+import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import pytest
 from diagnostics import alarms
 from plots import make_figures
 
-RESULTS = Path(__file__).parent.parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+SETTINGS = {"0.7", "0.3", "0.22", "4.5", "0.1", "0.2", "1.6", "0.05", "0.31", "0.03"}  # in STUDY.md, beside results
 
 
 def script(name):
@@ -30,15 +34,43 @@ def test_the_figures_come_from_the_tables(tmp_path, monkeypatch):
         assert (tmp_path / name).read_bytes() == (RESULTS / "ablation-small" / name).read_bytes()
 
 
-def test_how_often_alarms_are_raised_comes_from_the_tables(tmp_path, monkeypatch):
+def rows_of(page, header):
+    """The cells of the Markdown table with this header, row by row."""
+    lines = page[page.index(header):].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in itertools.takewhile(bool, lines)][2:]
+
+
+def test_the_numbers_of_the_study_come_from_its_tables():
+    """Each table is on the page as it is made, and each number with decimals in the text is in one of them."""
+    page = (ROOT / "STUDY.md").read_text(encoding="utf-8")
+    for name, table in script("ablation-small/study.py").tables().items():
+        assert table in page, f"{name} is not as the sweeps have it"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page += "\n" + readme[readme.index("- [STUDY.md]"):readme.index("- `results/cifar10")]
+    text, tables = ("\n".join(line for line in page.splitlines() if line.startswith("|") == inside) for inside in (False, True))
+    numbers, known = (set(re.findall(r"\d+\.\d+", part)) for part in (re.sub(r"arXiv [\d.]+|`[^`]*`", "", text), tables))
+    assert numbers <= known | SETTINGS, sorted(numbers - known - SETTINGS)
+
+
+def test_the_table_of_the_readme_comes_from_the_runs_of_the_demo():
+    with open(RESULTS / "demo/runs.csv", newline="") as file:
+        runs = {row["run"]: row for row in csv.DictReader(file)}
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, _, _, teacher, accuracy, retention in rows_of(page, "| exp. | method |"):
+        own = float(runs[name]["test_acc1_best"])
+        beside = float(runs[name]["teacher_test_acc1"] or runs["teacher"]["test_acc1_best"])
+        assert accuracy == f"{own:.2f}" and retention == f"{100 * own / beside:.2f}"
+        assert teacher == ("" if name == "alone" else f"{beside:.2f}")
+
+
+def test_how_often_alarms_are_raised_comes_from_the_tables(tmp_path):
     """The committed counts; the alarms in runs.csv; limits as calibrated."""
-    monkeypatch.syspath_prepend(RESULTS / "ablation-small")
     counts = script("ablation-small/alarms.py")
     counts.main(["--output", str(tmp_path / "alarms.csv")])
     committed = RESULTS / "ablation-small" / "alarms.csv"
     assert (tmp_path / "alarms.csv").read_bytes() == committed.read_bytes()
     runs = counts.read_runs()
-    assert len(runs) == 126 and all(run["alarms"] == run["recorded"] for run in runs)
+    assert len(runs) == 224 and all(run["alarms"] == run["recorded"] for run in runs)
     with open(committed, newline="") as file:
         calibrated = {row["alarm"]: round(float(row["calibrated"]), 2) for row in csv.DictReader(file) if row["calibrated"]}
     assert calibrated == {"dead": alarms.DEAD, "move": alarms.MOVE}

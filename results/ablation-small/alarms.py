@@ -5,23 +5,25 @@
 Sensitivity is the share of the collapsed runs in which an alarm is raised, specificity that of the others in which it is not.
 The alarms are those of diagnostics/alarms.py on epochs.csv.  Collapsed is as in figures.py.
 
-Half of the cells calibrates: `calibrated`, a limit, is the 90th percentile of its runs that did not collapse.  The other half is
-held back.  A control cannot fall below itself, and at lower learning rates only 2 of 69 runs collapse: so the runs at 1.6 that
-have a control are also counted on their own.
+Runs without a teacher are left out: they have no control.  Half of the cells calibrates: `calibrated`, a limit, is the 90th
+percentile of its runs that did not collapse.  The other half is held back.  A control cannot fall below itself, and at lower
+learning rates few runs collapse: so the runs at 1.6 that have a control are also counted on their own.
 """
 import argparse
 import hashlib
 import json
+import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from figures import read_sweep  # beside this script; it puts the project's root on the path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's root
 from diagnostics import alarms
 from diagnostics.classes import Confusion
 from losses.methods import LABELS, METHODS
+from results.cells import read_sweep
 from results.tables import write_csv
 
 FOLDER = Path(__file__).parent
@@ -29,17 +31,19 @@ HALVES = ("calibrating", "held back")
 # A cell's settings, in all sweeps: the seeds of a cell are in the same half.  Runs that differ in precision or patience are near
 # or exact repeats, and so are one cell.
 SETTINGS = ("lr", "opt", "clip_grad", "teacher_checkpoint", "method", "alpha", "beta", "ce_weight", "standardize", "mixed_target",
-            "dkd_warmup", "policy", "random_erasing", "mix_prob")
+            "dkd_warmup", "policy", "random_erasing", "mix_prob", "loss_scale", "match_norm")
+SWEEPS = "findings", "high", "phase", "recipe", "recipe-long", "scale", "scale-long", "usual"
 GROUPS = ("all", "learning rate 1.6, with a control")
+BEFORE = {"loss_scale": 1.0, "match_norm": "none"}  # of sweeps from before these flags
 VAL = Confusion([""] * 100, np.diag([10] * 100))  # has the labels; predictions by class were not recorded
 
 
 def read_runs() -> list[dict]:
     """A dict per run: its half and groups, whether it collapsed, its alarms, and the values of those that are calibrated."""
     runs = []
-    for cell in (cell for sweep in ("findings", "high", "phase", "usual") for cell in read_sweep(FOLDER / sweep).values()):
+    for cell in (cell for sweep in SWEEPS for cell in read_sweep(FOLDER / sweep).values() if cell.flags.get("teacher")):
         method, recipe = SimpleNamespace(record=METHODS.get(cell.flags["method"], LABELS)), SimpleNamespace(**cell.flags)
-        settings = json.dumps([cell.flags.get(name) for name in SETTINGS])
+        settings = json.dumps([cell.flags.get(name, BEFORE.get(name)) for name in SETTINGS])
         for seed, run in cell.runs.items():
             rows, control = [SimpleNamespace(**row) for row in run["epochs"]], cell.control and cell.control.runs[seed]
             found = alarms.alarms(method, recipe, recipe.monitor, rows, run["epochs"], VAL, run["stopped_early"])

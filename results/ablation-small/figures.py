@@ -10,11 +10,8 @@ Cells are compared over their common seeds.  Accuracies are those on the test se
 diverged has none.  Collapsed: against the control of the same seed or, without one, against the run's own best epoch.
 """
 import argparse
-import csv
-import json
 import re
 import sys
-from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from statistics import fmean
@@ -28,11 +25,10 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's root
-from cli.sweep_table import spread
-from diagnostics.alarms import FALL, SHARE, collapsed
+from diagnostics.alarms import FALL, SHARE
 from plots import make_figures
+from results.cells import AUGMENTATION, Cell, paired, read_sweep
 
-AUGMENTATION = {"policy": "AutoAugment", "random_erasing": "Random Erasing", "mix_prob": "Mixup/CutMix"}
 LEFT = {"x": 0.01, "ha": "left", "fontsize": 7.5}
 RED, BLUE, GREY = "#D55E00", "#0072B2", "#777777"
 COLOURS = ListedColormap(matplotlib.colormaps["RdBu"](np.linspace(0.12, 0.88, 256)))  # without the darkest: hatching shows
@@ -46,91 +42,7 @@ CHANGES = {  # of the base, in words
     "method-dkd_beta-2": "beta 8 to 2", f"clip-grad-1_{BASE}": "gradient clipped at 1", f"{BASE}_standardize": "logits z-scored",
     rf"{BASE}_mixed-target-(\w+)": r"targets of mixed images: \1", f"{BASE}_mix-prob-0": "Mixup/CutMix off",
     f"{BASE}_amp-bf16": "precision: BF16", f"{BASE}_amp-off": "precision: FP32",
-    rf"{BASE}_dkd-warmup-(\d+)": r"warm-up of DKD over \1 epochs",
-    rf"patience-(\d+)_{BASE}_monitor-(\w+)": r"early stopping on \2, patience \1"}
-
-
-@dataclass
-class Cell:
-    """Runs that differ in the seed alone.  flags: of one.  runs: by seed, rows of runs.csv with their rows of epochs.csv as
-    `epochs` and validation accuracies as `val`, without those that diverged.  diverged: how many did.  control: KD with alpha
-    0.7, the same teacher and augmentation; None for that cell itself and for one without a teacher."""
-    flags: dict
-    runs: dict
-    diverged: int = 0
-    control: "Cell | None" = None
-
-    @property
-    def accuracy(self) -> float | None:
-        """Mean test accuracy in percent."""
-        return spread([run["test_acc1_best"] for run in self.runs.values()])[0]
-
-    @property
-    def ends(self) -> dict[str, int]:
-        """How many runs there are, how many of them collapsed, and how many diverged."""
-        beside = self.control.runs if self.control else {}
-        fell = [collapsed(run["val"][-1], beside[seed]["val"][-1] if seed in beside else max(run["val"]))
-                for seed, run in self.runs.items()]
-        return {"runs": len(fell) + self.diverged, "collapsed": sum(fell), "diverged": self.diverged}
-
-    @property
-    def outcome(self) -> str:
-        """Mean accuracy, and how many runs ended badly, in words."""
-        parts = [f"{self.accuracy:.1f} %"] if self.runs else []
-        runs, *bad = self.ends.items()
-        return ", ".join(parts + [f"{count} of {runs[1]} {how}" for how, count in bad if count])
-
-    @property
-    def headings(self) -> tuple[str, str, str]:
-        """Data, networks and epochs; optimizer and learning rate; the number of seeds."""
-        dataset = make_figures.DATASETS.get(self.flags["dataset"], self.flags["dataset"])
-        return ("{0}, {teacher} → {student}, {epochs} epochs".format(dataset, **self.flags),
-                f"{self.flags['opt'].upper()}, learning rate {self.flags['lr']:g}",
-                "1 seed" if self.ends["runs"] == 1 else f"n = {self.ends['runs']} seeds")
-
-    def by_epoch(self, column: str) -> tuple[list[int], list[float]]:
-        """Epochs, and at each the mean over the runs that have a value there."""
-        rows = [row for run in self.runs.values() for row in run["epochs"] if row.get(column) is not None]
-        epochs = sorted({row["epoch"] for row in rows})
-        return epochs, [fmean(row[column] for row in rows if row["epoch"] == epoch) for epoch in epochs]
-
-
-def read_table(path: Path) -> list[dict]:
-    """Rows with numbers and truth values as such, and None for an empty cell."""
-    def value(text: str):
-        try:
-            return json.loads(text) if text else None
-        except ValueError:
-            return text
-
-    return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(path.read_text("utf-8").splitlines())]
-
-
-def read_sweep(directory: Path) -> dict[str, Cell]:
-    """The cells by name."""
-    shared, epochs, cells = json.loads((directory / "settings.json").read_text()), {}, {}
-    for row in read_table(directory / "epochs.csv"):
-        epochs.setdefault(row["run"], []).append(row)
-    for run in read_table(directory / "runs.csv"):
-        cell = cells.setdefault(re.sub("(patience|clip-grad)-0_", "", run["cell"]), Cell(shared | run, {}))
-        if run["verdict"] == "diverged":
-            cell.diverged += 1
-        else:
-            rows = epochs[run["run"]]
-            cell.runs[run["seed"]] = run | {"epochs": rows, "val": [row["val_acc1"] for row in rows]}
-    plain = [cell for cell in cells.values() if cell.flags["method"] == "kd"
-             and not cell.flags.get("ce_weight") and not cell.flags.get("standardize")]
-    for cell in cells.values():
-        cell.control = next((kd for kd in plain if kd is not cell and all(
-            kd.flags.get(name) == cell.flags.get(name) for name in ("teacher", *AUGMENTATION))), None)
-    return cells
-
-
-def paired(one: Cell, other: Cell) -> tuple[int, float | None, float | None, float | None]:
-    """The number of common seeds, the mean difference in accuracy over them in percentage points, and its 95 % interval."""
-    pairs = [run["test_acc1_best"] - other.runs[seed]["test_acc1_best"] for seed, run in one.runs.items() if seed in other.runs]
-    difference, _, *interval, _ = spread(pairs)
-    return len(pairs), difference, *interval
+    rf"{BASE}_dkd-warmup-(\d+)": r"warm-up of DKD over \1 epochs"}
 
 
 def signed(difference: float | None) -> str:
@@ -190,16 +102,18 @@ def draw_phase(rows: list[dict], headings: tuple[str, str, str]) -> Figure:
 
 
 def draw_shares(sweeps: list[dict[str, Cell]]) -> Figure:
-    """Per sweep a row of panels: above the stacked shares of the terms, below the validation accuracy beside that of KD."""
-    shown = [cells[name] for cells in sweeps for name in PANELS.values()]
+    """Per sweep a row of panels: stacked shares of the terms; validation accuracy and update norm beside those of KD."""
+    panels = PANELS | {"labels alone": next(name for name in sweeps[0] if name.startswith("train_teacher"))}
+    shown = [cells[name] for cells in sweeps for name in panels.values()]
     top = max(max(run["val"]) for cell in shown for run in cell.runs.values())
-    figure = Figure(figsize=(7.2, 0.67 + 2.5 * len(sweeps)), layout="constrained")
+    figure = Figure(figsize=(9.6, 0.67 + 3.1 * len(sweeps)), layout="constrained")
     figure.suptitle("{0}; {2}. Test: accuracy with the weights of the best epoch.\n".format(*shown[0].headings) +
-                    f"Red: a run diverged, or collapsed: last validation accuracy more than {FALL:g} points below KD's.", **LEFT)
+                    f"Red: a run diverged, or collapsed: last validation accuracy more than {FALL:g} points below KD's, "
+                    "or of labels alone below its own best.", **LEFT)
     for part, cells in zip(figure.subfigures(len(sweeps), 1), sweeps):
         part.suptitle(cells[KD].headings[1], **LEFT | {"fontsize": 8, "fontweight": "bold"})
-        axes = part.subplots(2, len(PANELS), sharex=True, sharey="row", height_ratios=(1.5, 1))
-        for (above, below), (title, name) in zip(axes.T, PANELS.items()):
+        axes = part.subplots(3, len(panels), sharex=True, sharey="row", height_ratios=(1.5, 1, 0.8))
+        for (above, below, lowest), (title, name) in zip(axes.T, panels.items()):
             colour = RED if cells[name].ends["collapsed"] + cells[name].ends["diverged"] else "black"
             above.set_title(f"{title}\n{'test ' if cells[name].runs else ''}{cells[name].outcome}", loc="left", color=colour)
             above.axhline(SHARE, color="black", linestyle="dotted", zorder=3)
@@ -210,16 +124,21 @@ def draw_shares(sweeps: list[dict[str, Cell]]) -> Figure:
             for run in cells[name].runs.values():
                 below.plot([row["epoch"] for row in run["epochs"]], run["val"], color=colour, linewidth=0.4, zorder=3)
             below.plot(*cells[name].by_epoch("val_acc1"), color=colour, linewidth=1.4, zorder=4)
-            below.set_xlabel("epoch")
+            for own, colour_of in ((cells[KD], {"color": BLUE, "linestyle": "dashed"}), (cells[name], {"color": colour})):
+                epochs, ratios = own.by_epoch("update_ratio")
+                lowest.plot(epochs, [100 * ratio for ratio in ratios], **colour_of)
+            lowest.set_xlabel("epoch")
         axes[0, 0].set(ylim=(0, 1), yticks=(0, 0.5, SHARE, 1), yticklabels=("0", "50", f"{100 * SHARE:.0f}", "100"),
                        ylabel="share of the\nlogit gradient (%)")
         axes[1, 0].set(ylim=(0, 1.08 * top), ylabel="validation\naccuracy (%)")
+        axes[2, 0].set(ylabel="step (%)")
+        axes[2, 0].set_ylim(bottom=0)
         axes[1, 0].yaxis.set_major_locator(MaxNLocator(3, steps=(1, 2, 5, 10)))
         axes[1, 0].xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=(1, 2, 2.5, 5, 10)))
     handles = [Patch(facecolor=colour, edgecolor="white", label=term.upper()) for term, colour in TERMS.items()]
     handles += [Line2D([], [], color="black", linestyle="dotted", label=f"alarm: KL or NCKD above {100 * SHARE:.0f} %"),
-                Line2D([], [], color="black", label="accuracy (thin: a seed)"),
-                Line2D([], [], color=BLUE, linestyle="dashed", label="that of KD")]
+                Line2D([], [], color="black", label="accuracy (thin: a seed), step"),
+                Line2D([], [], color=BLUE, linestyle="dashed", label="those of KD")]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
