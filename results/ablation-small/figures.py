@@ -192,7 +192,8 @@ def draw_changes(sweeps: dict[str, dict[str, Cell]], panels: dict[str, list[dict
             f", {row[how]} {how}" for how in ("collapsed", "diverged") if row[how]) for row in rows])
     figure.supxlabel("test accuracy (weights of the best epoch) minus that of the base over the n common seeds, in points\n"
                      "line: 95 % interval, Student's t (none for one seed, or equal differences); filled: it does not hold 0,\n"
-                     f"not corrected for their number; collapsed: last validation accuracy more than {FALL:g} points below KD's", **LEFT)
+                     f"not corrected for their number; collapsed: last validation accuracy more than {FALL:g} points below KD's",
+                     **LEFT)
     return figure
 
 
