@@ -124,7 +124,7 @@ def fused_batches(policy: str, size: int, mode: str, dtype, batch_size: int, sto
     images = (200 * coarse + 55 * torch.rand(count, 3, side, side, generator=g)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     labels = torch.randint(100, (count,), generator=g)
     options = {"batch_size": batch_size, "mix_each": mode == "elem", "mean": (0.5, 0.48, 0.44), "std": (0.2, 0.25, 0.27)}
-    batches = FusedBatches(images, labels, sampler, dtype=dtype, **options)
+    batches = FusedBatches(images, labels, None, sampler, dtype=dtype, **options)
     batches.set_epoch(5, sampler.order(5, count))
 
     def expected(step: int):

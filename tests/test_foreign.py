@@ -10,6 +10,7 @@ from helpers import fails
 from torch import nn
 
 import models
+from data.split import Split
 from models import foreign
 from rundir.errors import CHECKPOINT, USAGE
 from training.device import RunContext
@@ -180,7 +181,7 @@ def test_a_teacher_near_chance_is_refused(net, capsys):
     info = {"classes": DATA.classes, "test_acc1": None, "dataset": "synthetic", "amp": "off", "model": "constant",
             "image_size": 32}
     images, labels = torch.zeros(200, 32, 32, 3, dtype=torch.uint8), torch.arange(200) % 10
-    data = SimpleNamespace(**vars(DATA), test=SimpleNamespace(images=images, labels=labels))
+    data = SimpleNamespace(**vars(DATA), test=Split(images, labels))
     context = RunContext(torch.device("cpu"), "off")
 
     class Constant(nn.Module):
