@@ -30,12 +30,16 @@ class Cell:
         return spread([run["test_acc1_best"] for run in self.runs.values()])[0]
 
     @property
+    def fell(self) -> dict[int, bool]:
+        """By seed, whether the run collapsed: against the control or, where there is none, its own best epoch."""
+        beside = self.control.runs if self.control else {}
+        return {seed: collapsed(run["val"][-1], beside[seed]["val"][-1] if seed in beside else max(run["val"]))
+                for seed, run in self.runs.items()}
+
+    @property
     def ends(self) -> dict[str, int]:
         """How many runs there are, how many of them collapsed, and how many diverged."""
-        beside = self.control.runs if self.control else {}
-        fell = [collapsed(run["val"][-1], beside[seed]["val"][-1] if seed in beside else max(run["val"]))
-                for seed, run in self.runs.items()]
-        return {"runs": len(fell) + self.diverged, "collapsed": sum(fell), "diverged": self.diverged}
+        return {"runs": len(self.runs) + self.diverged, "collapsed": sum(self.fell.values()), "diverged": self.diverged}
 
     @property
     def outcome(self) -> str:
@@ -99,5 +103,6 @@ def pairs_of(one: Cell, other: Cell) -> list[float]:
 
 def paired(one: Cell, other: Cell) -> tuple[int, float | None, float | None, float | None]:
     """The number of common seeds, the mean difference in accuracy over them in percentage points, and its 95 % interval."""
-    difference, _, *interval, _ = spread(pairs_of(one, other))
-    return len(pairs_of(one, other)), difference, *interval
+    pairs = pairs_of(one, other)
+    difference, _, *interval, _ = spread(pairs)
+    return len(pairs), difference, *interval

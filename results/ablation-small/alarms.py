@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's ro
 from diagnostics import alarms
 from diagnostics.classes import Confusion
 from losses.methods import LABELS, METHODS
-from results.cells import read_sweep
+from results.cells import PLAIN, read_sweep
 from results.tables import write_csv
 
 FOLDER = Path(__file__).parent
@@ -34,7 +34,6 @@ SETTINGS = ("lr", "opt", "clip_grad", "teacher_checkpoint", "method", "alpha", "
             "dkd_warmup", "policy", "random_erasing", "mix_prob", "loss_scale", "match_norm")
 SWEEPS = "findings", "high", "phase", "recipe", "recipe-long", "scale", "scale-long", "usual"
 GROUPS = ("all", "learning rate 1.6, with a control")
-BEFORE = {"loss_scale": 1.0, "match_norm": "none"}  # of sweeps from before these flags
 VAL = Confusion([""] * 100, np.diag([10] * 100))  # has the labels; predictions by class were not recorded
 
 
@@ -43,15 +42,14 @@ def read_runs() -> list[dict]:
     runs = []
     for cell in (cell for sweep in SWEEPS for cell in read_sweep(FOLDER / sweep).values() if cell.flags.get("teacher")):
         method, recipe = SimpleNamespace(record=METHODS.get(cell.flags["method"], LABELS)), SimpleNamespace(**cell.flags)
-        settings = json.dumps([cell.flags.get(name, BEFORE.get(name)) for name in SETTINGS])
+        settings = json.dumps([cell.flags.get(name, PLAIN.get(name)) for name in SETTINGS])
         for seed, run in cell.runs.items():
-            rows, control = [SimpleNamespace(**row) for row in run["epochs"]], cell.control and cell.control.runs[seed]
+            rows = [SimpleNamespace(**row) for row in run["epochs"]]
             found = alarms.alarms(method, recipe, recipe.monitor, rows, run["epochs"], VAL, run["stopped_early"])
             move, *_ = max(alarms.moves(recipe, rows, run["epochs"]), default=(None,))
             runs.append({
-                "settings": settings, "groups": GROUPS[:1 + (control is not None and recipe.lr == 1.6)],
-                "collapsed": alarms.collapsed(run["val"][-1], control["val"][-1] if control else max(run["val"])),
-                "alarms": {alarm.name: alarm.value for alarm in found}, "recorded": run["alarms"],
+                "settings": settings, "groups": GROUPS[:1 + (cell.control is not None and recipe.lr == 1.6)],
+                "collapsed": cell.fell[seed], "alarms": {alarm.name: alarm.value for alarm in found}, "recorded": run["alarms"],
                 "move": move, "dead": rows[-1].dead_classes / len(VAL.names)})
     cells = sorted({run["settings"] for run in runs}, key=lambda settings: hashlib.sha256(settings.encode()).hexdigest())
     return [run | {"half": HALVES[cells.index(run["settings"]) % 2]} for run in runs]

@@ -8,6 +8,7 @@ after Holm's correction for the comparisons of its table.  Equal within: the sma
 show equivalence (Schuirmann 1987, doi 10.1007/BF01068419).  Collapsed: by diagnostics.alarms.collapsed against the control.
 """
 import sys
+from functools import cache
 from pathlib import Path
 from statistics import fmean, median, stdev
 from types import SimpleNamespace
@@ -73,9 +74,14 @@ STOPPED = ("recipe-long", "scale-long")  # sweeps of the table of early stopping
 PATIENCE = (2, 5)  # epochs
 
 
+@cache
+def cells_of(sweep: str) -> dict[str, Cell]:
+    return read_sweep(FOLDER / sweep)
+
+
 def sweep_table(sweep: str) -> str:
     """A row for each cell: its accuracy and difference to the first."""
-    cells, labels = read_sweep(FOLDER / sweep), CELLS[sweep]
+    cells, labels = cells_of(sweep), CELLS[sweep]
     control, *others = (cells[name] for name in labels.values())
     compared = [None, *differences([(cell, control) for cell in others])]
     rows = []
@@ -92,8 +98,7 @@ def sweep_table(sweep: str) -> str:
 
 def contrasts() -> str:
     """A row for each of CONTRASTS, with the bound within which the two are shown to be equal."""
-    sweeps = {sweep: read_sweep(FOLDER / sweep) for sweep, _, _ in CONTRASTS.values()}
-    pairs = [(sweeps[sweep][one], sweeps[sweep][other]) for sweep, one, other in CONTRASTS.values()]
+    pairs = [(cells_of(sweep)[one], cells_of(sweep)[other]) for sweep, one, other in CONTRASTS.values()]
     return markdown([{"": title, "n": str(found["n"]), **shown(found),
                       "equal within": f"{found['within']:.1f}" if found["p"] > 0.05 else ""}
                      for title, found in zip(CONTRASTS, differences(pairs))])
@@ -106,7 +111,7 @@ def early_stopping() -> str:
     """
     rows = []
     for sweep in STOPPED:
-        cells = read_sweep(FOLDER / sweep)
+        cells = cells_of(sweep)
         for label, name in list(CELLS[sweep].items())[:2]:
             for monitor in ("val_loss", "val_acc1"):
                 row = {"": f"{label}, {len(next(iter(cells[name].runs.values()))['val'])} epochs", "monitor": monitor}
@@ -123,11 +128,9 @@ def early_stopping() -> str:
 def repeats() -> str:
     """Accuracy of the same commands with seed 0 in two sweeps, at different times and commits."""
     phase = "policy-autoaugment_random-erasing-0.25_mix-prob-1"
-    found = {sweep: read_sweep(FOLDER / sweep) for sweep in ("high", "phase")}
-    names = {"KD": dict.fromkeys(found, KD) | {"phase": f"{KD}_{phase}"},
-             "DKD beta 8": dict.fromkeys(found, DKD) | {"phase": f"method-dkd_{phase}_beta-8"}}
-    return markdown([{"": label} | {sweep: f"{found[sweep][name].runs[0]['test_acc1_best']:.1f}" for sweep, name in each.items()}
-                     for label, each in names.items()])
+    names = {"KD": {"high": KD, "phase": f"{KD}_{phase}"}, "DKD beta 8": {"high": DKD, "phase": f"method-dkd_{phase}_beta-8"}}
+    return markdown([{"": label} | {sweep: f"{cells_of(sweep)[name].runs[0]['test_acc1_best']:.1f}"
+                                    for sweep, name in each.items()} for label, each in names.items()])
 
 
 def alarms() -> str:
