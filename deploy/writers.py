@@ -7,13 +7,13 @@ deploy/runtime.py, and its name in deploy/options.py.
 import io
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import models
-from deploy.runtime import onnx_session, quiet, require
+from deploy import onnx_graph
+from deploy.runtime import quiet, require
 from rundir.errors import USAGE, Failure, first_line
 
 # ExecuTorch plans memory for a largest batch.  It must be below 16, from which on torch decomposes convolutions differently: a
@@ -36,7 +36,7 @@ class Deployed(nn.Module):
 
     def forward(self, images):
         if self.input == "uint8":
-            images = images.permute(0, 3, 1, 2).float() / 255
+            images = images.permute(0, 3, 1, 2).float().contiguous() / 255  # pooling in channels_last is as_strided in a graph
         images, size = (images - self.mean) / self.std, self.info["image_size"]
         if self.info["stored_size"] == size:
             images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
@@ -84,67 +84,13 @@ def example(module: Deployed):
 
 def to_onnx(module: Deployed, batches, path: Path) -> None:
     images, dynamic = example(module)
-    model = torch.onnx.export(module, (images,), dynamo=True, verbose=False, external_data=False, input_names=["images"],
-                             output_names=["probabilities", "logits"], dynamic_shapes=(dynamic,)).model_proto
-    for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer, model.graph):
-        del part.metadata_props[:]  # source lines with paths
+    model = torch.onnx.export(module, (images,), dynamo=True, verbose=False, external_data=False, opset_version=onnx_graph.OPSET,
+                              input_names=["images"], output_names=["probabilities", "logits"],
+                              dynamic_shapes=(dynamic,)).model_proto
     if batches is None:
-        path.write_bytes(model.SerializeToString())
+        onnx_graph.write(model, path)
     else:
-        quantize_onnx(model, batches, path)
-
-
-def quantize_onnx(model, batches, path: Path) -> None:
-    """Static quantisation by ONNX Runtime: activations uint8, as its x86 kernels require, weights int8.
-
-    Weights have one scale per tensor; or one per channel, which costs an eighth more bytes in a small network, if that matches
-    the fp32 predictions on over 1 % more of the calibration images.
-    """
-    from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Calibration(quantization.CalibrationDataReader):
-        def __init__(self):
-            self.batches = iter(batches)
-
-        def get_next(self):
-            batch = next(self.batches, None)
-            return None if batch is None else {"images": batch.numpy()}
-
-    fp32, prepared, channels = (path.with_name(f"{name}.onnx") for name in ("fp32", "prepared", "channels"))
-    fp32.write_bytes(model.SerializeToString())
-    quant_pre_process(str(fp32), str(prepared), skip_symbolic_shape=True)
-    for each, per_channel in ((path, False), (channels, True)):
-        # Softmax and the logits stay in fp32: in 256 levels the classes would tie.
-        quantization.quantize_static(
-            str(prepared), str(each), Calibration(), quant_format=quantization.QuantFormat.QOperator, per_channel=per_channel,
-            activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-            nodes_to_exclude=[node.name for node in model.graph.node if node.op_type == "Softmax"],
-            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]})
-        shorten(each)
-    expected, by_tensor, by_channel = (predictions(each, batches) for each in (fp32, path, channels))
-    if np.sum(by_channel == expected) - np.sum(by_tensor == expected) > len(expected) / 100:
-        channels.replace(path)
-
-
-def predictions(path: Path, batches) -> np.ndarray:
-    run = onnx_session(path, {}, None)
-    return np.concatenate([run(batch.numpy())[1].argmax(1) for batch in batches])
-
-
-def shorten(path: Path) -> None:
-    """Replace tensor names of an ONNX file by numbers and remove node names: names are a third of a small int8 file."""
-    import onnx
-    model = onnx.load(path)
-    short = {part.name: part.name for part in (*model.graph.input, *model.graph.output)} | {"": ""}  # "": an omitted input
-    for part in model.graph.initializer:
-        part.name = short.setdefault(part.name, f"{len(short):x}")
-    for node in model.graph.node:
-        node.name = ""
-        for names in (node.input, node.output):
-            names[:] = [short.setdefault(name, f"{len(short):x}") for name in names]
-    del model.graph.value_info[:]
-    path.write_bytes(model.SerializeToString())
+        onnx_graph.quantize(model, [batch.numpy() for batch in batches], path)
 
 
 def export_program(module, quantizer, batches, **largest):

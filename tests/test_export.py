@@ -12,7 +12,7 @@ from exporting import CLASSES, needs_executorch, needs_onnx, needs_torchao, trai
 from helpers import make_images, table_of
 
 import models
-from deploy import check, runtime, writers
+from deploy import check, onnx_graph, runtime, writers
 from rundir import files
 from rundir.errors import DIVERGED, Failure
 
@@ -107,14 +107,15 @@ def test_a_process_with_numpy_and_onnxruntime_alone_predicts_the_same(trained, t
 
 
 def untrained(folder, name):
-    models.save(folder / "best.pt", models.build(name, 10), model=name, classes=list("abcdefghij"), image_size=32,
+    classes = [str(index) for index in range(100)]
+    models.save(folder / "best.pt", models.build(name, 100), model=name, classes=classes, image_size=32,
                 mean=(0.5,) * 3, std=(0.25,) * 3, dataset="none", test_acc1=None)
     return writers.from_checkpoint(folder / "best.pt")
 
 
 @needs_onnx
 def test_int8_is_a_quarter_of_the_weights(tmp_path):
-    """And a third of the smallest network's file, most of which is not weights."""
+    """And a third of the smallest network's file, of which a good part is not weights."""
     for name, times in (("resnet8x4", 3.8), ("v2_pico", 3.0)):
         module, calibration = untrained(tmp_path, name), torch.from_numpy(images(16, 32, 32))
         for precision in ("fp32", "int8"):
@@ -124,16 +125,16 @@ def test_int8_is_a_quarter_of_the_weights(tmp_path):
 
 
 @needs_onnx
-@pytest.mark.parametrize("lost, of_channels", [(0, False), (1, False), (2, True)])
+@pytest.mark.parametrize("lost, of_channels", [(0, False), (2, False), (3, True)])
 def test_weights_have_a_scale_for_each_channel_where_one_for_each_tensor_costs(tmp_path, monkeypatch, lost, of_channels):
     """lost: images in a hundred about which the file with one scale says something else than the network in fp32."""
     import onnx
     said = {"fp32.onnx": 0, "channels.onnx": 0, "int8": lost}
-    monkeypatch.setattr(writers, "predictions", lambda path, batches: np.arange(100) < said[path.name])
+    monkeypatch.setattr(onnx_graph, "predictions", lambda path, batches: np.arange(100) < said[path.name])
     writers.export(untrained(tmp_path, "resnet8"), "onnx", "int8", torch.from_numpy(images(16, 32, 32)), tmp_path / "int8")
     graph = onnx.load(tmp_path / "int8").graph
     sizes = {part.name: np.prod(part.dims) for part in graph.initializer}
-    scales = [sizes[node.input[4]] for node in graph.node if node.op_type == "QLinearConv"]
+    scales = [sizes[node.input[1]] for node in graph.node if node.op_type == "DequantizeLinear" and sizes.get(node.input[0], 0) > 64]
     assert scales and all((size > 1) == of_channels for size in scales)
 
 
