@@ -11,29 +11,34 @@ import torch
 
 from cli import options
 from data import datasets
-from deploy.runtime import metadata_path
+from deploy import other_runtimes
+from deploy.runtime import RUNTIMES, metadata_path
 from rundir.errors import CHECKPOINT, DIVERGED, USAGE, Failure
 from rundir.files import as_csv, write_atomic, write_json
 from training.evaluation import tolerance
 
 CALIBRATION_IMAGES = 512
+AGREEMENT = 0.995  # of the predictions of an .onnx file in another runtime with those in ONNX Runtime
 TOLERANCE = 1e-4  # on fp32 logits; relative where the largest is above 1
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of export.csv: an exported file in its runtime and its checkpoint in PyTorch, on the test set.
+    """A row of export.csv: an exported file in a runtime and its checkpoint in PyTorch, on the test set.
 
     Accuracies in percent, drop in percentage points.  largest_difference: of a logit between the two.
+    same_in_onnxruntime: equal predictions of the same file in ONNX Runtime, for another runtime.
     """
     file: str
     format: str
     precision: str
     input: str
+    runtime: str
     bytes: int
     checkpoint_bytes: int
     images: int
     same_predictions: int
+    same_in_onnxruntime: int | None
     accuracy: float
     checkpoint_accuracy: float
     drop: float
@@ -41,6 +46,9 @@ class Row:
     largest_logit: float
 
     def __str__(self) -> str:
+        if self.same_in_onnxruntime is not None:
+            return (f"{self.file} in {self.runtime}: {self.same_in_onnxruntime} of {self.images} predictions as in ONNX Runtime, "
+                    f"accuracy {self.accuracy:.2f} %")
         return (f"{self.file}: {self.bytes / 1e6:.3f} MB; compared with the checkpoint: {self.same_predictions} of {self.images} "
                 f"predictions equal, accuracy {self.accuracy:.2f} % and {self.checkpoint_accuracy:.2f} % "
                 f"(drop {self.drop:.2f}), logits within {self.largest_difference:.1e}")
@@ -72,13 +80,19 @@ def calibration(data: datasets.Dataset) -> torch.Tensor:
     return split.part(slice(None, None, max(1, len(split.labels) // CALIBRATION_IMAGES)))[:CALIBRATION_IMAGES]
 
 
-def compare(path: Path, checkpoint: Path, metadata: dict, exported, expected, labels) -> Row:
-    """exported, expected: test logits of the file and of its checkpoint, float32 (N, C) arrays.  labels: int64 (N,)."""
-    accuracy, reference = (100 * float(np.mean(logits.argmax(1) == labels)) for logits in (exported, expected))
+def compare(path: Path, checkpoint: Path, metadata: dict, exported, expected, labels, other=None, own=None) -> Row:
+    """exported, expected: test logits of the file and of its checkpoint, float32 (N, C) arrays.  labels: int64 (N,).
+
+    other: the one of other_runtimes.RUNTIMES that gave `exported`; then own: the logits in ONNX Runtime.
+    """
+    predictions = exported.argmax(1)
+    accuracy, reference = (100 * float(np.mean(each == labels)) for each in (predictions, expected.argmax(1)))
     settings = (metadata[name] for name in ("format", "precision", "input"))
-    return Row(path.name, *settings, path.stat().st_size, Path(checkpoint).stat().st_size,
-               len(labels), int(np.sum(exported.argmax(1) == expected.argmax(1))), round(accuracy, 4), round(reference, 4),
-               round(reference - accuracy, 4), float(np.abs(exported - expected).max()), float(np.abs(expected).max()))
+    name = other_runtimes.version(other) if other else other_runtimes.version_of(RUNTIMES[path.suffix][0][-1])
+    return Row(path.name, *settings, name, path.stat().st_size, Path(checkpoint).stat().st_size, len(labels),
+               int(np.sum(predictions == expected.argmax(1))), int(np.sum(predictions == own.argmax(1))) if other else None,
+               round(accuracy, 4), round(reference, 4), round(reference - accuracy, 4),
+               float(np.abs(exported - expected).max()), float(np.abs(expected).max()))
 
 
 def judge(row: Row, max_drop: float, stated: float | None, amp: str) -> None:
@@ -98,15 +112,22 @@ def judge(row: Row, max_drop: float, stated: float | None, amp: str) -> None:
                       "nothing was written; raise --max-drop, or choose another --precision")
 
 
-def publish(path: Path, metadata: dict, row: Row, directory: Path) -> Path:
+def judge_other(row: Row, other: str) -> None:
+    """Failure DIVERGED for an .onnx file that another runtime computes otherwise than ONNX Runtime."""
+    if row.same_in_onnxruntime < AGREEMENT * row.images:
+        raise Failure(DIVERGED, f"the exported file has other predictions in {row.runtime} ({row.file}: {row.same_in_onnxruntime} of "
+                      f"{row.images} as in ONNX Runtime)", f"nothing was written; leave {other} out of --check")
+
+
+def publish(path: Path, metadata: dict, new: list[Row], directory: Path) -> Path:
     """Write the exported file, its metadata and the updated export.csv to `directory`, each atomically.
 
     The file is first, so that the metadata never describes an older file.
     """
     published, table, rows = directory / path.name, directory / "export.csv", []
     with suppress(FileNotFoundError), open(table, newline="", encoding="utf-8") as file:
-        rows = [old for old in csv.DictReader(file) if old["file"] != row.file]
+        rows = [old for old in csv.DictReader(file) if old["file"] != path.name]
     write_atomic(published, path.read_bytes())
     write_json(metadata_path(published), metadata)
-    write_atomic(table, as_csv([field.name for field in fields(Row)], [*rows, asdict(row)]))
+    write_atomic(table, as_csv([field.name for field in fields(Row)], [*rows, *map(asdict, new)]))
     return published

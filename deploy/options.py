@@ -2,6 +2,7 @@
 from cli.flag_types import count, nonempty, nonnegative, png
 from cli.options import DEFAULT, debug_flag, new_parser
 
+CHECKS = ("openvino", "opencv", "web")
 FORMATS, PRECISIONS = ("onnx", "pt2", "executorch"), ("fp32", "fp16", "int8")
 
 
@@ -16,12 +17,16 @@ def parse_export(description, usage_lines, argv=None):
         help="input type: uint8 images (N, H, W, 3), or float32 (N, 3, H, W) between 0 and 1; " + DEFAULT)
     add("--max-drop", type=nonnegative, default=1.0, metavar="POINTS",
         help="largest accepted loss of test accuracy, in percentage points; " + DEFAULT)
+    add("--check", nargs="+", choices=CHECKS, default=[], metavar="RUNTIME",
+        help=f"also run the .onnx file there, and refuse it if predictions differ: {', '.join(CHECKS)}")
     add("--data-dir", type=nonempty, metavar="DIR", help="folder of the run's data set; default: as in its config.json")
     add("--output", type=nonempty, metavar="DIR", help="default: the folder export beside the checkpoint")
     debug_flag(add)
     args = parser.parse_args(argv)
     if args.format == "executorch" and args.precision == "fp16":
         parser.error("--format executorch has no fp16: its CPU backend would keep the weights in fp32 (--precision fp16)")
+    if args.check and args.format != "onnx":
+        parser.error(f"--check is for --format onnx (--format {args.format})")
     return args
 
 

@@ -3,19 +3,21 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from command import one_line, run
-from exporting import CLASSES, needs_executorch, needs_onnx, needs_torchao, trained_run
+from exporting import CLASSES, NEEDS, have, needs_executorch, needs_onnx, needs_torchao, trained_run
 from helpers import make_images, table_of
 
 import models
-from deploy import check, onnx_graph, runtime, writers
+from deploy import check, onnx_graph, other_runtimes, runtime, writers
 from rundir import files
 from rundir.errors import DIVERGED, Failure
 
+ROOT = Path(__file__).parent.parent
 SUFFIX = {"onnx": "onnx", "pt2": "pt2", "executorch": "pte"}
 
 
@@ -108,7 +110,11 @@ def test_a_process_with_numpy_and_onnxruntime_alone_predicts_the_same(trained, t
 
 def untrained(folder, name):
     classes = [str(index) for index in range(100)]
-    models.save(folder / "best.pt", models.build(name, 100), model=name, classes=classes, image_size=32,
+    net = models.build(name, 100)
+    for label, parameter in net.named_parameters():
+        if label.endswith("bias"):  # exporters drop those of zeros
+            torch.nn.init.uniform_(parameter)
+    models.save(folder / "best.pt", net, model=name, classes=classes, image_size=32,
                 mean=(0.5,) * 3, std=(0.25,) * 3, dataset="none", test_acc1=None)
     return writers.from_checkpoint(folder / "best.pt")
 
@@ -136,6 +142,61 @@ def test_weights_have_a_scale_for_each_channel_where_one_for_each_tensor_costs(t
     sizes = {part.name: np.prod(part.dims) for part in graph.initializer}
     scales = [sizes[node.input[1]] for node in graph.node if node.op_type == "DequantizeLinear" and sizes.get(node.input[0], 0) > 64]
     assert scales and all((size > 1) == of_channels for size in scales)
+
+
+@needs_onnx
+def test_int8_has_plain_operators_and_whole_logits(tmp_path):
+    """QOperator files are ONNX Runtime's alone; a quantised output has 256 values at most."""
+    import onnx
+    module = untrained(tmp_path, "v2_pico")
+    writers.export(module, "onnx", "int8", torch.from_numpy(images(16, 32, 32)), tmp_path / "int8.onnx")
+    model = onnx.load(tmp_path / "int8.onnx")
+    assert [(each.domain, each.version) for each in model.opset_import] == [("", 18)] and model.ir_version == 8
+    _, logits = runtime.onnx_session(tmp_path / "int8.onnx", {}, None)(images(64, 32, 32))
+    assert len(np.unique(logits)) > 5000 and np.isfinite(logits).all()
+    gemm, = (node for node in model.graph.node if node.op_type == "Gemm")
+    assert gemm.input[2] in {part.name for part in model.graph.initializer if part.data_type == onnx.TensorProto.FLOAT}
+
+
+@needs_onnx
+@pytest.mark.parametrize("name, found", [
+    ("v2_pico", ["Conv", "Conv", "Mul", "Mul", "Sigmoid", "Sigmoid"]),  # one block: reduce, SiLU, expand, gate
+    ("mobilenet_v3_small", 9 * ["Conv", "Conv", "HardSigmoid", "Mul", "Relu"]), ("resnet8", []),
+])
+def test_gates_are_found_by_the_shape_of_the_graph(name, found, tmp_path):
+    """Not the classifier, which is behind a global pooling, too."""
+    import onnx
+    writers.export(untrained(tmp_path, name), "onnx", "fp32", None, tmp_path / "fp32.onnx")
+    graph = onnx.load(tmp_path / "fp32.onnx").graph
+    inside = onnx_graph.gates(graph)
+    assert sorted(node.op_type for node in graph.node if node.name in inside) == sorted(found)
+
+
+@needs_onnx
+@pytest.mark.parametrize("name, package", [("openvino", "openvino"), ("opencv", "cv2"), ("web", None)])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_file_is_checked_in_another_runtime(trained, name, package, precision, tmp_path, capsys):
+    if package and not have(package) or name == "web" and not (ROOT / "deploy/web/node_modules/onnxruntime-web").exists():
+        pytest.skip(NEEDS)
+    code, out, err = export(capsys, trained, f"--precision {precision} --check {name}", tmp_path)
+    assert code == 0, err
+    own, other = table_of(tmp_path / "export.csv")
+    assert own["runtime"].startswith("onnxruntime ") and own["same_in_onnxruntime"] == ""
+    assert name.replace("web", "onnxruntime-web") in other["runtime"] and f"{other['runtime']}: 60 of 60" in out
+    assert other["same_in_onnxruntime"] == "60" and abs(float(other["accuracy"]) - float(own["accuracy"])) < 0.1
+
+
+@needs_onnx
+@pytest.mark.parametrize("words, run_wrongly", [
+    ("0 of 60 as in ONNX Runtime", lambda path: lambda images: np.eye(6, dtype=np.float32)[np.full(len(images), 0)] - 1e9),
+    ("no rule for Gemm", lambda path: {}["no rule for Gemm"]), ("bad shape", lambda path: lambda images: {}["bad shape"]),
+])
+def test_a_file_that_another_runtime_gets_wrong_is_refused_there(trained, words, run_wrongly, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(other_runtimes, "version", lambda name: f"{name} 1.0")
+    monkeypatch.setitem(other_runtimes.RUNTIMES, "opencv", run_wrongly)
+    code, _, err = export(capsys, trained, "--check opencv", tmp_path / "out")
+    assert words in (line := one_line(code, DIVERGED, err)) and "leave opencv out of --check" in line
+    assert not list(tmp_path.iterdir())
 
 
 def other_weights(monkeypatch):
@@ -225,6 +286,8 @@ BAD = [  # what is wrong, arguments, exit code, words of the line
     ("unknown format", "run/best.pt --format tflite", 2, ["tflite"]),
     ("unknown precision", "run/best.pt --precision int4", 2, ["int4"]),
     ("fp16 of ExecuTorch", "run/best.pt --format executorch --precision fp16", 2, ["fp16"]),
+    ("another runtime for a .pt2", "run/best.pt --check opencv", 2, ["--check", "pt2"]),
+    ("unknown runtime", "run/best.pt --check tflite", 2, ["tflite"]),
     ("a drop below nothing", "run/best.pt --max-drop -1", 2, ["--max-drop"]),
     ("the data is gone", "run/best.pt --data-dir nowhere", 4, ["nowhere"]),
     ("other data", "run/best.pt --data-dir other", 2, ["other", "--data-dir"]),
