@@ -115,8 +115,9 @@ def judge(row: Row, max_drop: float, stated: float | None, amp: str) -> None:
 def judge_other(row: Row, other: str) -> None:
     """Failure DIVERGED for an .onnx file that another runtime computes otherwise than ONNX Runtime."""
     if row.same_in_onnxruntime < AGREEMENT * row.images:
-        raise Failure(DIVERGED, f"the exported file has other predictions in {row.runtime} ({row.file}: {row.same_in_onnxruntime} of "
-                      f"{row.images} as in ONNX Runtime)", f"nothing was written; leave {other} out of --check")
+        counts = f"{row.same_in_onnxruntime} of {row.images} as in ONNX Runtime"
+        raise Failure(DIVERGED, f"the exported file has other predictions in {row.runtime} ({row.file}: {counts})",
+                      f"nothing was written; leave {other} out of --check")
 
 
 def publish(path: Path, metadata: dict, new: list[Row], directory: Path) -> Path:

@@ -27,8 +27,8 @@ def quantize(model, batches, path: Path) -> None:
     """Static quantisation by ONNX Runtime: activations uint8, as its x86 kernels require, weights int8.
 
     Softmax, the logits and squeeze-and-excite gates stay in fp32.  Weights have one scale per tensor; or one per channel, which
-    costs an eighth more bytes in a small network, if that matches the fp32 predictions on over 2 % more of the calibration images,
-    twice the standard error of their 512.
+    costs an eighth more bytes in a small network, if that matches the fp32 predictions on over 2 % more of the calibration images
+    (twice the standard error of 512).
     batches: arrays in the input format of the model, for the ranges of the activations.
     """
     import onnx

@@ -140,7 +140,8 @@ def test_weights_have_a_scale_for_each_channel_where_one_for_each_tensor_costs(t
     writers.export(untrained(tmp_path, "resnet8"), "onnx", "int8", torch.from_numpy(images(16, 32, 32)), tmp_path / "int8")
     graph = onnx.load(tmp_path / "int8").graph
     sizes = {part.name: np.prod(part.dims) for part in graph.initializer}
-    scales = [sizes[node.input[1]] for node in graph.node if node.op_type == "DequantizeLinear" and sizes.get(node.input[0], 0) > 64]
+    scales = [sizes[node.input[1]] for node in graph.node
+              if node.op_type == "DequantizeLinear" and sizes.get(node.input[0], 0) > 64]
     assert scales and all((size > 1) == of_channels for size in scales)
 
 
