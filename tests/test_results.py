@@ -14,7 +14,7 @@ from plots import make_figures
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-SETTINGS = {"0.7", "0.3", "0.22", "4.5", "0.1", "0.2", "1.6", "0.05", "0.31", "0.03"}  # in STUDY.md, beside results
+SETTINGS = {"0.7", "0.3", "0.22", "4.5", "0.1", "0.2", "1.6", "0.05", "0.31", "0.03"}  # in the text, beside results
 
 
 def script(name):
@@ -41,14 +41,14 @@ def rows_of(page, header):
 
 
 def test_the_numbers_of_the_study_come_from_its_tables():
-    """Each table is on the page as it is made, and each number with decimals in the text is in one of them."""
-    page = (ROOT / "STUDY.md").read_text(encoding="utf-8")
+    """Each table is on a page as it is made, and each number with decimals in the text is in one of them."""
+    page = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "STUDY.md", RESULTS / "ablation-small" / "README.md"))
     for name, table in script("ablation-small/study.py").tables().items():
-        assert table in page, f"{name} is not as the sweeps have it"
+        assert page.count(table) == 1, f"{name} is not as the sweeps have it"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     page += "\n" + readme[readme.index("- [STUDY.md]"):readme.index("- `results/cifar10")]
     text, tables = ("\n".join(line for line in page.splitlines() if line.startswith("|") == inside) for inside in (False, True))
-    numbers, known = (set(re.findall(r"\d+\.\d+", part)) for part in (re.sub(r"arXiv [\d.]+|`[^`]*`", "", text), tables))
+    numbers, known = (set(re.findall(r"\d+\.\d+", part)) for part in (re.sub(r"(arXiv|torch) [\d.]+|`[^`]*`", "", text), tables))
     assert numbers <= known | SETTINGS, sorted(numbers - known - SETTINGS)
 
 

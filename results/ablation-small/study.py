@@ -1,6 +1,6 @@
-"""The tables of STUDY.md, from those of the sweeps.
+"""The tables of STUDY.md and of the README beside this script, from those of the sweeps.
 
-    python results/ablation-small/study.py            prints them; a test compares them with the page
+    python results/ablation-small/study.py            prints them; a test compares them with the pages
 
 Accuracy: on the test set with the weights of the best epoch, mean over n seeds and its 95 % interval by Student's t, in percent.
 Difference: to the control or of the two named cells, in points, paired by seed, with its 95 % interval.  p: of the paired t-test,
