@@ -1,22 +1,24 @@
-// Classifies photographs with an .onnx file of export.py.  Photographs and model never leave the browser.
+// Classifies photographs with an .onnx file of export.py.  Photographs and model never leave the browser, which blocks other
+// addresses by the Content-Security-Policy of index.html.
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
 
-const BEST = 5, BAND = 256;  // classes shown; rows of a photograph that are filtered at once, which bounds the memory
-const ONE = 2 ** 22;  // Pillow's fixed point
+const BEST = 5, BAND = 256, ONE = 2 ** 22;  // classes shown; rows filtered at once, to save memory; Pillow's fixed-point 1
 ort.env.wasm.numThreads = 1;  // more would need headers that a plain file server does not send
 const [state, messages, results, files] = ["status", "messages", "results", "files"].map(id => document.getElementById(id));
 let model = null, photographs = [], queue = Promise.resolve();
 
 /** Per output pixel the first input pixel and the weights of Pillow's BILINEAR, a triangle that widens with the reduction.
-    length: of the input.  start, side: the part of it that becomes `size` pixels.  Weights are integers, in sum ONE. */
-function triangles(length, start, side, size) {
-  const scale = side / size, radius = Math.max(scale, 1);
+    length: of the input.  start, side: the part of it that becomes `size` pixels.  block: so many input pixels are averaged
+    before.  Weights are integers, in sum ONE. */
+function triangles(length, start, side, size, block) {
+  const scale = side / block / size, radius = Math.max(scale, 1);
   return Array.from({length: size}, (_, index) => {
-    const centre = start + (index + 0.5) * scale, first = Math.max(0, Math.trunc(centre - radius + 0.5));
-    const count = Math.min(length, Math.trunc(centre + radius + 0.5)) - first;
-    const weights = Array.from({length: count}, (_, tap) => Math.max(0, 1 - Math.abs((tap + first - centre + 0.5) / radius)));
+    const centre = start / block + (index + 0.5) * scale, first = Math.max(0, Math.trunc(centre - radius + 0.5));
+    const count = Math.min(Math.ceil(length / block), Math.trunc(centre + radius + 0.5)) - first;
+    const triangle = Array.from({length: count}, (_, tap) => Math.max(0, 1 - Math.abs((tap + first - centre + 0.5) / radius)));
+    const weights = triangle.flatMap(weight => Array(block).fill(weight)).slice(0, length - first * block);
     const sum = weights.reduce((total, weight) => total + weight);
-    return [first, weights.map(weight => Math.round(weight / sum * ONE))];
+    return [first * block, weights.map(weight => Math.round(weight / sum * ONE))];
   });
 }
 
@@ -38,16 +40,17 @@ function filter(windows, lines, from, [fromLine, fromPixel], to, [toLine, toPixe
 
 /** RGB, Uint8Array (side, side, 3), and its side: data/pictures.py's read() for a File.  Rejects if it is no image. */
 export async function read(file, storedSize) {
-  const options = {imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none"};
-  const bitmap = await createImageBitmap(file, options);
+  const bitmap = await createImageBitmap(file, {colorSpaceConversion: "none", premultiplyAlpha: "none"});  // turned upright
   const {width, height} = bitmap, square = Math.min(width, height);
   const size = width === height && width <= storedSize ? width : storedSize;
   const context = new OffscreenCanvas(width, BAND).getContext("2d", {willReadFrequently: true});
   context.fillStyle = "white";
   const narrow = new Uint8Array(height * size * 3), pixels = new Uint8Array(size * size * 3);
-  const [columns, rows] = [width, height].map(length => triangles(length, (length - square) / 2, square, size));
+  // Python lets large JPEGs be decoded at a half, a quarter or an eighth of their size, to which averages of blocks are close.
+  const block = file.type === "image/jpeg" && [8, 4, 2].find(each => square >= each * Math.ceil(4 * size / 3)) || 1;
+  const [columns, rows] = [width, height].map(length => triangles(length, (length - square) / 2, square, size, block));
   for (let top = 0; top < height; top += BAND) {
-    context.fillRect(0, 0, width, BAND);
+    context.fillRect(0, 0, width, BAND);  // under transparent pixels
     context.drawImage(bitmap, 0, -top);
     const lines = Math.min(BAND, height - top), band = context.getImageData(0, 0, width, lines).data;
     filter(columns, lines, band, [4 * width, 4], narrow.subarray(top * size * 3), [3 * size, 3]);
@@ -80,17 +83,18 @@ async function open(file, description) {
   if (digest && Array.from(digest, byte => byte.toString(16).padStart(2, "0")).join("") !== metadata.sha256) {
     throw new Error(`its SHA-256 is not that of ${description.name}. Copy both files again.`);
   }
-  model = {session: await ort.InferenceSession.create(bytes, {executionProviders: ["wasm"], logSeverityLevel: 4}), metadata};
+  const session = await ort.InferenceSession.create(bytes, {executionProviders: ["wasm"], logSeverityLevel: 4});
+  await model?.session.release();
+  model = {session, metadata};
   state.textContent = `${file.name}: ${metadata.classes.length} classes, ${metadata.precision}.`
     + (digest ? "" : " Its SHA-256 was not checked: that needs https or localhost.");
 }
 
 function show(file, probabilities) {
-  const best = Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a]).slice(0, BEST);
   const card = document.getElementById("result").content.cloneNode(true);
   card.querySelector("img").src = URL.createObjectURL(file);
   card.querySelector("figcaption").textContent = file.name;
-  for (const index of best) {
+  for (const index of Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a]).slice(0, BEST)) {
     const line = document.getElementById("line").content.cloneNode(true), [name, percentage] = line.querySelectorAll("span");
     name.textContent = model.metadata.classes[index];
     percentage.textContent = `${(100 * probabilities[index]).toFixed(2)} %`;
@@ -105,9 +109,8 @@ async function attempt(file, work) {
   try {
     await work();
   } catch (failure) {
-    const item = document.createElement("li");
-    item.textContent = `${file.name}: ${failure.message.split("\n")[0]}`;
-    messages.append(item);
+    const textContent = `${file.name}: ${String(failure.message ?? failure).split("\n")[0]}`;
+    messages.append(Object.assign(document.createElement("li"), {textContent}));
   }
 }
 
