@@ -2,7 +2,8 @@
 # make torture: thousands of killed, stopped and corrupted runs, and each barrier of the kernels taken out, 8 to 13 minutes.
 # All set up .venv themselves, once.
 # make gpu: what there is to measure on a GPU, in three stages: make gpu PYTHON=python3 STAGE=2 OUTPUT=dir needs no .venv.
-# make test-export: exported files in the runtimes that `make test` does without, from requirements-export.txt.
+# make test-export: exported files in the runtimes that `make test` does without, from requirements-export.txt, and in a browser where
+# there are npm and chromium.
 SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -24,9 +25,13 @@ lint: $(INSTALLED)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m mypy
 
-test-export: $(INSTALLED)
+test-export: $(INSTALLED) deploy/web/node_modules
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-export.txt
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/test_export.py tests/test_predict.py tests/test_latency.py
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -rs tests/test_export.py tests/test_predict.py tests/test_latency.py \
+		tests/test_web.py
+
+deploy/web/node_modules: deploy/web/package-lock.json
+	-if command -v npm > /dev/null; then npm ci --silent --prefix deploy/web; fi
 
 STAGE := 1
 OUTPUT := runs/gpu-day/output

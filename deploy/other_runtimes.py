@@ -55,7 +55,7 @@ def version(name: str) -> str:
         return version_of(PACKAGES[name])
     package = WEB / "node_modules" / "onnxruntime-web" / "package.json"
     if not package.exists() or not shutil.which("node"):
-        raise Failure(USAGE, "missing onnxruntime-web or Node.js", "npm install --prefix deploy/web")
+        raise Failure(USAGE, "missing onnxruntime-web or Node.js", "npm ci --prefix deploy/web")
     return f"onnxruntime-web {json.loads(package.read_text())['version']}"
 
 
