@@ -30,6 +30,13 @@ def same_random_numbers():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def quick_runs(request, monkeypatch):
+    """Runs draw their confusion matrix, which takes a fifth of a short run, in the tests of the scripts alone."""
+    if request.path.stem != "test_scripts":
+        monkeypatch.setattr("plots.confusion.picture", lambda *matrix: b"")
+
+
 def pytest_collection_modifyitems(items):
     ranks = {f"test_{name}": rank for rank, name in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(LONG)))
