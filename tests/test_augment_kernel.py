@@ -205,12 +205,6 @@ def test_other_sizes_take_the_cpu_path_and_say_so_once(capsys):
     assert not ours[0].fused and not differing(ours[1](1), specified(images, 0, 1, batch_size=2))
 
 
-def test_auto_takes_the_kernel_for_cuda_tensors_alone():
-    for device in {DEVICE, "cpu"}:
-        ours = BatchAugmenter(pictures(4).to(device), torch.arange(4, device=device), batch_size=2, seed=0, **TRAINING)
-        assert ours.fused == (device == "cuda")
-
-
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("size", [32, 40])
 def test_a_captured_graph_counts_its_own_steps_and_follows_the_epoch(size):

@@ -177,25 +177,13 @@ def tensors(tree, path=""):
     return {name: leaf for key, value in inside for name, leaf in tensors(value, f"{path}/{key}").items()}
 
 
-def test_a_restored_update_goes_on_as_the_one_that_was_saved():
-    for recipe in OPTIMIZERS:
-        one, two = net(), net(seed=1)
-        first, second = (updater(model, recipe, precision="fp16", clip_grad=1.0, ema_decay=0.9) for model in (one, two))
-        images, labels = batch()
-        for _ in range(3):
-            take(first, F.cross_entropy(one(images), labels))
-        take(first, F.cross_entropy(one(images), labels) * math.inf)
-        second.load_state_dict(copy.deepcopy(first.state_dict()))
-        for update, model in ((first, one), (second, two)):
-            take(update, F.cross_entropy(model(images * math.nan), labels))
-            take(update, F.cross_entropy(model(images), labels))
-        both = [tensors(update.state_dict()) for update in (first, second)]
-        assert all(torch.equal(value, both[1][key]) for key, value in both[0].items())
-        assert first.scaler.get_scale() == second.scaler.get_scale() == 16384.0
-    for _ in range(29):
-        take(first, F.cross_entropy(one(images), labels) * math.inf)
+def test_a_loss_scale_that_cannot_fall_any_more_ends_the_run():
+    model, (images, labels) = net(), batch()
+    update = updater(model, OPTIMIZERS[1], precision="fp16", clip_grad=1.0)
+    for _ in range(31):
+        take(update, F.cross_entropy(model(images), labels) * math.inf)
     with pytest.raises(Failure, match="overflows FP16 at any loss scale .now 3.05e-05") as failure:
-        first.amp_scale()
+        update.amp_scale()
     assert failure.value.code == 6
 
 

@@ -20,7 +20,7 @@ import faults
 import pytest
 import torch
 import torture
-from helpers import random_moments, table_of, wait_for
+from helpers import Touch, random_moments, table_of, wait_for
 
 from rundir import resume
 
@@ -177,8 +177,9 @@ def test_the_content_of_files_decides_and_not_their_path(place):
     assert torture.difference(run, whole) == ""
     assert "already finished" in place.run(f"{other} --output {run}").out
     one_line(place.run(f"{other} --output {run} --data-dir {moved}"), 4, str(moved))
-    for flag in ("--teacher-checkpoint", "--student-init"):
-        one_line(place.run(f"{other} --output {run} {flag} {place.undisturbed('student') / 'best.pt'}"), 2, flag[2:].partition("-")[0])
+    another = place.undisturbed("student") / "best.pt"
+    for flag, named in (("--teacher-checkpoint", "teacher_sha256"), ("--student-init", "--student-init")):
+        one_line(place.run(f"{other} --output {run} {flag} {another}"), 2, named)
 
 
 def test_a_run_keeps_its_number_of_threads(place):
@@ -270,11 +271,6 @@ def test_flags_that_make_another_experiment_are_refused_and_others_are_not(place
 # --- damaged checkpoints
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("evil-was-here",)
-
-
 def damage(path, how, place):
     good = path.read_bytes()
     middle = len(good) // 2
@@ -282,7 +278,7 @@ def damage(path, how, place):
     if how == "flipped":
         path.write_bytes(good[:middle] + bytes([good[middle] ^ 4]) + good[middle + 1:])
     if how == "evil":
-        torch.save({"format": 1, "kind": "run", "w": Evil()}, path)
+        torch.save({"format": 1, "kind": "run", "w": Touch(place.folder / "evil-was-here")}, path)
     if how == "weights":
         shutil.copy(place.undisturbed("teacher") / "best.pt", path)
 
