@@ -116,13 +116,6 @@ def test_windows_that_are_resized(kernel, size, stored, options):
     compare(kernel, pictures(count, stored), **options)
 
 
-def test_a_whole_image_in_its_size_stays_as_it_is():
-    images = pictures(12, 20)
-    whole = augmenter(images, batch_size=12, **(PLAIN | {"crop": "resized", "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}))
-    expected = images[whole.sources(0)].permute(0, 3, 1, 2)
-    assert torch.equal((whole(0).images * 255).round().byte(), expected)
-
-
 def test_resized_windows_are_those_of_torch_to_one_level():
     """Of F.interpolate in float32, whose places are not rounded to 256ths of a pixel."""
     images = pictures(22, 40)
