@@ -337,7 +337,7 @@ def test_a_disk_that_fills_up_later_leaves_the_last_good_epoch(place):
 @pytest.mark.parametrize("line", [torture.command("teacher"), TEACHER_PAIR], ids=["alone", "pair"])
 def test_the_second_run_in_a_directory_leaves_at_once(place, line):
     run = torture.new_run(place)
-    first = place.start(f"{line} --output {run}", partial(faults.slow_steps, 0.3))
+    first = place.start(f"{line} --output {run}", partial(faults.slow_steps, 3))
     wait_for(run / "status.json", "running")
     for extra in ("--overwrite", "--resume auto"):
         second = place.run(f"{line} --output {run} {extra}")
