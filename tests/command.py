@@ -45,6 +45,21 @@ def run(capsys, script, line):
     return (code, *capsys.readouterr())
 
 
+def succeeds(capsys, script, line) -> str:
+    """stdout of a script that must end without an error."""
+    code, out, err = run(capsys, script, line)
+    assert code == 0, err
+    return out
+
+
+def student_of(capsys, place, teacher="teacher", seed=1) -> str:
+    """Flags of distill.py for a student of `place`/teacher on `place`/images; the teacher is trained where it is not there."""
+    common = f"{SMALL} --data-dir {place}/images"
+    if not (place / teacher).exists():
+        succeeds(capsys, "train_teacher.py", f"{common} --model resnet8 --seed {seed} --output {place}/{teacher}")
+    return f"{common} --student v2_pico --allow-weak-teacher --teacher-checkpoint {place}/{teacher}/best.pt"
+
+
 def one_line(code: int, expected: int, errors: str) -> str:
     """stderr, which must be the one line of an expected error."""
     assert code == expected, errors

@@ -9,7 +9,8 @@ from packaging.version import Version
 
 torch.set_num_threads(1)
 # Files of tests that take long, and begin first, so that no process waits for the other one at the end.
-LONG = ("sass", "ptx_softmax_kl", "gpu_day", "cuda_path", "ptx_augment", "reliability", "benchmarks", "scripts", "augment_kernel")
+LONG = ("reliability", "ptx_augment", "gpu_day", "scripts", "capture", "augment_kernel", "sass", "cuda_path", "ptx_softmax_kl",
+        "softmax_kl", "teacher_logits", "benchmarks")
 
 
 def patch_once():
@@ -28,6 +29,13 @@ if not torch.cuda.is_available():  # then Triton's kernels run in its interprete
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def quick_runs(request, monkeypatch):
+    """Runs draw their confusion matrix, which takes a fifth of a short run, in the tests of the scripts alone."""
+    if request.path.stem != "test_scripts":
+        monkeypatch.setattr("plots.confusion.picture", lambda *matrix: b"")
 
 
 def pytest_collection_modifyitems(items):

@@ -63,13 +63,20 @@ def fake(tensor, device=CUDA):
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
+@functools.cache
+def name_in_project(file: str) -> str | None:
+    """The path of a file below the project's folder; None for others, those of packages, and this one."""
+    path = Path(file)
+    ours = path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / ".venv") and path != Path(__file__)
+    return str(path.relative_to(ROOT)) if ours else None
+
+
 def place() -> str:
     """The line of the project that is being executed."""
     frame = sys._getframe(1)
     while frame:
-        file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(ROOT) and not file.is_relative_to(ROOT / ".venv") and file != Path(__file__):
-            return f"{file.relative_to(ROOT)}:{frame.f_lineno}"
+        if name := name_in_project(frame.f_code.co_filename):
+            return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside of the project"
 
@@ -252,7 +259,7 @@ def gradients_of(loss, parameters, gradient):
 class CudaPath(ExitStack):
     """While it is entered, `distill` and `train_teacher` run those scripts on fake CUDA tensors."""
 
-    def __init__(self, folder: Path, teacher: str = "resnet8", student: str = "resnet8"):
+    def __init__(self, folder: Path, teacher: str = "resnet4", student: str = "resnet4"):
         super().__init__()
         self.folder, self.teacher, self.student = folder, teacher, student
         self.watch, self.mode = Watch(), FakeTensorMode(allow_non_fake_inputs=True)
@@ -344,6 +351,7 @@ class CudaPath(ExitStack):
         from augment import augmenter, cpu, sampling
         from data import datasets
         from kernels import augment, softmax_kl
+        from models import cifar_networks
         from rundir import checkpoint
         from training import cuda_graph, metrics
 
@@ -363,6 +371,8 @@ class CudaPath(ExitStack):
                                    torch.empty(IMAGES, dtype=torch.int64, device=CUDA))
             return datasets.Dataset("cifar100", split, split, split, self.classes, (0.5,) * 3, (0.25,) * 3, "validation", "")
 
+        resnet4 = functools.partial(cifar_networks.resnet, widths=(16, 16), blocks=(1,))  # few operations to go through
+        self.enter_context(mock.patch.dict(cifar_networks.NETWORKS, resnet4=resnet4))
         self.classes = [f"class {number}" for number in range(100)]
         checkpoint.write(
             self.folder / "teacher.pt", kind="weights", state_dict=models.build(self.teacher, 100).state_dict(),

@@ -5,7 +5,8 @@
     launches[0].counts["warp instructions"]
 
 Needs a process in which Triton compiles instead of interpreting: `python ptx.py FILE` prints a JSON object for each of the
-`cases()` of FILE, `{sm, case} | execute(sm, *case)`, or the fault, and for each barrier of `without_barriers(sm)`.
+`cases()` of FILE, `{sm, case} | execute(sm, *case)`, or the fault, and for each barrier of `without_barriers(sm, numbers)`.
+Cases and barriers are for sm_80 and sm_90 in turn, or each for both if TORTURE is in the environment.
 
 It shows what the interpreter of Triton cannot: what the compiler made of the kernel.  `Fault` is raised for an address outside
 of a tensor or not aligned, for memory that is read before it was written, for a race in shared memory between two barriers, in
@@ -17,7 +18,9 @@ All programs run at once: a register is an array with one number per thread of t
 all threads that are at it.  What numpy cannot tell: ex2, lg2, rcp and sqrt are rounded correctly here and approximated on a GPU;
 fma is rounded twice, from 64 bits.  There is no time and no cache.
 """
+import itertools
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -32,6 +35,10 @@ import torch
 UNSIGNED, SIGNED = ({size: np.dtype(f"{letter}{size}").type for size in (1, 2, 4, 8)} for letter in "ui")
 KINDS = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16": np.uint16, "pred": np.bool_} | {
     f"{letter}{8 * size}": kinds[size] for letter, kinds in (("u", UNSIGNED), ("s", SIGNED), ("b", UNSIGNED)) for size in kinds}
+
+
+ARCHITECTURES = (80, 90)
+TORTURE = "TORTURE" in os.environ
 
 
 class Fault(AssertionError):
@@ -610,14 +617,14 @@ class Launch:
         memory.give_back()
 
 
-def without_barriers(launch: Launch, wrong, numbers, seeds=(None,)):
+def without_barriers(launch: Launch, wrong, numbers: slice, seeds=(None,)):
     """Takes out the barriers `numbers` one at a time -> number, and what noticed it: a Fault, `wrong()` results in one of the
     orders, or ""."""
-    for number in numbers:
+    for number, barrier in list(enumerate(launch.program.barriers))[numbers]:
         noticed = ""
         for seed in seeds:
             try:
-                launch.run(seed, launch.program.without(launch.program.barriers[number]))
+                launch.run(seed, launch.program.without(barrier))
                 noticed = "wrong results" if wrong() else ""
             except Fault as fault:
                 noticed = str(fault)
@@ -679,15 +686,16 @@ def in_a_process(file) -> list[dict]:
 def main(file) -> None:
     torch.set_num_threads(1)
     module = sass.load(file)
-    for sm in (80, 90):
-        for case in module.cases():
-            try:
-                found = module.execute(sm, *case)
-            except (Fault, NotImplementedError) as fault:
-                found = {"fault": str(fault)}
-            print(json.dumps({"sm": sm, "case": case} | found), flush=True)
-    for sm in (80, 90):
-        for number, noticed in module.without_barriers(sm):
+    cases = list(module.cases())
+    for sm, case in itertools.product(ARCHITECTURES, cases) if TORTURE else zip(itertools.cycle(ARCHITECTURES), cases):
+        try:
+            found = module.execute(sm, *case)
+        except (Fault, NotImplementedError) as fault:
+            found = {"fault": str(fault)}
+        print(json.dumps({"sm": sm, "case": case} | found), flush=True)
+    for turn, sm in enumerate(ARCHITECTURES):
+        numbers = slice(None) if TORTURE else slice(turn, None, len(ARCHITECTURES))
+        for number, noticed in module.without_barriers(sm, numbers):
             print(json.dumps({"sm": sm, "removed": number, "noticed": noticed}), flush=True)
 
 

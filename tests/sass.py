@@ -2,9 +2,9 @@
 architecture.
 
 FILE defines `launches()`, which yields (a dict that says what it is, kernel, call): `call()` runs the real launcher on CPU
-tensors, so types, alignment and tile sizes are those of a real launch; instead of being launched, `kernel` is compiled for each
-of ARCHITECTURES by the assembler inside the Triton wheel, and disassembled.  Needs a process of its own, since here Triton must
-not interpret.
+tensors, so types, alignment and tile sizes are those of a real launch; instead of being launched, `kernel` is compiled by the
+assembler inside the Triton wheel, and disassembled: launch after launch for the ARCHITECTURES in turn, or each for all if TORTURE
+is in the environment.  Needs a process of its own, since here Triton must not interpret.
 """
 import importlib.util
 import json
@@ -23,7 +23,7 @@ OLD = Version(triton.__version__) < Version("3.8")  # takes more registers and i
 
 
 def inspect(file) -> list[dict]:
-    """A dict of every launch in `file`: sm, limit (of registers), registers, spills (instructions), stack (bytes), instructions
+    """A dict of each launch in `file`: sm, limit (of registers), registers, spills (instructions), stack (bytes), instructions
     (the kernel's length, padding included), warps, loads128, stores128, fused (FFMA)."""
     return in_a_process(__file__, file)
 
@@ -96,6 +96,6 @@ def describe(compiled) -> dict:
 
 
 if __name__ == "__main__":
-    for about, kernel, call in load(sys.argv[1]).launches():
-        for sm in ARCHITECTURES:
+    for number, (about, kernel, call) in enumerate(load(sys.argv[1]).launches()):
+        for sm in ARCHITECTURES if "TORTURE" in os.environ else ARCHITECTURES[number % 3:][:1]:
             print(json.dumps(about | {"sm": sm} | describe(compile_for(sm, kernel, call))), flush=True)

@@ -63,7 +63,7 @@ def test_every_operation(kernel, size, monkeypatch):
         return list(zip(chosen, chosen[1:] + chosen[:1]))
 
     monkeypatch.setitem(POLICIES, "everything", pairs)
-    images = pictures(2000 if kernel == "reference" else 1024 if ON_GPU else 32 if size == 20 else 96, size)
+    images = pictures(1000 if kernel == "reference" else 1024 if ON_GPU else 32 if size == 20 else 96, size)
     options = {"batch_size": len(images), "policy": "everything"} | UNMIXED
     ours = augmenter(images, **options)
     positions, codes = torch.arange(len(images)), {*range(1, len(ours.sampler.policy.operations))}
@@ -90,8 +90,10 @@ MIXES = {"both": {}, "mixup": {"cutmix": 0.0}, "cutmix": {"mixup": 0.0}, "half":
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("mode", ["batch", "elem"])
 def test_every_way_of_mixing(kernel, mode, mix):
-    """With batches of both parities, the last row of an odd one unmixed, and boxes of zeros under what is mixed."""
-    for batch_size, steps in ((5, [2]), (4, [1])):
+    """With batches of both parities, one of them a case in the interpreter; the last row of an odd one is unmixed.  Boxes
+    of zeros lie under what is mixed."""
+    parities, turn = ((5, [2]), (4, [1])), (list(MIXES).index(mix) + (mode == "elem")) % 2
+    for batch_size, steps in parities if kernel == "reference" or ON_GPU else parities[turn:][:1]:
         compare(kernel, pictures(15), steps=steps, batch_size=batch_size, policy="none", random_erasing=0.8, mix_mode=mode,
                 **MIXES[mix])
 
@@ -114,13 +116,6 @@ def test_windows_that_are_resized(kernel, size, stored, options):
     count = 2 if kernel == "triton" and not ON_GPU else 66
     options = {"policy": "none", "crop": "resized", "image_size": size, "batch_size": count, "random_erasing": 0.5} | options
     compare(kernel, pictures(count, stored), **options)
-
-
-def test_a_whole_image_in_its_size_stays_as_it_is():
-    images = pictures(12, 20)
-    whole = augmenter(images, batch_size=12, **(PLAIN | {"crop": "resized", "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}))
-    expected = images[whole.sources(0)].permute(0, 3, 1, 2)
-    assert torch.equal((whole(0).images * 255).round().byte(), expected)
 
 
 def test_resized_windows_are_those_of_torch_to_one_level():
@@ -203,12 +198,6 @@ def test_other_sizes_take_the_cpu_path_and_say_so_once(capsys):
     (said,) = capsys.readouterr().out.splitlines()
     assert all(number in said for number in ("18x18", "8", "256", "4"))
     assert not ours[0].fused and not differing(ours[1](1), specified(images, 0, 1, batch_size=2))
-
-
-def test_auto_takes_the_kernel_for_cuda_tensors_alone():
-    for device in {DEVICE, "cpu"}:
-        ours = BatchAugmenter(pictures(4).to(device), torch.arange(4, device=device), batch_size=2, seed=0, **TRAINING)
-        assert ours.fused == (device == "cuda")
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

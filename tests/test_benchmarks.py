@@ -23,21 +23,14 @@ for row in (next(instructions.losses(80, {10: 8})), next(instructions.batches(80
     print(row.kernel, row.warp_instructions, row.sectors_over_ideal)
 code = next(instructions.assembled(quick=True))
 print(code.kernel, code.registers, code.spills, code.instructions)
-instructions.launches_per_step("resnet20", "resnet8")
+instructions.launches_per_step("resnet8", "resnet8")
 """
 
 
-def python(*arguments) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": "tests"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_quick_run_prints_rows_and_writes_nothing():
+def test_a_quick_run_prints_rows_and_writes_nothing(capsys):
     before = {path: path.stat().st_mtime for path in RESULTS.iterdir()}
-    output = python("-m", "benchmarks.loss", "--quick", "--device", "cpu", "--case", "128x100")
-    assert re.search(r"rows 128, classes 100, float32, dkd, eager, reference, us [\d.]+", output)
+    loss.main(table.parser("", "quick", loss.CPU_SIZES).parse_args("--quick --device cpu --case 128x100".split()))
+    assert re.search(r"rows 128, classes 100, float32, dkd, eager, reference, us [\d.]+", capsys.readouterr().out)
     assert {path: path.stat().st_mtime for path in RESULTS.iterdir()} == before
 
 
@@ -112,9 +105,12 @@ def test_timm_is_a_contender_where_it_is_installed(monkeypatch, capsys):
 
 
 def test_instructions_and_launches_are_counted():
-    softmax_kl, augment, assembled, step = python("-c", A_KERNEL_AND_A_STEP).splitlines()
+    done = subprocess.run([sys.executable, "-c", A_KERNEL_AND_A_STEP], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": "tests"})
+    assert done.returncode == 0, done.stderr
+    softmax_kl, augment, assembled, step = done.stdout.splitlines()
     for name, line in (("softmax_kl", softmax_kl), ("augment", augment)):
         assert line.split()[0] == name and all(float(number) > 1 for number in line.split()[1:])
     name, registers, spills, instructions = assembled.split()
     assert name == "softmax_kl" and 64 < int(registers) < 256 and spills == "0" and int(instructions) > 1000
-    assert re.match(r"resnet20 -> resnet8, FP16, AdamW: at least \d{3} launches a step: augmentation 1, .* every 40 steps$", step)
+    assert re.match(r"resnet8 -> resnet8, FP16, AdamW: at least \d{3} launches a step: augmentation 1, .* every 40 steps$", step)

@@ -20,6 +20,7 @@ from helpers import make_images
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import kernels.augment
+import kernels.softmax_kl
 from cli import options
 from diagnostics import gradients
 from losses import cross_entropy
@@ -139,6 +140,7 @@ def graphs(monkeypatch, often):
     monkeypatch.setattr(cuda_graph, "CudaGraph", CudaGraph)
     monkeypatch.setattr(running, "use_cuda_graph", lambda wanted, context, *, fused, **reasons: wanted and fused)
     monkeypatch.setattr(cuda_graph, "capture", found.record)
+    monkeypatch.setattr(kernels.softmax_kl, "use_triton", lambda tensor: False)  # its operator is recorded whatever it calls
     monkeypatch.setattr(kernels.augment, "_augment_kernel", Launch(kernels.augment._augment_kernel, found))
     return found
 

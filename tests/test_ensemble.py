@@ -85,14 +85,6 @@ def test_two_equal_teachers_are_as_one_and_resume(place, capsys):
         assert "teacher_sha256" in one_line(code, USAGE, errors)
 
 
-def test_a_resumed_run_is_the_whole_one(place, capsys):
-    both = f"{FLAGS} --teacher-checkpoint one.pt two.pt --sched multistep --warmup-epochs 0 --milestones 9"
-    assert run(capsys, "distill.py", f"{both} --output whole")[0] == 0
-    assert run(capsys, "distill.py", f"{both} --output part --epochs 1".replace("--epochs 2", ""))[0] == 0
-    assert run(capsys, "distill.py", f"{both} --output part --resume auto")[0] == 0
-    assert log(place / "part") == log(place / "whole")
-
-
 def test_teachers_that_do_not_fit_are_one_line(place, capsys):
     for files in ("one.pt other.pt", "other.pt one.pt"):
         code, _, errors = run(capsys, "distill.py", f"{FLAGS} --output run --teacher-checkpoint {files}")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import fails
+from helpers import Touch, fails
 from torch import nn
 
 import models
@@ -105,39 +105,33 @@ def test_every_network_of_ours_is_told_apart():
     assert not [names for names in seen.values() if len(names) > 1]
 
 
-@pytest.mark.parametrize("case", ["missing", "more", "shape", "kind", "empty", "not weights", "head", "classes", "NaN"])
+def swapped(weights):
+    """Running means and variances under each other's names."""
+    swap = {"running_mean": "running_var", "running_var": "running_mean"}
+    parts = (key.split(".") for key in weights)
+    return {".".join([*layer, swap.get(kind, kind)]): tensor for (*layer, kind), tensor in zip(parts, weights.values())}
+
+
+FIRST, LAST = "layer0.0.weight", "layer11.0.bias"
+UNFIT = {  # what is done to the weights under their other names, and words of the line
+    "missing": (lambda w: {key: tensor for key, tensor in w.items() if key != FIRST},
+                ["layer0.1.weight (16,)", "features.0.0.weight (16, 3, 3, 3)"]),
+    "more": (lambda w: w | {"extra.weight": torch.zeros(3)}, ["extra.weight is unexpected"]),
+    "shape": (lambda w: w | {FIRST: torch.zeros(2, 2)}, [f"{FIRST} (2, 2)"]),
+    "kind": (swapped, ["running_var"]), "empty": (lambda w: {}, []), "not weights": (lambda w: {"model": "resnet8"}, []),
+    "head": (lambda w: w | {LAST: torch.zeros(7)}, [f"{LAST} (7,)"]),
+    "classes": (lambda w: {key: torch.zeros(7, *tensor.shape[1:]) if tensor.shape[:1] == (10,) else tensor
+                           for key, tensor in w.items()},
+                ["7 classes, the data 10", "train_teacher.py --model resnet8 --init "]),
+    "NaN": (lambda w: w | {FIRST: w[FIRST] * torch.nan}, [FIRST, "not finite"]),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
 def test_what_does_not_fit_is_named(net, tmp_path, case):
-    path, weights = tmp_path / "bad.pth", other_names(net.state_dict())
-    first, words = next(iter(weights)), []
-    if case == "missing":
-        weights.pop(first)
-        words = ["layer0.1.weight (16,)", "features.0.0.weight (16, 3, 3, 3)"]
-    elif case == "more":
-        weights["extra.weight"] = torch.zeros(3)
-        words = ["extra.weight is unexpected"]
-    elif case == "shape":
-        weights[first] = torch.zeros(2, 2)
-        words = [f"{first} (2, 2)"]
-    elif case == "kind":
-        swap = {"running_mean": "running_var", "running_var": "running_mean"}
-        weights = {".".join([*key.split(".")[:-1], swap.get(key.split(".")[-1], key.split(".")[-1])]): tensor
-                   for key, tensor in weights.items()}
-        words = ["running_var"]
-    elif case == "NaN":
-        weights[first] = weights[first] * torch.nan
-        words = [first, "not finite"]
-    elif case == "empty":
-        weights = {}
-    elif case == "not weights":
-        weights = {"model": "resnet8"}
-    elif case == "classes":
-        weights |= {key: torch.zeros(7, *tensor.shape[1:]) for key, tensor in weights.items() if tensor.shape[:1] == (10,)}
-        words = ["7 classes, the data 10", f"train_teacher.py --model resnet8 --init {path}"]
-    else:
-        last = list(weights)[-1]
-        weights[last] = torch.zeros(7)
-        words = [f"{last} (7,)"]
-    torch.save(weights, path)
+    (change, words), weights, path = UNFIT[case], other_names(net.state_dict()), tmp_path / "bad.pth"
+    assert [next(iter(weights)), next(reversed(weights))] == [FIRST, LAST]
+    torch.save(change(dict(weights)), path)
     with fails(CHECKPOINT, path, *words):
         teacher(path)
 
@@ -147,14 +141,6 @@ def test_what_does_not_fit_is_named(net, tmp_path, case):
 def test_other_classes_are_named(classes, words):
     with fails(USAGE, f"t.pt: {words}"):
         models.complete({"classes": classes, "path": "t.pt"}, DATA, 32)
-
-
-class Touch:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return self.path.touch, ()
 
 
 def test_a_file_with_code_is_refused_and_not_run(tmp_path, recwarn):

@@ -141,33 +141,25 @@ def test_other_formats_are_read(plain):
     assert load_folder(plain, val_size=0)[0].train.labels.bincount().tolist() == [9, 6, 5]
 
 
-@pytest.mark.parametrize("case", ["no folder", "empty", "one class", "odd in test", "file", "broken link", "test without train",
-                                  "twice", "masks"])
+def linked(root):
+    (link := root / "train" / "cat" / "link.png").symlink_to("nowhere.png")
+    return root, link
+
+
+WRONG = {  # what is done to a good folder -> what is given to --data-dir, and what the line names
+    "no folder": lambda root: 2 * [root / "nowhere"], "empty": lambda root: 2 * [(root / "void").mkdir() or root / "void"],
+    "one class": lambda root: 2 * [folder(root / "single", cat=3)],
+    "odd in test": lambda root: (root, f"emu, {folder(root / 'test', emu=1) / 'emu'}"),
+    "file": lambda root: 2 * [root / "train" / "cat" / "000.png"], "broken link": linked,
+    "test without train": lambda root: (few := folder(root / "few", Test=3, apple=4), few / "Test"),
+    "twice": lambda root: (root, f"{folder(root / 'Training', ant=1)} and {root / 'train'}"),
+    "masks": lambda root: (voc := folder(root / "voc", images=3, Segmentations=3), voc / "Segmentations"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_layout_is_named(plain, case):
-    path, named = plain, plain
-    if case == "no folder":
-        path = named = plain / "nowhere"
-    elif case == "empty":
-        path = named = plain / "void"
-        path.mkdir()
-    elif case == "one class":
-        path = named = folder(plain / "single", cat=3)
-    elif case == "odd in test":
-        named = f"emu, {folder(plain / 'test', emu=1) / 'emu'}"
-    elif case == "file":
-        path = named = plain / "train" / "cat" / "000.png"
-    elif case == "broken link":
-        (named := plain / "train" / "cat" / "link.png").symlink_to("nowhere.png")
-    elif case == "test without train":
-        path = plain / "few"
-        folder(path, **{"Test": 3, "apple": 4})
-        named = path / "Test"
-    elif case == "twice":
-        folder(plain / "Training", ant=1)
-        named = f"{plain / 'Training'} and {plain / 'train'}"
-    else:
-        path = folder(plain / "voc", images=3, Segmentations=3)
-        named = path / "Segmentations"
+    path, named = WRONG[case](plain)
     with fails(4, f"({named}"):
         datasets.load("imagefolder", path)
 

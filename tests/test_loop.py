@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import fails
 
 from data.datasets import Split
 from losses import Targets
@@ -132,7 +133,7 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole(recipe):
     torch.testing.assert_close(parted, whole, rtol=1e-5, atol=1e-6)
     assert of_parts == pytest.approx(columns, rel=1e-5)
     for rows, count in ((range(16), 3), (range(12), 4), (range(4), 8)):
-        with pytest.raises(Failure, match=f"--grad-accum {count} of {len(rows)} images"):
+        with fails(2, f"--grad-accum {count} of {len(rows)} images"):
             micro_batches(rows, count)
 
 
@@ -177,26 +178,13 @@ def tensors(tree, path=""):
     return {name: leaf for key, value in inside for name, leaf in tensors(value, f"{path}/{key}").items()}
 
 
-def test_a_restored_update_goes_on_as_the_one_that_was_saved():
-    for recipe in OPTIMIZERS:
-        one, two = net(), net(seed=1)
-        first, second = (updater(model, recipe, precision="fp16", clip_grad=1.0, ema_decay=0.9) for model in (one, two))
-        images, labels = batch()
-        for _ in range(3):
-            take(first, F.cross_entropy(one(images), labels))
-        take(first, F.cross_entropy(one(images), labels) * math.inf)
-        second.load_state_dict(copy.deepcopy(first.state_dict()))
-        for update, model in ((first, one), (second, two)):
-            take(update, F.cross_entropy(model(images * math.nan), labels))
-            take(update, F.cross_entropy(model(images), labels))
-        both = [tensors(update.state_dict()) for update in (first, second)]
-        assert all(torch.equal(value, both[1][key]) for key, value in both[0].items())
-        assert first.scaler.get_scale() == second.scaler.get_scale() == 16384.0
-    for _ in range(29):
-        take(first, F.cross_entropy(one(images), labels) * math.inf)
-    with pytest.raises(Failure, match="overflows FP16 at any loss scale .now 3.05e-05") as failure:
-        first.amp_scale()
-    assert failure.value.code == 6
+def test_a_loss_scale_that_cannot_fall_any_more_ends_the_run():
+    model, (images, labels) = net(), batch()
+    update = updater(model, OPTIMIZERS[1], precision="fp16", clip_grad=1.0)
+    for _ in range(31):
+        take(update, F.cross_entropy(model(images), labels) * math.inf)
+    with fails(6, "overflows FP16 at any loss scale (now 3.05e-05"):
+        update.amp_scale()
 
 
 def test_moving_average():
@@ -234,14 +222,13 @@ def test_means_leave_out_skipped_steps_and_name_the_first_term_that_is_not_finit
     columns = means.epoch_columns(1)[0]
     assert columns["train_loss"] == 2.0 and (columns["steps"], columns["skipped_steps"]) == (3, 1)
     add(yes, 0.0, **sick)
-    with pytest.raises(Failure, match="train_loss_kl is not finite .all steps of epoch 2 were skipped") as failure:
+    with fails(6, "train_loss_kl is not finite (all steps of epoch 2 were skipped"):
         means.epoch_columns(2)
-    assert failure.value.code == 6
     means.clear()
     add(no, 0.0, **healthy)
     for _ in range(MAX_SKIPPED):
         add(yes, 0.0, **healthy)
-    with pytest.raises(Failure, match="the gradient is not finite .more than 20 consecutive steps"):
+    with fails(6, "the gradient is not finite (more than 20 consecutive steps"):
         add(yes, 0.0, **healthy)
 
 
@@ -281,7 +268,7 @@ def test_early_stop_counts_epochs_without_a_better_one():
     accuracy = EarlyStop("val_acc1", patience=0)
     assert [accuracy.update(epoch, val(1.0, acc1)) for epoch, acc1 in enumerate([10, 30, 20], 1)] == [True, True, False]
     assert not accuracy.stop, "patience 0 never stops"
-    with pytest.raises(Failure, match="val_loss is not finite in epoch 3"):
+    with fails(6, "val_loss is not finite in epoch 3"):
         stop.update(3, val(math.nan))
 
 
@@ -302,9 +289,8 @@ def test_a_teacher_that_does_not_match_its_checkpoint_is_refused():
                                 (data, {"test_acc1": found.acc1 - 4, "amp": "bf16"}, "3.33 points"),
                                 (never_right, {"test_acc1": None}, "0.00 % of 200 test images")):
         teacher.info = info | change
-        with pytest.raises(Failure, match=words) as failure:
+        with fails(2, words):
             check_teacher(teacher, data, CPU, 50)
-        assert failure.value.code == 2
 
 
 @pytest.mark.parametrize("images, precisions, points", [
@@ -357,9 +343,8 @@ def test_a_line_takes_the_place_of_the_live_one(monkeypatch):
 
 
 def test_devices_that_are_not_there_are_refused():
-    with pytest.raises(Failure, match="cuda:99") as failure:
+    with fails(2, "cuda:99"):
         setup_context("cuda:99", None, 0)
-    assert failure.value.code == 2
     assert setup_context("cpu", None, 0).dtype == torch.float32 and setup_context("cpu", "bf16", 0).dtype == torch.bfloat16
 
 

@@ -1,6 +1,5 @@
 """The compiled loss kernel, executed: the specification's losses and gradients, no race, no address outside; its cost."""
 import itertools
-import os
 from unittest import mock
 
 import ptx
@@ -31,7 +30,7 @@ def cases():
     for classes in CLASSES:
         rows = 33 if classes <= 100 else 3
         for number, (kind, split) in enumerate(itertools.product(KINDS, ("pair", "dominant", "first", "reverse"))):
-            if "TORTURE" in os.environ or (number + classes) % 5 == 0:
+            if ptx.TORTURE or (number + classes) % 5 == 0:
                 yield classes, list(DTYPES)[number % 3], split, kind, rows, None if number % 2 else number
     yield from COUNTED
 
@@ -66,8 +65,8 @@ def execute(sm, *case):
             "gradient": gradient_error.item(), "counts": dict(launch.counts)}
 
 
-def without_barriers(sm):
-    """Each barrier of the kernel for rows that several warps share, taken out -> number, and whether that was noticed."""
+def without_barriers(sm, numbers):
+    """Barriers of the kernel for rows that several warps share, taken out -> number, and whether that was noticed."""
     launch, *_ = launched(sm, 5000, "fp32", "pair", "normal", 3, None)
     results = [tensor for tensor in launch.tensors if tensor.untyped_storage().data_ptr() in launch.fresh]
     right = [tensor.clone() for tensor in results]
@@ -76,7 +75,7 @@ def without_barriers(sm):
         return not all(torch.equal(one, two) for one, two in zip(results, right))
 
     # The last barrier orders memory between programs: only some orders of them show that it is gone.
-    return ptx.without_barriers(launch, wrong, range(len(launch.program.barriers)), seeds=(None, *range(8)))
+    return ptx.without_barriers(launch, wrong, numbers, seeds=(None, *range(8)))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def executed():
 
 def test_ptx_of_softmax_kl_gives_the_specified_losses(executed):
     results = [result for result in executed if "case" in result]
-    assert len(results) == 2 * len(list(cases()))
+    assert len(results) == len(list(cases())) * (2 if ptx.TORTURE else 1)
     bad = [result for result in results if result.get("fault") or not result["alike"] or not result["loss"] <= TOLERANCE
            or not result["gradient"] <= SIXTEEN_BITS.get(result["case"][1], TOLERANCE)]
     assert not bad, "\n".join(map(str, bad))
@@ -94,7 +93,7 @@ def test_ptx_of_softmax_kl_gives_the_specified_losses(executed):
 
 def test_ptx_of_softmax_kl_costs_no_more_than_counted(executed):
     counted = [result for result in executed if result.get("case") in [list(case) for case in COUNTED]]
-    assert len(counted) == 2 * len(COUNTED)
+    assert len(counted) == len(COUNTED) * (2 if ptx.TORTURE else 1)
     for result in counted:
         classes, _, _, _, rows, _ = result["case"]
         counts = result["counts"]
@@ -104,5 +103,5 @@ def test_ptx_of_softmax_kl_costs_no_more_than_counted(executed):
 
 def test_a_barrier_that_is_taken_out_of_softmax_kl_is_noticed(executed):
     removed = [result for result in executed if "removed" in result]
-    assert len(removed) >= 6
+    assert len(removed) >= 20
     assert all(result["noticed"] for result in removed), "\n".join(map(str, removed))

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from command import ROOT
+from helpers import fails
 
 from rundir import errors, files, run_directory
 
@@ -57,10 +58,8 @@ def test_log_has_the_columns_in_order_and_floats_round_trip(tmp_path):
 def test_a_used_directory_is_refused_before_anything_is_written(tmp_path):
     with opened(tmp_path / "run") as run:
         files.write_atomic(run / "log.csv", run.tables()["log.csv"])
-    with pytest.raises(errors.Failure, match="run.* --resume auto .* --overwrite") as failure:
-        with run_directory.RunDirectory(tmp_path / "run", overwrite=False):
-            pass
-    assert failure.value.code == errors.USAGE
+    with fails(errors.USAGE, "run", "--resume auto", "--overwrite"):
+        run_directory.RunDirectory(tmp_path / "run", overwrite=False).__enter__()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with opened(tmp_path / "run", resume="auto"):
         assert (run / "log.csv").exists()
@@ -72,9 +71,8 @@ def test_a_used_directory_is_refused_before_anything_is_written(tmp_path):
         run_directory.RunDirectory(tmp_path / "file", overwrite=True)
     new = tmp_path / "new"
     with run_directory.RunDirectory(new, overwrite=False):
-        with pytest.raises(errors.Failure, match="in use") as failure, run_directory.RunDirectory(new, overwrite=True):
+        with fails(errors.IN_USE, "in use"), run_directory.RunDirectory(new, overwrite=True):
             pass
-        assert failure.value.code == errors.IN_USE
     assert not (tmp_path / "new").exists(), "a run that fails before its start leaves no directory behind"
 
 

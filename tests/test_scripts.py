@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import SMALL, run
+from command import SMALL, run, succeeds
 from helpers import make_images, table_of
 from PIL import Image
 
@@ -16,6 +16,8 @@ from training import device, evaluation
 
 CLASSES = [f"class{index}" for index in range(6)]
 TEACHER = "--teacher-checkpoint runs/teacher/best.pt"
+TRAIN = f"--model resnet8 {SMALL} --data-dir images --output {{}}"
+DISTILL = f"--student v2_pico {SMALL} --data-dir {{}} {{}}"
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +35,8 @@ def here(workplace, monkeypatch, capsys):
     """The folder of images, with a teacher in runs/teacher; what its run printed is in teacher.txt."""
     monkeypatch.chdir(workplace)
     if not Path("teacher.txt").exists():
-        code, out, err = train(capsys)
-        assert code == 0, err
-        Path("teacher.txt").write_text(out)
+        Path("teacher.txt").write_text(succeeds(capsys, "train_teacher.py", TRAIN.format("runs/teacher")))
     return workplace
-
-
-def train(capsys, extra="", output="runs/teacher"):
-    return run(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --data-dir images --output {output} {extra}")
-
-
-def distill(capsys, extra="", data="images"):
-    return run(capsys, "distill.py", f"--student v2_pico {SMALL} --data-dir {data} {extra}")
 
 
 def test_the_whole_way_from_images_to_figures(here, capsys, monkeypatch):
@@ -56,8 +48,7 @@ def test_the_whole_way_from_images_to_figures(here, capsys, monkeypatch):
 
     for method, name, terms in (("--experiment v2 --seed 1", "v2-s1", {"kl"}), ("--method dkd --beta 8 --seed 1 --dkd-warmup 2",
                                                                                 "dkd-beta8-T4-s1", {"tckd", "nckd"})):
-        code, out, err = distill(capsys, method)
-        assert code == 0, err
+        out = succeeds(capsys, "distill.py", DISTILL.format("images", method))
         folder = Path("runs") / name
         summary, log = json.loads((folder / "summary.json").read_text()), table_of(folder / "log.csv")
         assert len(log) == 2 and {key for key in ("kl", "tckd", "nckd") if log[0][f"train_loss_{key}"]} == terms
@@ -79,21 +70,17 @@ def test_the_whole_way_from_images_to_figures(here, capsys, monkeypatch):
                 "prev.pt", "best.pt", "classes.csv", "confusion.csv", "confusion.png"} == {path.name for path in folder.iterdir()}
 
     # A student can be the next teacher, at another image size; and weights can be the start of another network.
-    code, _, err = distill(capsys, "--teacher-checkpoint runs/v2-s1/best.pt --image-size 24 --model-ema 0.5 "
-                           "--allow-weak-teacher --output runs/chain")
-    assert code == 0, err
+    succeeds(capsys, "distill.py", DISTILL.format("images", "--teacher-checkpoint runs/v2-s1/best.pt --image-size 24 "
+                                                  "--model-ema 0.5 --allow-weak-teacher --output runs/chain"))
     assert json.loads(Path("runs/chain/config.json").read_text())["teacher"] == "v2_pico"
-    code, out, err = train(capsys, "--init runs/teacher/best.pt --image-size 20 --patience 1 --monitor val_acc1 --amp bf16",
-                           output="runs/teacher-strong")
-    assert code == 0, err
+    succeeds(capsys, "train_teacher.py", TRAIN.format("runs/teacher-strong") + " --init runs/teacher/best.pt --image-size 20 "
+                                         "--patience 1 --monitor val_acc1 --amp bf16")
 
-    code, out, err = run(capsys, "show_batch.py",
-                         f"--dataset imagefolder --data-dir images --val-size 20 -b 16 --images 2 --output {here}/sheet.png")
-    assert code == 0 and "2 of 16 images" in out, err
+    assert "2 of 16 images" in succeeds(capsys, "show_batch.py", "--dataset imagefolder --data-dir images --val-size 20 -b 16 "
+                                                                 f"--images 2 --output {here}/sheet.png")
     Image.open(here / "sheet.png").verify()
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **flags: None)  # seconds each, see test_figures.py
-    code, out, err = run(capsys, "plots/make_figures.py", f"--runs {here}/runs --output {here}/figures")
-    assert code == 0, err
+    succeeds(capsys, "plots/make_figures.py", f"--runs {here}/runs --output {here}/figures")
     assert "v2" in (here / "figures" / "table1.md").read_text()
 
 
@@ -102,8 +89,7 @@ def test_classes_of_uneven_size(here, capsys, monkeypatch):
     for name, each in zip("abc", (60, 20, 3)):
         make_images(Path("uneven"), [name], each, seed=each)
     flags = f"--model resnet8 {SMALL} --data-dir uneven --val-size 8"
-    code, out, err = run(capsys, "train_teacher.py", f"{flags} --output runs/uneven")
-    assert code == 0, err
+    succeeds(capsys, "train_teacher.py", f"{flags} --output runs/uneven")
     folder = Path("runs/uneven")
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["verdict"], summary["test_acc1_best"], summary["test_balanced_acc1"], summary["chance"]) == (
@@ -119,28 +105,26 @@ def test_classes_of_uneven_size(here, capsys, monkeypatch):
     last = table_of(folder / "diagnostics.csv")[-1]
     assert (last["predicted_classes"], last["effective_classes"]) == ("1", "1.0")
 
-    code, out, err = run(capsys, "train_teacher.py", f"{flags} --output runs/even --class-weights balanced")
-    assert code == 0 and "classes balanced" in out, err
+    assert "classes balanced" in succeeds(capsys, "train_teacher.py", f"{flags} --output runs/even --class-weights balanced")
     losses = [float(table_of(Path("runs", name, "log.csv"))[0]["train_loss_ce"]) for name in ("uneven", "even")]
     assert abs(losses[0] - losses[1]) > 0.01
 
 
 def test_dkd_on_two_classes_says_that_beta_has_no_effect(here, capsys):
-    code, _, err = run(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --data-dir other --output runs/two")
-    assert code == 0, err
+    succeeds(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --data-dir other --output runs/two --epochs 1")
     for method, said in (("dkd", 1), ("kd", 0)):
-        code, out, err = distill(capsys, f"--method {method} --teacher-checkpoint runs/two/best.pt "
-                                 "--epochs 1 --allow-weak-teacher", data="other")
-        assert code == 0 and out.count("--beta has no effect") == said, err
+        out = succeeds(capsys, "distill.py", DISTILL.format(
+            "other", f"--method {method} --teacher-checkpoint runs/two/best.pt --epochs 1 --allow-weak-teacher"))
+        assert out.count("--beta has no effect") == said
 
 
 def test_a_sweep_of_the_real_scripts(here, capsys):
     """One of its two runs was there before, from this process: importing PyTorch anew takes seconds."""
-    assert distill(capsys, "--seed 0 --method dkd --lr 1e30 --output sweep/lr-1e30_method-dkd-s0")[0] == 6
+    diverging = DISTILL.format("images", "--seed 0 --method dkd --lr 1e30 --output sweep/lr-1e30_method-dkd-s0")
+    assert run(capsys, "distill.py", diverging)[0] == 6
     for _ in range(2):
-        code, out, err = run(capsys, "sweep.py", f"--output sweep distill.py --student v2_pico {SMALL} --data-dir images "
-                                                 "--seed 0 -- --method kd -- --method dkd --lr 1e30")
-        assert code == 0, err
+        succeeds(capsys, "sweep.py", "--output sweep distill.py "
+                                     + DISTILL.format("images", "--seed 0 -- --method kd -- --method dkd --lr 1e30"))
     summary = json.loads(Path("sweep/lr-0.02_method-kd-s0/summary.json").read_text())
     assert [(row["flags"], row["n"], row["diverged"], row["mean"]) for row in table_of(Path("sweep/table.csv"))] == [
         ("--lr 0.02 --method kd", "1", "0", str(summary["test_acc1_best"])), ("--lr 1e30 --method dkd", "0", "1", "")]
@@ -150,9 +134,8 @@ def test_a_sweep_of_the_real_scripts(here, capsys):
 
 def test_an_unequal_end_keeps_the_best_epoch(here, capsys):
     """A learning rate that ruins the second epoch: best.pt stays the first epoch's, and early stopping says so."""
-    code, out, err = train(capsys, "--lr 100 --sched multistep --milestones 1 --epochs 4 --patience 1 --overwrite",
-                           output="runs/wild")
-    assert code == 0, err
+    succeeds(capsys, "train_teacher.py", TRAIN.format("runs/wild") + " --lr 100 --sched multistep --milestones 1 --epochs 4 "
+                                         "--patience 1 --overwrite")
     summary, log = json.loads(Path("runs/wild/summary.json").read_text()), table_of(Path("runs/wild/log.csv"))
     assert summary["best_epoch"] == min(range(len(log)), key=lambda i: float(log[i]["val_loss"])) + 1
     assert summary["epochs"] == len(log) and summary["stopped_early"] == (len(log) < 4)
@@ -218,11 +201,12 @@ def test_one_line_and_an_exit_code_for_what_is_wrong(script, flags, code, words,
     output = "" if "--output" in flags else "--output runs/bad"
     if script.startswith("distill"):
         teacher = "" if "--teacher-checkpoint" in flags else TEACHER
-        found, out, err = distill(capsys, f"{output} {teacher} {flags}", data="other" if "other" in script else "images")
+        line = DISTILL.format("other" if "other" in script else "images", f"{output} {teacher} {flags}")
+        found, out, err = run(capsys, "distill.py", line)
     elif script == "show":
         found, out, err = run(capsys, "show_batch.py", flags)
     else:
-        found, out, err = train(capsys, flags, output="runs/bad")
+        found, out, err = run(capsys, "train_teacher.py", f"{TRAIN.format('runs/bad')} {flags}")
     assert found == code, err
     assert Path("runs/teacher/best.pt").exists()
     assert err.startswith("error: ") and err.count("\n") == 1, err
@@ -232,22 +216,21 @@ def test_one_line_and_an_exit_code_for_what_is_wrong(script, flags, code, words,
 
 def test_a_dry_run_before_the_teacher_prints_and_touches_nothing(here, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = distill(capsys, "--method dkd --beta 8 --dry-run --output runs/dry", data=here / "images")
-    assert code == 0 and "no advice without a teacher (runs/teacher/best.pt)" in out
+    out = succeeds(capsys, "distill.py", DISTILL.format(here / "images", "--method dkd --beta 8 --dry-run --output runs/dry"))
+    assert "no advice without a teacher (runs/teacher/best.pt)" in out
     assert "4^2 (1 TCKD + 8 NCKD)" in out and "beta=8.0" in out and not Path("runs/dry").exists()
 
 
 def test_a_dry_run_of_several_processes_gives_advice_without_the_others(here, capsys, monkeypatch):
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
-    code, out, err = distill(capsys, f"{TEACHER} --dry-run --output runs/dry")
-    assert code == 0 and "2 processes with --batch-size 16: 32 images a step" in out and "worth a try" in out, err
+    out = succeeds(capsys, "distill.py", DISTILL.format("images", f"{TEACHER} --dry-run --output runs/dry"))
+    assert "2 processes with --batch-size 16: 32 images a step" in out and "worth a try" in out
 
 
 def test_a_dry_run_with_a_teacher_gives_advice_that_does_what_it_says(here, capsys):
-    flags = f"{TEACHER} --dry-run --output runs/dry"
-    code, out, err = distill(capsys, f"--method dkd --beta 8 {flags}")
-    assert code == 0, err
+    line = DISTILL.format("images", f"{TEACHER} --dry-run --output runs/dry")
+    out = succeeds(capsys, "distill.py", f"{line} --method dkd --beta 8")
     assert "teacher on 128 augmented images: top-1" in out and not Path("runs/dry").exists()
     shares = [int(share) for share in re.findall(r"(?:CE|TCKD|NCKD) (\d+)%", out)]
     assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=2)
@@ -258,11 +241,11 @@ def test_a_dry_run_with_a_teacher_gives_advice_that_does_what_it_says(here, caps
     assert float(clip) == pytest.approx(2 * float(norm), rel=0.1)
     assert "already at T = 1" in out, "this teacher is not sure of anything"
 
-    out = distill(capsys, f"--method dkd --beta {beta} {flags}")[1]
+    out = succeeds(capsys, "distill.py", f"{line} --method dkd --beta {beta}")
     assert "(at " in out and re.search(r"it is 1\.0 times as large|it is 0\.9 times as large", out), out
-    out = distill(capsys, f"--method kd --clip-grad 0 {flags}")[1]
+    out = succeeds(capsys, "distill.py", f"{line} --method kd --clip-grad 0")
     assert re.search(r"--alpha [\d.]+ --ce-weight 0.3: makes the gradient of KL", out) and "(now off)" in out
-    code, _, err = distill(capsys, f"--method kd {flags}", data="other")
+    code, _, err = run(capsys, "distill.py", f"{line} --method kd --data-dir other")
     assert code == 2 and "6 classes, the data 2; number 0" in err and err.count("\n") == 1
 
 
@@ -274,8 +257,7 @@ def test_fused_kernels_and_references_train_alike(here, capsys):
     found = []
     for kernels in ("triton", "reference"):
         flags = f"--method dkd --beta 8 --kernels {kernels} --epochs 1 --batch-size 8 --val-size 8 --output runs/few-{kernels}"
-        code, out, err = distill(capsys, f"{flags} {TEACHER}", data="few")
-        assert code == 0 and f"kernels={kernels}" in out, err
+        assert f"kernels={kernels}" in succeeds(capsys, "distill.py", DISTILL.format("few", f"{flags} {TEACHER}"))
         assert json.loads(Path(f"runs/few-{kernels}/config.json").read_text())["kernels"] == kernels
         row, = table_of(Path(f"runs/few-{kernels}/log.csv"))
         found.append([float(row[name]) for name in ("train_loss_ce", "train_loss_tckd", "train_loss_nckd", "grad_norm_mean")])

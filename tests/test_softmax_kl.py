@@ -78,29 +78,20 @@ def of_split(split):
 
 # 1 and 2 classes have no rest or a single one, 3 the smallest pair with a rest; 10 is below every tile, 100 is CIFAR-100 with one
 # warp a row, 300 and 1000 take four, 5000 more than one tile.  37 rows fill no tile of rows.
-@combined(split=["pair", "dominant", "first", "kd", "reverse"], temperature_scale_smoothing=[(4.0, 3.0, 0.0), (1.0, 10.0, 0.1)],
+@combined(split=["pair", "dominant", "first", "kd", "reverse"],
+          how=[(4.0, 3.0, 0.0, False), (1.0, 10.0, 0.1, False), (4.0, 5.0, 0.1, True)],
           classes=[1, 2, 3, 10, 100, 300, 1000, 5000])
-def test_terms_and_gradient_match_float64_sums(kernel, split, temperature_scale_smoothing, classes):
-    temperature, scale, smoothing = temperature_scale_smoothing
+def test_terms_and_gradient_match_float64_sums(kernel, split, how, classes):
+    """how: temperature, deviation of the logits, label smoothing, and whether classes have weights."""
+    temperature, scale, smoothing, weighted = how
     z, v, targets = rows(37 if classes <= 100 else 9 if classes < 5000 else 3, classes, scale, seed=classes)
     weights, how = of_split(split)
     how |= {"temperature": temperature, "label_smoothing": smoothing}
-    expected, expected_grad = truth(z, v, targets, weights, **how)
-    loss, terms, grad = run(z, v, targets, weights, **how)
+    class_weights = class_weights_for(classes) if weighted else None
+    expected, expected_grad = truth(z, v, targets, weights, class_weights=class_weights, **how)
+    loss, terms, grad = run(z, v, targets, weights, class_weights=class_weights.to(DEVICE) if weighted else None, **how)
     assert_terms(terms, expected)
     assert_terms(loss, sum(weight * term for weight, term in zip(weights, expected) if weight is not None))
-    assert_grad(grad, expected_grad)
-
-
-@combined(split=["pair", "dominant", "reverse"], smoothing=[0.0, 0.1], classes=[1, 2, 3, 10, 100, 300, 5000])
-def test_class_weights_match_float64_sums(kernel, split, smoothing, classes):
-    z, v, targets = rows(37 if classes <= 100 else 9 if classes < 5000 else 3, classes, 5.0, seed=classes)
-    class_weights = class_weights_for(classes)
-    how = {"temperature": 4.0, "label_smoothing": smoothing, **({"reverse": True} if split == "reverse" else {"split": split})}
-    weights = MIX if split != "reverse" else Weights(0.5, 0.5)
-    expected, expected_grad = truth(z, v, targets, weights, class_weights=class_weights.double(), **how)
-    _, terms, grad = run(z, v, targets, weights, class_weights=class_weights.to(DEVICE), **how)
-    assert_terms(terms, expected)
     assert_grad(grad, expected_grad)
 
 

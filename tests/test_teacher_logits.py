@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from command import SMALL, one_line, run
+from command import one_line, run, student_of, succeeds
 from helpers import draw, make_images
 from torture import difference
 
@@ -18,7 +18,7 @@ STEPS = 5  # of an epoch of these runs
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Images, two teachers, and a store that one run with `seed` has filled."""
+    """Images, to which the tests add two teachers and a store."""
     place = tmp_path_factory.mktemp("teacher_logits")
     make_images(place / "images", ["a", "b", "c", "d"], 30, seed=0)
     return place
@@ -28,14 +28,9 @@ def place(tmp_path_factory):
 def distil(capsys, place):
     """Distil into a new run directory -> it, and what the run printed."""
     def distil(name, flags="", teacher="teacher"):
-        for each, seed in (("teacher", 1), ("other", 2)):
-            if not (place / each).exists():
-                code, _, err = run(capsys, "train_teacher.py", f"{SMALL} --data-dir {place}/images --model resnet8 --seed {seed} "
-                                   f"--output {place}/{each}")
-                assert code == 0, err
-        code, out, err = run(capsys, "distill.py", f"{SMALL} --data-dir {place}/images --student v2_pico --allow-weak-teacher "
-                             f"--teacher-checkpoint {place}/{teacher}/best.pt --output {place}/{name} {flags}")
-        assert code == 0, err
+        for seed, each in enumerate(("teacher", "other"), 1):
+            student_of(capsys, place, each, seed)
+        out = succeeds(capsys, "distill.py", f"{student_of(capsys, place, teacher)} --output {place}/{name} {flags}")
         return place / name, out
     return distil
 
@@ -130,8 +125,7 @@ def test_a_full_disk_ends_the_storing_and_not_the_run(place, distil, monkeypatch
 
 
 def test_a_directory_that_cannot_be_made_is_one_line(capsys, place, distil, store):
-    code, _, err = run(capsys, "distill.py", f"{SMALL} --data-dir {place}/images --student v2_pico --allow-weak-teacher "
-                       f"--teacher-checkpoint {place}/teacher/best.pt --output {place}/no --teacher-logits {store}/below")
+    code, _, err = run(capsys, "distill.py", f"{student_of(capsys, place)} --output {place}/no --teacher-logits {store}/below")
     assert str(store) in one_line(code, 8, err)
 
 
