@@ -26,9 +26,8 @@ def write(model, path: Path) -> None:
 def quantize(model, batches, path: Path) -> None:
     """Static quantisation by ONNX Runtime: activations uint8, as its x86 kernels require, weights int8.
 
-    Softmax, the logits and squeeze-and-excite gates stay in fp32.  Weights have one scale per tensor; or one per channel, which
-    costs an eighth more bytes in a small network, if that matches the fp32 predictions on over 2 % more of the calibration images
-    (twice the standard error of 512).
+    Softmax and the logits stay in fp32.  Weights have one scale per tensor; or one per channel, which costs an eighth more bytes in
+    a small network, if that matches the fp32 predictions on over 2 % more of the calibration images (twice the standard error of 512).
     batches: arrays in the input format of the model, for the ranges of the activations.
     """
     import onnx
@@ -46,15 +45,14 @@ def quantize(model, batches, path: Path) -> None:
     fp32, prepared, channels = (path.with_name(f"{name}.onnx") for name in ("fp32", "prepared", "channels"))
     write(model, fp32)
     quant_pre_process(str(fp32), str(prepared), skip_symbolic_shape=True)
-    excluded = gates(onnx.load(prepared).graph) | {node.name for node in model.graph.node if node.op_type == "Softmax"}
     for each, per_channel in ((path, False), (channels, True)):
         quantization.quantize_static(
             str(prepared), str(each), Calibration(), quant_format=quantization.QuantFormat.QDQ, per_channel=per_channel,
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-            nodes_to_exclude=sorted(excluded),
+            nodes_to_exclude=[node.name for node in model.graph.node if node.op_type == "Softmax"],
             extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]})  # in 256 levels, classes would tie
         quantized = onnx.load(each)
-        restore_biases(quantized.graph)
+        omit_zeros(quantized.graph)
         shorten(quantized.graph)
         write(quantized, each)
     expected, by_tensor, by_channel = (predictions(each, batches) for each in (fp32, path, channels))
@@ -62,32 +60,16 @@ def quantize(model, batches, path: Path) -> None:
         channels.replace(path)
 
 
-def gates(graph) -> set[str]:
-    """Names of the nodes from a global pooling to the product with the features: squeeze and excite.
+def omit_zeros(graph) -> None:
+    """Remove the zero points of weights and biases, which are 0, the default.
 
-    OpenCV 5.0 computes these small convolutions wrongly in int8.
+    OpenCV 5.0 then computes these layers in fp32.  Its int8 layers give other values for one pixel, as in squeeze and excite, and
+    without the bias of the last layer (findings/opencv-int8.sh).
     """
-    weights, pooled, found = {part.name for part in graph.initializer}, {}, set()  # pooled: tensor -> nodes since the pooling
-    for node in graph.node:  # in topological order
-        sources = [name for name in node.input if name not in weights]
-        if node.op_type in ("ReduceMean", "GlobalAveragePool"):
-            pooled[node.output[0]] = set()
-        elif sources and all(name in pooled for name in sources):
-            pooled[node.output[0]] = {node.name}.union(*(pooled[name] for name in sources))
-        elif node.op_type == "Mul" and (behind := [pooled[name] for name in sources if name in pooled]):
-            found |= {node.name}.union(*behind)
-    return found
-
-
-def restore_biases(graph) -> None:
-    """Biases of the last layer in fp32 instead of int32: OpenCV 5.0 leaves quantised ones out or refuses the file."""
-    from onnx import numpy_helper
-    values = {part.name: part for part in graph.initializer}
-    producers = {name: node for node in graph.node for name in node.output}
-    for name in [name for node in graph.node if node.op_type == "Gemm" for name in node.input[2:] if name in producers]:
-        bias, scale = (numpy_helper.to_array(values[source]) for source in producers[name].input[:2])
-        graph.node.remove(producers[name])
-        graph.initializer.append(numpy_helper.from_array((bias * scale).astype(np.float32), name))
+    weights = {part.name for part in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in weights:
+            del node.input[2:]
 
 
 def shorten(graph) -> None:
