@@ -26,8 +26,8 @@ def write(model, path: Path) -> None:
 def quantize(model, batches, path: Path) -> None:
     """Static quantisation by ONNX Runtime: activations uint8, as its x86 kernels require, weights int8.
 
-    Softmax and the logits stay in fp32.  Weights have one scale per tensor; or one per channel, which costs an eighth more bytes in
-    a small network, if that matches the fp32 predictions on over 2 % more of the calibration images (twice the standard error of 512).
+    Softmax and the logits stay in fp32.  Weights have one scale per tensor; or one per channel, which costs an eighth more bytes
+    in a small network, if that matches the fp32 predictions on over 2 % more of the calibration images (two standard errors).
     batches: arrays in the input format of the model, for the ranges of the activations.
     """
     import onnx
