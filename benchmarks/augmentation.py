@@ -5,11 +5,10 @@
     python -m benchmarks.augmentation --device cpu    the plain-PyTorch reference: the fused kernel needs a GPU
 
 Images are 32x32.  Stage "pipeline" is crop, flip, AutoAugment, normalisation, Random Erasing and Mixup/CutMix; "policy" is
-AutoAugment alone, with normalisation in ours; "erase and mix", where timm is installed, is normalisation, Random Erasing and
-Mixup/CutMix.  The case "photographs" is the pipeline with resized crops: images of 256 pixels, windows of 224, and the policy of
-ImageNet, in batches of 128.  Ours runs a whole epoch with its random draws.  Contenders are interleaved; times_first is the time
-over that of the stage's first contender in the same repeat, so drifting clocks cancel.  What works image by image is timed on at
-most 64 of them.
+AutoAugment alone, with normalisation in ours.  The case "photographs" is the pipeline with resized crops: images of 256 pixels,
+windows of 224, and the policy of ImageNet, in batches of 128.  Ours runs a whole epoch with its random draws.  Contenders are
+interleaved; times_first is the time over that of the stage's first contender in the same repeat.  What works image by image is
+timed on at most 64 of them.
 """
 import itertools
 
@@ -22,7 +21,7 @@ from torchvision.transforms import v2
 import kernels
 from augment import BatchAugmenter
 from benchmarks import table
-from benchmarks.augmentation_rivals import kornia_pipeline, loading, mixing, timm_mixing, timm_pipeline, torchvision_pipeline
+from benchmarks.augmentation_rivals import kornia_pipeline, loading, mixing, timm_pipeline, torchvision_pipeline
 from benchmarks.clocks import captured, interleaved, wall_us
 from benchmarks.table import MEAN, STD
 from data.synthetic import generate
@@ -33,7 +32,6 @@ PHOTOGRAPHS = "photographs"
 IMAGE_BY_IMAGE = 64  # most images of a timing
 VERSIONS = ("v1", v1, v1.ConvertImageDtype(torch.float32)), ("v2", v2, v2.ToDtype(torch.float32, True))
 STAGES = {"policy": {"crop_pad": 0, "flip": False, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}, "pipeline": {},
-          "erase and mix": {"policy": "none", "crop_pad": 0, "flip": False},
           PHOTOGRAPHS: {"policy": "autoaugment-imagenet", "crop": "resized", "image_size": 224}}
 
 
@@ -74,12 +72,9 @@ def ours(images, labels, batch_size: int, **options) -> dict:
 def rivals(images, labels, batch_size: int) -> dict:
     """stage -> name -> a call that returns how many images it made."""
     few, mix = images[:min(batch_size, IMAGE_BY_IMAGE)].permute(0, 3, 1, 2).contiguous(), mixing()
-    found = {"policy": {}, "pipeline": {}, "erase and mix": timm_mixing(images[:batch_size], labels[:batch_size])}
-    for name, module, _ in VERSIONS:
-        policy = module.AutoAugment(v1.AutoAugmentPolicy.CIFAR10)
-        found["policy"][f"torchvision {name}, tensor"] = lambda each=policy: len([each(image) for image in few])
-    found["pipeline"] |= one_by_one(tensor_pipelines(), few, labels, mix) | dataloader(images, labels, batch_size)
-    return found
+    policies = {f"torchvision {name}, tensor": module.AutoAugment(v1.AutoAugmentPolicy.CIFAR10) for name, module, _ in VERSIONS}
+    return {"policy": {name: lambda each=each: len([each(image) for image in few]) for name, each in policies.items()},
+            "pipeline": one_by_one(tensor_pipelines(), few, labels, mix) | dataloader(images, labels, batch_size)}
 
 
 def photographs(images, labels, batch_size: int) -> dict:
@@ -114,8 +109,6 @@ def dataloader(images, labels, batch_size: int, photographs=False) -> dict:
 def benchmark(images, labels, batch_size: int, repeats: int, stages: dict):
     """A row for each stage and contender.  stages: name -> the others."""
     for stage, others in stages.items():
-        if not others:
-            continue
         calls = ours(images, labels, batch_size, **STAGES[stage]) | others
         counts = {name: call() for name, call in calls.items()}
         times = interleaved(calls, lambda call: wall_us(call, 1, images.device), repeats)

@@ -1,4 +1,4 @@
-"""Augmentation in common use: torchvision and timm image by image, a DataLoader with workers, timm and kornia on batches."""
+"""Augmentation in common use: torchvision and timm image by image, a DataLoader with workers, kornia on batches."""
 import os
 from functools import partial
 
@@ -65,20 +65,3 @@ def loading(pictures, labels, batch_size: int, device, pipeline) -> dict:
         collate_fn=partial(transformed, pipeline), persistent_workers=True,
         pin_memory=device.type == "cuda")
     return {f"DataLoader, PIL, {workers} workers": lambda: sum(len(images.to(device)) for images, _ in loader)}
-
-
-def timm_mixing(images, labels) -> dict:
-    """name -> a call that erases and mixes a batch as timm's loader and training script do, on the device; empty without timm."""
-    try:
-        from timm.data.mixup import Mixup
-        from timm.data.random_erasing import RandomErasing
-    except ImportError:
-        print("timm is not installed: left out")
-        return {}
-    erase, mix = RandomErasing(0.25, device=images.device), Mixup(0.8, 1.0, num_classes=len(CLASSES))
-    mean, std = (255 * torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
-    batch, dtype = images.permute(0, 3, 1, 2).contiguous(), torch.float16 if images.is_cuda else torch.float32
-
-    def call():
-        return len(mix(erase(batch.to(dtype).sub_(mean).div_(std)), labels)[0])
-    return {"timm, erase and mix": call}
