@@ -1,7 +1,7 @@
 """The registry of distillation methods, a record each.  Imports no torch.
 
 Flags and help, --dry-run, run names, warm-up, columns of log.csv, terminal lines, and labels of figures and tables derive from
-these records.  A new method needs a function in a file of this folder, a record below, and an entry in METHODS.
+these records.
 """
 from collections.abc import Callable
 from typing import NamedTuple

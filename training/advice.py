@@ -1,7 +1,7 @@
-"""Advice before a run: hyperparameters suggested by the teacher's logits and a new student's gradient on a few augmented batches.
+"""Advice before a run: hyperparameters by the teacher's logits and a new student's gradient on a few augmented batches.
 
-The suggestions are rules of thumb, each printed with its reason: no distillation term has a larger gradient than cross-entropy,
-the temperature keeps the teacher's entropy below 0.9 log C, and clipping affects outliers, not every step.
+Rules of thumb, each printed with its reason: no distillation term has a larger gradient than cross-entropy, the temperature keeps
+the teacher's entropy below 0.9 log C, and clipping affects outliers, not every step.
 """
 import math
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Distributed data parallelism under torchrun: each rank's rows of a batch, collectives, and DDP.
 
-Every rank holds all images on its device and makes its slice of the batch that one process would make.  DDP averages the
-gradients; BatchNorm normalises by the slice.  Without torchrun a process is rank 0 of 1, and collectives return their input.
+Every rank holds all images and makes its slice of the batch that one process would make.  DDP averages the gradients; BatchNorm
+normalises by the slice.  Without torchrun a process is rank 0 of 1, and collectives return their input.
 """
 import os
 import sys
@@ -65,10 +65,6 @@ class Ranks:
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean over the ranks, in place."""
         return self.sum(tensor).div_(self.size) if self.size > 1 else tensor
-
-    def all_equal(self, numbers: torch.Tensor) -> bool:
-        """Whether `numbers`, int64 (K,), are the same on all ranks."""
-        return all(torch.equal(numbers, other) for other in self.gather(numbers))
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The `tensor` of every rank, of one shape."""

@@ -134,10 +134,7 @@ class Run:
             yield self.epoch
 
     def end_training(self, lr: float) -> None:
-        """Read the epoch's metrics, which waits for the device, and average running statistics over the ranks.
-
-        lr: of the last step.
-        """
+        """Read the epoch's metrics, which waits for the device, and average running statistics.  lr: of the last step."""
         self.lr, self.samples = lr, self.batch_size * self.metrics.taken
         self.columns, clipping = self.metrics.epoch_columns(self.epoch)
         self.columns["amp_scale"] = self.update.amp_scale()
@@ -168,7 +165,7 @@ class Run:
         self.progress.epoch(row, best)
 
     def close(self, note: str, teacher=None, teacher_acc1: float | None = None, **more) -> None:
-        """Evaluate the last weights and best.pt once on the test set; store the accuracy in best.pt; write the results.
+        """Evaluate the last weights and best.pt once on the test set, and write the results.
 
         more: entries of summary.json that only this script has.
         """
