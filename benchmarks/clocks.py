@@ -1,4 +1,4 @@
-"""Wall time, CUDA graph time, kernels and peak memory of a call."""
+"""Wall time, CUDA graph time and peak memory of a call."""
 import itertools
 import time
 
@@ -58,15 +58,6 @@ def graph_us(replay, flush) -> float:
     stop.record()
     torch.cuda.synchronize()
     return start.elapsed_time(stop) * 1e3
-
-
-def kernels_of(call) -> tuple[int, float]:
-    """How many CUDA kernels and copies `call` starts, and their microseconds."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    found = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return len(found), sum(event.time_range.elapsed_us() for event in found)
 
 
 def peak_bytes(call, device) -> int:
