@@ -1,7 +1,7 @@
 """DIST (Huang et al. 2022, arXiv 2205.10536): match the teacher's preferences, not its probabilities."""
 from kernels import Targets
 from kernels.softmax_kl import Weights, softmax_kl
-from losses.logits import in_fp32
+from losses.cross_entropy import in_fp32
 
 SMALLEST = 1e-8  # added to the product of the norms, as in the authors' code: correlations of tiny vectors become 0
 

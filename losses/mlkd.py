@@ -2,8 +2,7 @@
 import torch
 
 from kernels import Targets
-from losses.cross_entropy import mixed_ce
-from losses.logits import in_fp32
+from losses.cross_entropy import in_fp32, mixed_ce
 
 
 def mlkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.9, beta=0.9, gamma=0.9, ce_weight=0.1,

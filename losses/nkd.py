@@ -3,8 +3,7 @@ import torch
 
 from kernels import Targets
 from kernels.softmax_kl import SPLITS
-from losses.cross_entropy import mixed_ce
-from losses.logits import in_fp32
+from losses.cross_entropy import in_fp32, mixed_ce
 
 
 def nkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=1.0, gamma=3.5, temperature=3.0, ce_weight=1.0,

@@ -3,8 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import Targets
-from losses.cross_entropy import mixed_ce
-from losses.logits import in_fp32
+from losses.cross_entropy import in_fp32, mixed_ce
 
 
 def skd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.9, beta=0.9, temperature=4.0, tikhonov=0.1,
