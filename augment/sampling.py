@@ -53,8 +53,8 @@ def beta_quantiles(alpha: float) -> torch.Tensor:
     return torch.cat([lower, 1 - lower.flip(0)]).float()
 
 
-def erase_law(size: int) -> torch.Tensor:
-    """float64 (size, size): how likely torchvision's RandomErasing is to erase a box of so many rows and columns, in size x size.
+def erase_sizes(size: int) -> torch.Tensor:
+    """int64 (2**BOX_BITS, 2): heights and widths of boxes, each as often as torchvision's RandomErasing erases it in size x size.
 
     It draws a share of the area, uniform in [0.02, 0.33], and a ratio h / w, log-uniform in [0.3, 3.3]; rounds h and w; and draws
     again where one is not below `size`.  In (h, w) that is a uniform density between two hyperbolas and two lines, so a size's
@@ -65,16 +65,11 @@ def erase_law(size: int) -> torch.Tensor:
     edges = torch.arange(size, dtype=torch.float64) - 0.5
     inside = torch.minimum(most[:, None], edges + 1) - torch.maximum(least[:, None], edges)
     law = inside.clamp(min=0).view(size, FINE, size).sum(1)
-    return law / law.sum()
+    return _table(law / law.sum())
 
 
-def erase_sizes(size: int) -> torch.Tensor:
-    """int64 (2**BOX_BITS, 2): heights and widths, each as often as `erase_law` has it."""
-    return _table(erase_law(size))
-
-
-def crop_law(size: int, scale, ratio) -> torch.Tensor:
-    """float64 (size + 1, size + 1): how likely torchvision's RandomResizedCrop is to cut such a window out of size x size.
+def crop_sizes(size: int, scale, ratio) -> torch.Tensor:
+    """int64 (2**BOX_BITS, 2): heights and widths, each as often as torchvision's RandomResizedCrop cuts it out of size x size.
 
     It draws a share of the area, uniform in `scale`, and a ratio w / h, log-uniform in `ratio`; rounds h and w; and draws again
     where one is above `size`.  After ten draws in vain it takes the largest window with the ratio in `ratio` that is next to 1.
@@ -90,12 +85,7 @@ def crop_law(size: int, scale, ratio) -> torch.Tensor:
     law *= sum(rejected ** attempt for attempt in range(ATTEMPTS))
     nearest = min(max(1.0, ratio[0]), ratio[1])
     law[round(size / max(nearest, 1)), round(size * min(nearest, 1))] += rejected ** ATTEMPTS
-    return law
-
-
-def crop_sizes(size: int, scale, ratio) -> torch.Tensor:
-    """int64 (2**BOX_BITS, 2): heights and widths, each as often as `crop_law` has it."""
-    return _table(crop_law(size, scale, ratio))
+    return _table(law)
 
 
 def _table(law: torch.Tensor) -> torch.Tensor:

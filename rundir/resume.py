@@ -65,7 +65,7 @@ def is_finished(saved: dict | None, epochs: int, stop) -> bool:
 
 
 def compare(run, old: dict, new: dict, initial: dict) -> None:
-    """Failure USAGE for flags of another experiment, with a printed table of the differences.  initial: see State."""
+    """Failure USAGE for flags of another experiment, with the differences.  initial: see State."""
     def sha256_of(name):
         if name == "data_dir":
             return initial.get("data_sha256")  # compared when the images are loaded
@@ -77,12 +77,8 @@ def compare(run, old: dict, new: dict, initial: dict) -> None:
         changed.append("epochs")
     if not changed:
         return
-    rows = [("flag", "its run", "now")]
-    rows += [(name if name in DERIVED else f"--{name.replace('_', '-')}", str(old.get(name)), str(new.get(name)))
-             for name in changed]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    print(*("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows), sep="\n")
-    both = ", ".join(f"{name} {before} -> {now}" for name, before, now in rows[1:])
+    flags = {name: name if name in DERIVED else f"--{name.replace('_', '-')}" for name in changed}
+    both = ", ".join(f"{flag} {old.get(name)} -> {new.get(name)}" for name, flag in flags.items())
     raise Failure(USAGE, f"these flags differ from those of the run to continue ({run.last.parent}: {both})",
                   "repeat its flags, or start another run in another --output")
 
