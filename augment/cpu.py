@@ -78,7 +78,6 @@ class CpuBatches:
                 Targets(*(column[step, rows.start:rows.stop] for column in self._targets)))
 
     def _blocks(self, rows: range) -> list[range]:
-        """`rows` in parts that are worked on at a time."""
         length = len(rows) if self.images.is_cuda else max(2, CPU_BLOCK // self.size ** 2 // 2 * 2)
         return [rows[first:first + length] for first in range(0, len(rows), length)]
 
@@ -208,7 +207,6 @@ def _gray(pixels):
 
 
 def _mean_gray(pixels):
-    """(rows, 1, 1)."""
     total = _gray(pixels).sum(1, keepdim=True, dtype=torch.int64).float()  # of whole numbers: exact in any order
     return total / _number(pixels.shape[1], pixels.device)
 

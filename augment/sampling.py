@@ -109,7 +109,6 @@ class ImageDraws(NamedTuple):
 
 
 class MixDraws(NamedTuple):
-    """How each image is mixed with its partner."""
     pasted: torch.Tensor  # int64 (..., 4), the box that shows the partner
     lam: torch.Tensor  # float32 (...), the weight of the image outside of that box
     share: torch.Tensor  # float32 (...), of the image in the whole: what its label is worth

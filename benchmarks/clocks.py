@@ -13,7 +13,6 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(calls: dict, time_one, repeats: int) -> dict[str, list[float]]:
-    """The times of each call; the calls take turns within a repeat."""
     times = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():

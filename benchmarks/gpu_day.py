@@ -52,7 +52,6 @@ class Part(NamedTuple):
 
 
 def parts_of(args) -> list[Part]:
-    """The parts of a stage, the most important first."""
     parts, common = [], ["--device", args.device, "--output", "{rows}", *["--tiny"] * args.tiny]
     pytest = ["-q", "-p", "no:cacheprovider"]
     if find_spec("xdist"):

@@ -76,7 +76,6 @@ def run(command: str, output: Path, end: float, kill_after: int | None = None) -
 
 
 def log_of(output: Path) -> list[dict]:
-    """The rows of log.csv."""
     path = output / "log.csv"
     return list(DictReader(path.read_text().splitlines())) if path.exists() else []
 
@@ -137,7 +136,6 @@ def pictures(folder: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack `archive` to `folder`, once."""
     partial = folder.with_suffix(".partial")
     if not folder.exists():
         try:

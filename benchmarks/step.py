@@ -58,7 +58,6 @@ def contenders(context, compiled: bool, plain, ours):
 
 
 def shares(contender, steps: int) -> dict:
-    """The part of each phase in the time of a block."""
     device = contender.context.device
     seconds, last = dict.fromkeys(PHASES, 0.0), time.perf_counter()
 

@@ -261,7 +261,6 @@ def data(args) -> dict:
 
 
 def augmentation(args) -> dict:
-    """Keyword arguments of augment.BatchAugmenter."""
     names = ("seed", "crop", "flip", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")
     image_size = args.image_size if args.crop == "resized" else None
     of_crop = {"image_size": image_size, "scale": args.crop_scale, "ratio": args.crop_ratio}

@@ -80,7 +80,6 @@ def native_side(data_dir) -> int:
 
 
 def matched(root: Path, splits: dict[str, Labelled], notes: list[str], left_out: Counter, lines: dict[str, int]) -> Layout:
-    """The layout of these splits, whose classes are those of "train"."""
     classes = sorted({name for name, _ in splits["train"]})
     if len(classes) < 2:
         raise Failure(DATA, f"fewer than two classes with training images ({root})", "give each class a folder of its own there")

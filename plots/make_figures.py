@@ -279,7 +279,6 @@ def legend(axis) -> Figure:
 
 
 def all_curves(study, names) -> Figure:
-    """Figures 1, 3 and 4: the experiments by epoch."""
     return legend(draw_curves(study, names))
 
 
@@ -391,7 +390,6 @@ def table1(finished) -> tuple[list[Row], str]:
 
 
 def table2(finished) -> tuple[list[Row], str]:
-    """What each network costs."""
     rows = []
     for name, runs in finished.items():
         summary, image_size = runs[0].summary, runs[0].config.get("image_size")

@@ -123,7 +123,6 @@ def read_safetensors(content: bytes, path: Path) -> dict:
 
 
 def is_own(content) -> bool:
-    """Whether this is the content of a checkpoint from `write`."""
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 

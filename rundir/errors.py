@@ -45,7 +45,6 @@ class Unwritable(OSError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised on SIGINT or SIGTERM."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)

@@ -102,7 +102,6 @@ def as_markdown(columns: dict[str, list[str]], left: set[str], note: str) -> str
 
 
 def digest(path) -> str:
-    """Hexadecimal SHA-256 of a file."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,6 @@ def listed(value) -> list:
 
 
 def unlisted(values: list):
-    """Inverse of `listed`."""
     return values if len(values) > 1 else values[0]
 
 
@@ -42,5 +41,4 @@ def same_flag(name: str, old: dict, new: dict, sha256_of) -> bool:
 
 
 def images_per_step(config: dict) -> int:
-    """Global batch size."""
     return config["batch_size"] * config.get("processes", 1)

@@ -49,7 +49,6 @@ class Ranks:
             dist.destroy_process_group()
 
     def rows(self, each: int) -> range:
-        """This rank's rows of a batch with `each` rows per rank."""
         return range(self.rank * each, (self.rank + 1) * each)
 
     def share(self, count: int) -> range:
@@ -63,11 +62,9 @@ class Ranks:
         return tensor
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The mean over the ranks, in place."""
         return self.sum(tensor).div_(self.size) if self.size > 1 else tensor
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The `tensor` of every rank, of one shape."""
         if self.size == 1:
             return [tensor]
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]

@@ -36,13 +36,11 @@ class Evaluation(NamedTuple):
                 "predicted_classes": predicted, "effective_classes": effective_number(images)}
 
     def confusion(self, labels, names: list[str]) -> Confusion:
-        """The confusion matrix.  labels: of the split, int64 (N,).  names: of the classes."""
         names = [name.encode(errors="backslashreplace").decode() for name in names]  # of a folder: may be no valid UTF-8
         counts = count(labels * len(names) + self.predictions, len(names) ** 2)
         return Confusion(names, np.array(counts, dtype=int).reshape(len(names), len(names)))
 
     def agreement(self, other: "Evaluation") -> float:
-        """The share of images with the same prediction."""
         return (self.predictions == other.predictions).double().mean().item()
 
 

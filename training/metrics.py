@@ -29,7 +29,6 @@ class Metrics:
         self.clear()
 
     def clear(self) -> None:
-        """Start the next epoch."""
         self.taken, self.rows, self.arrived = 0, [], None  # steps; rows on the host; event of a copy in flight
 
     def add(self, logits, targets, loss, terms: dict) -> None:

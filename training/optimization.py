@@ -149,7 +149,6 @@ class Update:
                 group["capturable"] = capturing
 
     def step_unless_skipped(self, finite) -> torch.Tensor:
-        """Step where `finite` is True -> 1.0 if skipped, else 0.0."""
         skipped = torch.logical_not(finite, out=torch.empty((), device=finite.device))
         self.optimizer.found_inf = skipped  # read by fused optimizers; the scaler keeps its own
         self.optimizer.step()

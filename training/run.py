@@ -195,7 +195,6 @@ class Run:
         })
 
     def write_classes(self, val: Confusion, test: Confusion) -> None:
-        """Write classes.csv, confusion.csv and confusion.png, of the best weights."""
         train = count(self.data.train.labels, len(val.names))
         columns = (test.names, map(int, train), val.labels, test.labels, val.accuracies, test.accuracies)
         rows = [dict(zip(CLASS_COLUMNS, row)) for row in zip(*columns)]

@@ -56,7 +56,6 @@ def read_runs() -> list[dict]:
 
 
 def count(alarm: str, runs: list[dict]) -> dict:
-    """Columns of alarms.csv."""
     raised, silent = ([(alarm in run["alarms"]) == collapsed for run in runs if run["collapsed"] == collapsed]
                       for collapsed in (True, False))
     return {"raised": sum(raised), "collapsed": len(raised), "sensitivity": round(sum(raised) / len(raised), 3),
