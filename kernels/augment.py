@@ -100,22 +100,18 @@ def _of(stream, words):
 
 
 @triton.jit
-def _draw_window(words, tables):
-    """Top and left edge in the image without its padding, and whether to mirror."""
-    top, left, mirror, _ = _of(CROP, words)
-    pad = tl.load(tables.parameters + CROP_PAD).to(tl.int32)
-    mirror = mirror.to(tl.int32) & tl.load(tables.parameters + FLIP).to(tl.int32)
-    return _below(top, 2 * pad + 1) - pad, _below(left, 2 * pad + 1) - pad, mirror
-
-
-@triton.jit
-def _draw_resized(words, tables, SIDE: tl.constexpr):
-    """Top and left edge, height and width of a window to resize, and whether to mirror the result."""
+def _draw_window(words, tables, SIZE: tl.constexpr, RESIZED: tl.constexpr, SIDE: tl.constexpr):
+    """Top and left edge in the image without its padding, height and width, and whether to mirror the result."""
     top, left, mirror, quantile = _of(CROP, words)
-    quantile = (quantile >> (32 - BOX_BITS)).to(tl.int32) + BOXES
-    height, width = tl.load(tables.boxes + 2 * quantile), tl.load(tables.boxes + 2 * quantile + 1)
-    mirror = mirror.to(tl.int32) & tl.load(tables.parameters + FLIP).to(tl.int32)
-    return _below(top, SIDE + 1 - height), _below(left, SIDE + 1 - width), height, width, mirror
+    if RESIZED:
+        quantile = (quantile >> (32 - BOX_BITS)).to(tl.int32) + BOXES
+        height, width = tl.load(tables.boxes + 2 * quantile), tl.load(tables.boxes + 2 * quantile + 1)
+        top, left = _below(top, SIDE + 1 - height), _below(left, SIDE + 1 - width)
+    else:
+        pad = tl.load(tables.parameters + CROP_PAD).to(tl.int32)
+        top, left = _below(top, 2 * pad + 1) - pad, _below(left, 2 * pad + 1) - pad
+        height, width = top * 0 + SIZE, top * 0 + SIZE
+    return top, left, height, width, mirror.to(tl.int32) & tl.load(tables.parameters + FLIP).to(tl.int32)
 
 
 @triton.jit
@@ -512,14 +508,11 @@ def _augment_kernel(step, first, rows, tables, out, out_label, out_other, out_la
     words, source, start = _draw_pair(step, first, first_row, rows, tables)
 
     index, next_index = _both(source)
-    if RESIZED:
-        top, left, height, width, mirror = _draw_resized(words, tables, SIDE)
-        height, next_height = _both(height)
-        width, next_width = _both(width)
-    else:
-        top, left, mirror = _draw_window(words, tables)
+    top, left, height, width, mirror = _draw_window(words, tables, SIZE, RESIZED, SIDE)
     top, next_top = _both(top)
     left, next_left = _both(left)
+    height, next_height = _both(height)
+    width, next_width = _both(width)
     mirror, next_mirror = _both(mirror)
     if RESIZED:
         pixels = _read_resized(index, top, left, height, width, mirror, tables, SIZE, SIDE)
@@ -662,12 +655,9 @@ def _augment_policy_kernel(step, first, rows, tables, copies, lookups, SIZE: tl.
     words, source, _ = _draw_pair(step, first, row // 2 * 2, rows, tables)
     number = row % 2
     index = _own(source, number)
-    if RESIZED:
-        top, left, height, width, mirror = _draw_resized(words, tables, SIDE)
-        height, width = _own(height, number), _own(width, number)
-    else:
-        top, left, mirror = _draw_window(words, tables)
-    top, left, mirror = _own(top, number), _own(left, number), _own(mirror, number)
+    top, left, height, width, mirror = _draw_window(words, tables, SIZE, RESIZED, SIDE)
+    top, left, height, width = _own(top, number), _own(left, number), _own(height, number), _own(width, number)
+    mirror = _own(mirror, number)
 
     operation, later_operation = 0, 0
     if SLOTS > 0:
