@@ -83,16 +83,6 @@ def transformed(transform, samples):
     return default_collate([(transform(image), label) for image, label in samples])
 
 
-def loading(pictures, labels, batch_size: int, device, pipeline) -> dict:
-    """name -> a call that makes an epoch of the usual DataLoader, with a worker for each core, copied to the device."""
-    workers = min(16, os.cpu_count())
-    loader = DataLoader(
-        list(zip(pictures, labels.tolist())), batch_size, shuffle=True, drop_last=True, num_workers=workers,
-        collate_fn=partial(transformed, pipeline), persistent_workers=True,
-        pin_memory=device.type == "cuda")
-    return {f"DataLoader, PIL, {workers} workers": lambda: sum(len(images.to(device)) for images, _ in loader)}
-
-
 def ours(images, labels, batch_size: int, **options) -> dict:
     """name -> a call that makes an epoch and returns how many images that is."""
     def make(kernel):
@@ -158,10 +148,14 @@ def one_by_one(transforms: dict, images, labels, mix) -> dict:
 
 
 def dataloader(images, labels, batch_size: int, photographs=False) -> dict:
-    many = min(4096, len(images)) // batch_size * batch_size
+    """name -> a call that makes an epoch of the usual DataLoader, with a worker for each core, copied to the device."""
+    many, workers = min(4096, len(images)) // batch_size * batch_size, min(16, os.cpu_count())
     pictures = [v1.functional.to_pil_image(image.permute(2, 0, 1).cpu()) for image in images[:min(batch_size, IMAGE_BY_IMAGE)]]
-    return loading([pictures[index % len(pictures)] for index in range(many)], labels[:many], batch_size, images.device,
-                   torchvision_pipeline(v1, [v1.ToTensor()], photographs))
+    samples = [(pictures[index % len(pictures)], label) for index, label in enumerate(labels[:many].tolist())]
+    loader = DataLoader(
+        samples, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True,
+        collate_fn=partial(transformed, torchvision_pipeline(v1, [v1.ToTensor()], photographs)), pin_memory=images.is_cuda)
+    return {f"DataLoader, PIL, {workers} workers": lambda: sum(len(each.to(images.device)) for each, _ in loader)}
 
 
 def benchmark(images, labels, batch_size: int, repeats: int, stages: dict):

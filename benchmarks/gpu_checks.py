@@ -105,15 +105,6 @@ def compare_all(args, compare, cases) -> None:
     raise SystemExit(bool(wrong))
 
 
-def check_kernels(args) -> None:
-    compare_all(args, compare_loss, [(3, "float32")] if args.tiny else itertools.product(ROWS, DTYPES))
-
-
-def check_augmentation(args) -> None:
-    cases = [(policy, size, kind, *IMAGES[size]) for policy, size, kind in itertools.product(POLICIES, IMAGES, DTYPES)]
-    compare_all(args, compare_batches, [("none", 32, "float32", 8, 8)] if args.tiny else cases)
-
-
 def check_machine(args) -> None:
     device, rows = args.device, table.Rows(args, "machine", table.short(args.device), "name value")
     on_gpu = device.type == "cuda"
@@ -139,15 +130,21 @@ def check_machine(args) -> None:
         rows.add(table.Row(name=name, value=value))
 
 
-CHECKS = {"machine": check_machine, "kernels": check_kernels, "augmentation": check_augmentation}
+COMPARED = {  # the comparison, its cases, and one for --tiny
+    "kernels": (compare_loss, itertools.product(ROWS, DTYPES), (3, "float32")),
+    "augmentation": (compare_batches, [(policy, size, kind, *IMAGES[size]) for policy, size, kind in itertools.product(
+        POLICIES, IMAGES, DTYPES)], ("none", 32, "float32", 8, 8))}
 
 
 def main(args) -> None:
     args.device = table.device(args.device)
-    CHECKS[args.check](args)
+    if args.check == "machine":
+        return check_machine(args)
+    compare, cases, tiny = COMPARED[args.check]
+    compare_all(args, compare, [tiny] if args.tiny else cases)
 
 
 if __name__ == "__main__":
     parser = table.parser(__doc__, tiny=True)
-    parser.add_argument("check", choices=CHECKS)
+    parser.add_argument("check", choices=("machine", *COMPARED))
     errors.run(main, parser.parse_args())

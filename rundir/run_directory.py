@@ -44,7 +44,7 @@ class RunDirectory:
 
     def __init__(self, path, *, overwrite: bool, resume: str | None = None, writes: bool = True):
         self.path, self.overwrite, self.writes = Path(path), overwrite, writes
-        self.rows, self.diagnostics_rows, self.saved = [], [], 0
+        self.rows, self.diagnostics_rows, self.saved, self.previous = [], [], 0, self.path / "prev.pt"
         self.config, self.last, self.started = {}, None, None
         if resume:
             source = self.path if resume == "auto" else Path(resume)
@@ -163,13 +163,6 @@ class RunDirectory:
         print(f"{summary['verdict']}: test accuracy {summary['test_acc1_best']:.2f} % with the weights of the best epoch, "
               f"{summary['best_epoch']}, {summary['test_acc1_last']:.2f} % with those of the last -> {self / 'best.pt'}")
         print(*(f"alarm: {alarm['text']}" for alarm in summary["alarms"]), sep="\n", end="\n" * bool(summary["alarms"]))
-
-
-def refuse_to_overwrite(output, starts) -> None:
-    """Failure USAGE if --overwrite would delete the initial weights of the run.  starts: their paths, or None."""
-    for path in starts:
-        if path and Path(path).resolve().parent == Path(output).resolve():
-            raise Failure(USAGE, f"--overwrite would delete the initial weights of the run ({path})", "choose another --output")
 
 
 def announce(config: dict, *lines: str) -> None:
