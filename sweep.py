@@ -22,7 +22,7 @@ from statistics import median_low
 
 from cli import sweep_grid, sweep_jobs
 from rundir import errors
-from rundir.files import as_csv, write_atomic
+from rundir.files import as_csv, lock, write_atomic
 from rundir.terminal import clock, live, say
 
 ROOT = Path(__file__).resolve().parent
@@ -40,7 +40,7 @@ def main(args):
         print(*(job.shown() for job in jobs), sep="\n")
         return
 
-    with sweep_jobs.exclusive_lock(output):
+    with lock(output, "sweep"):
         sweep_jobs.record(jobs, output / "sweep.json")
         from cli import sweep_table  # imports SciPy, which is slow
         run(jobs, args.jobs, args.metric)

@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5, download_url
 
 from data.split import Source, Split
-from rundir.errors import DATA, DISK, USAGE, Failure
+from rundir.errors import DATA, DISK, Failure, optional
 
 BINARY = {  # data set: folder, label bytes before an image (the last counts), training files, test file, names of the classes
     "cifar10": ("cifar-10-batches-bin", 1, [f"data_batch_{k}.bin" for k in range(1, 6)], "test_batch.bin", "batches.meta.txt"),
@@ -142,11 +142,7 @@ def read_binary(name: str, folder: Path) -> tuple[Split, Split, list[str]]:
 
 def read_parquet(name: str, files: list[Path]) -> tuple[Split, Split, list[str]] | None:
     """Columns `img`, with the bytes of an image file, and `label` or `fine_label`; class names are in the schema."""
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise Failure(USAGE, f"missing package pyarrow, which reads Parquet files ({files[0]})",
-                      "python -m pip install pyarrow") from None
+    parquet = optional("pyarrow.parquet", f"reads Parquet files ({files[0]})")
     fitting: list[Path] = []
     try:
         fitting = [path for path in files if {"img", LABEL[name]} <= set(parquet.read_schema(path).names)]

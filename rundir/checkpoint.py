@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from rundir.errors import CHECKPOINT, USAGE, Failure
+from rundir.errors import CHECKPOINT, Failure, optional
 from rundir.files import write_atomic
 
 FORMAT = 1
@@ -110,12 +110,7 @@ def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") 
 
 def read_safetensors(content: bytes, path: Path) -> dict:
     """The tensors, in the order of their names, numbers as numbers: the format keeps no other order."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise Failure(USAGE, f"missing package safetensors, which reads this file ({path})",
-                      "python -m pip install safetensors") from None
-    tensors = safetensors.torch.load(content)
+    tensors = optional("safetensors.torch", f"reads this file ({path})").load(content)
 
     def numbered(name):
         return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", name)]
