@@ -192,13 +192,13 @@ def _blurred(pixels):
 
 def _gray(pixels):
     """(rows, size*size, 1), whole numbers."""
-    red, green, blue = (pixels.flatten(1) * _gray_weights(pixels.shape[1], pixels.device)).view_as(pixels).unbind(2)
+    red, green, blue = (pixels.flatten(1) * _constants(pixels.shape[1], pixels.device).gray_weights).view_as(pixels).unbind(2)
     return (red + green).add_(blue).trunc_().unsqueeze(2)
 
 
 def _mean_gray(pixels):
     total = _gray(pixels).sum(1, keepdim=True, dtype=torch.int64).float()  # of whole numbers: exact in any order
-    return total / _number(pixels.shape[1], pixels.device)
+    return total / _constants(pixels.shape[1], pixels.device).pixels
 
 
 # Lookups that depend on the image: int16 (rows, 3, 256).
@@ -207,7 +207,7 @@ def _stretching(images, tables):
     planes = images.view(len(images), -1, 3).transpose(1, 2).contiguous()
     low, high = planes.amin(2, keepdim=True), planes.amax(2, keepdim=True)
     stretch = tables.stretch[(high - low).long()]
-    return _whole((_ramp(images.device) - low.masked_fill(low == high, 0)).mul_(stretch))
+    return _whole((_constants(images.shape[1] // 3, images.device).ramp - low.masked_fill(low == high, 0)).mul_(stretch))
 
 
 def _equalizing(index):
@@ -219,20 +219,20 @@ def _equalizing(index):
     step = below_brightest // 255
     # The float32 quotient of whole numbers below 2^23 truncates to the integer quotient: it never rounds up to a whole number.
     equalized = not_brighter.sub_(histogram).add_(step // 2) / step.clamp(min=1)
-    return _whole(torch.where(step > 0, equalized, _ramp(index.device)))
+    return _whole(torch.where(step > 0, equalized, _constants(pixels, index.device).ramp))
 
 
 def _lookup_index(images):
     """int32 (rows, 3*size*size): where each byte finds its value in lookups (rows, 3, 256)."""
     rows, size = images.shape
     first = torch.arange(0, rows * 768, 768, dtype=torch.int32, device=images.device).unsqueeze(1)
-    return images.int().add_(_first_of_channel(size // 3, images.device)).add_(first)
+    return images.int().add_(_constants(size // 3, images.device).first_of_channel).add_(first)
 
 
 def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """float32 (rows, 3*size*size), by the steps of ToTensor and Normalize; mean, std: float32 (3*size*size,)."""
     values = images.float() if out is None else out.copy_(images)
-    return values.div_(_number(255, images.device)).sub_(mean).div_(std)
+    return values.div_(_constants(images.shape[1] // 3, images.device).byte).sub_(mean).div_(std)
 
 
 def erase(images: torch.Tensor, boxes: list[list[int]]) -> None:
@@ -265,21 +265,10 @@ def mix(images: torch.Tensor, lam: torch.Tensor, boxes: list[list[int]], mixed: 
 # Constants, which a small batch would spend more time on making than on using.
 
 @functools.cache
-def _number(value, device):
-    """What to divide by: by a number of Python's, a GPU multiplies with its rounded inverse instead."""
-    return torch.tensor(float(value), device=device)
-
-
-@functools.cache
-def _ramp(device):
-    return torch.arange(256, dtype=torch.float32, device=device)
-
-
-@functools.cache
-def _first_of_channel(pixels, device):
-    return torch.arange(0, 768, 256, dtype=torch.int32, device=device).repeat(pixels)
-
-
-@functools.cache
-def _gray_weights(pixels, device):
-    return torch.tensor([0.2989, 0.587, 0.114], device=device).repeat(pixels)
+def _constants(pixels: int, device) -> SimpleNamespace:
+    """For images of so many pixels.  `pixels` and `byte` divide: by Python's numbers, a GPU multiplies with a rounded inverse."""
+    ramp, first_of_channel = torch.arange(256, dtype=torch.float32), torch.arange(0, 768, 256, dtype=torch.int32)
+    return SimpleNamespace(
+        pixels=torch.tensor(float(pixels), device=device), byte=torch.tensor(255.0, device=device), ramp=ramp.to(device),
+        first_of_channel=first_of_channel.repeat(pixels).to(device),
+        gray_weights=torch.tensor([0.2989, 0.587, 0.114]).repeat(pixels).to(device))

@@ -129,7 +129,7 @@ class Sampler:
         self.mix_threshold = int(mix_prob * 2 ** 32) if mixup or cutmix else 0
         self.cutmix_threshold = 0 if not cutmix else 1 if mixup else 2  # to be compared with one random bit
         device = policy.codes.device
-        self.pixels = torch.tensor(float(size * size), device=device)  # see cpu._number
+        self.pixels = torch.tensor(float(size * size), device=device)  # see cpu._constants
         self.crop_sizes = crop_sizes(stored, scale, ratio).to(device) if self.resized else torch.full((1, 2), size, device=device)
         self.erase_sizes = erase_sizes(size).to(device)
         self.lams = beta_quantiles(mixup or 1.0).to(device)  # of what is off, any table will do

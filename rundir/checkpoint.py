@@ -131,20 +131,12 @@ def read(path, missing: str = "check the path") -> dict:
 
 def on_cpu(tree):
     """A deep copy of nested containers with all tensors on the CPU."""
-    copy = copy_async(tree)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return copy
-
-
-def copy_async(tree):
-    """`on_cpu` without the synchronisation: copies from a GPU are asynchronous, to pinned memory."""
     if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True, non_blocking=True)
+        return tree.detach().to("cpu", copy=True)
     if isinstance(tree, Mapping):
-        return {key: copy_async(value) for key, value in tree.items()}
+        return {key: on_cpu(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map(copy_async, tree))
+        return type(tree)(map(on_cpu, tree))
     return tree
 
 
