@@ -17,8 +17,7 @@ does it:
 
 The specification is augment/naive.py.  The CPU path is augment/cpu.py; sampling.py makes the draws, and
 policy.py fills the tables.  All agree bit for bit, since they take whole numbers and tables, and round every product and sum
-by itself: the kernels are compiled without fused multiply-adds.  (For sm_120 the assembler in Triton 3.6 fuses some all the
-same; that in 3.8 does not.)
+by itself: the kernels are compiled without fused multiply-adds.
 """
 from typing import NamedTuple
 
@@ -80,15 +79,6 @@ class Tables(NamedTuple):
 @triton.jit
 def _below(word, limit):
     return tl.umulhi(word, limit.to(tl.uint32)).to(tl.int32)
-
-
-@triton.jit
-def _draw_words(position, mix_position, tables):
-    """Four words for each of STREAMS and each row, uint32 (4, 2)."""
-    stream = tl.arange(0, 4)[:, None]
-    position = tl.where(stream == MIX, mix_position[None, :], position[None, :])
-    epoch = tl.load(tables.parameters + EPOCH).to(tl.int32)
-    return tl.philox(tl.load(tables.parameters + SEED), position.to(tl.int32), epoch, stream, 0)
 
 
 @triton.jit
@@ -162,12 +152,18 @@ def _draw_mix(words, alone, tables, SIZE: tl.constexpr):
 
 @triton.jit
 def _draw_pair(step, first, first_row, rows, tables):
-    """The words that are drawn for two rows of the batch, the images that they are made of, and where the batch starts."""
+    """The words that are drawn for two rows of the batch, the images that they are made of, and where the batch starts.
+
+    Words: four for each of STREAMS and each row, uint32 (4, 2).
+    """
     in_batch = first + tl.minimum(first_row + tl.arange(0, 2), rows - 1)
     start = tl.load(step) * tl.load(tables.parameters + BATCH_SIZE)
     position = start + in_batch
     source = tl.load(tables.order + position)
-    return _draw_words(position, start + in_batch * tl.load(tables.parameters + MIX_EACH), tables), source, start
+    stream, mix_position = tl.arange(0, 4)[:, None], start + in_batch * tl.load(tables.parameters + MIX_EACH)
+    counter = tl.where(stream == MIX, mix_position[None, :], position[None, :]).to(tl.int32)
+    epoch = tl.load(tables.parameters + EPOCH).to(tl.int32)
+    return tl.philox(tl.load(tables.parameters + SEED), counter, epoch, stream, 0), source, start
 
 
 @triton.jit
