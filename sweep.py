@@ -13,7 +13,6 @@ Writes the runs, logs/, table.md and table.csv to --output.
 """
 import os
 import shutil
-import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -73,7 +72,7 @@ def run(jobs, at_once: int, metric: str) -> None:
                     left = median_low(seconds) * (len(jobs) - done) / at_once
                     end = time.monotonic() + left
                     say(f"[{done}/{len(jobs)}] {job}: {job.outcome(metric)}  ({clock(job.seconds)}, eta {clock(left)})")
-                if running and sys.stdout.isatty():
+                if running:
                     now = time.monotonic()
                     eta = f", eta {clock(max(0.0, end - now))}" if end else ""
                     live(f"{done} of {len(jobs)} runs, {min(at_once, len(running))} running, {clock(now - began)}{eta}")

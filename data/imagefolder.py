@@ -196,8 +196,7 @@ def common_side(paths: list[str], image_size) -> tuple[int, bool, int]:
 def progress(items: Iterable, total: int, verb: str) -> Iterator:
     """Yield `items` and print the progress: in a live line on a terminal, else in one line per quarter."""
     step, show = (1, live) if sys.stdout.isatty() else (25, say)
-    if show is live:
-        live(f"{verb} {total} images: 0%")
+    live(f"{verb} {total} images: 0%")
     printed = 0
     for count, item in enumerate(items, 1):
         percent = 100 * count // total
