@@ -140,27 +140,25 @@ def on_cpu(tree):
     return tree
 
 
-class Writer:
+class Writer(ThreadPoolExecutor):
     """A background thread for writing during training; `writer(job)` waits for the previous job.
 
     An error of a job is raised by the next call, by `wait`, or at the end of the `with` block.
     """
 
     def __init__(self):
-        self.pool, self.pending = ThreadPoolExecutor(max_workers=1), None
+        super().__init__(max_workers=1)
+        self.pending = None
 
     def __call__(self, job) -> None:
         self.wait()
-        self.pending = self.pool.submit(job)
+        self.pending = self.submit(job)
 
     def wait(self) -> None:
         if self.pending:
             self.pending.result()
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, kind, failure, trace):
-        self.pool.shutdown()
+        super().__exit__(kind, failure, trace)
         if failure is None:
             self.wait()
