@@ -26,8 +26,9 @@ class Method(NamedTuple):
     """The record of a method.
 
     function: "module:name", called as f(student_logits, teacher_logits, targets, **hyperparameters, label_smoothing=...,
-        class_weights=...), logits (N, C), class weights of the cross-entropy fp32 (C,) or None -> the loss and a dict of its
-        terms, 0-dim tensors, the terms detached and unweighted.
+        class_weights=...), logits (N, C) in fp32, fp16 or bf16, class weights of the cross-entropy fp32 (C,) or None -> the
+        loss, 0-dim fp32, with a gradient to the student only, and a dict of its terms, detached, unweighted, with their T^2.
+        ValueError: shapes or an option that do not fit.
     terms: the names of its terms, columns train_loss_<term> of log.csv; "ce" is the cross-entropy with the labels.
     weight_of: term -> the hyperparameter that is its weight, for each term's gradient in diagnostics.csv.  If more than one term
         lacks one, only the gradient of the whole loss is logged.

@@ -18,9 +18,7 @@ def mlkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.9, be
     Weights and temperatures are those of the authors' code (github.com/Jin-Ying/Multi-Level-Logit-Distillation).  Its two views
     of each image, weak and strong, are one here, and its mask of the weak view, which only halves a term, is left out.
 
-    Logits (N, C) in fp32, fp16 or bf16; computed in fp32.  class_weights: fp32 (C,), of the cross-entropy.
-    Returns the loss (0-dim fp32, gradient to the student only) and its terms, detached, unweighted, T^2 included.
-    Raises ValueError for shapes that do not fit.
+    Arguments and results are those of every method, see losses/methods.py; computed in fp32.
     """
     z, v = in_fp32(student_logits, teacher_logits)
     ce = mixed_ce(student_logits, targets, label_smoothing=label_smoothing, class_weights=class_weights)

@@ -20,9 +20,7 @@ def skd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.9, bet
     All is as in the authors' code (github.com/HyunJunSik/StreamLined) but its masks, which halve the terms.  The paper's
     equations, as torchdistill 1.1.5 gives them, have no T^2, and do not divide by C: that is the same as tikhonov / C^2 here.
 
-    Logits (N, C) in fp32, fp16 or bf16; computed in fp32.  class_weights: fp32 (C,), of the cross-entropy.
-    Returns the loss (0-dim fp32, gradient to the student only) and its terms, detached, unweighted, T^2 included.
-    Raises ValueError for shapes that do not fit.
+    Arguments and results are those of every method, see losses/methods.py; computed in fp32.
     """
     z, v = in_fp32(student_logits, teacher_logits)
     ce = mixed_ce(student_logits, targets, label_smoothing=label_smoothing, class_weights=class_weights)
