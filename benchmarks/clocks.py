@@ -7,11 +7,6 @@ import torch
 from rundir.errors import first_line
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def interleaved(calls: dict, time_one, repeats: int) -> dict[str, list[float]]:
     times = {name: [] for name in calls}
     for _ in range(repeats):
@@ -20,12 +15,13 @@ def interleaved(calls: dict, time_one, repeats: int) -> dict[str, list[float]]:
     return times
 
 
-def wall_us(call, calls: int, device) -> float:
-    synchronize(device)
+def wall_us(call, calls: int, device: torch.device) -> float:
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
     started = time.perf_counter()
     for _ in range(calls):
         call()
-    synchronize(device)
+    synchronize()
     return (time.perf_counter() - started) / calls * 1e6
 
 

@@ -3,11 +3,13 @@
 The defaults are the recipe of the study (experiment v2).  A preset sets other defaults; flags take precedence.
 """
 import argparse
+from pathlib import Path
 
-from cli import config_file, method_flags
+from cli import method_flags
 from cli.flag_types import count, device, nonempty, nonnegative, number, png, positive, probability, seed, whole
 from losses.methods import METHODS
-from rundir.errors import Parser
+from rundir.errors import Failure, Parser
+from rundir.files import read_json
 from rundir.identity import listed, unlisted
 
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
@@ -23,6 +25,10 @@ EXPERIMENTS = {
     "v3.1": {"method": "dkd", "beta": 2.0},
     "v4": {"method": "kd", "teacher_checkpoint": STUDY_TEACHERS[1]},
 }
+
+# Flags that belong to one run or one machine.
+LEFT_OUT = {"config", "experiment", "output", "resume", "overwrite", "dry_run", "debug", "device", "kernels"}
+HYPERPARAMETERS = {name for method in METHODS.values() for name in method.hyperparameters}
 
 
 def data_flags(parser) -> None:
@@ -91,6 +97,10 @@ def optimisation_flags(parser) -> None:
     add("--monitor", choices=("val_loss", "val_acc1"), default="val_loss", help="for best.pt and early stopping; " + DEFAULT)
 
 
+def config_flag(add) -> None:
+    add("--config", metavar="FILE", help="config.json of a run: its flags are the defaults, and flags take precedence")
+
+
 def device_flags(add) -> None:
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
     add("--kernels", choices=("auto", "triton", "reference"), default="auto",
@@ -103,7 +113,7 @@ def debug_flag(add) -> None:
 
 def run_flags(parser, output) -> None:
     add = parser.add_argument_group("device and output").add_argument
-    config_file.add_flag(add)
+    config_flag(add)
     device_flags(add)
     add("--amp", choices=("fp16", "bf16", "off"), help="off: fp32, without TF32; default: fp16 on CUDA, off on a CPU")
     add("--compile", action="store_true", help="compile the networks with torch.compile, which takes a minute or more")
@@ -124,6 +134,30 @@ def new_parser(description=None, usage_lines=None, prog=None) -> Parser:
                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def flags_of_config(parser, argv, *scripts: str) -> dict:
+    """The flags in the file of --config, of a run of one of `scripts`, that `parser` knows; {} without it.
+
+    If --method is another one than that of the file, the hyperparameters of the file's method are left out.
+    """
+    first = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--method")
+    given = first.parse_known_args(argv)[0]
+    if given.config is None:
+        return {}
+    try:
+        config = read_json(Path(given.config))
+    except Failure as failure:
+        parser.error(str(failure))
+    if config is None:
+        parser.error(f"no such file (--config {given.config})")
+    if config.get("script") not in scripts:
+        parser.error(f"not the config.json of a run of {' or '.join(scripts)} ({given.config})")
+    of_method = HYPERPARAMETERS if given.method not in (None, config.get("method")) else set()
+    known = {action.dest for action in parser._actions} - LEFT_OUT - of_method
+    return {name: value for name, value in config.items() if name in known}
+
+
 def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
     """The flags of train_teacher.py; exits with 2 and one line on an error."""
     parser = new_parser(description, usage_lines, prog)
@@ -137,7 +171,7 @@ def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
     augmentation_flags(parser)
     optimisation_flags(parser)
     run_flags(parser, output="runs/teacher")
-    parser.set_defaults(**config_file.flags_of(parser, argv, "train_teacher"))
+    parser.set_defaults(**flags_of_config(parser, argv, "train_teacher"))
     args = parser.parse_args(argv)
     if args.init and args.pretrained:
         parser.error("--init and --pretrained exclude each other")
@@ -172,7 +206,7 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     augmentation_flags(parser)
     optimisation_flags(parser)
     run_flags(parser, output="runs/<experiment, or method and hyperparameters>-s<seed>")
-    preset = config_file.flags_of(parser, argv, "distill") | EXPERIMENTS.get(parser.parse_args(argv).experiment, {})
+    preset = flags_of_config(parser, argv, "distill") | EXPERIMENTS.get(parser.parse_args(argv).experiment, {})
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     files = listed(args.teacher_checkpoint)
@@ -193,7 +227,7 @@ def parse_show(description, usage_lines, argv=None):
     data_flags(parser)
     augmentation_flags(parser)
     add = parser.add_argument_group("batch and output").add_argument
-    config_file.add_flag(add)
+    config_flag(add)
     batch_size_flag(add, default=128)
     add("--images", type=count, default=32, metavar="N", help="number of images to draw; " + DEFAULT)
     add("--epoch", type=count, default=1, metavar="N", help=DEFAULT)
@@ -202,7 +236,7 @@ def parse_show(description, usage_lines, argv=None):
     device_flags(add)
     add("--output", type=png, default="batch.png", metavar="FILE", help=DEFAULT)
     debug_flag(add)
-    parser.set_defaults(**config_file.flags_of(parser, argv, "distill", "train_teacher"))
+    parser.set_defaults(**flags_of_config(parser, argv, "distill", "train_teacher"))
     args = parser.parse_args(argv)
     fill_in_augmentation(parser, args)
     return args
