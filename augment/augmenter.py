@@ -15,6 +15,7 @@ from kernels.augment_constants import SIZES
 
 CROPS = "pad", "resized"
 MIX_MODES = "batch", "elem"
+_print_once = functools.cache(print)
 
 
 class Batch(NamedTuple):
@@ -138,8 +139,3 @@ class BatchAugmenter:
 def is_fused(images, image_size: int) -> bool:
     """Whether the kernels make a batch of `image_size` pixels of these images; they then read the step on the device."""
     return kernels.use_triton(images) and image_size in SIZES and images.shape[1] % SIZES.step == 0
-
-
-@functools.cache
-def _print_once(sentence: str) -> None:
-    print(sentence)
