@@ -36,7 +36,6 @@ class Method(NamedTuple):
     run, table, figure: format strings of run directory, table row and curve label, as in "beta{beta:g}".
     formula: the objective as a format string of the hyperparameters, {ce}, the cross-entropy, {ramp}, the warm-up factor,
         {direction} of the KL and {scored}, whether logits are z-scored.
-    validate: values -> the error message, or None.
     """
     function: str
     hyperparameters: dict[str, Hyperparameter]
@@ -47,7 +46,6 @@ class Method(NamedTuple):
     formula: str
     weight_of: dict[str, str] = {}
     warmed_up: tuple[str, ...] = ()
-    validate: Callable[[dict], str | None] = lambda values: None
 
 
 def resolved(method: Method, values: dict) -> dict:
@@ -62,12 +60,6 @@ MIXED_TARGET = Hyperparameter("pair", "target class of a mixed image", choices=(
 STANDARDIZE = Hyperparameter(False, "z-score the logits of both networks, except for the cross-entropy (arXiv 2403.01427)")
 
 
-def validate_kd(values: dict) -> str | None:
-    if values["ce_weight"] is None and values["alpha"] > 1:
-        return f"argument --alpha: must be <= 1 unless --ce-weight is given ({values['alpha']:g})"
-    return None
-
-
 KD = Method(  # Hinton et al. 2015, arXiv 1503.02531
     function="losses.kd:kd_loss",
     hyperparameters={
@@ -79,8 +71,7 @@ KD = Method(  # Hinton et al. 2015, arXiv 1503.02531
     },
     terms=("ce", "kl"), weight_of={"ce": "ce_weight", "kl": "alpha"},
     run="kd-alpha{alpha:g}-T{temperature:g}", table="KD alpha {alpha:g} T {temperature:g}", figure="KD",
-    formula="{ce_weight:.4g} {ce} + {alpha:g} * {temperature:g}^2 KL({direction}; T = {temperature:g}{scored}){ramp}",
-    validate=validate_kd)
+    formula="{ce_weight:.4g} {ce} + {alpha:g} * {temperature:g}^2 KL({direction}; T = {temperature:g}{scored}){ramp}")
 
 DKD = Method(  # Zhao et al. 2022, arXiv 2203.08679
     function="losses.dkd:dkd_loss",
