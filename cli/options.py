@@ -183,6 +183,10 @@ def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
 
 def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     """The flags of distill.py, with defaults of the chosen method; exits with 2 and one line on an error."""
+    first = Parser(prog=prog, add_help=False, allow_abbrev=False)  # --help shows the defaults of a preset
+    first.add_argument("--experiment", choices=EXPERIMENTS)
+    preset = EXPERIMENTS.get(first.parse_known_args(argv)[0].experiment, {})
+
     parser = new_parser(description, usage_lines, prog)
     add = parser.add_argument_group("distillation").add_argument
     add("--experiment", choices=EXPERIMENTS, help="a preset of the study; flags take precedence")
@@ -206,7 +210,7 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     augmentation_flags(parser)
     optimisation_flags(parser)
     run_flags(parser, output="runs/<experiment, or method and hyperparameters>-s<seed>")
-    preset = flags_of_config(parser, argv, "distill") | EXPERIMENTS.get(parser.parse_args(argv).experiment, {})
+    preset = flags_of_config(parser, argv, "distill") | preset
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     files = listed(args.teacher_checkpoint)
