@@ -67,7 +67,7 @@ def lock(directory: Path, user: str):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
     except BlockingIOError:
-        raise Failure(IN_USE, f"the directory is in use by another {user} ({directory})",
+        raise Failure(IN_USE, f"{user} directory is in use by another {user} ({directory})",
                       "wait until it ends, or choose another --output") from None
     except OSError as failure:
         raise Unwritable(failure.errno, failure.strerror, str(directory / ".lock")) from failure
