@@ -13,7 +13,6 @@ Writes the runs, logs/, table.md and table.csv to --output.
 """
 import os
 import shutil
-import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -22,7 +21,7 @@ from statistics import median_low
 
 from cli import sweep_grid, sweep_jobs
 from rundir import errors
-from rundir.files import as_csv, write_atomic
+from rundir.files import as_csv, lock, write_atomic
 from rundir.terminal import clock, live, say
 
 ROOT = Path(__file__).resolve().parent
@@ -40,7 +39,7 @@ def main(args):
         print(*(job.shown() for job in jobs), sep="\n")
         return
 
-    with sweep_jobs.exclusive_lock(output):
+    with lock(output, "sweep"):
         sweep_jobs.record(jobs, output / "sweep.json")
         from cli import sweep_table  # imports SciPy, which is slow
         run(jobs, args.jobs, args.metric)
@@ -73,7 +72,7 @@ def run(jobs, at_once: int, metric: str) -> None:
                     left = median_low(seconds) * (len(jobs) - done) / at_once
                     end = time.monotonic() + left
                     say(f"[{done}/{len(jobs)}] {job}: {job.outcome(metric)}  ({clock(job.seconds)}, eta {clock(left)})")
-                if running and sys.stdout.isatty():
+                if running:
                     now = time.monotonic()
                     eta = f", eta {clock(max(0.0, end - now))}" if end else ""
                     live(f"{done} of {len(jobs)} runs, {min(at_once, len(running))} running, {clock(now - began)}{eta}")

@@ -6,7 +6,7 @@ multiply-adds would break the equality with the kernel.
 """
 import functools
 from itertools import accumulate
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -18,25 +18,6 @@ from kernels import Targets
 from kernels.augment_constants import KINDS
 
 CPU_BLOCK = 2 ** 18  # pixels that a CPU works on at a time: the memory of larger tensors is given back and mapped anew each time
-
-
-class _Plan(NamedTuple):
-    """How the S steps of an epoch treat R rows of their batches: read them, mirrored ones last; crop, into the order of the first
-    operation, sorted by kind; apply it; move into the order of the next operation, and after the last into that of the batch.
-    Windows that are resized are read in the order of the first operation.
-
-    The lists are on the host: they hold the sizes of all groups, so that no step has to ask the device for one.
-    """
-    sources: torch.Tensor  # int64 (S, R), image numbers
-    mirror_from: list[int]  # per step
-    windows: torch.Tensor  # int64 (S, R), see crop; or (S, R, 5), see resized_crop
-    lines: list[int]  # per step, of all windows
-    codes: list[torch.Tensor]  # per slot int64 (S, R)
-    counts: list[list[list[int]]]  # per slot, step and kind
-    moves: list[torch.Tensor]  # per slot int64 (S, R): where in this order each row of the next one is
-    erased: list[list[list[int]]]  # per step and row
-    pasted: list[list[list[int]]]  # per step, and per row or one for all
-    mixed: list[bool]  # per step, whether any image is mixed outside of its box
 
 
 class CpuBatches:
@@ -78,7 +59,6 @@ class CpuBatches:
                 Targets(*(column[step, rows.start:rows.stop] for column in self._targets)))
 
     def _blocks(self, rows: range) -> list[range]:
-        """`rows` in parts that are worked on at a time."""
         length = len(rows) if self.images.is_cuda else max(2, CPU_BLOCK // self.size ** 2 // 2 * 2)
         return [rows[first:first + length] for first in range(0, len(rows), length)]
 
@@ -105,7 +85,14 @@ class CpuBatches:
         if values is not result:
             result.copy_(values)
 
-    def _plan(self, rows: range) -> _Plan:
+    def _plan(self, rows: range) -> SimpleNamespace:
+        """How the S steps of an epoch treat R rows of their batches.
+
+        They read them, mirrored ones last; crop, into the order of the first operation, sorted by kind; apply it; move into the
+        order of the next operation, and after the last into that of the batch.  Windows to resize are read in the first order.
+
+        The lists are on the host: they hold the sizes of all groups, so that no step has to ask the device for one.
+        """
         part = slice(rows.start, rows.stop)
         top, left, height, width, mirror, codes, erased = (drawn[:, part] for drawn in self._draws)
         pasted, lam, _ = (drawn[:, part] if self.mix_each else drawn for drawn in self._mixes)
@@ -120,15 +107,17 @@ class CpuBatches:
             left = torch.where(mirror, 2 * self.sampler.crop_pad - left, left)
             corners = (reading.argsort(1) * self.sampler.crop_from + top) * self.sampler.crop_from + left
             windows = corners.gather(1, orders[0])
-        return _Plan(
-            sources=self._sources[:, part].gather(1, reading),
-            mirror_from=(~mirror).sum(1).tolist(),
-            windows=windows,
-            lines=height.sum(1).tolist(),
-            codes=[code.gather(1, order) for code, order in zip(codes.unbind(2), orders)],
-            counts=F.one_hot(kinds, len(KINDS)).sum(1).transpose(0, 1).tolist(),
-            moves=[here.argsort(1).gather(1, following) for here, following in zip(orders, orders[1:])],
-            erased=erased.tolist(), pasted=pasted.tolist(), mixed=(lam < 1).any(1).tolist())
+        return SimpleNamespace(
+            sources=self._sources[:, part].gather(1, reading),  # int64 (S, R), image numbers
+            mirror_from=(~mirror).sum(1).tolist(),  # per step
+            windows=windows,  # int64 (S, R), see crop; or (S, R, 5), see resized_crop
+            lines=height.sum(1).tolist(),  # per step, of all windows
+            codes=[code.gather(1, order) for code, order in zip(codes.unbind(2), orders)],  # per slot int64 (S, R)
+            counts=F.one_hot(kinds, len(KINDS)).sum(1).transpose(0, 1).tolist(),  # per slot, step and kind
+            moves=[here.argsort(1).gather(1, following) for here, following in zip(orders, orders[1:])],  # per slot int64 (S, R)
+            erased=erased.tolist(),  # per step and row
+            pasted=pasted.tolist(),  # per step, and per row or one for all
+            mixed=(lam < 1).any(1).tolist())  # per step, whether any image is mixed outside of its box
 
 
 # Arithmetic
@@ -203,14 +192,13 @@ def _blurred(pixels):
 
 def _gray(pixels):
     """(rows, size*size, 1), whole numbers."""
-    red, green, blue = (pixels.flatten(1) * _gray_weights(pixels.shape[1], pixels.device)).view_as(pixels).unbind(2)
+    red, green, blue = (pixels.flatten(1) * _constants(pixels.shape[1], pixels.device).gray_weights).view_as(pixels).unbind(2)
     return (red + green).add_(blue).trunc_().unsqueeze(2)
 
 
 def _mean_gray(pixels):
-    """(rows, 1, 1)."""
     total = _gray(pixels).sum(1, keepdim=True, dtype=torch.int64).float()  # of whole numbers: exact in any order
-    return total / _number(pixels.shape[1], pixels.device)
+    return total / _constants(pixels.shape[1], pixels.device).pixels
 
 
 # Lookups that depend on the image: int16 (rows, 3, 256).
@@ -219,7 +207,7 @@ def _stretching(images, tables):
     planes = images.view(len(images), -1, 3).transpose(1, 2).contiguous()
     low, high = planes.amin(2, keepdim=True), planes.amax(2, keepdim=True)
     stretch = tables.stretch[(high - low).long()]
-    return _whole((_ramp(images.device) - low.masked_fill(low == high, 0)).mul_(stretch))
+    return _whole((_constants(images.shape[1] // 3, images.device).ramp - low.masked_fill(low == high, 0)).mul_(stretch))
 
 
 def _equalizing(index):
@@ -231,20 +219,20 @@ def _equalizing(index):
     step = below_brightest // 255
     # The float32 quotient of whole numbers below 2^23 truncates to the integer quotient: it never rounds up to a whole number.
     equalized = not_brighter.sub_(histogram).add_(step // 2) / step.clamp(min=1)
-    return _whole(torch.where(step > 0, equalized, _ramp(index.device)))
+    return _whole(torch.where(step > 0, equalized, _constants(pixels, index.device).ramp))
 
 
 def _lookup_index(images):
     """int32 (rows, 3*size*size): where each byte finds its value in lookups (rows, 3, 256)."""
     rows, size = images.shape
     first = torch.arange(0, rows * 768, 768, dtype=torch.int32, device=images.device).unsqueeze(1)
-    return images.int().add_(_first_of_channel(size // 3, images.device)).add_(first)
+    return images.int().add_(_constants(size // 3, images.device).first_of_channel).add_(first)
 
 
 def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """float32 (rows, 3*size*size), by the steps of ToTensor and Normalize; mean, std: float32 (3*size*size,)."""
     values = images.float() if out is None else out.copy_(images)
-    return values.div_(_number(255, images.device)).sub_(mean).div_(std)
+    return values.div_(_constants(images.shape[1] // 3, images.device).byte).sub_(mean).div_(std)
 
 
 def erase(images: torch.Tensor, boxes: list[list[int]]) -> None:
@@ -277,21 +265,10 @@ def mix(images: torch.Tensor, lam: torch.Tensor, boxes: list[list[int]], mixed: 
 # Constants, which a small batch would spend more time on making than on using.
 
 @functools.cache
-def _number(value, device):
-    """What to divide by: by a number of Python's, a GPU multiplies with its rounded inverse instead."""
-    return torch.tensor(float(value), device=device)
-
-
-@functools.cache
-def _ramp(device):
-    return torch.arange(256, dtype=torch.float32, device=device)
-
-
-@functools.cache
-def _first_of_channel(pixels, device):
-    return torch.arange(0, 768, 256, dtype=torch.int32, device=device).repeat(pixels)
-
-
-@functools.cache
-def _gray_weights(pixels, device):
-    return torch.tensor([0.2989, 0.587, 0.114], device=device).repeat(pixels)
+def _constants(pixels: int, device) -> SimpleNamespace:
+    """For images of so many pixels.  `pixels` and `byte` divide: by Python's numbers, a GPU multiplies with a rounded inverse."""
+    ramp, first_of_channel = torch.arange(256, dtype=torch.float32), torch.arange(0, 768, 256, dtype=torch.int32)
+    return SimpleNamespace(
+        pixels=torch.tensor(float(pixels), device=device), byte=torch.tensor(255.0, device=device), ramp=ramp.to(device),
+        first_of_channel=first_of_channel.repeat(pixels).to(device),
+        gray_weights=torch.tensor([0.2989, 0.587, 0.114]).repeat(pixels).to(device))

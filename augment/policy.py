@@ -38,10 +38,6 @@ KIND_OF = {
 IDENTITY = ("Identity", 0.0)
 
 
-def _none(size: int) -> list:
-    return [()]
-
-
 def _operation(space, name, probability, level):
     magnitudes, signed = space[name]
     return name, probability, float(magnitudes[level]) if magnitudes.ndim else 0.0, signed
@@ -68,7 +64,7 @@ def _trivialaugment(size: int) -> list:
 
 
 POLICIES: dict[str, Callable[[int], list]] = {
-    "none": _none,
+    "none": lambda size: [()],
     "autoaugment": functools.partial(_autoaugment, AutoAugmentPolicy.CIFAR10),
     "autoaugment-imagenet": functools.partial(_autoaugment, AutoAugmentPolicy.IMAGENET),
     "autoaugment-svhn": functools.partial(_autoaugment, AutoAugmentPolicy.SVHN),

@@ -53,8 +53,8 @@ def beta_quantiles(alpha: float) -> torch.Tensor:
     return torch.cat([lower, 1 - lower.flip(0)]).float()
 
 
-def erase_law(size: int) -> torch.Tensor:
-    """float64 (size, size): how likely torchvision's RandomErasing is to erase a box of so many rows and columns, in size x size.
+def erase_sizes(size: int) -> torch.Tensor:
+    """int64 (2**BOX_BITS, 2): heights and widths of boxes, each as often as torchvision's RandomErasing erases it in size x size.
 
     It draws a share of the area, uniform in [0.02, 0.33], and a ratio h / w, log-uniform in [0.3, 3.3]; rounds h and w; and draws
     again where one is not below `size`.  In (h, w) that is a uniform density between two hyperbolas and two lines, so a size's
@@ -65,16 +65,11 @@ def erase_law(size: int) -> torch.Tensor:
     edges = torch.arange(size, dtype=torch.float64) - 0.5
     inside = torch.minimum(most[:, None], edges + 1) - torch.maximum(least[:, None], edges)
     law = inside.clamp(min=0).view(size, FINE, size).sum(1)
-    return law / law.sum()
+    return _table(law / law.sum())
 
 
-def erase_sizes(size: int) -> torch.Tensor:
-    """int64 (2**BOX_BITS, 2): heights and widths, each as often as `erase_law` has it."""
-    return _table(erase_law(size))
-
-
-def crop_law(size: int, scale, ratio) -> torch.Tensor:
-    """float64 (size + 1, size + 1): how likely torchvision's RandomResizedCrop is to cut such a window out of size x size.
+def crop_sizes(size: int, scale, ratio) -> torch.Tensor:
+    """int64 (2**BOX_BITS, 2): heights and widths, each as often as torchvision's RandomResizedCrop cuts it out of size x size.
 
     It draws a share of the area, uniform in `scale`, and a ratio w / h, log-uniform in `ratio`; rounds h and w; and draws again
     where one is above `size`.  After ten draws in vain it takes the largest window with the ratio in `ratio` that is next to 1.
@@ -90,12 +85,7 @@ def crop_law(size: int, scale, ratio) -> torch.Tensor:
     law *= sum(rejected ** attempt for attempt in range(ATTEMPTS))
     nearest = min(max(1.0, ratio[0]), ratio[1])
     law[round(size / max(nearest, 1)), round(size * min(nearest, 1))] += rejected ** ATTEMPTS
-    return law
-
-
-def crop_sizes(size: int, scale, ratio) -> torch.Tensor:
-    """int64 (2**BOX_BITS, 2): heights and widths, each as often as `crop_law` has it."""
-    return _table(crop_law(size, scale, ratio))
+    return _table(law)
 
 
 def _table(law: torch.Tensor) -> torch.Tensor:
@@ -119,7 +109,6 @@ class ImageDraws(NamedTuple):
 
 
 class MixDraws(NamedTuple):
-    """How each image is mixed with its partner."""
     pasted: torch.Tensor  # int64 (..., 4), the box that shows the partner
     lam: torch.Tensor  # float32 (...), the weight of the image outside of that box
     share: torch.Tensor  # float32 (...), of the image in the whole: what its label is worth
@@ -140,7 +129,7 @@ class Sampler:
         self.mix_threshold = int(mix_prob * 2 ** 32) if mixup or cutmix else 0
         self.cutmix_threshold = 0 if not cutmix else 1 if mixup else 2  # to be compared with one random bit
         device = policy.codes.device
-        self.pixels = torch.tensor(float(size * size), device=device)  # see cpu._number
+        self.pixels = torch.tensor(float(size * size), device=device)  # see cpu._constants
         self.crop_sizes = crop_sizes(stored, scale, ratio).to(device) if self.resized else torch.full((1, 2), size, device=device)
         self.erase_sizes = erase_sizes(size).to(device)
         self.lams = beta_quantiles(mixup or 1.0).to(device)  # of what is off, any table will do

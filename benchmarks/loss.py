@@ -1,4 +1,4 @@
-"""Time and memory of the fused loss with its gradient, beside published code, torch.compile, Liger and a copy.
+"""Time and memory of the fused loss with its gradient, beside published code, torch.compile and a copy.
 
     python -m benchmarks.loss                  the whole table -> benchmarks/results/loss-<gpu or cpu>.csv
     python -m benchmarks.loss --quick          two sizes, few repeats
@@ -67,8 +67,6 @@ def contenders(loss: str, student, teacher, label) -> dict:
     computes, found = {"reference": ours("reference"), BASE: published}, {}
     if student.is_cuda:
         computes = {"fused": ours("auto"), **computes, "torch.compile": torch.compile(published, dynamic=False)}
-        if loss == "kd" and (liger := liger_kd()):
-            computes["liger"] = liger
         gradient, half = torch.empty_like(student, dtype=torch.float32), torch.empty_like(student[: len(student) // 2])
         found["copy"] = copy
     for name, compute in computes.items():
@@ -83,21 +81,7 @@ def contenders(loss: str, student, teacher, label) -> dict:
     return found
 
 
-def liger_kd():
-    try:
-        from liger_kernel.transformers import LigerKLDIVLoss
-    except ImportError:
-        return print("liger-kernel is not installed: left out")
-    divergence = LigerKLDIVLoss(reduction="batchmean")
-
-    def compute(student, teacher, label):
-        kl = divergence(F.log_softmax(student / T, 1), F.softmax(teacher / T, 1))
-        return 0.3 * F.cross_entropy(student, label, label_smoothing=EPS) + 0.7 * T * T * kl
-    return compute
-
-
 def benchmark(rows: int, classes: int, dtype: str, loss: str, device, repeats: int):
-    """A row for each contender and mode."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = ((3 * torch.randn(rows, classes, generator=generator)).to(device, table.DTYPES[dtype]) for _ in range(2))
     label = torch.randint(classes, (rows,), generator=generator).to(device)

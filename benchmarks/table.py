@@ -60,7 +60,6 @@ def hardware(device: torch.device) -> str:
 
 
 def short(device: torch.device) -> str:
-    """The hardware in a file name."""
     return hardware(device) if device.type == "cuda" else "cpu"
 
 
@@ -102,6 +101,5 @@ class Rows:
                 write_atomic(self.path, as_csv(list(columns), list(map(vars, self.all))))
 
     def close(self) -> None:
-        """Print where the rows are."""
         if self.path and self.all:
             print(self.path)

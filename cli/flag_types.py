@@ -24,7 +24,6 @@ def number(kind, at_least=None, above=None, at_most=None, below=None):
 
 
 def matching(pattern: str, wanted: str):
-    """An argparse type: a string that matches a regular expression."""
 
     def parse(text):
         if not re.fullmatch(pattern, text, re.DOTALL):

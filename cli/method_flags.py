@@ -56,9 +56,8 @@ def fill_in(parser, args, of_preset: set) -> None:
     weights = [resolved(record, hyperparameters)[name] for name in record.weight_of.values()]
     if len(weights) == len(record.terms) and not any(weights):
         parser.error(f"every weight of the loss is 0 ({', '.join(map(flag, record.weight_of.values()))})")
-    reason = record.validate(hyperparameters)
-    if reason:
-        parser.error(reason)
+    if min(weights, default=0) < 0:  # of KD, where it is 1 - alpha
+        parser.error(f"argument --alpha: must be <= 1 unless --ce-weight is given ({args.alpha:g})")
     if args.match_norm != "none" and args.loss_scale != 1:
         parser.error(f"--loss-scale and --match-norm exclude each other: matching cancels the scale ({args.loss_scale:g})")
     if args.match_norm != "none" and args.compile:

@@ -3,11 +3,13 @@
 The defaults are the recipe of the study (experiment v2).  A preset sets other defaults; flags take precedence.
 """
 import argparse
+from pathlib import Path
 
-from cli import config_file, method_flags
+from cli import method_flags
 from cli.flag_types import count, device, nonempty, nonnegative, number, png, positive, probability, seed, whole
 from losses.methods import METHODS
-from rundir.errors import Parser
+from rundir.errors import Failure, Parser
+from rundir.files import read_json
 from rundir.identity import listed, unlisted
 
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
@@ -23,6 +25,10 @@ EXPERIMENTS = {
     "v3.1": {"method": "dkd", "beta": 2.0},
     "v4": {"method": "kd", "teacher_checkpoint": STUDY_TEACHERS[1]},
 }
+
+# Flags that belong to one run or one machine.
+LEFT_OUT = {"config", "experiment", "output", "resume", "overwrite", "dry_run", "debug", "device", "kernels"}
+HYPERPARAMETERS = {name for method in METHODS.values() for name in method.hyperparameters}
 
 
 def data_flags(parser) -> None:
@@ -91,6 +97,10 @@ def optimisation_flags(parser) -> None:
     add("--monitor", choices=("val_loss", "val_acc1"), default="val_loss", help="for best.pt and early stopping; " + DEFAULT)
 
 
+def config_flag(add) -> None:
+    add("--config", metavar="FILE", help="config.json of a run: its flags are the defaults, and flags take precedence")
+
+
 def device_flags(add) -> None:
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
     add("--kernels", choices=("auto", "triton", "reference"), default="auto",
@@ -103,7 +113,7 @@ def debug_flag(add) -> None:
 
 def run_flags(parser, output) -> None:
     add = parser.add_argument_group("device and output").add_argument
-    config_file.add_flag(add)
+    config_flag(add)
     device_flags(add)
     add("--amp", choices=("fp16", "bf16", "off"), help="off: fp32, without TF32; default: fp16 on CUDA, off on a CPU")
     add("--compile", action="store_true", help="compile the networks with torch.compile, which takes a minute or more")
@@ -124,6 +134,30 @@ def new_parser(description=None, usage_lines=None, prog=None) -> Parser:
                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def flags_of_config(parser, argv, *scripts: str) -> dict:
+    """The flags in the file of --config, of a run of one of `scripts`, that `parser` knows; {} without it.
+
+    If --method is another one than that of the file, the hyperparameters of the file's method are left out.
+    """
+    first = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--method")
+    given = first.parse_known_args(argv)[0]
+    if given.config is None:
+        return {}
+    try:
+        config = read_json(Path(given.config))
+    except Failure as failure:
+        parser.error(str(failure))
+    if config is None:
+        parser.error(f"no such file (--config {given.config})")
+    if config.get("script") not in scripts:
+        parser.error(f"not the config.json of a run of {' or '.join(scripts)} ({given.config})")
+    of_method = HYPERPARAMETERS if given.method not in (None, config.get("method")) else set()
+    known = {action.dest for action in parser._actions} - LEFT_OUT - of_method
+    return {name: value for name, value in config.items() if name in known}
+
+
 def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
     """The flags of train_teacher.py; exits with 2 and one line on an error."""
     parser = new_parser(description, usage_lines, prog)
@@ -137,7 +171,7 @@ def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
     augmentation_flags(parser)
     optimisation_flags(parser)
     run_flags(parser, output="runs/teacher")
-    parser.set_defaults(**config_file.flags_of(parser, argv, "train_teacher"))
+    parser.set_defaults(**flags_of_config(parser, argv, "train_teacher"))
     args = parser.parse_args(argv)
     if args.init and args.pretrained:
         parser.error("--init and --pretrained exclude each other")
@@ -149,7 +183,7 @@ def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
 
 def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     """The flags of distill.py, with defaults of the chosen method; exits with 2 and one line on an error."""
-    first = Parser(prog=prog, add_help=False, allow_abbrev=False)
+    first = Parser(prog=prog, add_help=False, allow_abbrev=False)  # --help shows the defaults of a preset
     first.add_argument("--experiment", choices=EXPERIMENTS)
     preset = EXPERIMENTS.get(first.parse_known_args(argv)[0].experiment, {})
 
@@ -176,7 +210,7 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     augmentation_flags(parser)
     optimisation_flags(parser)
     run_flags(parser, output="runs/<experiment, or method and hyperparameters>-s<seed>")
-    preset = config_file.flags_of(parser, argv, "distill") | preset
+    preset = flags_of_config(parser, argv, "distill") | preset
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     files = listed(args.teacher_checkpoint)
@@ -197,7 +231,7 @@ def parse_show(description, usage_lines, argv=None):
     data_flags(parser)
     augmentation_flags(parser)
     add = parser.add_argument_group("batch and output").add_argument
-    config_file.add_flag(add)
+    config_flag(add)
     batch_size_flag(add, default=128)
     add("--images", type=count, default=32, metavar="N", help="number of images to draw; " + DEFAULT)
     add("--epoch", type=count, default=1, metavar="N", help=DEFAULT)
@@ -206,27 +240,20 @@ def parse_show(description, usage_lines, argv=None):
     device_flags(add)
     add("--output", type=png, default="batch.png", metavar="FILE", help=DEFAULT)
     debug_flag(add)
-    parser.set_defaults(**config_file.flags_of(parser, argv, "distill", "train_teacher"))
+    parser.set_defaults(**flags_of_config(parser, argv, "distill", "train_teacher"))
     args = parser.parse_args(argv)
     fill_in_augmentation(parser, args)
     return args
 
 
-def image_defaults(args) -> tuple[dict, str]:
-    """The defaults that depend on the images, and why; without --image-size a folder is asked for the size of an image."""
-    large, reason = False, args.dataset
-    if args.dataset == "imagefolder":
-        from data.layout import native_side
-        large = (args.image_size or native_side(args.data_dir)) > LARGE
-        reason += f" {'above' if large else 'up to'} {LARGE} pixels"
-    return {"crop": "resized", "policy": "autoaugment-imagenet"} if large else {"crop": "pad", "policy": "autoaugment"}, reason
-
-
 def fill_in_augmentation(parser, args) -> None:
     """Set the defaults of --crop and --policy, and check the ranges of the crop."""
-    for name, value in image_defaults(args)[0].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    large = False
+    if args.dataset == "imagefolder":  # without --image-size it is asked for the size of an image
+        from data.layout import native_side
+        large = (args.image_size or native_side(args.data_dir)) > LARGE
+    args.crop = args.crop or ("resized" if large else "pad")
+    args.policy = args.policy or ("autoaugment-imagenet" if large else "autoaugment")
     for name in ("crop_scale", "crop_ratio"):
         smallest, largest = given = getattr(args, name)
         if smallest > largest or name == "crop_scale" and largest > 1:
@@ -234,13 +261,6 @@ def fill_in_augmentation(parser, args) -> None:
             parser.error(f"{method_flags.flag(name)} must rise{limit} ({smallest:g} {largest:g})")
         if args.crop == "pad" and given != parser.get_default(name):
             parser.error(f"{method_flags.flag(name)} does not belong to --crop pad ({smallest:g} {largest:g})")
-
-
-def chosen_defaults(args) -> list[str]:
-    """A line that says which defaults the images of a folder led to, if any."""
-    defaults, reason = image_defaults(args)
-    chosen = [f"{name}={value}" for name, value in defaults.items() if getattr(args, name) == value]
-    return [f"{', '.join(chosen)}: {reason}"] if chosen and args.dataset == "imagefolder" else []
 
 
 def check_schedule(parser, args) -> None:
@@ -261,7 +281,6 @@ def data(args) -> dict:
 
 
 def augmentation(args) -> dict:
-    """Keyword arguments of augment.BatchAugmenter."""
     names = ("seed", "crop", "flip", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "mix_mode")
     image_size = args.image_size if args.crop == "resized" else None
     of_crop = {"image_size": image_size, "scale": args.crop_scale, "ratio": args.crop_ratio}

@@ -80,7 +80,6 @@ def expand(script: str, words: list[str]) -> list[Cell]:
 
 
 def split(words: list[str]) -> list[list[str]]:
-    """Split at every `--`."""
     grids = [[]]
     for word in words:
         if word == "--":
@@ -91,7 +90,6 @@ def split(words: list[str]) -> list[list[str]]:
 
 
 def read_flags(words: list[str]) -> dict[str, tuple[str, ...]]:
-    """Long flag -> its values."""
     flags, values = {}, None
     for word in words:
         if not re.match(r"--?[A-Za-z]", word):
@@ -133,7 +131,6 @@ def axis(script: str, flag: str, values: tuple) -> list[tuple]:
 
 
 def foreign_hyperparameters(flags: dict) -> set[str]:
-    """The `flags` that only other methods have."""
     preset = options.EXPERIMENTS.get((flags.get("--experiment") or ("",))[0], {})
     chosen = (flags.get("--method") or (preset.get("method", DEFAULTS["distill.py"].method),))[0]
     if chosen not in METHODS:

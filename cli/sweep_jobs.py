@@ -1,5 +1,4 @@
 """The runs of a sweep: commands, processes, results.  Imports no torch."""
-import fcntl
 import multiprocessing
 import os
 import runpy
@@ -8,12 +7,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from cli import sweep_grid
-from rundir.errors import BUG, DATA, DIVERGED, IN_USE, STOPPED, USAGE, Failure
+from rundir.errors import BUG, DATA, DIVERGED, STOPPED, USAGE, Failure
 from rundir.files import damaged, existing_digest, make_directory, read_json, write_json
 from rundir.identity import NON_EXPERIMENT_FLAGS, listed, same_flag, unlisted
 
@@ -169,19 +168,6 @@ def results(jobs: list[Job], cells: list) -> dict[str, dict[int, dict]]:
             raise Failure(DATA, f"runs of one table have different images ({first.directory} and {job.directory})",
                           "restore the images, or remove the runs on the others")
     return {cell.label: {job.seed: job.result() for job in jobs if job.cell is cell} for cell in cells}
-
-
-@contextmanager
-def exclusive_lock(output: Path):
-    """Create the directory of a sweep and lock it.  Failure IN_USE: another sweep holds the lock."""
-    make_directory(output)
-    try:
-        with open(output / ".lock", "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-    except BlockingIOError:
-        raise Failure(IN_USE, f"another sweep is running in this directory ({output})",
-                      "wait for it, or choose another --output") from None
 
 
 cached_digest = cache(existing_digest)  # most runs of a sweep share one teacher

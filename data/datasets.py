@@ -44,7 +44,6 @@ class Dataset:
 
     @property
     def image_size(self) -> int:
-        """Height and width of the stored images, in pixels."""
         return self.train.stored.shape[1]
 
     def __str__(self) -> str:
@@ -111,7 +110,6 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, crop="pad",
 
 
 def shared(images: Split, others: Split) -> int:
-    """How many of the images are among the others, too."""
     step = max(1, images.stored[0].numel() // 64) if len(images.labels) else 1
     samples = [[row.tobytes() for row in split._replace(stored=split.stored.flatten(1)[:, ::step]).images.numpy()]
                for split in (images, others)]

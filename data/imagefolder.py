@@ -5,7 +5,6 @@ import hashlib
 import io
 import os
 import sys
-import uuid
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -109,9 +108,10 @@ def read_images(prefix: Path, found: layout.Layout, paths: list[str], image_size
         if waited and (decoded := cached()):
             return decoded
         decoded = decode(paths, image_size)
-        relative = [(os.path.relpath(path, found.root), reason) for path, reason in decoded.unreadable]
+        relative, buffer = [(os.path.relpath(path, found.root), reason) for path, reason in decoded.unreadable], io.BytesIO()
+        torch.save(vars(decoded) | {"unreadable": relative}, buffer)
         try:
-            write_cache(native if decoded.is_native else resized, vars(decoded) | {"unreadable": relative})
+            write_atomic(native if decoded.is_native else resized, buffer.getbuffer())
             for outdated in prefix.parent.glob(f"{glob.escape(prefix.name)}*"):
                 if not outdated.name.startswith(key):
                     outdated.unlink(missing_ok=True)
@@ -148,14 +148,6 @@ def read_cache(path: Path, files: int) -> Decoded | None:
         return decoded if len(decoded.images) + len(decoded.unreadable) == files else None
     except Exception:  # zipfile and the unpickler raise many types on damaged files
         return None
-
-
-def write_cache(path: Path, content: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # unique, for concurrent writers
-    write_atomic(temporary, buffer.getbuffer())
-    os.replace(temporary, path)
 
 
 def decode(paths: list[str], image_size) -> Decoded:
@@ -204,8 +196,7 @@ def common_side(paths: list[str], image_size) -> tuple[int, bool, int]:
 def progress(items: Iterable, total: int, verb: str) -> Iterator:
     """Yield `items` and print the progress: in a live line on a terminal, else in one line per quarter."""
     step, show = (1, live) if sys.stdout.isatty() else (25, say)
-    if show is live:
-        live(f"{verb} {total} images: 0%")
+    live(f"{verb} {total} images: 0%")
     printed = 0
     for count, item in enumerate(items, 1):
         percent = 100 * count // total

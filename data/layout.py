@@ -10,7 +10,6 @@ Classes are matched by name, and sorted as text, as in torchvision's ImageFolder
 import csv
 import os
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -80,7 +79,6 @@ def native_side(data_dir) -> int:
 
 
 def matched(root: Path, splits: dict[str, Labelled], notes: list[str], left_out: Counter, lines: dict[str, int]) -> Layout:
-    """The layout of these splits, whose classes are those of "train"."""
     classes = sorted({name for name, _ in splits["train"]})
     if len(classes) < 2:
         raise Failure(DATA, f"fewer than two classes with training images ({root})", "give each class a folder of its own there")
@@ -139,12 +137,10 @@ def read_classes(folder: Path, names: list[str], left_out: Counter) -> tuple[Lab
         images += [(name, path) for path in files]
         if not files:
             empty.append(name)
-        if sys.stdout.isatty():
-            live(f"listing {folder}: {len(images)} images")
-    loose: Counter = Counter()
+        live(f"listing {folder}: {len(images)} images")
     with os.scandir(folder) as entries:
-        loose["outside of a class folder"] = sum(entry.is_file() and not is_hidden(entry.name) for entry in entries)
-    left_out.update(+loose)
+        if loose := sum(entry.is_file() and not is_hidden(entry.name) for entry in entries):
+            left_out["outside of a class folder"] += loose
     return images, empty
 
 

@@ -34,14 +34,12 @@ TURNED, ON_WHITE, SCALED, FIRST_FRAME = ("turned upright by their EXIF orientati
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read."""
     Image.init()
     return tuple(sorted(set(Image.OPEN) - NO_PIXELS))
 
 
 @cache
 def suffixes() -> frozenset[str]:
-    """The suffixes of these formats, in lower case."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats())
 
 

@@ -1,9 +1,8 @@
 """Verdict and alarms of a run.  Imports no torch.
 
 A collapse is a fall of validation accuracy below a reference, by `collapsed`: summary.json compares with the run's own best epoch
-and also counts an accuracy near chance; plots/ and STUDY.md compare with the control, a KD run.  Chance is the accuracy of the
-constant prediction of the largest class.  An alarm is a value beyond a limit, not a cause: alarms.csv in results/ablation-small
-counts how often each is raised in runs that collapsed, and in others.
+and also counts an accuracy near chance; plots/ and STUDY.md compare with the control, a KD run.  An alarm is a value beyond a
+limit, not a cause: results/ablation-small/alarms.csv counts how often each is raised in runs that collapsed, and in others.
 """
 import math
 from typing import NamedTuple
@@ -136,7 +135,6 @@ def moves(recipe, rows: list, diagnostics: list[dict]) -> list[tuple[float, floa
     """By epoch: the mean relative update norm over that of equilibrium at the epoch's mean learning rate, itself, and the epoch.
 
     Only of epochs by whose end weight decay alone has taken the squared norm to 1 / e: before, the initialisation sets the norm.
-    So a run without weight decay has none.
     """
     ratios, found, taken = {row["epoch"]: row.get("update_ratio") for row in diagnostics}, [], 0.0
     before = 0.0 if recipe.warmup_epochs else rows[0].lr

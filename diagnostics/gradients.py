@@ -1,7 +1,7 @@
 """The columns of diagnostics.csv: the logit gradient of each loss term, the teacher's accuracy and entropy.
 
-They are means over every 40th step, computed from its logits; docs/diagnostics.md explains each.  The gradient of a term with
-respect to the student's logits is that of the loss with all other weights at 0.
+They are means over every 40th step; docs/diagnostics.md explains each.  The gradient of a term with respect to the student's
+logits is that of the loss with all other weights at 0.
 """
 import math
 from functools import partial

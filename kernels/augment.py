@@ -17,8 +17,7 @@ does it:
 
 The specification is augment/naive.py.  The CPU path is augment/cpu.py; sampling.py makes the draws, and
 policy.py fills the tables.  All agree bit for bit, since they take whole numbers and tables, and round every product and sum
-by itself: the kernels are compiled without fused multiply-adds.  (For sm_120 the assembler in Triton 3.6 fuses some all the
-same; that in 3.8 does not.)
+by itself: the kernels are compiled without fused multiply-adds.
 """
 from typing import NamedTuple
 
@@ -83,15 +82,6 @@ def _below(word, limit):
 
 
 @triton.jit
-def _draw_words(position, mix_position, tables):
-    """Four words for each of STREAMS and each row, uint32 (4, 2)."""
-    stream = tl.arange(0, 4)[:, None]
-    position = tl.where(stream == MIX, mix_position[None, :], position[None, :])
-    epoch = tl.load(tables.parameters + EPOCH).to(tl.int32)
-    return tl.philox(tl.load(tables.parameters + SEED), position.to(tl.int32), epoch, stream, 0)
-
-
-@triton.jit
 def _of(stream, words):
     """The four words of one stream, uint32 (2,) each."""
     wanted = tl.arange(0, 4)[:, None] == stream
@@ -100,22 +90,18 @@ def _of(stream, words):
 
 
 @triton.jit
-def _draw_window(words, tables):
-    """Top and left edge in the image without its padding, and whether to mirror."""
-    top, left, mirror, _ = _of(CROP, words)
-    pad = tl.load(tables.parameters + CROP_PAD).to(tl.int32)
-    mirror = mirror.to(tl.int32) & tl.load(tables.parameters + FLIP).to(tl.int32)
-    return _below(top, 2 * pad + 1) - pad, _below(left, 2 * pad + 1) - pad, mirror
-
-
-@triton.jit
-def _draw_resized(words, tables, SIDE: tl.constexpr):
-    """Top and left edge, height and width of a window to resize, and whether to mirror the result."""
+def _draw_window(words, tables, SIZE: tl.constexpr, RESIZED: tl.constexpr, SIDE: tl.constexpr):
+    """Top and left edge in the image without its padding, height and width, and whether to mirror the result."""
     top, left, mirror, quantile = _of(CROP, words)
-    quantile = (quantile >> (32 - BOX_BITS)).to(tl.int32) + BOXES
-    height, width = tl.load(tables.boxes + 2 * quantile), tl.load(tables.boxes + 2 * quantile + 1)
-    mirror = mirror.to(tl.int32) & tl.load(tables.parameters + FLIP).to(tl.int32)
-    return _below(top, SIDE + 1 - height), _below(left, SIDE + 1 - width), height, width, mirror
+    if RESIZED:
+        quantile = (quantile >> (32 - BOX_BITS)).to(tl.int32) + BOXES
+        height, width = tl.load(tables.boxes + 2 * quantile), tl.load(tables.boxes + 2 * quantile + 1)
+        top, left = _below(top, SIDE + 1 - height), _below(left, SIDE + 1 - width)
+    else:
+        pad = tl.load(tables.parameters + CROP_PAD).to(tl.int32)
+        top, left = _below(top, 2 * pad + 1) - pad, _below(left, 2 * pad + 1) - pad
+        height, width = top * 0 + SIZE, top * 0 + SIZE
+    return top, left, height, width, mirror.to(tl.int32) & tl.load(tables.parameters + FLIP).to(tl.int32)
 
 
 @triton.jit
@@ -166,12 +152,18 @@ def _draw_mix(words, alone, tables, SIZE: tl.constexpr):
 
 @triton.jit
 def _draw_pair(step, first, first_row, rows, tables):
-    """The words that are drawn for two rows of the batch, the images that they are made of, and where the batch starts."""
+    """The words that are drawn for two rows of the batch, the images that they are made of, and where the batch starts.
+
+    Words: four for each of STREAMS and each row, uint32 (4, 2).
+    """
     in_batch = first + tl.minimum(first_row + tl.arange(0, 2), rows - 1)
     start = tl.load(step) * tl.load(tables.parameters + BATCH_SIZE)
     position = start + in_batch
     source = tl.load(tables.order + position)
-    return _draw_words(position, start + in_batch * tl.load(tables.parameters + MIX_EACH), tables), source, start
+    stream, mix_position = tl.arange(0, 4)[:, None], start + in_batch * tl.load(tables.parameters + MIX_EACH)
+    counter = tl.where(stream == MIX, mix_position[None, :], position[None, :]).to(tl.int32)
+    epoch = tl.load(tables.parameters + EPOCH).to(tl.int32)
+    return tl.philox(tl.load(tables.parameters + SEED), counter, epoch, stream, 0), source, start
 
 
 @triton.jit
@@ -512,14 +504,11 @@ def _augment_kernel(step, first, rows, tables, out, out_label, out_other, out_la
     words, source, start = _draw_pair(step, first, first_row, rows, tables)
 
     index, next_index = _both(source)
-    if RESIZED:
-        top, left, height, width, mirror = _draw_resized(words, tables, SIDE)
-        height, next_height = _both(height)
-        width, next_width = _both(width)
-    else:
-        top, left, mirror = _draw_window(words, tables)
+    top, left, height, width, mirror = _draw_window(words, tables, SIZE, RESIZED, SIDE)
     top, next_top = _both(top)
     left, next_left = _both(left)
+    height, next_height = _both(height)
+    width, next_width = _both(width)
     mirror, next_mirror = _both(mirror)
     if RESIZED:
         pixels = _read_resized(index, top, left, height, width, mirror, tables, SIZE, SIDE)
@@ -662,12 +651,9 @@ def _augment_policy_kernel(step, first, rows, tables, copies, lookups, SIZE: tl.
     words, source, _ = _draw_pair(step, first, row // 2 * 2, rows, tables)
     number = row % 2
     index = _own(source, number)
-    if RESIZED:
-        top, left, height, width, mirror = _draw_resized(words, tables, SIDE)
-        height, width = _own(height, number), _own(width, number)
-    else:
-        top, left, mirror = _draw_window(words, tables)
-    top, left, mirror = _own(top, number), _own(left, number), _own(mirror, number)
+    top, left, height, width, mirror = _draw_window(words, tables, SIZE, RESIZED, SIDE)
+    top, left, height, width = _own(top, number), _own(left, number), _own(height, number), _own(width, number)
+    mirror = _own(mirror, number)
 
     operation, later_operation = 0, 0
     if SLOTS > 0:

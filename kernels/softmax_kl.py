@@ -98,8 +98,7 @@ def softmax_kl(student_logits, teacher_logits, label, other, lam, weights: Weigh
     split: the target set of a mixed row: "pair" {label, other}; "dominant" the one with the larger share; "first" label.
     reverse: the student first in the KL, which is then the only divergence that may have a weight.
     class_weights: fp32 (C,), at least 0, of the classes in CE; None: all 1.  As in torch.nn.CrossEntropyLoss(weight=...) with
-    probabilities as targets, whose mean is over the N rows.  With class indices as targets, PyTorch's mean is that sum over the
-    rows divided by the sum of the rows' weights, sum_n w[label_n], instead of by N.
+    probabilities as targets: the mean is over the N rows, not over their weights.
     The gradient is kept in fp32 until `backward`, where the upstream gradient multiplies it before it is rounded to 16 bits.
     Returns the loss (0-dim fp32, backpropagates to student_logits only) and its Terms.
     Raises ValueError for shapes or a split that do not fit, and without any term.
@@ -649,22 +648,6 @@ def _reverse(q, p, total_z, v_over_z, base_v, top_v, gap, T, inverse_T, w_kl, sc
 
 
 @triton.jit
-def _mean(values, N, REDUCE: tl.constexpr):
-    """Mean of N values that other programs wrote, read past the first-level cache."""
-    index = tl.arange(0, REDUCE)
-    total = tl.zeros([REDUCE], tl.float32)
-    for start in range(0, N, REDUCE):
-        total += tl.load(values + start + index, start + index < N, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, 0) / N
-
-
-@triton.jit
-def _weighted(weight, term):
-    """A term of weight 0 does not count, even where it is infinite."""
-    return tl.where(weight != 0, weight * term, 0.0)
-
-
-@triton.jit
 def _labels(label, other, lam, row, live, SPLIT: tl.constexpr):
     """a, b and the share of a; a label whose share is 0 goes, and the row counts as unmixed: a = b."""
     share = tl.load(lam + row, live, other=1.0)
@@ -679,12 +662,15 @@ def _labels(label, other, lam, row, live, SPLIT: tl.constexpr):
 @triton.jit
 def _add_up(row_terms, losses, hyper, N, WANTED: tl.constexpr, REDUCE: tl.constexpr):
     """Run by the program that finishes last: the means over the rows, always added in the same order, and their weighted sum."""
-    loss = 0.0
+    loss, index = 0.0, tl.arange(0, REDUCE)
     for term in tl.static_range(4):
         mean = float("nan")
         if WANTED[term]:
-            mean = _mean(row_terms + term * N, N, REDUCE)
-            loss += _weighted(tl.load(hyper + term), mean)
+            total = tl.zeros([REDUCE], tl.float32)
+            for start in range(0, N, REDUCE):  # other programs wrote them: read past the first-level cache
+                total += tl.load(row_terms + term * N + start + index, start + index < N, other=0.0, cache_modifier=".cg")
+            mean, weight = tl.sum(total, 0) / N, tl.load(hyper + term)
+            loss += tl.where(weight != 0, weight * mean, 0.0)  # a term of weight 0 does not count, even where it is infinite
         tl.store(losses + 1 + term, mean)
     tl.store(losses, loss)
 

@@ -84,7 +84,9 @@ class ChosenMethod:
     def formula(self) -> str:
         ce = f"CE(label smoothing {self.label_smoothing:g}{', classes balanced' * (self.class_weights == 'balanced')})"
         ramp = f" * min(epoch / {self.warmup_epochs}, 1)" if self.warmup_epochs else ""
-        formula = self.record.formula(self.hyperparameters, ce, ramp)
+        direction = "student || teacher" if self.resolved.get("kl") == "reverse" else "teacher || student"
+        scored = ", logits z-scored" if self.resolved.get("standardize") else ""
+        formula = self.record.formula.format(**self.resolved, ce=ce, ramp=ramp, direction=direction, scored=scored)
         return formula if self.loss_scale == 1 else f"{self.loss_scale:g} * ({formula})"
 
 

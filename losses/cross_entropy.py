@@ -1,4 +1,4 @@
-"""Cross-entropy with mixed labels, label smoothing and class weights."""
+"""Cross-entropy with mixed labels, label smoothing and class weights; the logits for methods in plain PyTorch."""
 import torch
 
 from kernels import Targets
@@ -32,3 +32,10 @@ def class_weights_of(flag: str, labels, classes: int):
         return None
     images = torch.zeros(classes, device=labels.device).scatter_add_(0, labels, torch.ones(labels.shape, device=labels.device))
     return torch.where(images > 0, len(labels) / ((images > 0).sum() * images), 0.0)
+
+
+def in_fp32(student_logits, teacher_logits):
+    """Both logits, (N, C), in fp32, the teacher's detached.  Raises ValueError for unequal shapes."""
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(f"logits must have equal shapes: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
+    return student_logits.float(), teacher_logits.detach().float()

@@ -1,7 +1,7 @@
 """DIST (Huang et al. 2022, arXiv 2205.10536): match the teacher's preferences, not its probabilities."""
 from kernels import Targets
 from kernels.softmax_kl import Weights, softmax_kl
-from losses.logits import in_fp32
+from losses.cross_entropy import in_fp32
 
 SMALLEST = 1e-8  # added to the product of the norms, as in the authors' code: correlations of tiny vectors become 0
 
@@ -15,10 +15,9 @@ def dist_loss(student_logits, teacher_logits, targets: Targets, *, beta=1.0, gam
       intra = 1 - mean over the columns of rho(q_c, p_c)    between the images of the batch, in a class
     Neither depends on the labels, so mixed images need no special rule.  The batch is a rank's slice, or a micro-batch.
 
-    Logits (N, C) in fp32, fp16 or bf16; computed in fp32.  With one row, or one class, every correlation is 0.
-    class_weights: fp32 (C,), of the cross-entropy (losses/cross_entropy.py).
-    Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "inter", "intra"}, detached, unweighted, T^2 included.
-    Raises ValueError where CE does, and for teacher logits of another shape.
+    With one row, or one class, every correlation is 0.
+
+    Arguments and results are those of every method, see losses/methods.py; computed in fp32.
     """
     both = in_fp32(student_logits, teacher_logits)
     loss, terms = softmax_kl(student_logits, None, *targets, Weights(ce=ce_weight), temperature=1.0,

@@ -8,15 +8,14 @@ def dkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=1.0, bet
              label_smoothing=0.0, mixed_target="pair", standardize=False, class_weights=None):
     """loss = ce_weight * CE + T^2 * (alpha * TCKD + beta * NCKD), means over the batch; every KL is KL(teacher || student).
 
-    Logits (N, C) in fp32, fp16 or bf16.  `mixed_target` defines the target class of a Mixup or CutMix image:
+    `mixed_target` defines the target class of a Mixup or CutMix image:
       "pair"      both labels: TCKD compares (p_label, p_other, p_rest), NCKD the classes besides both.  Independent of lam,
                   so discontinuous as lam -> 1, where the row is unmixed.
       "dominant"  the label with the larger share, as in public code; the other label is a non-target class, and dominates NCKD.
       "first"     `label`, regardless of its share.
     An unmixed row is plain DKD under all three.  With two classes, or one besides the pair, NCKD is 0.
     standardize: z-score both rows of logits before the split, not for the cross-entropy (losses/standardize.py).
-    class_weights: fp32 (C,), of the cross-entropy (losses/cross_entropy.py).
-    Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "tckd", "nckd"}, detached, unweighted, T^2 included.
+    Arguments and results are those of every method, see losses/methods.py.
     """
     weights = Weights(ce=ce_weight, tckd=alpha, nckd=beta)
     op = standardized_softmax_kl if standardize else softmax_kl

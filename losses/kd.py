@@ -10,11 +10,10 @@ def kd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.7, temp
             label_smoothing=0.0, kl="forward", standardize=False, class_weights=None):
     """loss = alpha * T^2 * KL(teacher || student) + ce_weight * CE, means over the batch.
 
-    Logits (N, C) in fp32, fp16 or bf16; `ce_weight=None` means 1 - alpha.  kl="reverse": KL(student || teacher); public
-    implementations use "forward", also where the paper writes the student first.
+    `ce_weight=None` means 1 - alpha.  kl="reverse": KL(student || teacher); public implementations use "forward", also where the
+    paper writes the student first.
     standardize: z-score both rows of logits before the KL (losses/standardize.py).
-    class_weights: fp32 (C,), of the cross-entropy (losses/cross_entropy.py).
-    Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "kl"}, detached, unweighted, T^2 included.
+    Arguments and results are those of every method, see losses/methods.py.
     """
     if kl not in DIRECTIONS:
         raise ValueError(f"kl must be one of {DIRECTIONS}, not {kl!r}")

@@ -1,7 +1,7 @@
 """The registry of distillation methods, a record each.  Imports no torch.
 
 Flags and help, --dry-run, run names, warm-up, columns of log.csv, terminal lines, and labels of figures and tables derive from
-these records.  A new method needs a function in a file of this folder, a record below, and an entry in METHODS.
+these records.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,15 +26,16 @@ class Method(NamedTuple):
     """The record of a method.
 
     function: "module:name", called as f(student_logits, teacher_logits, targets, **hyperparameters, label_smoothing=...,
-        class_weights=...), logits (N, C), class weights of the cross-entropy fp32 (C,) or None -> the loss and a dict of its
-        terms, 0-dim tensors, the terms detached and unweighted.
+        class_weights=...), logits (N, C) in fp32, fp16 or bf16, class weights of the cross-entropy fp32 (C,) or None -> the
+        loss, 0-dim fp32, with a gradient to the student only, and a dict of its terms, detached, unweighted, with their T^2.
+        ValueError: shapes or an option that do not fit.
     terms: the names of its terms, columns train_loss_<term> of log.csv; "ce" is the cross-entropy with the labels.
     weight_of: term -> the hyperparameter that is its weight, for each term's gradient in diagnostics.csv.  If more than one term
         lacks one, only the gradient of the whole loss is logged.
     warmed_up: hyperparameters that --<method>-warmup raises from 0; under warm-up they are 0-dim fp32 tensors on the device.
     run, table, figure: format strings of run directory, table row and curve label, as in "beta{beta:g}".
-    formula: (values, text of the cross-entropy, text of the warm-up factor) -> the objective as text.
-    validate: values -> the error message, or None.
+    formula: the objective as a format string of the hyperparameters, {ce}, the cross-entropy, {ramp}, the warm-up factor,
+        {direction} of the KL and {scored}, whether logits are z-scored.
     """
     function: str
     hyperparameters: dict[str, Hyperparameter]
@@ -42,10 +43,9 @@ class Method(NamedTuple):
     run: str
     table: str
     figure: str
-    formula: Callable[[dict, str, str], str]
+    formula: str
     weight_of: dict[str, str] = {}
     warmed_up: tuple[str, ...] = ()
-    validate: Callable[[dict], str | None] = lambda values: None
 
 
 def resolved(method: Method, values: dict) -> dict:
@@ -60,25 +60,7 @@ MIXED_TARGET = Hyperparameter("pair", "target class of a mixed image", choices=(
 STANDARDIZE = Hyperparameter(False, "z-score the logits of both networks, except for the cross-entropy (arXiv 2403.01427)")
 
 
-def standardized(values: dict) -> str:
-    return ", logits z-scored" if values["standardize"] else ""
-
-
-# --- KD, Hinton et al. 2015, arXiv 1503.02531
-
-def kd_formula(values: dict, ce: str, ramp: str) -> str:
-    divergence = "teacher || student" if values["kl"] == "forward" else "student || teacher"
-    return "{ce_weight:.4g} {ce} + {alpha:g} * {temperature:g}^2 KL({direction}; T = {temperature:g}{scored}){ramp}".format(
-        **resolved(KD, values), ce=ce, direction=divergence, scored=standardized(values), ramp=ramp)
-
-
-def validate_kd(values: dict) -> str | None:
-    if values["ce_weight"] is None and values["alpha"] > 1:
-        return f"argument --alpha: must be <= 1 unless --ce-weight is given ({values['alpha']:g})"
-    return None
-
-
-KD = Method(
+KD = Method(  # Hinton et al. 2015, arXiv 1503.02531
     function="losses.kd:kd_loss",
     hyperparameters={
         "alpha": Hyperparameter(0.7, "weight of KL"),
@@ -89,17 +71,9 @@ KD = Method(
     },
     terms=("ce", "kl"), weight_of={"ce": "ce_weight", "kl": "alpha"},
     run="kd-alpha{alpha:g}-T{temperature:g}", table="KD alpha {alpha:g} T {temperature:g}", figure="KD",
-    formula=kd_formula, validate=validate_kd)
+    formula="{ce_weight:.4g} {ce} + {alpha:g} * {temperature:g}^2 KL({direction}; T = {temperature:g}{scored}){ramp}")
 
-
-# --- DKD, Zhao et al. 2022, arXiv 2203.08679
-
-def dkd_formula(values: dict, ce: str, ramp: str) -> str:
-    return ("{ce_weight:g} {ce} + {temperature:g}^2 ({alpha:g} TCKD + {beta:g} NCKD){ramp}; T = {temperature:g}{scored}, "
-            "targets of mixed images: {mixed_target}").format(**values, ce=ce, ramp=ramp, scored=standardized(values))
-
-
-DKD = Method(
+DKD = Method(  # Zhao et al. 2022, arXiv 2203.08679
     function="losses.dkd:dkd_loss",
     hyperparameters={
         "alpha": Hyperparameter(1.0, "weight of TCKD"),
@@ -112,17 +86,11 @@ DKD = Method(
     terms=("ce", "tckd", "nckd"), weight_of={"ce": "ce_weight", "tckd": "alpha", "nckd": "beta"},
     run="dkd-beta{beta:g}-T{temperature:g}",
     table="DKD alpha {alpha:g} beta {beta:g} T {temperature:g}", figure="DKD β\u00a0=\u00a0{beta:g}",
-    formula=dkd_formula, warmed_up=("alpha", "beta"))
+    formula="{ce_weight:g} {ce} + {temperature:g}^2 ({alpha:g} TCKD + {beta:g} NCKD){ramp}; T = {temperature:g}{scored}, "
+            "targets of mixed images: {mixed_target}",
+    warmed_up=("alpha", "beta"))
 
-
-# --- DIST, Huang et al. 2022, arXiv 2205.10536
-
-def dist_formula(values: dict, ce: str, ramp: str) -> str:
-    return ("{ce_weight:g} {ce} + {temperature:g}^2 ({beta:g} (1 - rho in rows) + {gamma:g} (1 - rho in columns)){ramp}; "
-            "T = {temperature:g}, rho: Pearson's correlation of the softmaxes").format(**values, ce=ce, ramp=ramp)
-
-
-DIST = Method(
+DIST = Method(  # Huang et al. 2022, arXiv 2205.10536
     function="losses.dist:dist_loss",
     hyperparameters={
         "beta": Hyperparameter(1.0, "weight of the inter-class correlation, within an image"),
@@ -133,17 +101,11 @@ DIST = Method(
     terms=("ce", "inter", "intra"), weight_of={"ce": "ce_weight", "inter": "beta", "intra": "gamma"},
     run="dist-beta{beta:g}-gamma{gamma:g}-T{temperature:g}",
     table="DIST beta {beta:g} gamma {gamma:g} T {temperature:g}", figure="DIST",
-    formula=dist_formula, warmed_up=("beta", "gamma"))
+    formula="{ce_weight:g} {ce} + {temperature:g}^2 ({beta:g} (1 - rho in rows) + {gamma:g} (1 - rho in columns)){ramp}; "
+            "T = {temperature:g}, rho: Pearson's correlation of the softmaxes",
+    warmed_up=("beta", "gamma"))
 
-
-# --- NKD, Yang et al. 2023, arXiv 2303.13005
-
-def nkd_formula(values: dict, ce: str, ramp: str) -> str:
-    return ("{ce_weight:g} {ce} + ({alpha:g} target + {gamma:g} * {temperature:g}^2 nontarget){ramp}; cross-entropies with "
-            "the teacher, nontarget at T = {temperature:g}, mixed images: {mixed_target}").format(**values, ce=ce, ramp=ramp)
-
-
-NKD = Method(
+NKD = Method(  # Yang et al. 2023, arXiv 2303.13005
     function="losses.nkd:nkd_loss",
     hyperparameters={
         "alpha": Hyperparameter(1.0, "weight of the target classes' cross-entropy with the teacher"),
@@ -154,17 +116,11 @@ NKD = Method(
     },
     terms=("ce", "target", "nontarget"), weight_of={"ce": "ce_weight", "target": "alpha", "nontarget": "gamma"},
     run="nkd-gamma{gamma:g}-T{temperature:g}", table="NKD alpha {alpha:g} gamma {gamma:g} T {temperature:g}", figure="NKD",
-    formula=nkd_formula, warmed_up=("alpha", "gamma"))
+    formula="{ce_weight:g} {ce} + ({alpha:g} target + {gamma:g} * {temperature:g}^2 nontarget){ramp}; cross-entropies with "
+            "the teacher, nontarget at T = {temperature:g}, mixed images: {mixed_target}",
+    warmed_up=("alpha", "gamma"))
 
-
-# --- MLKD, Jin et al., CVPR 2023
-
-def mlkd_formula(values: dict, ce: str, ramp: str) -> str:
-    return ("{ce_weight:g} {ce} + ({alpha:g} T^2 KL(teacher || student) + {beta:g} batch + {gamma:g} class){ramp}, "
-            "summed over T = 2, 3, 4, 5, 6").format(**values, ce=ce, ramp=ramp)
-
-
-MLKD = Method(
+MLKD = Method(  # Jin et al., CVPR 2023
     function="losses.mlkd:mlkd_loss",
     hyperparameters={
         "alpha": Hyperparameter(0.9, "weight of KL"),
@@ -174,17 +130,11 @@ MLKD = Method(
     },
     terms=("ce", "kl", "batch", "class"), weight_of={"ce": "ce_weight", "kl": "alpha", "batch": "beta", "class": "gamma"},
     run="mlkd-alpha{alpha:g}-beta{beta:g}-gamma{gamma:g}", table="MLKD alpha {alpha:g} beta {beta:g} gamma {gamma:g}",
-    figure="MLKD", formula=mlkd_formula, warmed_up=("alpha", "beta", "gamma"))
+    figure="MLKD", warmed_up=("alpha", "beta", "gamma"),
+    formula="{ce_weight:g} {ce} + ({alpha:g} T^2 KL(teacher || student) + {beta:g} batch + {gamma:g} class){ramp}, "
+            "summed over T = 2, 3, 4, 5, 6")
 
-
-# --- SKD, Jeong, Lee & Choi, CVPR 2026
-
-def skd_formula(values: dict, ce: str, ramp: str) -> str:
-    return ("{ce_weight:g} {ce} + ({alpha:g} * {temperature:g}^2 KL(teacher || student; T = {temperature:g}) "
-            "+ {beta:g} direction){ramp}; tikhonov {tikhonov:g}").format(**values, ce=ce, ramp=ramp)
-
-
-SKD = Method(
+SKD = Method(  # Jeong, Lee & Choi, CVPR 2026
     function="losses.skd:skd_loss",
     hyperparameters={
         "alpha": Hyperparameter(0.9, "weight of KL"),
@@ -195,14 +145,13 @@ SKD = Method(
     },
     terms=("ce", "kl", "direction"), weight_of={"ce": "ce_weight", "kl": "alpha", "direction": "beta"},
     run="skd-alpha{alpha:g}-beta{beta:g}-T{temperature:g}", table="SKD alpha {alpha:g} beta {beta:g} T {temperature:g}",
-    figure="SKD", formula=skd_formula, warmed_up=("alpha", "beta"))
+    figure="SKD", warmed_up=("alpha", "beta"),
+    formula="{ce_weight:g} {ce} + ({alpha:g} * {temperature:g}^2 KL(teacher || student; T = {temperature:g}) "
+            "+ {beta:g} direction){ramp}; tikhonov {tikhonov:g}")
 
-
-# --- Cross-entropy alone: train_teacher.py
-
-LABELS = Method(
+LABELS = Method(  # of train_teacher.py
     function="losses.cross_entropy:labels_alone", hyperparameters={}, terms=("ce",), run="labels", table="labels alone",
-    figure="labels alone", formula=lambda values, ce, ramp: ce)
+    figure="labels alone", formula="{ce}")
 
 
 METHODS = {"kd": KD, "dkd": DKD, "dist": DIST, "nkd": NKD, "mlkd": MLKD, "skd": SKD}

@@ -2,8 +2,7 @@
 import torch
 
 from kernels import Targets
-from losses.cross_entropy import mixed_ce
-from losses.logits import in_fp32
+from losses.cross_entropy import in_fp32, mixed_ce
 
 
 def mlkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.9, beta=0.9, gamma=0.9, ce_weight=0.1,
@@ -16,14 +15,10 @@ def mlkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.9, be
       class = |q' q - p' p|^2 / C, of (C, C) matrices       correlations between the classes over the batch
     None depends on the labels, so mixed images need no special rule.  The batch is a rank's slice, or a micro-batch.
 
-    Weights and temperatures are those of the authors' code (github.com/Jin-Ying/Multi-Level-Logit-Distillation).  It differs in
-    two ways.  It trains on a weak and a strong view of each image; that does not apply here, where there is one view, with the
-    run's augmentation.  It multiplies each term of the weak view, already a mean, by a mask of the less confident half of images
-    or classes; that selects none of them, only halves the term, and is left out.
+    Weights and temperatures are those of the authors' code (github.com/Jin-Ying/Multi-Level-Logit-Distillation).  Its two views
+    of each image, weak and strong, are one here, and its mask of the weak view, which only halves a term, is left out.
 
-    Logits (N, C) in fp32, fp16 or bf16; computed in fp32.  class_weights: fp32 (C,), of the cross-entropy.
-    Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "kl", "batch", "class"}, detached, unweighted, T^2
-    included.  Raises ValueError for shapes that do not fit.
+    Arguments and results are those of every method, see losses/methods.py; computed in fp32.
     """
     z, v = in_fp32(student_logits, teacher_logits)
     ce = mixed_ce(student_logits, targets, label_smoothing=label_smoothing, class_weights=class_weights)

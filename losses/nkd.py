@@ -3,8 +3,7 @@ import torch
 
 from kernels import Targets
 from kernels.softmax_kl import SPLITS
-from losses.cross_entropy import mixed_ce
-from losses.logits import in_fp32
+from losses.cross_entropy import in_fp32, mixed_ce
 
 
 def nkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=1.0, gamma=3.5, temperature=3.0, ce_weight=1.0,
@@ -20,9 +19,7 @@ def nkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=1.0, gam
     Without non-target classes `nontarget` is 0.  Defaults of T and gamma are the authors' for CIFAR-100; for ImageNet they use
     1 and 1.5.  Their code fixes alpha and ce_weight at 1.
 
-    Logits (N, C) in fp32, fp16 or bf16; computed in fp32.  class_weights: fp32 (C,), of the cross-entropy.
-    Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "target", "nontarget"}, detached, unweighted, T^2
-    included.  Raises ValueError for shapes or a `mixed_target` that do not fit.
+    Arguments and results are those of every method, see losses/methods.py; computed in fp32.
     """
     if mixed_target not in SPLITS:
         raise ValueError(f"mixed_target must be one of {SPLITS}, not {mixed_target!r}")

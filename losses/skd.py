@@ -3,8 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import Targets
-from losses.cross_entropy import mixed_ce
-from losses.logits import in_fp32
+from losses.cross_entropy import in_fp32, mixed_ce
 
 
 def skd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.9, beta=0.9, temperature=4.0, tikhonov=0.1,
@@ -18,13 +17,10 @@ def skd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.9, bet
     `direction` is a Mahalanobis distance between the cosine similarities of student and teacher.  Neither term depends on the
     labels, so mixed images need no special rule.  The batch is a rank's slice, or a micro-batch; one image has direction 0.
 
-    Formulas, weights, temperature and tikhonov are those of the authors' code (github.com/HyunJunSik/StreamLined).  It also
-    multiplies each term, already a mean, by a mask of about one half, which selects no images; that is left out.  The paper's
+    All is as in the authors' code (github.com/HyunJunSik/StreamLined) but its masks, which halve the terms.  The paper's
     equations, as torchdistill 1.1.5 gives them, have no T^2, and do not divide by C: that is the same as tikhonov / C^2 here.
 
-    Logits (N, C) in fp32, fp16 or bf16; computed in fp32.  class_weights: fp32 (C,), of the cross-entropy.
-    Returns the loss (0-dim fp32, gradient to the student only) and {"ce", "kl", "direction"}, detached, unweighted, T^2 included.
-    Raises ValueError for shapes that do not fit.
+    Arguments and results are those of every method, see losses/methods.py; computed in fp32.
     """
     z, v = in_fp32(student_logits, teacher_logits)
     ce = mixed_ce(student_logits, targets, label_smoothing=label_smoothing, class_weights=class_weights)

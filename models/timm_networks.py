@@ -8,7 +8,7 @@ import logging
 
 import torch
 
-from rundir.errors import DATA, USAGE, Failure, first_line
+from rundir.errors import DATA, USAGE, Failure, first_line, optional
 
 PREFIX = "timm/"
 
@@ -19,12 +19,7 @@ def is_timm(name: str) -> bool:
 
 def package(name: str):
     """The package timm.  Failure USAGE: it is not installed.  name: the network for which it is needed."""
-    try:
-        import timm
-    except ImportError as failure:
-        raise Failure(USAGE, f"missing package timm, which builds this network ({name}: {failure})",
-                      "python -m pip install timm") from failure
-    return timm
+    return optional("timm", f"builds this network ({name})")
 
 
 def names() -> list[str]:

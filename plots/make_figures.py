@@ -30,6 +30,7 @@ from diagnostics.alarms import FALL, collapsed
 from plots.run_files import Run, control_of, read_run
 from rundir import errors, files
 from rundir.errors import DATA, USAGE, Failure
+from rundir.identity import NON_EXPERIMENT_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -136,11 +137,9 @@ def joins(run, known) -> bool:
 
 
 # The seeds of one experiment may differ in these, which say where and how a run was done, not what was computed.
-MAY_DIFFER = {
-    "seed", "output", "device", "kernels", "amp", "processes", "deterministic", "experiment", "teacher_checkpoint",
-    "teacher_sha256", "init", "student_init", "data_dir", "resume", "overwrite", "debug", "dry_run", "patience",
-    "compile", "cuda_graph", "grad_checkpoint", "data_sha256", "init_sha256", "threads",
-}
+MAY_DIFFER = NON_EXPERIMENT_FLAGS | {
+    "seed", "kernels", "amp", "processes", "deterministic", "experiment", "teacher_checkpoint", "teacher_sha256", "init",
+    "student_init", "data_dir", "patience", "compile", "data_sha256", "init_sha256", "threads"}
 ALIKE = {  # what runs of these groups must share
     "dataset": (SERIES, lambda run: run.config["dataset"]),
     "student": (STUDENTS, lambda run: run.network),
@@ -279,7 +278,6 @@ def legend(axis) -> Figure:
 
 
 def all_curves(study, names) -> Figure:
-    """Figures 1, 3 and 4: the experiments by epoch."""
     return legend(draw_curves(study, names))
 
 
@@ -391,7 +389,6 @@ def table1(finished) -> tuple[list[Row], str]:
 
 
 def table2(finished) -> tuple[list[Row], str]:
-    """What each network costs."""
     rows = []
     for name, runs in finished.items():
         summary, image_size = runs[0].summary, runs[0].config.get("image_size")

@@ -36,7 +36,6 @@ class Run:
 
     @property
     def network(self) -> str:
-        """The network that was trained."""
         return self.config["student" if self.distilled else "model"]
 
     @property
@@ -50,7 +49,6 @@ class Run:
 
     @property
     def on_test(self) -> bool:
-        """Whether `val_acc1` was measured on the test set."""
         return self.summary["selected_on"].startswith("test") if self.summary else self.config.get("val_size") == 0
 
 

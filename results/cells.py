@@ -75,7 +75,6 @@ def read_table(path: Path) -> list[dict]:
 
 
 def read_sweep(directory: Path) -> dict[str, Cell]:
-    """The cells by name."""
     shared, epochs, cells = json.loads((directory / "settings.json").read_text()), {}, {}
     for row in read_table(directory / "epochs.csv"):
         epochs.setdefault(row["run"], []).append(row)
@@ -97,7 +96,6 @@ def read_sweep(directory: Path) -> dict[str, Cell]:
 
 
 def pairs_of(one: Cell, other: Cell) -> list[float]:
-    """The difference in accuracy for each common seed, in percentage points."""
     return [run["test_acc1_best"] - other.runs[seed]["test_acc1_best"] for seed, run in one.runs.items() if seed in other.runs]
 
 

@@ -10,21 +10,18 @@ import argparse
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+from rundir.errors import DIVERGED
+from rundir.files import as_csv, read_json, write_atomic, write_json
+
 OF_THE_PLACE = ("output", "resume", "overwrite", "dry_run", "debug")  # flags that say nothing about the result
-DIVERGED = 6  # exit code
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_csv(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def cell(value) -> str:
@@ -36,36 +33,28 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     """With the columns that are not empty."""
     names = dict.fromkeys(name for row in rows for name in row)
     names = [name for name in names if any(row.get(name, "") != "" for row in rows)]
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, names, lineterminator="\n", extrasaction="ignore")
-        table.writeheader()
-        table.writerows(rows)
+    write_atomic(path, as_csv(names, [{name: row.get(name) for name in names} for row in rows]))
 
 
 def collect(runs: Path, output: Path) -> None:
     """Write runs.csv, epochs.csv and settings.json of the runs in a directory."""
     ended, epochs = {}, []
     for path in sorted(config.parent for config in runs.glob("*/config.json")):
-        summary = read_json(path / "summary.json")
-        if not summary and read_json(path / "status.json").get("exit_code") == DIVERGED:
+        flags, summary, status = (read_json(path / f"{name}.json") or {} for name in ("env", "summary", "status"))
+        if not summary and status.get("exit_code") == DIVERGED:
             summary = {"verdict": "diverged"}
         if not summary:
             continue
-        flags = read_json(path / "env.json") | read_json(path / "config.json")
-        flags = {name: value for name, value in flags.items() if name not in OF_THE_PLACE}
+        flags = {name: value for name, value in (flags | read_json(path / "config.json")).items() if name not in OF_THE_PLACE}
         if "alarms" in summary:
             summary["alarms"] = {alarm["name"]: alarm["value"] for alarm in summary["alarms"]}
         ended[path.name] = flags, {name: value for name, value in summary.items() if name not in flags}
-        looked = {row["epoch"]: row for row in read_csv(path / "diagnostics.csv")}
-        epochs += [{"run": path.name} | row | looked.get(row["epoch"], {}) for row in read_csv(path / "log.csv")]
-    names = dict.fromkeys(name for flags, _ in ended.values() for name in flags)
-    settings = {}
-    for name in names:
-        first, *others = (flags.get(name) for flags, _ in ended.values())
-        if name != "seed" and all(other == first for other in others):
-            settings[name] = first
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+        diagnostics = {row["epoch"]: row for row in read_csv(path / "diagnostics.csv")}
+        epochs += [{"run": path.name} | row | diagnostics.get(row["epoch"], {}) for row in read_csv(path / "log.csv")]
+    values = {name: [flags.get(name) for flags, _ in ended.values()] for flags, _ in ended.values() for name in flags}
+    settings = {name: first for name, (first, *others) in values.items()
+                if name != "seed" and all(other == first for other in others)}
+    write_json(output / "settings.json", settings)
     write_csv(output / "epochs.csv", epochs)
     write_csv(output / "runs.csv", [
         {"run": run, "cell": re.sub(r"-s\d+$", "", run), "seed": flags["seed"]}

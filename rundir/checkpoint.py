@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from rundir.errors import CHECKPOINT, USAGE, Failure
+from rundir.errors import CHECKPOINT, Failure, optional
 from rundir.files import write_atomic
 
 FORMAT = 1
@@ -110,12 +110,7 @@ def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") 
 
 def read_safetensors(content: bytes, path: Path) -> dict:
     """The tensors, in the order of their names, numbers as numbers: the format keeps no other order."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise Failure(USAGE, f"missing package safetensors, which reads this file ({path})",
-                      "python -m pip install safetensors") from None
-    tensors = safetensors.torch.load(content)
+    tensors = optional("safetensors.torch", f"reads this file ({path})").load(content)
 
     def numbered(name):
         return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", name)]
@@ -123,7 +118,6 @@ def read_safetensors(content: bytes, path: Path) -> dict:
 
 
 def is_own(content) -> bool:
-    """Whether this is the content of a checkpoint from `write`."""
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
@@ -137,44 +131,34 @@ def read(path, missing: str = "check the path") -> dict:
 
 def on_cpu(tree):
     """A deep copy of nested containers with all tensors on the CPU."""
-    copy = copy_async(tree)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return copy
-
-
-def copy_async(tree):
-    """`on_cpu` without the synchronisation: copies from a GPU are asynchronous, to pinned memory."""
     if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True, non_blocking=True)
+        return tree.detach().to("cpu", copy=True)
     if isinstance(tree, Mapping):
-        return {key: copy_async(value) for key, value in tree.items()}
+        return {key: on_cpu(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map(copy_async, tree))
+        return type(tree)(map(on_cpu, tree))
     return tree
 
 
-class Writer:
+class Writer(ThreadPoolExecutor):
     """A background thread for writing during training; `writer(job)` waits for the previous job.
 
     An error of a job is raised by the next call, by `wait`, or at the end of the `with` block.
     """
 
     def __init__(self):
-        self.pool, self.pending = ThreadPoolExecutor(max_workers=1), None
+        super().__init__(max_workers=1)
+        self.pending = None
 
     def __call__(self, job) -> None:
         self.wait()
-        self.pending = self.pool.submit(job)
+        self.pending = self.submit(job)
 
     def wait(self) -> None:
         if self.pending:
             self.pending.result()
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, kind, failure, trace):
-        self.pool.shutdown()
+        super().__exit__(kind, failure, trace)
         if failure is None:
             self.wait()

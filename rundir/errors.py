@@ -10,6 +10,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 
 from rundir.terminal import say
 
@@ -45,11 +46,19 @@ class Unwritable(OSError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised on SIGINT or SIGTERM."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.number = number
+
+
+def optional(module: str, purpose: str):
+    """The module of an optional package.  Failure USAGE: it is not installed.  purpose: what it does, for the error."""
+    package = module.partition(".")[0]
+    try:
+        return import_module(module)
+    except ImportError as failure:
+        raise Failure(USAGE, f"missing package {package}, which {purpose}", f"python -m pip install {package}") from failure
 
 
 def first_line(failure: BaseException) -> str:

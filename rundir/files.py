@@ -1,5 +1,6 @@
-"""JSON, CSV and Markdown files, replaced atomically; SHA-256 of files."""
+"""JSON, CSV and Markdown files, replaced atomically; SHA-256 of files; the lock of a directory."""
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -7,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from rundir.errors import CHECKPOINT, DATA, Failure, Unwritable
+from rundir.errors import CHECKPOINT, DATA, IN_USE, Failure, Unwritable
 
 
 def write_atomic(path, content, previous=None) -> None:
@@ -53,6 +54,23 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as failure:
         raise Unwritable(failure.errno, failure.strerror, str(path)) from failure
+
+
+def lock(directory: Path, user: str):
+    """An open file that holds the lock of `directory`, which is created; the system frees it when the process ends in any way.
+
+    Failure IN_USE: another `user`, such as "run", holds it.  Raises Unwritable.
+    """
+    make_directory(directory)
+    try:
+        file = open(directory / ".lock", "ab")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        raise Failure(IN_USE, f"{user} directory is in use by another {user} ({directory})",
+                      "wait until it ends, or choose another --output") from None
+    except OSError as failure:
+        raise Unwritable(failure.errno, failure.strerror, str(directory / ".lock")) from failure
 
 
 def write_json(path, content: dict) -> None:
@@ -102,7 +120,6 @@ def as_markdown(columns: dict[str, list[str]], left: set[str], note: str) -> str
 
 
 def digest(path) -> str:
-    """Hexadecimal SHA-256 of a file."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,6 @@ def listed(value) -> list:
 
 
 def unlisted(values: list):
-    """Inverse of `listed`."""
     return values if len(values) > 1 else values[0]
 
 
@@ -37,10 +36,6 @@ def same_flag(name: str, old: dict, new: dict, sha256_of) -> bool:
         before = old.get(DIGESTS[name])
         return before is not None and before == sha256_of(name)
     if name in ("batch_size", "processes"):
-        return images_per_step(old) == images_per_step(new)
+        each, other = (config["batch_size"] * config.get("processes", 1) for config in (old, new))  # images a step
+        return each == other
     return False
-
-
-def images_per_step(config: dict) -> int:
-    """Global batch size."""
-    return config["batch_size"] * config.get("processes", 1)

@@ -10,7 +10,7 @@ import torch
 
 from rundir import checkpoint
 from rundir.checkpoint import on_cpu
-from rundir.errors import CHECKPOINT, DATA, USAGE, Failure
+from rundir.errors import CHECKPOINT, USAGE, Failure
 from rundir.files import existing_digest, write_atomic
 from rundir.identity import NON_EXPERIMENT_FLAGS, same_flag
 from rundir.run_directory import EpochRow
@@ -56,16 +56,8 @@ def find(run, config: dict) -> dict | None:
     return saved | {"path": last, "has_summary": (run / "summary.json").exists()}
 
 
-def is_finished(saved: dict | None, epochs: int, stop) -> bool:
-    """Whether a run is complete, including its test.  stop: its EarlyStop, with the present --patience."""
-    if saved is None or not saved["has_summary"]:
-        return False
-    stop.load_state_dict(saved["stop"])
-    return saved["epoch"] >= epochs or stop.stop
-
-
 def compare(run, old: dict, new: dict, initial: dict) -> None:
-    """Failure USAGE for flags of another experiment, with a printed table of the differences.  initial: see State."""
+    """Failure USAGE for flags of another experiment, with the differences.  initial: what a run records of its start, `began`."""
     def sha256_of(name):
         if name == "data_dir":
             return initial.get("data_sha256")  # compared when the images are loaded
@@ -77,95 +69,77 @@ def compare(run, old: dict, new: dict, initial: dict) -> None:
         changed.append("epochs")
     if not changed:
         return
-    rows = [("flag", "its run", "now")]
-    rows += [(name if name in DERIVED else f"--{name.replace('_', '-')}", str(old.get(name)), str(new.get(name)))
-             for name in changed]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    print(*("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows), sep="\n")
-    both = ", ".join(f"{name} {before} -> {now}" for name, before, now in rows[1:])
+    flags = {name: name if name in DERIVED else f"--{name.replace('_', '-')}" for name in changed}
+    both = ", ".join(f"{flag} {old.get(name)} -> {new.get(name)}" for name, flag in flags.items())
     raise Failure(USAGE, f"these flags differ from those of the run to continue ({run.last.parent}: {both})",
                   "repeat its flags, or start another run in another --output")
 
 
-def check_data(initial: dict, data) -> None:
-    """Failure DATA for other images than at the start of the run: the validation split would differ."""
-    if initial.setdefault("data_sha256", data.fingerprint) != data.fingerprint:
-        raise Failure(DATA, f"images, labels or classes differ from those at the start of the run ({data.name})",
-                      "restore them, or start another run in another --output")
+def restore(run, saved: dict | None) -> int:
+    """Restore `saved`, the result of `find` -> the next epoch.
 
-
-class State:
-    """The state of a run, saved after every epoch and restored from the result of `find`.
-
-    config: flags and further entries that a resumed run must share.  initial: SHA-256 of the images and of the weights of --init
-    or --student-init, and the number of threads.
-    update, stop: objects with state_dict() and load_state_dict() of plain types.
-    ranks: of training.distributed; all processes restore and save together, the main process writes.
+    run: a training.run.Run, whose `update` and `stop` have state_dict() and load_state_dict() of plain types.
+    All processes restore and save together; the main one writes.
     """
-
-    def __init__(self, run, writer: checkpoint.Writer, config: dict, initial: dict, *, update, stop, ranks):
-        self.run, self.writer, self.config, self.initial = run, writer, config, initial
-        self.update, self.stop, self.ranks = update, stop, ranks
-        self.previous = run / "prev.pt"
-
-    def restore(self, saved: dict | None) -> int:
-        """Restore `saved`, if any; returns the next epoch."""
-        if saved is None:
-            return 1
-        print(f"continuing after epoch {saved['epoch']} ({saved['path']})")
-        before, now = saved["config"]["epochs"], self.config["epochs"]
-        if now > before and self.config["sched"] == "cosine" and self.ranks.is_main:
-            print(f"warning: --epochs grows from {before} to {now}: the earlier epochs used the shorter cosine schedule, so the "
-                  "result differs from a run of this length", file=sys.stderr)
-        before, now = saved["config"]["batch_size"], self.config["batch_size"]
-        if now != before and self.ranks.is_main:  # with another number of processes
-            print(f"warning: --batch-size per process changes from {before} to {now}: BatchNorm statistics differ, so the result "
-                  "differs from a run with a constant number of processes", file=sys.stderr)
-        self.update.load_state_dict(saved["update"])
-        self.stop.load_state_dict(saved["stop"])
-        for device, set_state in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
-            states = saved["rng"].get(device, ())
-            if self.ranks.rank < len(states) and (device == "cpu" or torch.cuda.is_initialized()):
-                set_state(states[self.ranks.rank])
-        self.run.restore([EpochRow(**row) for row in saved["rows"]], saved.get("looked", []))
-        if not self.ranks.is_main:
-            return saved["epoch"] + 1
-        if saved["path"].resolve() == self.previous.resolve():
-            self.previous = None  # the damaged last.pt must not replace it
-        if saved["best"]:  # last.pt has the same weights, and best.pt may be older
-            checkpoint.write(self.run / "best.pt", **saved["best"], state_dict=on_cpu(self.update.evaluated.state_dict()))
-        elif not self.run.continues:
-            best = checkpoint.read(saved["path"].with_name("best.pt"))
-            del best["sha256"]
-            checkpoint.write(self.run / "best.pt", **best)
+    if saved is None:
+        return 1
+    directory, is_main = run.directory, run.ranks.is_main
+    print(f"continuing after epoch {saved['epoch']} ({saved['path']})")
+    before, now = saved["config"]["epochs"], run.config["epochs"]
+    if now > before and run.config["sched"] == "cosine" and is_main:
+        print(f"warning: --epochs grows from {before} to {now}: the earlier epochs used the shorter cosine schedule, so the "
+              "result differs from a run of this length", file=sys.stderr)
+    before, now = saved["config"]["batch_size"], run.config["batch_size"]
+    if now != before and is_main:  # with another number of processes
+        print(f"warning: --batch-size per process changes from {before} to {now}: BatchNorm statistics differ, so the result "
+              "differs from a run with a constant number of processes", file=sys.stderr)
+    run.update.load_state_dict(saved["update"])
+    run.stop.load_state_dict(saved["stop"])
+    for device, set_state in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+        states = saved["rng"].get(device, ())
+        if run.ranks.rank < len(states) and (device == "cpu" or torch.cuda.is_initialized()):
+            set_state(states[run.ranks.rank])
+    directory.restore([EpochRow(**row) for row in saved["rows"]], saved.get("looked", []))
+    if not is_main:
         return saved["epoch"] + 1
+    if saved["path"].resolve() == directory.previous.resolve():
+        directory.previous = None  # the damaged last.pt must not replace it
+    if saved["best"]:  # last.pt has the same weights, and best.pt may be older
+        checkpoint.write(directory / "best.pt", **saved["best"], state_dict=on_cpu(run.update.evaluated.state_dict()))
+    elif not directory.continues:
+        best = checkpoint.read(saved["path"].with_name("best.pt"))
+        del best["sha256"]
+        checkpoint.write(directory / "best.pt", **best)
+    return saved["epoch"] + 1
 
-    def save(self, row: EpochRow, diagnostics_row: dict, metadata: dict | None) -> None:
-        """Save an epoch in the background: last.pt, best.pt, then the tables.
 
-        diagnostics_row: of diagnostics.csv.  metadata: of best.pt; None if the epoch is not the best.
-        """
-        self.run.rows.append(row)
-        self.run.diagnostics_rows.append(diagnostics_row)
-        rng = {"cpu": self.ranks.gather(torch.get_rng_state())}
-        if torch.cuda.is_initialized():
-            rng["cuda"] = self.ranks.gather(torch.cuda.get_rng_state())
-        if not self.ranks.is_main:
-            return
-        best = metadata and {"kind": "weights", **metadata, "epoch": row.epoch, "val_acc1": row.val_acc1, "test_acc1": None}
-        content = on_cpu({
-            "kind": "run", "epoch": row.epoch, "config": self.config, "began": self.initial, "best": best,
-            "rng": rng, "rows": list(map(asdict, self.run.rows)), "looked": list(self.run.diagnostics_rows),
-            "update": self.update.state_dict(), "stop": self.stop.state_dict()})
-        weights = on_cpu(self.update.evaluated.state_dict()) if best else None
-        tables, previous, self.previous = self.run.tables(), self.previous, self.run / "prev.pt"
+def save(run, row: EpochRow, diagnostics_row: dict, metadata: dict | None) -> None:
+    """Save an epoch in the background: last.pt, best.pt, then the tables.
 
-        def job():
-            checkpoint.write(self.run / "last.pt", previous=previous, **content)
-            self.run.saved = row.epoch
-            if best:
-                checkpoint.write(self.run / "best.pt", **best, state_dict=weights)
-            for name, table in tables.items():
-                write_atomic(self.run / name, table)
+    run: as in `restore`.  diagnostics_row: of diagnostics.csv.  metadata: of best.pt; None if the epoch is not the best.
+    """
+    directory = run.directory
+    directory.rows.append(row)
+    directory.diagnostics_rows.append(diagnostics_row)
+    rng = {"cpu": run.ranks.gather(torch.get_rng_state())}
+    if torch.cuda.is_initialized():
+        rng["cuda"] = run.ranks.gather(torch.cuda.get_rng_state())
+    if not run.ranks.is_main:
+        return
+    best = metadata and {"kind": "weights", **metadata, "epoch": row.epoch, "val_acc1": row.val_acc1, "test_acc1": None}
+    content = on_cpu({
+        "kind": "run", "epoch": row.epoch, "config": run.config, "began": run.began, "best": best,
+        "rng": rng, "rows": list(map(asdict, directory.rows)), "looked": list(directory.diagnostics_rows),
+        "update": run.update.state_dict(), "stop": run.stop.state_dict()})
+    weights = on_cpu(run.update.evaluated.state_dict()) if best else None
+    tables, previous, directory.previous = directory.tables(), directory.previous, directory / "prev.pt"
 
-        self.writer(job)
+    def job():
+        checkpoint.write(directory / "last.pt", previous=previous, **content)
+        directory.saved = row.epoch
+        if best:
+            checkpoint.write(directory / "best.pt", **best, state_dict=weights)
+        for name, table in tables.items():
+            write_atomic(directory / name, table)
+
+    run.writer(job)

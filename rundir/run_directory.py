@@ -1,6 +1,5 @@
 """The run directory: lock, columns of log.csv, JSON files."""
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -13,8 +12,8 @@ from dataclasses import asdict, fields, make_dataclass
 from pathlib import Path
 
 from losses.methods import TERMS
-from rundir.errors import BUG, DONE, IN_USE, USAGE, Failure, Stopped, Unwritable, expected
-from rundir.files import as_csv, make_directory, unwritable, write_atomic, write_json
+from rundir.errors import BUG, DONE, USAGE, Failure, Stopped, Unwritable, expected
+from rundir.files import as_csv, lock, unwritable, write_atomic, write_json
 
 UNREADABLE = "unreadable.csv"
 RESULTS = ("summary.json", "classes.csv", "confusion.csv", "confusion.png")  # of a complete run
@@ -37,14 +36,14 @@ class RunDirectory:
     """The files of a run in `--output`, with an exclusive lock.
 
     `with RunDirectory(...) as run:` locks and checks the directory, writes nothing before `run.open`, and records the end of the
-    run in status.json.  The operating system frees the lock when the process ends in any way.
+    run in status.json.
     rows, diagnostics_rows: of log.csv and diagnostics.csv, one per epoch.  saved: epoch of the last checkpoint on disk, or 0.
     writes: True for the main process; the others neither lock nor write.
     """
 
     def __init__(self, path, *, overwrite: bool, resume: str | None = None, writes: bool = True):
         self.path, self.overwrite, self.writes = Path(path), overwrite, writes
-        self.rows, self.diagnostics_rows, self.saved = [], [], 0
+        self.rows, self.diagnostics_rows, self.saved, self.previous = [], [], 0, self.path / "prev.pt"
         self.config, self.last, self.started = {}, None, None
         if resume:
             source = self.path if resume == "auto" else Path(resume)
@@ -61,15 +60,7 @@ class RunDirectory:
         if not self.writes:
             return self
         self.created = not self.path.exists()
-        make_directory(self.path)
-        try:
-            self.lock = open(self / ".lock", "ab")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Failure(IN_USE, f"run directory is in use by another run ({self.path})",
-                          "wait until it ends, or choose another --output") from None
-        except OSError as failure:
-            raise Unwritable(failure.errno, failure.strerror, str(self / ".lock")) from failure
+        self.lock = lock(self.path, "run")
         present = {entry.name for entry in self.path.iterdir()} - {".lock", UNREADABLE}
         if present and not (self.overwrite or self.continues):
             self.lock.close()
@@ -163,13 +154,6 @@ class RunDirectory:
         print(f"{summary['verdict']}: test accuracy {summary['test_acc1_best']:.2f} % with the weights of the best epoch, "
               f"{summary['best_epoch']}, {summary['test_acc1_last']:.2f} % with those of the last -> {self / 'best.pt'}")
         print(*(f"alarm: {alarm['text']}" for alarm in summary["alarms"]), sep="\n", end="\n" * bool(summary["alarms"]))
-
-
-def refuse_to_overwrite(output, starts) -> None:
-    """Failure USAGE if --overwrite would delete the initial weights of the run.  starts: their paths, or None."""
-    for path in starts:
-        if path and Path(path).resolve().parent == Path(output).resolve():
-            raise Failure(USAGE, f"--overwrite would delete the initial weights of the run ({path})", "choose another --output")
 
 
 def announce(config: dict, *lines: str) -> None:

@@ -6,8 +6,9 @@ CLEAR = "\r\033[K"  # carriage return, and erase to the end of the line
 
 
 def live(text: str) -> None:
-    """Print a live line on stdout, cut to the width of the terminal, since a wrapped line cannot be replaced."""
-    print(CLEAR + text[:shutil.get_terminal_size().columns - 1], end="", flush=True)
+    """Print a live line where stdout is a terminal, cut to its width, since a wrapped line cannot be replaced."""
+    if sys.stdout.isatty():
+        print(CLEAR + text[:shutil.get_terminal_size().columns - 1], end="", flush=True)
 
 
 def say(text: str, stream=None) -> None:

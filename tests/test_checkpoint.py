@@ -4,6 +4,7 @@ import io
 import threading
 import time
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,16 +107,16 @@ def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
 
     row = run_directory.EpochRow(**{field.name: 1 for field in fields(run_directory.EpochRow)})
     part, go = Part(), threading.Event()
-    with run_directory.RunDirectory(tmp_path, overwrite=False) as run, checkpoint.Writer() as writer:
-        run.open({})
-        state = resume.State(run, writer, {"epochs": 9, "sched": "cosine"}, "", update=part, stop=Part(), ranks=Ranks())
+    with run_directory.RunDirectory(tmp_path, overwrite=False) as directory, checkpoint.Writer() as writer:
+        directory.open({})
+        run = SimpleNamespace(directory=directory, writer=writer, config={}, began={}, update=part, stop=Part(), ranks=Ranks())
         writer(go.wait)
         threading.Timer(0.2, go.set).start()
-        state.save(row, {"epoch": 1}, {"classes": []})
+        resume.save(run, row, {"epoch": 1}, {"classes": []})
         monkeypatch.setattr(checkpoint, "write", slowly(checkpoint.write))
-        state.save(row, {"epoch": 2}, {"classes": []})
+        resume.save(run, row, {"epoch": 2}, {"classes": []})
         part.weight += 1
-        run.rows.append(row)
+        directory.rows.append(row)
     assert torch.equal(resume.read_run(tmp_path / "last.pt")["update"]["weight"], torch.zeros(3))
     assert torch.equal(checkpoint.read(tmp_path / "best.pt")["state_dict"]["weight"], torch.zeros(3))
     assert (tmp_path / "log.csv").read_text().count("\n") == 3

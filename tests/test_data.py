@@ -22,7 +22,7 @@ import torch
 from helpers import draw, fails, folder, load_folder
 from PIL import Image
 
-from data import cifar, cifar_files, datasets, imagefolder, pictures, synthetic
+from data import cifar, datasets, imagefolder, pictures, synthetic
 from data.datasets import Split
 
 
@@ -222,7 +222,7 @@ def test_a_failed_download_leaves_nothing_and_the_next_one_repairs_it(offer, tmp
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_the_binary_version_is_read(tmp_path, name):
-    folder, labels, train, test, names = cifar_files.BINARY[name]
+    folder, labels, train, test, names = cifar.BINARY[name]
     (tmp_path / folder).mkdir()
     (tmp_path / folder / names).write_text("\n".join(f"class_{k}" for k in range(10)) + "\n\n")
 

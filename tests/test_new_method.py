@@ -29,7 +29,7 @@ RECORD = '''SQUARE = Method(
     hyperparameters={"strength": Hyperparameter(2.0, "weight of the squared distance"),
                      "centred": Hyperparameter(False, "subtract each row's mean")},
     terms=("ce", "distance"), run="square-strength{strength:g}", table="SQUARE strength {strength:g}", figure="SQUARE",
-    formula=lambda numbers, ce, ramp: f"{ce} + {numbers['strength']:g} |z - v|^2 / C{ramp}", warmed_up=("strength",))
+    formula="{ce} + {strength:g} |z - v|^2 / C{ramp}", warmed_up=("strength",))
 '''
 METHODS, LINE = "METHODS = {", 'METHODS = {"square": SQUARE, '
 

@@ -1,7 +1,7 @@
-"""Advice before a run: hyperparameters suggested by the teacher's logits and a new student's gradient on a few augmented batches.
+"""Advice before a run: hyperparameters by the teacher's logits and a new student's gradient on a few augmented batches.
 
-The suggestions are rules of thumb, each printed with its reason: no distillation term has a larger gradient than cross-entropy,
-the temperature keeps the teacher's entropy below 0.9 log C, and clipping affects outliers, not every step.
+Rules of thumb, each printed with its reason: no distillation term has a larger gradient than cross-entropy, the temperature keeps
+the teacher's entropy below 0.9 log C, and clipping affects outliers, not every step.
 """
 import math
 from pathlib import Path
@@ -59,8 +59,8 @@ def advise(args, method, context: RunContext) -> list[str]:
         softened = torch.stack([(v.float() / T).softmax(1) for T in TEMPERATURES])
         entropies += torch.special.entr(softened).sum(2).mean(1) / len(steps)
     columns, classes, norm = diagnostics.columns(), len(data.classes), torch.stack(norms).median().item()
-    size = models.describe(args.student, student, args.image_size or data.image_size)
-    return [f"student {size}", str(data), *report(method, columns, classes),
+    size = f"{models.parameters(student) / 1e6:.2f} M parameters"
+    return [f"student {args.student}: {size}", str(data), *report(method, columns, classes),
             *suggest(method, args.clip_grad, columns, norm, entropies.tolist(), classes)]
 
 

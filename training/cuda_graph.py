@@ -1,10 +1,7 @@
 """A training step as a CUDA graph: captured once, replayed by one launch.
 
-A replay runs no Python.  So a captured step reads and writes tensors with fixed addresses: the position in the epoch and the
-learning rate are written into two of them before each step, hyperparameters under warm-up into others before each epoch.
-Steps of each kind, such as diagnostics steps and ordinary ones, have a graph of their own.
-
-A failed capture ends the run: PyTorch may leave its random generator in capture mode, which breaks dropout outside of a graph.
+A replay runs no Python.  So a captured step reads position and learning rate from two tensors that are filled before each step,
+and hyperparameters under warm-up from others.  Steps of each kind, such as diagnostics steps, have a graph of their own.
 """
 import torch
 
@@ -33,7 +30,10 @@ def use_cuda_graph(wanted: bool | None, context: RunContext, *, deterministic: b
 
 
 def capture(function, pool, stream):
-    """Capture `function` on `stream` with memory from `pool` -> its replay.  Failure OUT_OF_MEMORY or USAGE."""
+    """Capture `function` on `stream` with memory from `pool` -> its replay.
+
+    Failure OUT_OF_MEMORY or USAGE ends the run: PyTorch may leave its random generator in capture mode.
+    """
     graph = torch.cuda.CUDAGraph()
     try:
         # "thread_local": CUDA calls of other threads, such as NCCL's, do not invalidate it.

@@ -96,7 +96,7 @@ def keep_freed_memory() -> None:
 
 
 def set_threads(count: int) -> None:
-    """Set the number of CPU threads, on which the order of sums, and so their last bits, depend."""
+    """Set the number of CPU threads, on which the last bits of sums depend."""
     if count != (now := torch.get_num_threads()):
         print(f"using {count} threads, as the run began with, instead of {now}: the results stay bitwise the same")
         torch.set_num_threads(count)

@@ -1,7 +1,7 @@
 """Distributed data parallelism under torchrun: each rank's rows of a batch, collectives, and DDP.
 
-Every rank holds all images on its device and makes its slice of the batch that one process would make.  DDP averages the
-gradients; BatchNorm normalises by the slice.  Without torchrun a process is rank 0 of 1, and collectives return their input.
+Every rank holds all images and makes its slice of the batch that one process would make.  DDP averages the gradients; BatchNorm
+normalises by the slice.  Without torchrun a process is rank 0 of 1, and collectives return their input.
 """
 import os
 import sys
@@ -49,7 +49,6 @@ class Ranks:
             dist.destroy_process_group()
 
     def rows(self, each: int) -> range:
-        """This rank's rows of a batch with `each` rows per rank."""
         return range(self.rank * each, (self.rank + 1) * each)
 
     def share(self, count: int) -> range:
@@ -63,15 +62,9 @@ class Ranks:
         return tensor
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The mean over the ranks, in place."""
         return self.sum(tensor).div_(self.size) if self.size > 1 else tensor
 
-    def all_equal(self, numbers: torch.Tensor) -> bool:
-        """Whether `numbers`, int64 (K,), are the same on all ranks."""
-        return all(torch.equal(numbers, other) for other in self.gather(numbers))
-
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The `tensor` of every rank, of one shape."""
         if self.size == 1:
             return [tensor]
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]

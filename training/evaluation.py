@@ -36,13 +36,11 @@ class Evaluation(NamedTuple):
                 "predicted_classes": predicted, "effective_classes": effective_number(images)}
 
     def confusion(self, labels, names: list[str]) -> Confusion:
-        """The confusion matrix.  labels: of the split, int64 (N,).  names: of the classes."""
         names = [name.encode(errors="backslashreplace").decode() for name in names]  # of a folder: may be no valid UTF-8
         counts = count(labels * len(names) + self.predictions, len(names) ** 2)
         return Confusion(names, np.array(counts, dtype=int).reshape(len(names), len(names)))
 
     def agreement(self, other: "Evaluation") -> float:
-        """The share of images with the same prediction."""
         return (self.predictions == other.predictions).double().mean().item()
 
 
@@ -133,28 +131,25 @@ def tolerance(images: int, *precisions: str) -> float:
 def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_weak: bool = False) -> Evaluation:
     """Evaluate the teacher on the test set, and print its line; of an Ensemble, after those of its teachers.
 
-    Failure USAGE: another accuracy than in its checkpoint, or, unless allow_weak, an accuracy near chance, the share of the
-    largest class.
+    Failure USAGE: another accuracy than in its checkpoint, or, unless allow_weak, an accuracy near chance.
     """
+    evaluation = evaluate(teacher, data.test, data.mean, data.std, context, batch_size)
     if isinstance(teacher, models.Ensemble):
         for each in teacher.teachers:
             check_teacher(each, data, context, batch_size, allow_weak)
-        evaluation = evaluate(teacher, data.test, data.mean, data.std, context, batch_size)
         print(f"ensemble of {len(teacher.teachers)} teachers: {teacher.size / 1e6:.2f} M parameters, test accuracy "
               f"{evaluation.acc1:.2f} %")
         return evaluation
-    info = teacher.info
-    evaluation = evaluate(teacher, data.test, data.mean, data.std, context, batch_size)
-    origin = "" if info["test_acc1"] is not None else ", measured here: its file has none to compare with"
+    info, recorded, images = teacher.info, teacher.info["test_acc1"], len(data.test.labels)
     print(f"teacher {info['model']}: {teacher.size / 1e6:.2f} M parameters, {info['image_size']} pixels, test accuracy "
-          f"{evaluation.acc1:.2f} %{origin}")
-    most = tolerance(len(data.test.labels), context.precision, info["amp"])
-    if info["test_acc1"] is not None and abs(evaluation.acc1 - info["test_acc1"]) > most:
-        both = (f"{evaluation.acc1:.2f} %, in its checkpoint {info['test_acc1']:.2f} % on {info['dataset']}; "
+          f"{evaluation.acc1:.2f} %{', measured here: its file has none to compare with' * (recorded is None)}")
+    most = tolerance(images, context.precision, info["amp"])
+    if recorded is not None and abs(evaluation.acc1 - recorded) > most:
+        both = (f"{evaluation.acc1:.2f} %, in its checkpoint {recorded:.2f} % on {info['dataset']}; "
                 f"precision explains {most:.2f} points")
         raise Failure(USAGE, f"the teacher's test accuracy does not match its checkpoint ({both})",
                       "check that --dataset, --data-dir, --image-size and --crop are those that it was trained on")
-    images, chance = len(data.test.labels), evaluation.confusion(data.test.labels, data.classes).chance
+    chance = evaluation.confusion(data.test.labels, data.classes).chance
     if evaluation.acc1 <= near_chance(chance) and not allow_weak:
         both = f"{evaluation.acc1:.2f} % of {images} test images; chance is {chance:.2f} %"
         raise Failure(USAGE, f"the teacher is near chance ({both})",

@@ -1,7 +1,6 @@
 """Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): activations inside a block are recomputed in the backward pass.
 
-Losses, gradients, running statistics and parameter names stay the same: a block draws the same random numbers again, and its
-BatchNorms do not count a batch twice.
+Losses, gradients, running statistics and parameter names stay the same: a block draws the same random numbers again.
 """
 from contextlib import nullcontext
 from functools import partial
@@ -47,10 +46,9 @@ def forward(block, *inputs):
 
 
 class FrozenStatistics:
-    """A context that disables updates of running statistics and counters in the BatchNorms of `block`.
+    """A context that disables updates of running statistics and counters in the BatchNorms of `block`; may be entered again.
 
-    Each backward pass enters it.  A momentum of 0 keeps the statistics bitwise.  Without running statistics other tensors would
-    be saved than the first time.
+    A momentum of 0 keeps the statistics bitwise.  Without running statistics other tensors would be saved than the first time.
     """
 
     def __init__(self, block):

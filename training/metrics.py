@@ -18,9 +18,8 @@ RECENT = 5  # epochs for the median in the ETA
 class Metrics:
     """Means over an epoch, from a table on the device with a row per step: skipped, gradient norm, accuracy, losses.
 
-    Inside the step, also in a CUDA graph, call `add` for each micro-batch and then `end_step`; after the step `log`, which does
-    not wait for the device; after the epoch `epoch_columns`.  Rows are means over the ranks.
-    With --match-norm a row ends with the step's factor.
+    Inside the step, also in a CUDA graph, call `add` for each micro-batch and then `end_step`; after it `log`, which does not
+    wait for the device; after the epoch `epoch_columns`.  Rows are means over the ranks; they may end with --match-norm's factor.
     """
 
     def __init__(self, ranks, steps: int, clip_grad: float = 0.0):
@@ -30,7 +29,6 @@ class Metrics:
         self.clear()
 
     def clear(self) -> None:
-        """Start the next epoch."""
         self.taken, self.rows, self.arrived = 0, [], None  # steps; rows on the host; event of a copy in flight
 
     def add(self, logits, targets, loss, terms: dict) -> None:

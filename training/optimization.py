@@ -70,8 +70,8 @@ class StepResult(NamedTuple):
 class Update:
     """`update.backward(loss)` for each of the `micro_batches` of a batch, then `update(lr)`: one optimizer step.
 
-    A step with a non-finite loss or gradient, in any precision, is skipped: weights, momentum and running statistics stay.  The
-    device decides.  All ranks skip the same steps, as they have the same mean gradient.
+    A step with a non-finite loss or gradient is skipped, by the device: weights, momentum and running statistics stay.  All ranks
+    skip the same steps, as they have the same mean gradient.
     """
 
     def __init__(self, net, recipe: Recipe, context: RunContext, micro_batches: int = 1):
@@ -117,7 +117,8 @@ class Update:
         before = self.copy_parameters() if diagnose else None
         finite = norm < math.inf
         skipped = self.step_unless_skipped(finite)
-        self.restore_buffers(finite)
+        torch.where(finite, self.buffers.words, self.before, out=self.before)  # running statistics: kept where skipped
+        self.buffers.words.copy_(self.before)
         if self.average:
             self.update_average()
         if self.context.compiled:
@@ -125,10 +126,10 @@ class Update:
         return StepResult(skipped, norm, self.relative_update(before) if diagnose else None, factor)
 
     def match_norm(self) -> torch.Tensor:
-        """Rescale the gradient to the norm of that of the `matched` losses -> the factor.
+        """Rescale the gradient to the norm of that of the `matched` losses -> the factor, independent of the loss scale.
 
-        Where a norm is not finite, or that of the gradient 0, the factor is not finite either, and the step is skipped.  This is
-        done before unscaling, so that the scaler sees an overflow in either gradient; the factor does not depend on the scale.
+        Where a norm is not finite, or that of the gradient 0, neither is the factor, and the step is skipped.  Done before
+        unscaling, so that the scaler sees an overflow in either gradient.
         """
         gradient, matched = [parameter.grad for parameter in self.parameters if parameter.grad is not None], self.matched
         self.matched = ()
@@ -148,18 +149,12 @@ class Update:
                 group["capturable"] = capturing
 
     def step_unless_skipped(self, finite) -> torch.Tensor:
-        """Step where `finite` is True -> 1.0 if skipped, else 0.0."""
         skipped = torch.logical_not(finite, out=torch.empty((), device=finite.device))
         self.optimizer.found_inf = skipped  # read by fused optimizers; the scaler keeps its own
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return skipped
-
-    def restore_buffers(self, finite) -> None:
-        """Restore the running statistics after a skipped step."""
-        torch.where(finite, self.buffers.words, self.before, out=self.before)
-        self.buffers.words.copy_(self.before)
 
     def copy_parameters(self) -> list:
         return list(torch._foreach_mul(self.parameters, 1.0))
@@ -192,7 +187,7 @@ class Update:
         if self.ranks.size == 1:
             return
         bits = torch.stack([parameter.detach().view(torch.int32).sum() for parameter in self.parameters])
-        if not self.ranks.all_equal(bits):
+        if not all(torch.equal(bits, other) for other in self.ranks.gather(bits)):
             raise Failure(BUG, f"ranks diverged: their weights are not the same ({self.ranks.size} processes)",
                           "go back to the last checkpoint with --resume auto; if it happens again, suspect a GPU")
         for buffers in (*self.buffers.floats, *(self.average_buffers.floats if self.average else ())):

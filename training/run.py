@@ -1,6 +1,7 @@
 """The parts of a run that both scripts share: run directory, lock, resuming, data, log, summary."""
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
@@ -14,8 +15,9 @@ from diagnostics.alarms import judge
 from diagnostics.classes import Confusion
 from losses.cross_entropy import class_weights_of
 from plots import confusion
-from rundir import resume, run_directory
+from rundir import resume
 from rundir.checkpoint import Writer
+from rundir.errors import DATA, USAGE, Failure
 from rundir.files import as_csv, write_atomic
 from rundir.identity import listed
 from rundir.run_directory import EpochRow, RunDirectory
@@ -45,8 +47,10 @@ class Run:
         self.args, self.config, self.context, self.ranks = args, config, context, context.ranks
         models.check_name(config.get("student") or config["model"])
         if args.overwrite:
-            starts = [path for name in ("teacher_checkpoint", "init", "student_init") for path in listed(config.get(name))]
-            run_directory.refuse_to_overwrite(args.output, starts)
+            for path in (path for name in ("teacher_checkpoint", "init", "student_init") for path in listed(config.get(name))):
+                if path and Path(path).resolve().parent == Path(args.output).resolve():
+                    raise Failure(USAGE, f"--overwrite would delete the initial weights of the run ({path})",
+                                  "choose another --output")
         self.directory = RunDirectory(args.output, overwrite=args.overwrite, resume=args.resume, writes=self.ranks.is_main)
         self.stop = EarlyStop(args.monitor, args.patience)
 
@@ -58,7 +62,10 @@ class Run:
             self.saved = self.ranks.broadcast(lambda: resume.find(self.directory, self.config))
             self.began = self.saved["began"] if self.saved else {}
             set_threads(self.began.setdefault("threads", torch.get_num_threads()))
-            self.finished = resume.is_finished(self.saved, self.args.epochs, self.stop)
+            self.finished = False
+            if self.saved and self.saved["has_summary"]:  # written last: of a complete run
+                self.stop.load_state_dict(self.saved["stop"])
+                self.finished = self.saved["epoch"] >= self.args.epochs or self.stop.stop
             if self.finished and self.saved["config"]["data_dir"] != self.args.data_dir:
                 self.load_data()  # raises if the images differ
             if self.finished:
@@ -77,7 +84,9 @@ class Run:
         except Unreadable as failure:
             raise Unreadable(failure.files, failure.total, self.directory.list_unreadable(failure.files)) from None
         self.directory.list_unreadable(self.data.unreadable)
-        resume.check_data(self.began, self.data)
+        if self.began.setdefault("data_sha256", self.data.fingerprint) != self.data.fingerprint:
+            raise Failure(DATA, f"images, labels or classes differ from those at the start of the run ({self.data.name})",
+                          "restore them, or start another run in another --output")
         self.class_weights = class_weights_of(self.args.class_weights, self.data.train.labels, len(self.data.classes))
         self.batch_size = global_batch_size(self.args.batch_size, self.data, self.context)
         self.micro_batches = micro_batches(self.ranks.rows(self.args.batch_size), self.args.grad_accum or 1)
@@ -103,7 +112,7 @@ class Run:
         net.info = {"model": name, "classes": data.classes, "image_size": image_size, "stored_size": stored_size,
                     "mean": list(data.mean), "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed,
                     "amp": self.context.precision}
-        print(f"{data}\n{'student ' * ('student' in self.config)}{models.describe(name, net, image_size)}")
+        print(f"{data}\n{'student ' * ('student' in self.config)}{name}: {models.parameters(net) / 1e6:.2f} M parameters")
         return net.to(self.context.device)
 
     def wrap(self, net):
@@ -120,9 +129,7 @@ class Run:
         facts |= {"teacher": teacher.info["model"]} if teacher else {}
         self.directory.open(self.config | self.began | facts | {"image_size": update.net.info["image_size"]},
                             update.checkpoint_bytes, self.saved["epoch"] if self.saved else 0)
-        self.state = resume.State(self.directory, self.writer, self.config, self.began, update=update, stop=self.stop,
-                                  ranks=self.ranks)
-        self.first = self.state.restore(self.saved)
+        self.first = resume.restore(self, self.saved)
         self.progress = Progress(self.args.epochs, metrics.steps, self.batch_size)
 
     def epochs(self):
@@ -134,10 +141,7 @@ class Run:
             yield self.epoch
 
     def end_training(self, lr: float) -> None:
-        """Read the epoch's metrics, which waits for the device, and average running statistics over the ranks.
-
-        lr: of the last step.
-        """
+        """Read the epoch's metrics, which waits for the device, and average running statistics.  lr: of the last step."""
         self.lr, self.samples = lr, self.batch_size * self.metrics.taken
         self.columns, clipping = self.metrics.epoch_columns(self.epoch)
         self.columns["amp_scale"] = self.update.amp_scale()
@@ -164,11 +168,11 @@ class Run:
             say(f"peak memory in the first epoch: {reserved / 2**30:.1f} of {total / 2**30:.1f} GiB")
         diagnostics = {"epoch": self.epoch, **{name: self.columns[name] for name in FROM_LOG}, **self.measured,
                        **val.class_columns(len(self.data.classes)), "train_acc1_clean": clean}
-        self.state.save(row, diagnostics, self.update.net.info if best else None)
+        resume.save(self, row, diagnostics, self.update.net.info if best else None)
         self.progress.epoch(row, best)
 
     def close(self, note: str, teacher=None, teacher_acc1: float | None = None, **more) -> None:
-        """Evaluate the last weights and best.pt once on the test set; store the accuracy in best.pt; write the results.
+        """Evaluate the last weights and best.pt once on the test set, and write the results.
 
         more: entries of summary.json that only this script has.
         """
@@ -198,7 +202,6 @@ class Run:
         })
 
     def write_classes(self, val: Confusion, test: Confusion) -> None:
-        """Write classes.csv, confusion.csv and confusion.png, of the best weights."""
         train = count(self.data.train.labels, len(val.names))
         columns = (test.names, map(int, train), val.labels, test.labels, val.accuracies, test.accuracies)
         rows = [dict(zip(CLASS_COLUMNS, row)) for row in zip(*columns)]

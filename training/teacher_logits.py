@@ -1,7 +1,6 @@
 """A store of teacher logits: computed by one run, read by later ones with the same teacher, seed, data and augmentation.
 
-Images and mixing follow from (seed, epoch, position in the epoch) alone.  So method, loss weights, optimiser and student may
-differ between the runs, and the logits are the same bits.
+Method, loss weights, optimiser and student may differ between the runs, and the logits are the same bits.
 """
 import hashlib
 import json
@@ -24,11 +23,10 @@ GB = 10**9
 class TeacherLogits:
     """The teacher's logits of an epoch, (steps, rows, C) on the device, backed by a file.
 
-    A record of the file is a step's logits behind a checksum of them and of their place: whatever is missing, cut off or altered
-    is computed anew.  Records have fixed places, so several runs may read and write the file at once, and may be killed.
+    A record of the file is a step's logits behind a checksum of them and of their place: what is missing, cut off or altered is
+    computed anew.  Several runs may read and write the file at once, and may be killed: records have fixed places.
     In a step, call `read` where `found[position]`, else `add`; both may be captured in a CUDA graph.
 
-    found: for each step of the epoch, whether its logits are here.
     folder: has one file for each `key`; None: nothing is stored.  limit: bytes of all files in it.
     rows: of each batch, those of this process.  example: logits (any, C), for their number and type.
     Unwritable: the folder or the file cannot be made.

@@ -3,7 +3,7 @@
     python results/ablation-small/alarms.py
 
 Sensitivity is the share of the collapsed runs in which an alarm is raised, specificity that of the others in which it is not.
-The alarms are those of diagnostics/alarms.py on epochs.csv.  Collapsed is as in figures.py.
+The alarms are those in runs.csv.  Collapsed is as in figures.py.
 
 Runs without a teacher are left out: they have no control.  Half of the cells calibrates: `calibrated`, a limit, is the 90th
 percentile of its runs that did not collapse.  The other half is held back.  A control cannot fall below itself, and at lower
@@ -21,8 +21,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's root
 from diagnostics import alarms
-from diagnostics.classes import Confusion
-from losses.methods import LABELS, METHODS
 from results.cells import PLAIN, read_sweep
 from results.tables import write_csv
 
@@ -34,29 +32,26 @@ SETTINGS = ("lr", "opt", "clip_grad", "teacher_checkpoint", "method", "alpha", "
             "dkd_warmup", "policy", "random_erasing", "mix_prob", "loss_scale", "match_norm")
 SWEEPS = "findings", "high", "phase", "recipe", "recipe-long", "scale", "scale-long", "usual"
 GROUPS = ("all", "learning rate 1.6, with a control")
-VAL = Confusion([""] * 100, np.diag([10] * 100))  # has the labels; predictions by class were not recorded
+CLASSES = 100
 
 
 def read_runs() -> list[dict]:
     """A dict per run: its half and groups, whether it collapsed, its alarms, and the values of those that are calibrated."""
     runs = []
     for cell in (cell for sweep in SWEEPS for cell in read_sweep(FOLDER / sweep).values() if cell.flags.get("teacher")):
-        method, recipe = SimpleNamespace(record=METHODS.get(cell.flags["method"], LABELS)), SimpleNamespace(**cell.flags)
+        recipe = SimpleNamespace(**cell.flags)
         settings = json.dumps([cell.flags.get(name, PLAIN.get(name)) for name in SETTINGS])
         for seed, run in cell.runs.items():
             rows = [SimpleNamespace(**row) for row in run["epochs"]]
-            found = alarms.alarms(method, recipe, recipe.monitor, rows, run["epochs"], VAL, run["stopped_early"])
             move, *_ = max(alarms.moves(recipe, rows, run["epochs"]), default=(None,))
             runs.append({
                 "settings": settings, "groups": GROUPS[:1 + (cell.control is not None and recipe.lr == 1.6)],
-                "collapsed": cell.fell[seed], "alarms": {alarm.name: alarm.value for alarm in found}, "recorded": run["alarms"],
-                "move": move, "dead": rows[-1].dead_classes / len(VAL.names)})
+                "collapsed": cell.fell[seed], "alarms": run["alarms"], "move": move, "dead": rows[-1].dead_classes / CLASSES})
     cells = sorted({run["settings"] for run in runs}, key=lambda settings: hashlib.sha256(settings.encode()).hexdigest())
     return [run | {"half": HALVES[cells.index(run["settings"]) % 2]} for run in runs]
 
 
 def count(alarm: str, runs: list[dict]) -> dict:
-    """Columns of alarms.csv."""
     raised, silent = ([(alarm in run["alarms"]) == collapsed for run in runs if run["collapsed"] == collapsed]
                       for collapsed in (True, False))
     return {"raised": sum(raised), "collapsed": len(raised), "sensitivity": round(sum(raised) / len(raised), 3),

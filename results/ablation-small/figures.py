@@ -64,7 +64,6 @@ def phase_rows(cells: dict[str, Cell]) -> list[dict]:
 
 
 def label_rows(axis, left: list[str], right: list[str]) -> None:
-    """A text on both sides of every row."""
     axis.set_yticks(range(len(left)), left)
     other = axis.secondary_yaxis("right")
     other.set_yticks(range(len(right)), right)

@@ -134,7 +134,6 @@ def repeats() -> str:
 
 
 def alarms() -> str:
-    """The held-back half of alarms.csv."""
     return markdown([{"alarm": row["alarm"], "raised in collapsed runs": f"{row['raised']} of {row['collapsed']}",
                       "silent in others": f"{row['silent']} of {row['others']}"}
                      for row in read_table(FOLDER / "alarms.csv") if (row["half"], row["runs"]) == ("held back", "all")])
@@ -178,7 +177,6 @@ def of_epochs(cell: Cell, column: str, first=False) -> list[float]:
 
 
 def largest(cell: Cell, column: str) -> list[float]:
-    """The largest value of each run."""
     return [max(row[column] for row in run["epochs"]) for run in cell.runs.values()]
 
 
@@ -187,7 +185,6 @@ def markdown(rows: list[dict]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Name -> Markdown."""
     return {sweep: sweep_table(sweep) for sweep in CELLS} | {"contrasts": contrasts(), "early stopping": early_stopping(),
                                                              "repeats": repeats(), "alarms": alarms()}
 
