@@ -6,9 +6,12 @@ machine: versions, clocks, and the rates of copies and matrix products.  kernels
 definitions in float64.  augmentation: a million images against the CPU, bit for bit.
 On a CPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1).
 """
+import importlib.metadata
 import itertools
 import multiprocessing
 import os
+import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -23,7 +26,6 @@ from benchmarks.table import DTYPES, MEAN, STD
 from kernels.softmax_kl import Weights, softmax_kl, softmax_kl_naive
 from losses import Targets
 from rundir import errors
-from rundir.run_directory import environment
 
 ROWS = {1: 37, 2: 37, 3: 37, 10: 513, 100: 257, 300: 65, 1000: 37, 2048: 9, 5000: 5, 32000: 3}  # by the number of classes
 OBJECTIVES = {"pair": Weights(0.7, 0.3, 1.0, 8.0), "dominant": Weights(1.0, None, 1.0, 2.0),
@@ -113,11 +115,15 @@ def check_machine(args) -> None:
         call()
         return min(clocks.wall_us(call, 1, device) for _ in range(10)) / 1e6
 
-    facts = environment() | {"cores": os.cpu_count()}
+    installed = {each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}
+    facts = {"hardware": table.hardware(device), "python": platform.python_version(), "cores": os.cpu_count()}
+    facts |= {name: installed.get(name, "missing") for name in "torch torchvision triton numpy pytest liger-kernel timm".split()}
     if on_gpu:
-        names = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-        facts |= {"properties": str(torch.cuda.get_device_properties(device)),
-                  names: subprocess.getoutput(f"nvidia-smi --query-gpu={names} --format=csv,noheader")}
+        facts |= {"properties": str(torch.cuda.get_device_properties(device)), "cuda": torch.version.cuda,
+                  "cuDNN": torch.backends.cudnn.version()}
+    if on_gpu and shutil.which("nvidia-smi"):
+        names = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+        facts[names] = subprocess.getoutput(f"nvidia-smi --query-gpu={names} --format=csv,noheader")
     size, side = (2**30, 8192) if on_gpu else (2**22, 256)
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
     facts["copy, GB/s read and written"] = round(2 * size / best_s(lambda: target.copy_(source)) / 1e9, 1)

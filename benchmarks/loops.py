@@ -47,14 +47,14 @@ def networks(case: tuple[str, str], device, layout=torch.channels_last):
 class Ours:
     """The objects and the step of distill.py, with all images as an epoch.
 
-    captured: steps become a CUDA graph.
+    captured: steps become a CUDA graph.  lap: called with the name of each phase of a step at its end.
     stored: the teacher's logits are; every block is then of one epoch, and reads them after the first whole one.
     """
     workers = 0
 
     def __init__(self, teacher, student, args, context, images, labels, *, captured: bool = False, stored: bool = False):
         method = method_flags.chosen(args)
-        self.recipe, self.context, self.epoch = Recipe.of(args), context, 0
+        self.recipe, self.context, self.epoch, self.lap = Recipe.of(args), context, 0, lambda phase: None
         checkpoint = teacher.info | {"state_dict": teacher.state_dict(), "path": "", "sha256": ""}
         teacher = models.load(checkpoint, context.device, context.dtype, folded=True)
         self.augmenter = BatchAugmenter(images.to(context.device), labels.to(context.device), **options.augmentation(args),
@@ -69,27 +69,37 @@ class Ours:
                                    example=torch.empty(1, len(CLASSES), dtype=context.dtype, device=context.device))
         self.teacher_model, self.model = context.compile(teacher, captured), context.compile(student, captured)
         self.take = CudaGraph(self.step, context.device) if captured else self.step
+        first = next(student.parameters())  # its gradient comes last
+        first.register_post_accumulate_grad_hook(lambda parameter: self.lap("backward"))
 
     def step(self, position, lr, diagnose, stored):
         batch, rows = self.augmenter(position), range(self.augmenter.batch_size)
+        self.lap("augment")
         with self.context.autocast:
             teacher_logits = self.store.read(position, rows) if stored else self.teacher_model(batch.images)
+            self.lap("teacher")
             logits = self.model(batch.images)
         if self.store.folder and not stored:
             self.store.add(position, rows, teacher_logits)
+        self.lap("student")
         loss, terms = self.criterion(logits, teacher_logits, batch.targets)
+        self.lap("objective")
         self.update.backward(loss, self.matched and self.matched(logits, teacher_logits, batch.targets)[0])
         self.metrics.add(logits, batch.targets, loss, terms)
+        self.lap("bookkeeping")
         result = self.update(lr, diagnose)
+        self.lap("update")
         self.metrics.end_step(position, result)
         if diagnose:
             self.diagnostics.add(position, result, batch.targets, logits, teacher_logits)
+        self.lap("bookkeeping")
 
     def run(self, steps: int) -> dict:
         """Train the first `steps` of a new epoch; its columns of log.csv."""
         self.epoch = 1 if self.store.folder else self.epoch + 1
         for each in (self.augmenter, self.diagnostics, self.store):
             each.set_epoch(self.epoch)
+        self.lap("bookkeeping")
         for position in range(steps):
             lr = learning_rate((self.epoch - 1) * self.augmenter.steps + position, self.recipe, self.augmenter.steps)
             self.take(position, lr, position % LOG_EVERY == 0, self.store.found[position])
@@ -98,6 +108,7 @@ class Ours:
         if steps == self.augmenter.steps:  # else not all logits are there
             self.store.end_epoch()
         columns |= {"amp_scale": self.update.amp_scale()} | of_epoch | self.diagnostics.columns()
+        self.lap("bookkeeping")
         return columns
 
 
@@ -109,7 +120,7 @@ def published_mixed_dkd(student, teacher, soft):
 class PlainLoop:
     """A distillation loop as usually written, over an epoch that never ends.
 
-    images, labels: on the host.  args: of `recipe`.  layout: the memory format of networks and images.
+    images, labels: on the host.  args: of `recipe`.  layout: the memory format of networks and images.  lap: as in Ours.
     """
 
     def __init__(self, teacher, student, args, context, images, labels, workers: int, *, layout=torch.contiguous_format,
@@ -117,7 +128,7 @@ class PlainLoop:
         self.context, self.student, self.layout, self.workers, self.clip = context, student, layout, workers, args.clip_grad
         self.teacher, self.model = (torch.compile(net) if compiled else net for net in (teacher, student))
         self.optimizer = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-        self.scaler = context.scaler()
+        self.scaler, self.lap = context.scaler(), lambda phase: None
         transform = v1.Compose([Image.fromarray, torchvision_pipeline(v1, [v1.ToTensor()])])
         pictures = list(zip(images.numpy(), labels.tolist()))
         self.batches = iter(DataLoader(
@@ -131,16 +142,23 @@ class PlainLoop:
         for images, soft in itertools.islice(self.batches, steps):
             images = images.to(self.context.device, non_blocking=True, memory_format=self.layout)
             soft = soft.to(self.context.device, non_blocking=True)
+            self.lap("waiting")
             with self.context.autocast:
                 with torch.no_grad():
                     teacher_logits = self.teacher(images)
+                self.lap("teacher")
                 logits = self.model(images)
+                self.lap("student")
                 loss = published_mixed_dkd(logits, teacher_logits, soft)
+            self.lap("objective")
             self.scaler.scale(loss).backward()
+            self.lap("backward")
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad()
+            self.lap("update")
             losses.append(loss.item())
+            self.lap("bookkeeping")
         return losses

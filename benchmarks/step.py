@@ -1,4 +1,4 @@
-"""Time of a whole distillation step beside a plain PyTorch loop.
+"""Time of a whole distillation step beside a plain PyTorch loop, and its parts.
 
     python -m benchmarks.step                 the table -> benchmarks/results/step-<gpu or cpu>.csv
     python -m benchmarks.step --quick         the smallest pair, few repeats, nothing compiled
@@ -10,10 +10,13 @@ Ours is the step of distill.py, on a GPU also as a CUDA graph; with a stored tea
 plain loop has a DataLoader with PIL transforms in `workers` processes, mixes in the collate function, takes the published loss on
 the dominant label, and reads the loss after every step.
 
-Contenders are interleaved in blocks of `steps`; times_base is the speed over that of the plain loop in the same repeat.  A block
-of ours is an epoch, with its random draws and columns.  begin_s: the first step, with compilation.
+Contenders are interleaved in blocks of `steps`, after untimed steps that empty the loader's queue; times_base is the speed over
+that of the plain loop in the same repeat.  A block of ours is an epoch, with its random draws and columns.  share_*: parts of
+another block, synchronized after each phase; waiting is for the loader and the copy to the device.  begin_s: the first step, with
+compilation.
 """
 import os
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +24,7 @@ import torch
 import triton
 
 from benchmarks import table
-from benchmarks.clocks import interleaved, wall_us
+from benchmarks.clocks import interleaved, synchronize, wall_us
 from benchmarks.loops import PREFETCH, Ours, PlainLoop, networks, recipe
 from data.synthetic import generate
 from rundir import errors
@@ -30,6 +33,7 @@ from training.device import setup_context
 
 CASES = ("v2_tiny-v2_pico-128", "resnet20-resnet8-128", "resnet32x4-resnet8x4-128")
 GPU_CASES = (*CASES, "resnet32x4-resnet8x4-64", "resnet32x4-resnet8x4-512", "efficientnet_v2_l-efficientnet_v2_s-128")
+PHASES = ("waiting", "augment", "teacher", "student", "objective", "backward", "update", "bookkeeping")
 BLOCK_S, BLOCK_STEPS = 2.0, 64  # how long a block of the plain loop takes, and the most steps it has
 BASE = "plain loop"
 
@@ -53,6 +57,22 @@ def contenders(context, compiled: bool, plain, ours):
             yield f"ours{suffix}, bf16", ours, channels_last, replace(setup, precision="bf16")
 
 
+def shares(contender, steps: int) -> dict:
+    device = contender.context.device
+    seconds, last = dict.fromkeys(PHASES, 0.0), time.perf_counter()
+
+    def lap(phase):
+        nonlocal last
+        synchronize(device)
+        now = time.perf_counter()
+        seconds[phase], last = seconds[phase] + now - last, now
+
+    unwatched, contender.lap = contender.lap, lap
+    contender.run(steps)
+    contender.lap = unwatched
+    return {f"share_{phase}": round(seconds[phase] / sum(seconds.values()), 4) for phase in PHASES}
+
+
 def benchmark(case, context, images, labels, batch_size: int, repeats: int, compiled: bool, steps: int | None = None):
     """A row for each contender.  case: teacher and student.  steps: of a block; default: what the plain loop does in BLOCK_S."""
     device, args = context.device, recipe(batch_size)
@@ -61,8 +81,11 @@ def benchmark(case, context, images, labels, batch_size: int, repeats: int, comp
     def block_ms(contender, steps: int) -> float:
         return wall_us(lambda: contender.run(steps), 1, device) / 1000 / steps
 
+    def drain(contender) -> None:
+        contender.run(min(steps, PREFETCH * contender.workers) or 1)
+
     def timed(contender) -> float:
-        contender.run(min(steps, PREFETCH * contender.workers) or 1)  # empties the loader's queue
+        drain(contender)
         return block_ms(contender, steps)
 
     torch._dynamo.reset()
@@ -86,21 +109,23 @@ def benchmark(case, context, images, labels, batch_size: int, repeats: int, comp
             continue
         running[name], began[name] = contender, begin_s
 
-    for name, times in (all_times := interleaved(running, timed, repeats)).items():
-        contender, spread = running[name], table.spread("ms", times)
+    times = interleaved(running, timed, repeats)
+    for name, contender in running.items():
+        drain(contender)
+        parts, spread = shares(contender, steps), table.spread("ms", times[name])
         yield table.Row(
             **table.versions(device, torch, triton), case=" to ".join(case), batch_size=batch_size, contender=name,
             precision=contender.context.precision, threads=torch.get_num_threads(), workers=contender.workers, repeats=repeats,
             steps=steps, **spread, images_per_s=round(1000 * batch_size / spread["ms"], 1), base=BASE,
-            **table.spread("times_base", [base / ms for base, ms in zip(all_times.get(BASE, ()), times)]),
-            begin_s=round(began[name], 2))
+            **table.spread("times_base", [base / ms for base, ms in zip(times.get(BASE, ()), times[name])]),
+            begin_s=round(began[name], 2), **(dict.fromkeys(parts) if name.endswith("graph") else parts))
 
 
 def main(args) -> None:
     context = setup_context(str(table.device(args.device)), None, seed=0)
     steps, quick = 1 if args.tiny else None, args.quick or args.tiny
     usual = CASES[:1] if quick else GPU_CASES if context.device.type == "cuda" else CASES
-    found = table.Rows(args, "step", table.short(context.device), "case batch_size contender ms times_base")
+    found = table.Rows(args, "step", table.short(context.device), "case batch_size contender ms times_base share_teacher")
     for name in args.case or usual:
         *case, batch = name.split("-")
         images, labels = generate((steps or BLOCK_STEPS) * int(batch), 0)

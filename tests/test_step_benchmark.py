@@ -1,4 +1,4 @@
-"""benchmarks/step.py measures what it says: our contender is the loop of distill.py, and the plain loop is right."""
+"""benchmarks/step.py measures what it says: our contender is the loop of distill.py, the plain loop is right, rows add up."""
 import ast
 import copy
 import math
@@ -34,7 +34,7 @@ def data():
     return images, torch.randint(len(CLASSES), (BATCH * STEPS,), generator=generator)
 
 
-def test_every_contender_has_a_row(context, data):
+def test_every_contender_has_a_row_that_adds_up(context, data):
     rows = list(benchmark.benchmark(CASE, context, *data, BATCH, repeats=2, compiled=False, steps=STEPS))
     half = [("ours, bf16", "bf16", 0)] if torch.cpu.get_capabilities().get("avx512_bf16") else []
     assert [(row.contender, row.precision, row.workers) for row in rows] == [
@@ -43,6 +43,10 @@ def test_every_contender_has_a_row(context, data):
     for row in rows:
         assert 0 < row.ms_min <= row.ms <= row.ms_max < math.inf and 0 < row.times_base_min <= row.times_base_max
         assert row.images_per_s == pytest.approx(1000 * BATCH / row.ms, rel=1e-3)
+        shares = {phase: getattr(row, f"share_{phase}") for phase in benchmark.PHASES}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+        nothing = {"waiting"} if row.contender.startswith("ours") else {"augment"}
+        assert {phase for phase, share in shares.items() if share == 0} <= nothing | {"bookkeeping"} and not shares[nothing.pop()]
     assert {row.times_base for row in rows if row.contender == row.base} == {1.0}
 
 
@@ -89,7 +93,7 @@ def test_loops_calls_what_the_script_calls():
     def within(path):
         return calls(tree(path, ast.FunctionDef, lambda node: node.name == "step"))
 
-    assert [name for name in within("benchmarks/loops.py") if name != "range"] == within("distill.py")
+    assert [name for name in within("benchmarks/loops.py") if name not in ("lap", "range")] == within("distill.py")
 
     def folded(path, load):
         found = tree(path, ast.Call, lambda node: ast.unparse(node.func) == load)
