@@ -2,14 +2,16 @@
 
 Four kinds of names (`names()` lists them):
 - the CIFAR networks of the published distillation tables (CRD, Tian et al. 2020, arXiv 1910.10699; DKD, Zhao et al. 2022,
-  arXiv 2203.08679), layer for layer.  The tables' ResNet18, ResNet50, ShuffleV1 and ShuffleV2 are `cifar_resnet18`,
-  `cifar_resnet50`, `shufflenet_v1` and `shufflenet_v2`; their ResNets have 1x1 shortcuts, MobileNetV2 half the width;
+  arXiv 2203.08679), layer for layer: the ResNets have 1x1 convolutions as shortcuts, MobileNetV2 has half the width.  The tables'
+  ResNet18, ResNet50, ShuffleV1 and ShuffleV2 are `cifar_resnet18`, `cifar_resnet50`, `shufflenet_v1` and `shufflenet_v2`;
 - `v2_pico` and `v2_tiny`, small EfficientNetV2s (Tan and Le 2021, arXiv 2104.00298), student and teacher of the demo;
-- torchvision's classifiers, with an optional prefix, which names of both kinds need: `torchvision/vgg13`;
+- torchvision's classifiers, with an optional prefix: `torchvision/vgg13` and `torchvision/mobilenet_v2` need it, and VGG-11, 16
+  and 19, because `vgg13` and `mobilenet_v2` are the CIFAR networks;
 - timm's, with their prefix: `timm/convnext_atto`.  timm is an optional package.
 
 Every network maps float images (N, 3, H, W) to logits (N, C).  It resizes its input to its own image size on the device, so a
-224-pixel teacher and a 32-pixel student can share a batch.
+224-pixel teacher and a 32-pixel student can share a batch.  To add a network: one function and one line in `NETWORKS` of
+models/cifar_networks.py.
 """
 import difflib
 import re
@@ -20,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import timm_networks
@@ -120,15 +123,45 @@ def meta_forward(net, image_size: int):
             module.training = True
 
 
+class _LastPooling(TorchFunctionMode):
+    """Records in `shape` the input of the last average pooling, as a module or a function; None without any."""
+
+    shape = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (F.adaptive_avg_pool2d, torch.Tensor.mean):
+            self.shape = args[0].shape
+        return func(*args, **(kwargs or {}))
+
+
+def describe(name: str, net, image_size: int) -> str:
+    """One line: the parameters of `net`, and a note if its last feature map is 1x1 at this size, unless it is a CIFAR network."""
+    text = f"{name}: {parameters(net) / 1e6:.2f} M parameters"
+    if name not in NETWORKS:
+        with _LastPooling() as pooling:
+            meta_forward(net, image_size)
+        if pooling.shape and pooling.shape[2:] == (1, 1):
+            text += f"; its last feature map is 1x1 at {image_size} pixels (published for {natural_size(name)})"
+    return text
+
+
+def _new(name: str, num_classes: int, image_size: int) -> nn.Module:
+    if is_timm(name):
+        return timm_networks.create(name, num_classes, image_size)
+    short_name = torchvision_name(name)
+    return _build_torchvision(short_name, num_classes, image_size) if short_name else NETWORKS[name](num_classes)
+
+
 def _build_torchvision(name: str, num_classes: int, image_size: int) -> nn.Module:
-    options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         # With auxiliary heads, training mode returns a tuple; the ImageNet weights expect inputs rescaled by the network.
-        options = {"aux_logits": False, "init_weights": True, "transform_input": True}
+        options: dict[str, Any] = {"aux_logits": False, "init_weights": True, "transform_input": True}
     elif name.startswith("vit_"):
         options = {"image_size": image_size}
     elif name.startswith("maxvit_"):
         options = {"input_size": (image_size, image_size)}
+    else:
+        options = {}
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
 
 
@@ -139,12 +172,7 @@ def build(name: str, num_classes: int, image_size: int = 32) -> nn.Module:
     """
     check_name(name)
     try:
-        if is_timm(name):
-            net = timm_networks.create(name, num_classes, image_size)
-        elif short_name := torchvision_name(name):
-            net = _build_torchvision(short_name, num_classes, image_size)
-        else:
-            net = NETWORKS[name](num_classes)
+        net = _new(name, num_classes, image_size)
         for module in net.modules():
             if isinstance(module, nn.SiLU):
                 module.inplace = False  # autograd would copy the input

@@ -175,7 +175,7 @@ def read_teacher(path, network: str | None = None) -> dict:
     """The content of a best.pt, as from `read`, or of another project's weights, without the metadata that models.complete adds.
 
     network: its name; None: that of the best.pt, or guessed from the tensors.
-    Failure CHECKPOINT: as in `read`, weights that are not finite, or those of another or an unknown network.
+    Failure CHECKPOINT: as in `read`, or weights of another or an unknown network.
     """
     missing = "train a teacher first: python train_teacher.py, or name one with --teacher-checkpoint"
     if network:
@@ -185,12 +185,16 @@ def read_teacher(path, network: str | None = None) -> dict:
         content = read(path, missing)
         if network not in (None, content["model"]):
             raise Failure(CHECKPOINT, f"these weights are not a {network} ({path}: {content['model']})", "leave out --teacher")
-    else:
-        state = foreign.tensors(content, path)
-        network = network or foreign.network_of(state, path)
-        content = (timm_networks.inputs(network) if is_timm(network) else {}) | {
-            "model": network, "state_dict": state, "test_acc1": None, "amp": "off", "imported": True, "sha256": sha256,
-            "path": path}
+        return finite(content, path)
+    state = foreign.tensors(content, path)
+    network = network or foreign.network_of(state, path)
+    inputs = timm_networks.inputs(network) if is_timm(network) else {}
+    imported = {"model": network, "state_dict": state, "test_acc1": None, "amp": "off", "imported": True, "sha256": sha256}
+    return finite(inputs | imported | {"path": path}, path)
+
+
+def finite(content: dict, path) -> dict:
+    """`content`; Failure CHECKPOINT if a weight in it is not finite."""
     for name, tensor in content["state_dict"].items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise Failure(CHECKPOINT, f"weights that are not finite ({path}: {name})", "name another --teacher-checkpoint")

@@ -99,3 +99,15 @@ def test_the_tables_here_have_every_network():
 def test_a_suggestion_names_the_kind_of_network(name, suggestion):
     with fails(USAGE, f"({name})", f"did you mean {suggestion}"):
         models.check_name(name)
+
+
+@pytest.mark.parametrize("name, image_size, small", [
+    ("resnet18", 32, True), ("resnet18", 64, False), ("cifar_resnet18", 8, False),  # which ends on 1x1 by design
+    ("torchvision/vgg11", 48, True), ("mobilenet_v3_small", 32, True), ("mnasnet0_5", 33, False)])
+def test_a_network_of_torchvision_with_one_position_left_is_noted(name, image_size, small):
+    """Pooling is a module in ResNet, also part of each block in MobileNetV3, and a function in MNASNet."""
+    with torch.device("meta"):
+        net = models.build(name, 10, image_size)
+    line = models.describe(name, net, image_size)
+    assert line.startswith(f"{name}: {models.parameters(net) / 1e6:.2f} M parameters") and "\n" not in line
+    assert (f"1x1 at {image_size} pixels" in line) == small

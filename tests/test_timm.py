@@ -40,6 +40,7 @@ def test_a_missing_package_is_named_and_others_do_without(tmp_path, monkeypatch)
 def test_networks_are_built_folded_and_checkpointed(timm, name):
     net, images = models.build(name, 10, 32), torch.randn(4, 3, 32, 32)
     assert (models.parameters(net), models.flops(net, 32)) == NETWORKS[name]
+    assert ("published for 224" in models.describe(name, net, 32)) == ("vit" not in name)  # has no feature map that shrinks
     gradients = []
     for each in (net, copy.deepcopy(net)):
         if gradients:

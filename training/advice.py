@@ -59,8 +59,8 @@ def advise(args, method, context: RunContext) -> list[str]:
         softened = torch.stack([(v.float() / T).softmax(1) for T in TEMPERATURES])
         entropies += torch.special.entr(softened).sum(2).mean(1) / len(steps)
     columns, classes, norm = diagnostics.columns(), len(data.classes), torch.stack(norms).median().item()
-    size = f"{models.parameters(student) / 1e6:.2f} M parameters"
-    return [f"student {args.student}: {size}", str(data), *report(method, columns, classes),
+    size = models.describe(args.student, student, args.image_size or data.image_size)
+    return [f"student {size}", str(data), *report(method, columns, classes),
             *suggest(method, args.clip_grad, columns, norm, entropies.tolist(), classes)]
 
 

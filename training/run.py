@@ -112,7 +112,7 @@ class Run:
         net.info = {"model": name, "classes": data.classes, "image_size": image_size, "stored_size": stored_size,
                     "mean": list(data.mean), "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed,
                     "amp": self.context.precision}
-        print(f"{data}\n{'student ' * ('student' in self.config)}{name}: {models.parameters(net) / 1e6:.2f} M parameters")
+        print(f"{data}\n{'student ' * ('student' in self.config)}{models.describe(name, net, image_size)}")
         return net.to(self.context.device)
 
     def wrap(self, net):
