@@ -1,4 +1,4 @@
-"""Time and memory of the fused loss with its gradient, beside published code, torch.compile and a copy.
+"""Time and memory of the fused loss with its gradient, beside published code, torch.compile, Liger and a copy.
 
     python -m benchmarks.loss                  the whole table -> benchmarks/results/loss-<gpu or cpu>.csv
     python -m benchmarks.loss --quick          two sizes, few repeats
@@ -67,6 +67,8 @@ def contenders(loss: str, student, teacher, label) -> dict:
     computes, found = {"reference": ours("reference"), BASE: published}, {}
     if student.is_cuda:
         computes = {"fused": ours("auto"), **computes, "torch.compile": torch.compile(published, dynamic=False)}
+        if loss == "kd" and (liger := liger_kd()):
+            computes["liger"] = liger
         gradient, half = torch.empty_like(student, dtype=torch.float32), torch.empty_like(student[: len(student) // 2])
         found["copy"] = copy
     for name, compute in computes.items():
@@ -79,6 +81,19 @@ def contenders(loss: str, student, teacher, label) -> dict:
         except (RuntimeError, ImportError) as failure:  # out of memory is a RuntimeError
             print(f"  {name} failed and is left out: {errors.first_line(failure)}")
     return found
+
+
+def liger_kd():
+    try:
+        from liger_kernel.transformers import LigerKLDIVLoss
+    except ImportError:
+        return print("liger-kernel is not installed: left out")
+    divergence = LigerKLDIVLoss(reduction="batchmean")
+
+    def compute(student, teacher, label):
+        kl = divergence(F.log_softmax(student / T, 1), F.softmax(teacher / T, 1))
+        return 0.3 * F.cross_entropy(student, label, label_smoothing=EPS) + 0.7 * T * T * kl
+    return compute
 
 
 def benchmark(rows: int, classes: int, dtype: str, loss: str, device, repeats: int):
