@@ -27,7 +27,7 @@ def main(args):
 
     context = setup_context(args.device, args.amp, args.seed, args.kernels, args.deterministic, args.compile)
     config, method = vars(args) | {"script": "distill"} | context.describe(), method_flags.chosen(args)
-    announce(config, method.objective)
+    announce(config, *options.chosen_defaults(args), method.objective)
     if args.dry_run:
         return print(*advise(args, method, context), sep="\n")
     checkpoints, config["teacher_sha256"] = models.read_teachers(args.teacher_checkpoint, args.teacher)

@@ -29,7 +29,7 @@ def main(args):
     pretrained = models.has_weights(args.model) and not args.init if args.pretrained is None else args.pretrained
     config = vars(args) | {"script": "train_teacher", "pretrained": pretrained} | context.describe()
     method = method_flags.chosen(args)
-    announce(config, method.objective)
+    announce(config, *options.chosen_defaults(args), method.objective)
     if args.dry_run:
         models.check_name(args.model)
         return print(*describe_data(args), sep="\n")

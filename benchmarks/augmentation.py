@@ -5,28 +5,27 @@
     python -m benchmarks.augmentation --device cpu    the plain-PyTorch reference: the fused kernel needs a GPU
 
 Images are 32x32.  Stage "pipeline" is crop, flip, AutoAugment, normalisation, Random Erasing and Mixup/CutMix; "policy" is
-AutoAugment alone, with normalisation in ours.  The case "photographs" is the pipeline with resized crops: images of 256 pixels,
-windows of 224, and the policy of ImageNet, in batches of 128.  Ours runs a whole epoch with its random draws.  Contenders are
-interleaved; times_first is the time over that of the stage's first contender in the same repeat.  What works image by image is
-timed on at most 64 of them.
+AutoAugment alone, with normalisation in ours; "erase and mix", where timm is installed, is normalisation, Random Erasing and
+Mixup/CutMix.  The case "photographs" is the pipeline with resized crops: images of 256 pixels, windows of 224, and the policy of
+ImageNet, in batches of 128.  Ours runs a whole epoch with its random draws.  Contenders are interleaved; times_first is the time
+over that of the stage's first contender in the same repeat, so drifting clocks cancel.  What works image by image is timed on at
+most 64 of them.
 """
 import itertools
-import os
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 import kernels
 from augment import BatchAugmenter
 from benchmarks import table
+from benchmarks.augmentation_rivals import kornia_pipeline, loading, mixing, timm_mixing, timm_pipeline, torchvision_pipeline
 from benchmarks.clocks import captured, interleaved, wall_us
 from benchmarks.table import MEAN, STD
-from data.synthetic import CLASSES, generate
+from data.synthetic import generate
 from rundir import errors
 
 SIZES = ("128", "512", "2048")
@@ -34,53 +33,8 @@ PHOTOGRAPHS = "photographs"
 IMAGE_BY_IMAGE = 64  # most images of a timing
 VERSIONS = ("v1", v1, v1.ConvertImageDtype(torch.float32)), ("v2", v2, v2.ToDtype(torch.float32, True))
 STAGES = {"policy": {"crop_pad": 0, "flip": False, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}, "pipeline": {},
+          "erase and mix": {"policy": "none", "crop_pad": 0, "flip": False},
           PHOTOGRAPHS: {"policy": "autoaugment-imagenet", "crop": "resized", "image_size": 224}}
-
-
-def torchvision_pipeline(version, to_float, photographs=False):
-    """From an image to a normalised tensor, in torchvision's order; of 32 pixels, or with resized crops of 224."""
-    crop = version.RandomResizedCrop(224) if photographs else version.RandomCrop(32, padding=4)
-    policy = v1.AutoAugmentPolicy.IMAGENET if photographs else v1.AutoAugmentPolicy.CIFAR10
-    return version.Compose([crop, version.RandomHorizontalFlip(), version.AutoAugment(policy), *to_float,
-                            version.Normalize(MEAN, STD), version.RandomErasing(0.25)])
-
-
-def timm_pipeline() -> dict:
-    """name -> timm's training transform of a PIL image: resized crops of 224; empty without timm."""
-    try:
-        from timm.data import create_transform
-    except ImportError:
-        print("timm is not installed: left out")
-        return {}
-    return {"timm, PIL": create_transform(224, is_training=True, auto_augment="original", color_jitter=None, mean=MEAN, std=STD,
-                                          interpolation="bilinear", re_prob=0.25, re_mode="const")}
-
-
-def kornia_pipeline(device) -> dict:
-    """name -> kornia's transform of a batch, float32 in [0, 1] -> float32: resized crops of 224; empty without kornia.
-
-    It draws one sub-policy for the whole batch; all others here draw one for each image.
-    """
-    try:
-        from kornia import augmentation
-        from kornia.augmentation.auto import AutoAugment
-    except ImportError:
-        print("kornia is not installed: left out")
-        return {}
-    return {"kornia, batch": augmentation.AugmentationSequential(
-        augmentation.RandomResizedCrop((224, 224)), augmentation.RandomHorizontalFlip(), AutoAugment("imagenet"),
-        augmentation.Normalize(torch.tensor(MEAN), torch.tensor(STD)), augmentation.RandomErasing(p=0.25),
-        data_keys=["input"]).to(device)}
-
-
-def mixing():
-    """Mixup or CutMix of each image with the one before it in the batch, one draw for all; labels become soft."""
-    return v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(CLASSES)), v2.CutMix(alpha=1.0, num_classes=len(CLASSES))])
-
-
-def transformed(transform, samples):
-    """A batch of images, each transformed, and labels; in a worker of a DataLoader."""
-    return default_collate([(transform(image), label) for image, label in samples])
 
 
 def ours(images, labels, batch_size: int, **options) -> dict:
@@ -120,9 +74,12 @@ def ours(images, labels, batch_size: int, **options) -> dict:
 def rivals(images, labels, batch_size: int) -> dict:
     """stage -> name -> a call that returns how many images it made."""
     few, mix = images[:min(batch_size, IMAGE_BY_IMAGE)].permute(0, 3, 1, 2).contiguous(), mixing()
-    policies = {f"torchvision {name}, tensor": module.AutoAugment(v1.AutoAugmentPolicy.CIFAR10) for name, module, _ in VERSIONS}
-    return {"policy": {name: lambda each=each: len([each(image) for image in few]) for name, each in policies.items()},
-            "pipeline": one_by_one(tensor_pipelines(), few, labels, mix) | dataloader(images, labels, batch_size)}
+    found = {"policy": {}, "pipeline": {}, "erase and mix": timm_mixing(images[:batch_size], labels[:batch_size])}
+    for name, module, _ in VERSIONS:
+        policy = module.AutoAugment(v1.AutoAugmentPolicy.CIFAR10)
+        found["policy"][f"torchvision {name}, tensor"] = lambda each=policy: len([each(image) for image in few])
+    found["pipeline"] |= one_by_one(tensor_pipelines(), few, labels, mix) | dataloader(images, labels, batch_size)
+    return found
 
 
 def photographs(images, labels, batch_size: int) -> dict:
@@ -148,19 +105,17 @@ def one_by_one(transforms: dict, images, labels, mix) -> dict:
 
 
 def dataloader(images, labels, batch_size: int, photographs=False) -> dict:
-    """name -> a call that makes an epoch of the usual DataLoader, with a worker for each core, copied to the device."""
-    many, workers = min(4096, len(images)) // batch_size * batch_size, min(16, os.cpu_count())
+    many = min(4096, len(images)) // batch_size * batch_size
     pictures = [v1.functional.to_pil_image(image.permute(2, 0, 1).cpu()) for image in images[:min(batch_size, IMAGE_BY_IMAGE)]]
-    samples = [(pictures[index % len(pictures)], label) for index, label in enumerate(labels[:many].tolist())]
-    loader = DataLoader(
-        samples, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True,
-        collate_fn=partial(transformed, torchvision_pipeline(v1, [v1.ToTensor()], photographs)), pin_memory=images.is_cuda)
-    return {f"DataLoader, PIL, {workers} workers": lambda: sum(len(each.to(images.device)) for each, _ in loader)}
+    return loading([pictures[index % len(pictures)] for index in range(many)], labels[:many], batch_size, images.device,
+                   torchvision_pipeline(v1, [v1.ToTensor()], photographs))
 
 
 def benchmark(images, labels, batch_size: int, repeats: int, stages: dict):
     """A row for each stage and contender.  stages: name -> the others."""
     for stage, others in stages.items():
+        if not others:
+            continue
         calls = ours(images, labels, batch_size, **STAGES[stage]) | others
         counts = {name: call() for name, call in calls.items()}
         times = interleaved(calls, lambda call: wall_us(call, 1, images.device), repeats)

@@ -1,4 +1,4 @@
-"""Wall time, CUDA graph time and peak memory of a call."""
+"""Wall time, CUDA graph time, kernels and peak memory of a call."""
 import itertools
 import time
 
@@ -7,7 +7,13 @@ import torch
 from rundir.errors import first_line
 
 
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def interleaved(calls: dict, time_one, repeats: int) -> dict[str, list[float]]:
+    """The times of each call; the calls take turns within a repeat."""
     times = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -15,13 +21,12 @@ def interleaved(calls: dict, time_one, repeats: int) -> dict[str, list[float]]:
     return times
 
 
-def wall_us(call, calls: int, device: torch.device) -> float:
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
+def wall_us(call, calls: int, device) -> float:
+    synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):
         call()
-    synchronize()
+    synchronize(device)
     return (time.perf_counter() - started) / calls * 1e6
 
 
@@ -53,6 +58,15 @@ def graph_us(replay, flush) -> float:
     stop.record()
     torch.cuda.synchronize()
     return start.elapsed_time(stop) * 1e3
+
+
+def kernels_of(call) -> tuple[int, float]:
+    """How many CUDA kernels and copies `call` starts, and their microseconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    found = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len(found), sum(event.time_range.elapsed_us() for event in found)
 
 
 def peak_bytes(call, device) -> int:

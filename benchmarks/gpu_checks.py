@@ -1,11 +1,13 @@
-"""Checks of the GPU and of both kernels for benchmarks.gpu_day.
+"""Checks and measurements of the GPU and of both kernels for benchmarks.gpu_day.
 
     PYTHONPATH=tests python -m benchmarks.gpu_checks kernels --output DIR
 
 machine: versions, clocks, and the rates of copies and matrix products.  kernels: the loss and its gradient against their
-definitions in float64.  augmentation: a million images against the CPU, bit for bit.
+definitions in float64.  augmentation: a million images against the CPU, bit for bit.  sanitizer: every kind of launch under
+compute-sanitizer, where it is installed.  bounds: each kernel beside the model of benchmarks/results/kernels-ptx-sm90.csv.
 On a CPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1).
 """
+import csv
 import importlib.metadata
 import itertools
 import multiprocessing
@@ -13,8 +15,10 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from statistics import median
 
 import torch
 import triton
@@ -23,7 +27,7 @@ import kernels
 from augment import POLICIES, BatchAugmenter
 from benchmarks import clocks, table
 from benchmarks.table import DTYPES, MEAN, STD
-from kernels.softmax_kl import Weights, softmax_kl, softmax_kl_naive
+from kernels.softmax_kl import Weights, hyperparameters, softmax_kl, softmax_kl_naive
 from losses import Targets
 from rundir import errors
 
@@ -32,6 +36,7 @@ OBJECTIVES = {"pair": Weights(0.7, 0.3, 1.0, 8.0), "dominant": Weights(1.0, None
               "first": Weights(1.0, None, 1.0, 8.0), "reverse": Weights(0.2, 1.5)}
 SMOOTHING = 0.1
 IMAGES = {32: (56_100, 255), 64: (4_064, 127), 224: (93, 31)}  # of each policy and type, a million in all, and of a batch
+TINY = ("KD C=10", "none 32x32")  # cases of the model
 
 
 def compare_loss(device: str, classes: int, kind: str) -> Iterator[tuple]:
@@ -58,14 +63,19 @@ def compare_loss(device: str, classes: int, kind: str) -> Iterator[tuple]:
                max(abs(got.item() - expected) / max(1.0, abs(expected)), off.item()), allowed)
 
 
+def augmenter(images, kind: str, policy: str, batch: int, **options) -> BatchAugmenter:
+    labels = torch.arange(len(images), device=images.device) // 3
+    return BatchAugmenter(images, labels, batch_size=batch, seed=3, policy=policy, mean=MEAN, std=STD, mix_mode="elem",
+                          dtype=DTYPES[kind], **options)
+
+
 def compare_batches(device: str, policy: str, size: int, kind: str, count: int, batch: int) -> Iterator[tuple]:
     """Case, count, how many numbers differ from those of the CPU path, and 0."""
     images = torch.randint(256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
     made = []
     for where, kernel in ((device, "triton"), ("cpu", "reference")):
         kernels.choose(kernel)
-        made.append(BatchAugmenter(images.to(where), (torch.arange(count) // 3).to(where), batch_size=batch, seed=3, mean=MEAN,
-                                   std=STD, policy=policy, mix_mode="elem", dtype=DTYPES[kind], random_erasing=0.5))
+        made.append(augmenter(images.to(where), kind, policy, batch, random_erasing=0.5))
         made[-1].set_epoch(1)
     assert [each.fused for each in made] == [True, False]
     differ = 0
@@ -107,6 +117,15 @@ def compare_all(args, compare, cases) -> None:
     raise SystemExit(bool(wrong))
 
 
+def check_kernels(args) -> None:
+    compare_all(args, compare_loss, [(3, "float32")] if args.tiny else itertools.product(ROWS, DTYPES))
+
+
+def check_augmentation(args) -> None:
+    cases = [(policy, size, kind, *IMAGES[size]) for policy, size, kind in itertools.product(POLICIES, IMAGES, DTYPES)]
+    compare_all(args, compare_batches, [("none", 32, "float32", 8, 8)] if args.tiny else cases)
+
+
 def check_machine(args) -> None:
     device, rows = args.device, table.Rows(args, "machine", table.short(args.device), "name value")
     on_gpu = device.type == "cuda"
@@ -136,21 +155,75 @@ def check_machine(args) -> None:
         rows.add(table.Row(name=name, value=value))
 
 
-COMPARED = {  # the comparison, its cases, and one for --tiny
-    "kernels": (compare_loss, itertools.product(ROWS, DTYPES), (3, "float32")),
-    "augmentation": (compare_batches, [(policy, size, kind, *IMAGES[size]) for policy, size, kind in itertools.product(
-        POLICIES, IMAGES, DTYPES)], ("none", 32, "float32", 8, 8))}
+def model(args) -> list[dict]:
+    """Rows of tests/instructions.py."""
+    with open(table.RESULTS / "kernels-ptx-sm90.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if not args.tiny or row["case"] in TINY]
+
+
+def launch(row: dict, device, count: int):
+    """A call that launches the kernel of a row of the model on so many rows or images, and does nothing else."""
+    kernels.choose("triton")
+    if row["kernel"] == "augment":
+        policy, size = row["case"].split()[0], int(row["case"].split("x")[-1])
+        images = torch.randint(256, (count, size, size, 3), dtype=torch.uint8, device=device)
+        made = augmenter(images, row["dtype"], policy, count)
+        return lambda: made(0)
+    name, classes = row["case"].split(" C=")
+    student, teacher = torch.randn(2, count, int(classes), device=device).to(DTYPES[row["dtype"]])
+    targets = Targets.unmixed(torch.arange(count, device=device) % int(classes))
+    weights = Weights(ce=0.3, kl=0.7) if name == "KD" else Weights(ce=1.0, tckd=1.0, nckd=8.0)
+    hyper = hyperparameters(weights, 4.0, SMOOTHING, device)
+    return lambda: torch.ops.fusekd.softmax_kl(student, teacher, *targets, hyper, weights.terms, "pair", False)
+
+
+def check_sanitizer(args) -> None:
+    inside = "FUSEKD_SANITIZED" in os.environ
+    tool = None if inside or args.device.type == "cpu" else shutil.which("compute-sanitizer")
+    if tool:
+        command = [tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_checks", *sys.argv[1:]]
+        raise SystemExit(subprocess.run(command, env=os.environ | {"FUSEKD_SANITIZED": "1"}).returncode)
+    for row in model(args):
+        launch(row, args.device, 2 if args.tiny else 5)()
+        clocks.synchronize(args.device)
+        print(row["case"], row["dtype"], flush=True)
+    print(f"{len(model(args))} launches {'under' if inside else 'without'} compute-sanitizer")
+
+
+def check_bounds(args) -> None:
+    """ns: of a row or image in a replayed CUDA graph; times_bound: over the larger bound."""
+    device, on_gpu = args.device, args.device.type == "cuda"
+    rows = table.Rows(args, "bounds", table.short(device), "kernel case dtype ns times_bound")
+    gpu = "h200" if "H200" in table.hardware(device) else "h100"
+    flush = torch.empty(2**28, dtype=torch.uint8, device=device) if on_gpu else None
+    for row in model(args):
+        loss = row["kernel"] == "softmax_kl"
+        width = int(row["case"].split("=")[-1]) if loss else int(row["case"].split("x")[-1])**2
+        count = 2 if args.tiny else max(1024, 2**26 // width) if loss else 2**23 // width
+        call = launch(row, device, count)
+        call()
+        replay = clocks.captured(call) if on_gpu else None
+        if on_gpu and not replay:
+            continue
+        us = median([clocks.graph_us(replay, flush) for _ in range(22)][2:]) if on_gpu else clocks.wall_us(call, 1, device)
+        ns, bounds = 1000 * us / count, {f"{bound}_ns": float(row[f"{gpu}_{bound}_ns"]) for bound in ("issue", "bytes")}
+        rows.add(table.Row(**table.versions(device, torch, triton), kernel=row["kernel"], case=row["case"], dtype=row["dtype"],
+                           unit=row["unit"], count=count, ns=round(ns, 3), model=gpu, **bounds,
+                           times_bound=round(ns / max(bounds.values()), 2)))
+        del call, replay
+        torch.cuda.empty_cache()
+
+
+CHECKS = {"machine": check_machine, "kernels": check_kernels, "augmentation": check_augmentation, "sanitizer": check_sanitizer,
+          "bounds": check_bounds}
 
 
 def main(args) -> None:
     args.device = table.device(args.device)
-    if args.check == "machine":
-        return check_machine(args)
-    compare, cases, tiny = COMPARED[args.check]
-    compare_all(args, compare, [tiny] if args.tiny else cases)
+    CHECKS[args.check](args)
 
 
 if __name__ == "__main__":
     parser = table.parser(__doc__, tiny=True)
-    parser.add_argument("check", choices=("machine", *COMPARED))
+    parser.add_argument("check", choices=CHECKS)
     errors.run(main, parser.parse_args())

@@ -36,9 +36,9 @@ STAGES = {  # part: the most seconds that it may take, its module and flags; the
         "augmentation": (100, "gpu_checks augmentation"), "variants": (200, "gpu_runs variants"),
         "tests-gpu": (120, "pytest tests/test_softmax_kl.py tests/test_augment_kernel.py tests/test_capture.py "
                            "tests/test_loop.py"),
-        "tests-all": (600, "pytest")},
+        "sanitizer": (90, "gpu_checks sanitizer"), "tests-all": (600, "pytest")},
     2: {"loss": (110, "loss --case 128x100 512x100 1024x1000 4096x8192 4096x32000"),
-        "step": (150, f"step --quick --case {PAIRS}"),
+        "step": (150, f"step --quick --case {PAIRS}"), "bounds": (60, "gpu_checks bounds"),
         "augmentation": (70, "augmentation --quick --case 128 512"), "step-compiled": (600, f"step --case {PAIRS}")},
     3: {"runs": (600, "gpu_runs runs")}}
 TOO_LONG = ("tests-gpu", "tests-all", "step-compiled")  # for --tiny
@@ -52,6 +52,7 @@ class Part(NamedTuple):
 
 
 def parts_of(args) -> list[Part]:
+    """The parts of a stage, the most important first."""
     parts, common = [], ["--device", args.device, "--output", "{rows}", *["--tiny"] * args.tiny]
     pytest = ["-q", "-p", "no:cacheprovider"]
     if find_spec("xdist"):

@@ -4,7 +4,8 @@
     python -m benchmarks.gpu_runs runs --output DIR --work DIR --data images.tar.xz --seconds 500
 
 runs: the archive is unpacked once, to WORK/<its digest>/images.  Then two chains, in parallel where there are cores: a teacher,
-its students and one alone, the most important first.  A later call goes on.
+its students and one alone.  Epochs are planned from short runs that measure one, and kept in WORK/<digest>/<chain>/plan.json: a
+later call goes on with the same plan.
 """
 import lzma
 import os
@@ -24,7 +25,7 @@ from PIL import Image
 from benchmarks import table
 from cli.flag_types import positive
 from rundir import errors
-from rundir.files import digest, make_directory, read_json
+from rundir.files import digest, make_directory, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOCKS = {"images_per_s", "epoch_s", "val_s", "total_s", "peak_mem_mb"}  # columns of log.csv that differ between equal runs
@@ -41,7 +42,7 @@ AGREE = {"dkd-eager": ("dkd", 0.05), "fp32-eager": ("fp32", 0.05), "deterministi
 CHAINS = {"resnet": ("resnet32x4", "resnet8x4", "--opt sgd --lr 0.1 --weight-decay 5e-4"),
           "efficientnet": ("efficientnet_v2_s", "v2_tiny", "--lr 2e-3")}  # teacher, student, recipe
 TINY_VARIANTS, TINY_CHAINS = ("deterministic", "killed"), {"tiny": ("v2_pico", "v2_pico", "--batch-size 8")}
-STUDENTS, EPOCHS = ("v2", "v3", "v3.1", "alone", "v1"), 12
+STUDENTS, MOST_EPOCHS = ("v2", "v3", "v3.1", "alone", "v1"), 30
 LEAST, GRACE = 10, 5  # seconds that a run needs, and from SIGTERM to SIGKILL
 
 
@@ -76,6 +77,7 @@ def run(command: str, output: Path, end: float, kill_after: int | None = None) -
 
 
 def log_of(output: Path) -> list[dict]:
+    """The rows of log.csv."""
     path = output / "log.csv"
     return list(DictReader(path.read_text().splitlines())) if path.exists() else []
 
@@ -136,6 +138,7 @@ def pictures(folder: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
+    """Unpack `archive` to `folder`, once."""
     partial = folder.with_suffix(".partial")
     if not folder.exists():
         try:
@@ -147,18 +150,36 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def train_chain(args, folder: Path, seconds: float, rows: table.Rows) -> None:
-    """Train the chain of CHAINS that `folder` is named after, in at most so many seconds."""
+    """Plan and train the chain of CHAINS that `folder` is named after, in at most so many seconds."""
     end, (teacher, student, recipe) = time.monotonic() + seconds, (CHAINS | TINY_CHAINS)[folder.name]
-    epochs = 2 if args.tiny else EPOCHS
-    recipe += (f" --dataset imagefolder --data-dir {folder.parent / 'images'} --device {args.device} --patience 0 "
-               f"--epochs {epochs} --warmup-epochs {min(2, epochs - 1)}")
-    for which in ("teacher", *STUDENTS[:1 if args.tiny else None]):
+    recipe += f" --dataset imagefolder --data-dir {folder.parent / 'images'} --device {args.device} --patience 0"
+
+    def command(which: str, epochs: int) -> str:
+        flags = f"{recipe} --epochs {epochs} --warmup-epochs {min(2, epochs - 1)}"
         if which in ("teacher", "alone"):
-            command = f"train_teacher.py --model {teacher if which == 'teacher' else student} --no-pretrained {recipe}"
-        else:  # a teacher of few epochs may be weak
-            command = (f"distill.py --experiment {which} --student {student} --teacher-checkpoint {folder}/teacher/best.pt "
-                       f"--allow-weak-teacher {recipe}")
-        ended, log = run(command, folder / which, end), log_of(folder / which)
+            return f"train_teacher.py --model {teacher if which == 'teacher' else student} --no-pretrained {flags}"
+        # A teacher of a probe, or of few epochs, may be weak.
+        return (f"distill.py --experiment {which} --student {student} --teacher-checkpoint {folder}/teacher/best.pt "
+                f"--allow-weak-teacher {flags}")
+
+    def measure(which: str) -> tuple[float, float]:
+        """Seconds of a run outside its epochs, and of an epoch."""
+        probe = folder / "probe" / which
+        shutil.rmtree(probe, ignore_errors=True)  # one that is whole would start in no time
+        if (ended := run(command(which, 2), probe, end)).outcome != "ok":
+            raise errors.Failure(errors.BUG, f"no epoch could be measured ({folder.name} {which}: {ended.line})", "see its log")
+        epoch = sum(float(log_of(probe)[-1][column]) for column in ("epoch_s", "val_s"))
+        return max(0.0, ended.seconds - 2 * epoch), epoch
+
+    if not (folder / "plan.json").exists():  # all runs are to take four fifths of the time
+        (start, teacher_s), (_, student_s) = measure("teacher"), measure("alone")
+        runs = len(STUDENTS)  # those with a teacher also take its forward passes, a third of its step
+        epochs = (0.8 * (end - time.monotonic()) - (1 + runs) * start) / (teacher_s * (1 + (runs - 1) / 3) + runs * student_s)
+        write_json(folder / "plan.json", {"epochs": max(2, min(2 if args.tiny else MOST_EPOCHS, int(epochs))), "start_s": start,
+                                          "teacher_epoch_s": teacher_s, "student_epoch_s": student_s})
+    epochs = read_json(folder / "plan.json")["epochs"]
+    for which in ("teacher", *STUDENTS[:1 if args.tiny else None]):
+        ended, log = run(command(which, epochs), folder / which, end), log_of(folder / which)
         summary, first, last = read_json(folder / which / "summary.json") or {}, *((log[0], log[-1]) if log else ({}, {}))
         rows.add(table.Row(
             **table.versions(args.device, torch), chain=folder.name, run=which, outcome=ended.outcome, epochs=len(log),
@@ -168,19 +189,22 @@ def train_chain(args, folder: Path, seconds: float, rows: table.Rows) -> None:
 
 
 def train(args) -> list[str]:
-    """A row for each run of all chains; those that failed."""
-    folder, chains = args.work / digest(args.data)[:12], list(TINY_CHAINS if args.tiny else CHAINS)
+    """A row for each run of all chains; what failed."""
+    folder, chains, failures = args.work / digest(args.data)[:12], list(TINY_CHAINS if args.tiny else CHAINS), []
     unpack(args.data, folder / "images")
     rows = table.Rows(args, "runs", table.short(args.device), "chain run outcome epochs of_epochs test_acc1 verdict line")
     parallel = min(len(chains), os.cpu_count())
 
     def one(name: str) -> None:
         left = args.end - time.monotonic()
-        train_chain(args, folder / name, left if parallel > 1 else left / (len(chains) - chains.index(name)), rows)
+        try:
+            train_chain(args, folder / name, left if parallel > 1 else left / (len(chains) - chains.index(name)), rows)
+        except errors.Failure as failure:  # the other chain goes on
+            failures.append(str(failure))
 
     with ThreadPoolExecutor(parallel) as pool:
         list(pool.map(one, chains))
-    return [f"{row.chain} {row.run}" for row in rows.all if row.outcome.startswith("failed")]
+    return [*failures, *(f"{row.chain} {row.run}" for row in rows.all if row.outcome.startswith("failed"))]
 
 
 def main(args) -> None:

@@ -11,7 +11,7 @@ from torchvision import transforms as v1
 
 import models
 from augment import BatchAugmenter
-from benchmarks.augmentation import mixing, torchvision_pipeline, transformed
+from benchmarks.augmentation_rivals import mixing, torchvision_pipeline, transformed
 from benchmarks.loss import ALPHA, BETA, EPS, T, decoupled
 from benchmarks.table import MEAN, STD
 from cli import method_flags, options

@@ -97,6 +97,7 @@ def liger_kd():
 
 
 def benchmark(rows: int, classes: int, dtype: str, loss: str, device, repeats: int):
+    """A row for each contender and mode."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = ((3 * torch.randn(rows, classes, generator=generator)).to(device, table.DTYPES[dtype]) for _ in range(2))
     label = torch.randint(classes, (rows,), generator=generator).to(device)

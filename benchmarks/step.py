@@ -12,8 +12,9 @@ the dominant label, and reads the loss after every step.
 
 Contenders are interleaved in blocks of `steps`, after untimed steps that empty the loader's queue; times_base is the speed over
 that of the plain loop in the same repeat.  A block of ours is an epoch, with its random draws and columns.  share_*: parts of
-another block, synchronized after each phase; waiting is for the loader and the copy to the device.  begin_s: the first step, with
-compilation.
+another block, synchronized after each phase; waiting is for the loader and the copy to the device.  peak_mb: the peak of
+allocated memory.  begin_s: the first step, with compilation.  kernels, busy: of a step on a GPU, and the share of its time in
+which one runs.
 """
 import os
 import time
@@ -24,7 +25,7 @@ import torch
 import triton
 
 from benchmarks import table
-from benchmarks.clocks import interleaved, synchronize, wall_us
+from benchmarks.clocks import interleaved, kernels_of, synchronize, wall_us
 from benchmarks.loops import PREFETCH, Ours, PlainLoop, networks, recipe
 from data.synthetic import generate
 from rundir import errors
@@ -34,6 +35,7 @@ from training.device import setup_context
 CASES = ("v2_tiny-v2_pico-128", "resnet20-resnet8-128", "resnet32x4-resnet8x4-128")
 GPU_CASES = (*CASES, "resnet32x4-resnet8x4-64", "resnet32x4-resnet8x4-512", "efficientnet_v2_l-efficientnet_v2_s-128")
 PHASES = ("waiting", "augment", "teacher", "student", "objective", "backward", "update", "bookkeeping")
+PROFILED = 10  # steps
 BLOCK_S, BLOCK_STEPS = 2.0, 64  # how long a block of the plain loop takes, and the most steps it has
 BASE = "plain loop"
 
@@ -58,6 +60,7 @@ def contenders(context, compiled: bool, plain, ours):
 
 
 def shares(contender, steps: int) -> dict:
+    """The part of each phase in the time of a block."""
     device = contender.context.device
     seconds, last = dict.fromkeys(PHASES, 0.0), time.perf_counter()
 
@@ -77,6 +80,9 @@ def benchmark(case, context, images, labels, batch_size: int, repeats: int, comp
     """A row for each contender.  case: teacher and student.  steps: of a block; default: what the plain loop does in BLOCK_S."""
     device, args = context.device, recipe(batch_size)
     on_gpu, running, began = device.type == "cuda", {}, {}
+
+    def memory() -> int:
+        return torch.cuda.memory_allocated(device) if on_gpu else 0
 
     def block_ms(contender, steps: int) -> float:
         return wall_us(lambda: contender.run(steps), 1, device) / 1000 / steps
@@ -99,6 +105,7 @@ def benchmark(case, context, images, labels, batch_size: int, repeats: int, comp
         del base
     ours = partial(Ours, images=images[:steps * batch_size], labels=labels[:steps * batch_size])
     for name, make, layout, setup in contenders(context, compiled, plain, ours):
+        before = memory()
         try:
             contender = make(*networks(case, device, layout), args, setup)
             begin_s = block_ms(contender, 1) / 1000
@@ -107,18 +114,26 @@ def benchmark(case, context, images, labels, batch_size: int, repeats: int, comp
         except (RuntimeError, errors.Failure) as failure:  # out of memory, no graph, and what torch.compile raises
             print(f"  {name} failed and is left out: {' '.join(str(failure).splitlines()[:2])}")
             continue
-        running[name], began[name] = contender, begin_s
+        running[name], began[name] = contender, (begin_s, memory() - before)
 
     times = interleaved(running, timed, repeats)
     for name, contender in running.items():
         drain(contender)
+        before, (begin_s, held) = memory(), began[name]
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
         parts, spread = shares(contender, steps), table.spread("ms", times[name])
+        cost = {"peak_mb": None, "begin_s": round(begin_s, 2), "kernels": None, "busy": None}
+        if on_gpu:
+            cost["peak_mb"] = round((torch.cuda.max_memory_allocated(device) - before + held) / 1e6, 1)
+            count, busy_us = kernels_of(partial(contender.run, PROFILED))
+            cost |= {"kernels": round(count / PROFILED, 1), "busy": round(busy_us / PROFILED / 1000 / spread["ms"], 3)}
         yield table.Row(
             **table.versions(device, torch, triton), case=" to ".join(case), batch_size=batch_size, contender=name,
             precision=contender.context.precision, threads=torch.get_num_threads(), workers=contender.workers, repeats=repeats,
             steps=steps, **spread, images_per_s=round(1000 * batch_size / spread["ms"], 1), base=BASE,
-            **table.spread("times_base", [base / ms for base, ms in zip(times.get(BASE, ()), times[name])]),
-            begin_s=round(began[name], 2), **(dict.fromkeys(parts) if name.endswith("graph") else parts))
+            **table.spread("times_base", [base / ms for base, ms in zip(times.get(BASE, ()), times[name])]), **cost,
+            **(dict.fromkeys(parts) if name.endswith("graph") else parts))
 
 
 def main(args) -> None:

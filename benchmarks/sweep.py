@@ -43,6 +43,7 @@ def seconds(line: str) -> dict:
 
 
 def benchmark(case: str, args, folder: Path):
+    """A row for each run of the grid and contender."""
     (teacher, student), device = case.split("-"), table.device(args.device)
     net, _ = networks((teacher, student), torch.device("cpu"))
     models.save(folder / "teacher.pt", net, **net.info, mean=MEAN, std=STD, dataset="synthetic", test_acc1=None, amp="off")

@@ -60,6 +60,7 @@ def hardware(device: torch.device) -> str:
 
 
 def short(device: torch.device) -> str:
+    """The hardware in a file name."""
     return hardware(device) if device.type == "cuda" else "cpu"
 
 
@@ -101,5 +102,6 @@ class Rows:
                 write_atomic(self.path, as_csv(list(columns), list(map(vars, self.all))))
 
     def close(self) -> None:
+        """Print where the rows are."""
         if self.path and self.all:
             print(self.path)

@@ -246,14 +246,21 @@ def parse_show(description, usage_lines, argv=None):
     return args
 
 
-def fill_in_augmentation(parser, args) -> None:
-    """Set the defaults of --crop and --policy, and check the ranges of the crop."""
-    large = False
-    if args.dataset == "imagefolder":  # without --image-size it is asked for the size of an image
+def image_defaults(args) -> tuple[dict, str]:
+    """The defaults that depend on the images, and why; without --image-size a folder is asked for the size of an image."""
+    large, reason = False, args.dataset
+    if args.dataset == "imagefolder":
         from data.layout import native_side
         large = (args.image_size or native_side(args.data_dir)) > LARGE
-    args.crop = args.crop or ("resized" if large else "pad")
-    args.policy = args.policy or ("autoaugment-imagenet" if large else "autoaugment")
+        reason += f" {'above' if large else 'up to'} {LARGE} pixels"
+    return {"crop": "resized", "policy": "autoaugment-imagenet"} if large else {"crop": "pad", "policy": "autoaugment"}, reason
+
+
+def fill_in_augmentation(parser, args) -> None:
+    """Set the defaults of --crop and --policy, and check the ranges of the crop."""
+    for name, value in image_defaults(args)[0].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     for name in ("crop_scale", "crop_ratio"):
         smallest, largest = given = getattr(args, name)
         if smallest > largest or name == "crop_scale" and largest > 1:
@@ -261,6 +268,13 @@ def fill_in_augmentation(parser, args) -> None:
             parser.error(f"{method_flags.flag(name)} must rise{limit} ({smallest:g} {largest:g})")
         if args.crop == "pad" and given != parser.get_default(name):
             parser.error(f"{method_flags.flag(name)} does not belong to --crop pad ({smallest:g} {largest:g})")
+
+
+def chosen_defaults(args) -> list[str]:
+    """A line that says which defaults the images of a folder led to, if any."""
+    defaults, reason = image_defaults(args)
+    chosen = [f"{name}={value}" for name, value in defaults.items() if getattr(args, name) == value]
+    return [f"{', '.join(chosen)}: {reason}"] if chosen and args.dataset == "imagefolder" else []
 
 
 def check_schedule(parser, args) -> None:

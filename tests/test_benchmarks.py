@@ -1,5 +1,6 @@
 """The benchmarks without a test file of their own do what their commands say; what they measure is not judged."""
 import argparse
+import importlib.util
 import os
 import re
 import runpy
@@ -12,7 +13,7 @@ import pytest
 import torch
 from helpers import table_of
 
-from benchmarks import augmentation, decoding, figure, loss, table
+from benchmarks import augmentation, augmentation_rivals, decoding, figure, loss, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,7 +46,7 @@ def test_decoding_has_a_row_of_each_contender(monkeypatch, tmp_path):
 def test_photographs_are_augmented_by_every_contender():
     images, labels = torch.randint(0, 256, (4, 256, 256, 3), dtype=torch.uint8), torch.arange(4)
     calls = augmentation.one_by_one(augmentation.tensor_pipelines(photographs=True), images.permute(0, 3, 1, 2), labels,
-                                    augmentation.mixing())
+                                    augmentation_rivals.mixing())
     calls |= augmentation.ours(images, labels, 4, **augmentation.STAGES[augmentation.PHOTOGRAPHS])
     assert [call() for call in calls.values()] == [4] * 3
 
@@ -95,9 +96,12 @@ def test_a_gpu_that_is_not_there_is_one_line(command, device, monkeypatch, capsy
     assert not (tmp_path / "new").exists()
 
 
-def test_timm_is_left_out_where_it_is_not_installed(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "timm.data", None)
-    assert augmentation.timm_pipeline() == {} and "timm is not installed" in capsys.readouterr().out
+def test_timm_is_a_contender_where_it_is_installed(monkeypatch, capsys):
+    images, labels = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.arange(4)
+    if importlib.util.find_spec("timm"):
+        assert [call() for call in augmentation_rivals.timm_mixing(images, labels).values()] == [4]
+    monkeypatch.setitem(sys.modules, "timm.data.mixup", None)
+    assert augmentation_rivals.timm_mixing(images, labels) == {} and "timm is not installed" in capsys.readouterr().out
 
 
 def test_instructions_and_launches_are_counted():

@@ -168,19 +168,23 @@ def test_runs_from_before_a_flag_are_those_with_its_default():
         assert all(same_flag(name, {}, vars(distill(*argv)), None) for name in ("loss_scale", "match_norm")) == same
 
 
-@pytest.mark.parametrize("argv, side, crop, policy", [
-    ((), 96, "pad", "autoaugment"), (("--dataset", "imagefolder"), 64, "pad", "autoaugment"),
-    (("--dataset", "imagefolder"), 65, "resized", "autoaugment-imagenet"),
-    (("--dataset", "imagefolder", "--image-size", "224", "--policy", "none"), 16, "resized", "none"),
-    (("--dataset", "imagefolder", "--image-size", "32", "--crop", "resized"), 96, "resized", "autoaugment"),
-    (("--crop", "resized", "--image-size", "64"), 32, "resized", "autoaugment"),
-    (("--dataset", "imagefolder"), None, "pad", "autoaugment")])
-def test_large_images_of_folders_are_augmented_as_photographs(tmp_path, argv, side, crop, policy):
+@pytest.mark.parametrize("argv, side, crop, policy, line", [
+    ((), 96, "pad", "autoaugment", []),
+    (("--dataset", "imagefolder"), 64, "pad", "autoaugment", ["crop=pad, policy=autoaugment: imagefolder up to 64 pixels"]),
+    (("--dataset", "imagefolder"), 65, "resized", "autoaugment-imagenet",
+     ["crop=resized, policy=autoaugment-imagenet: imagefolder above 64 pixels"]),
+    (("--dataset", "imagefolder", "--image-size", "224", "--policy", "none"), 16, "resized", "none",
+     ["crop=resized: imagefolder above 64 pixels"]),
+    (("--dataset", "imagefolder", "--image-size", "32", "--crop", "resized"), 96, "resized", "autoaugment",
+     ["policy=autoaugment: imagefolder up to 64 pixels"]),
+    (("--crop", "resized", "--image-size", "64"), 32, "resized", "autoaugment", []),
+    (("--dataset", "imagefolder"), None, "pad", "autoaugment", ["crop=pad, policy=autoaugment: imagefolder up to 64 pixels"])])
+def test_large_images_of_folders_are_augmented_as_photographs(tmp_path, argv, side, crop, policy, line):
     """side: of the images there, which decides where no --image-size is given; None: no folder, which reading then reports."""
     if side:
         make_images(tmp_path / "train", ["a"], 1, seed=0, size=side)
     args = teacher("--data-dir", str(tmp_path if side else tmp_path / "none"), *argv)
-    assert (args.crop, args.policy) == (crop, policy)
+    assert (args.crop, args.policy, options.chosen_defaults(args)) == (crop, policy, line)
     assert options.augmentation(args)["image_size"] == (args.image_size if crop == "resized" else None)
     assert options.data(args)["crop"] == crop
 
