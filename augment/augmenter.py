@@ -24,14 +24,6 @@ class Batch(NamedTuple):
     targets: Targets
 
 
-class Treatments(NamedTuple):
-    """What is done to images besides crop and flip: bool (S, B), for S batches."""
-    policy: torch.Tensor
-    erased: torch.Tensor
-    mixup: torch.Tensor
-    cutmix: torch.Tensor
-
-
 class BatchAugmenter:
     """Crop, flip, policy, normalise, erase and mix: `augmenter(step)` is batch `step` of the epoch that was set last, at first 0.
 
@@ -104,14 +96,14 @@ class BatchAugmenter:
             raise ValueError(f"cannot take {rows} of a batch of {self.batch_size}. give rows in a row, in whole pairs (2k, 2k+1)")
         return Batch(*self._batches.batch(step, rows))
 
-    def treatments(self, epoch: int, steps: range, rows: range) -> Treatments:
-        """What is done to `rows` of the batches `steps` of an epoch, which need not be the one that is set."""
+    def treatments(self, epoch: int, steps: range, rows: range) -> tuple[torch.Tensor, ...]:
+        """Whether `rows` of the batches `steps` of any epoch see policy, erasing, Mixup and CutMix: bool (S, B) each."""
         first = torch.tensor(steps, device=self._labels.device)[:, None] * self.batch_size
         own = torch.arange(rows.start, rows.stop, device=first.device)
         draws = self.sampler.images(epoch, first + own)
         mixes = self.sampler.mixes(epoch, first + own * self.mix_each)
         mixed, cut = (mixes.share < 1) & ((own ^ 1) < self.batch_size), mixes.lam == 1  # an odd last row has no partner
-        return Treatments((draws.codes != 0).any(2), draws.erased[..., 2] > draws.erased[..., 0], mixed & ~cut, mixed & cut)
+        return (draws.codes != 0).any(2), draws.erased[..., 2] > draws.erased[..., 0], mixed & ~cut, mixed & cut
 
     def sources(self, step: int) -> torch.Tensor:
         """int64 (B,) on the CPU: which image each row of batch `step` is made of."""

@@ -6,7 +6,7 @@ multiply-adds would break the equality with the kernel.
 """
 import functools
 from itertools import accumulate
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -18,25 +18,6 @@ from kernels import Targets
 from kernels.augment_constants import KINDS
 
 CPU_BLOCK = 2 ** 18  # pixels that a CPU works on at a time: the memory of larger tensors is given back and mapped anew each time
-
-
-class _Plan(NamedTuple):
-    """How the S steps of an epoch treat R rows of their batches: read them, mirrored ones last; crop, into the order of the first
-    operation, sorted by kind; apply it; move into the order of the next operation, and after the last into that of the batch.
-    Windows that are resized are read in the order of the first operation.
-
-    The lists are on the host: they hold the sizes of all groups, so that no step has to ask the device for one.
-    """
-    sources: torch.Tensor  # int64 (S, R), image numbers
-    mirror_from: list[int]  # per step
-    windows: torch.Tensor  # int64 (S, R), see crop; or (S, R, 5), see resized_crop
-    lines: list[int]  # per step, of all windows
-    codes: list[torch.Tensor]  # per slot int64 (S, R)
-    counts: list[list[list[int]]]  # per slot, step and kind
-    moves: list[torch.Tensor]  # per slot int64 (S, R): where in this order each row of the next one is
-    erased: list[list[list[int]]]  # per step and row
-    pasted: list[list[list[int]]]  # per step, and per row or one for all
-    mixed: list[bool]  # per step, whether any image is mixed outside of its box
 
 
 class CpuBatches:
@@ -104,7 +85,14 @@ class CpuBatches:
         if values is not result:
             result.copy_(values)
 
-    def _plan(self, rows: range) -> _Plan:
+    def _plan(self, rows: range) -> SimpleNamespace:
+        """How the S steps of an epoch treat R rows of their batches.
+
+        They read them, mirrored ones last; crop, into the order of the first operation, sorted by kind; apply it; move into the
+        order of the next operation, and after the last into that of the batch.  Windows to resize are read in the first order.
+
+        The lists are on the host: they hold the sizes of all groups, so that no step has to ask the device for one.
+        """
         part = slice(rows.start, rows.stop)
         top, left, height, width, mirror, codes, erased = (drawn[:, part] for drawn in self._draws)
         pasted, lam, _ = (drawn[:, part] if self.mix_each else drawn for drawn in self._mixes)
@@ -119,15 +107,17 @@ class CpuBatches:
             left = torch.where(mirror, 2 * self.sampler.crop_pad - left, left)
             corners = (reading.argsort(1) * self.sampler.crop_from + top) * self.sampler.crop_from + left
             windows = corners.gather(1, orders[0])
-        return _Plan(
-            sources=self._sources[:, part].gather(1, reading),
-            mirror_from=(~mirror).sum(1).tolist(),
-            windows=windows,
-            lines=height.sum(1).tolist(),
-            codes=[code.gather(1, order) for code, order in zip(codes.unbind(2), orders)],
-            counts=F.one_hot(kinds, len(KINDS)).sum(1).transpose(0, 1).tolist(),
-            moves=[here.argsort(1).gather(1, following) for here, following in zip(orders, orders[1:])],
-            erased=erased.tolist(), pasted=pasted.tolist(), mixed=(lam < 1).any(1).tolist())
+        return SimpleNamespace(
+            sources=self._sources[:, part].gather(1, reading),  # int64 (S, R), image numbers
+            mirror_from=(~mirror).sum(1).tolist(),  # per step
+            windows=windows,  # int64 (S, R), see crop; or (S, R, 5), see resized_crop
+            lines=height.sum(1).tolist(),  # per step, of all windows
+            codes=[code.gather(1, order) for code, order in zip(codes.unbind(2), orders)],  # per slot int64 (S, R)
+            counts=F.one_hot(kinds, len(KINDS)).sum(1).transpose(0, 1).tolist(),  # per slot, step and kind
+            moves=[here.argsort(1).gather(1, following) for here, following in zip(orders, orders[1:])],  # per slot int64 (S, R)
+            erased=erased.tolist(),  # per step and row
+            pasted=pasted.tolist(),  # per step, and per row or one for all
+            mixed=(lam < 1).any(1).tolist())  # per step, whether any image is mixed outside of its box
 
 
 # Arithmetic

@@ -97,11 +97,8 @@ def optimisation_flags(parser) -> None:
     add("--monitor", choices=("val_loss", "val_acc1"), default="val_loss", help="for best.pt and early stopping; " + DEFAULT)
 
 
-def config_flag(add) -> None:
-    add("--config", metavar="FILE", help="config.json of a run: its flags are the defaults, and flags take precedence")
-
-
 def device_flags(add) -> None:
+    add("--config", metavar="FILE", help="config.json of a run: its flags are the defaults, and flags take precedence")
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; " + DEFAULT)
     add("--kernels", choices=("auto", "triton", "reference"), default="auto",
         help="fused Triton kernels or plain PyTorch for augmentation and loss; auto is Triton on CUDA; " + DEFAULT)
@@ -113,7 +110,6 @@ def debug_flag(add) -> None:
 
 def run_flags(parser, output) -> None:
     add = parser.add_argument_group("device and output").add_argument
-    config_flag(add)
     device_flags(add)
     add("--amp", choices=("fp16", "bf16", "off"), help="off: fp32, without TF32; default: fp16 on CUDA, off on a CPU")
     add("--compile", action="store_true", help="compile the networks with torch.compile, which takes a minute or more")
@@ -231,7 +227,6 @@ def parse_show(description, usage_lines, argv=None):
     data_flags(parser)
     augmentation_flags(parser)
     add = parser.add_argument_group("batch and output").add_argument
-    config_flag(add)
     batch_size_flag(add, default=128)
     add("--images", type=count, default=32, metavar="N", help="number of images to draw; " + DEFAULT)
     add("--epoch", type=count, default=1, metavar="N", help=DEFAULT)
@@ -273,8 +268,8 @@ def fill_in_augmentation(parser, args) -> None:
 def chosen_defaults(args) -> list[str]:
     """A line that says which defaults the images of a folder led to, if any."""
     defaults, reason = image_defaults(args)
-    chosen = [f"{name}={value}" for name, value in defaults.items() if getattr(args, name) == value]
-    return [f"{', '.join(chosen)}: {reason}"] if chosen and args.dataset == "imagefolder" else []
+    chosen = ", ".join(f"{name}={value}" for name, value in defaults.items() if getattr(args, name) == value)
+    return [f"{chosen}: {reason}"] if chosen and args.dataset == "imagefolder" else []
 
 
 def check_schedule(parser, args) -> None:
