@@ -79,6 +79,43 @@ def test_the_recorded_alarms_are_those_of_the_code():
             assert {alarm.name: alarm.value for alarm in found} == run["alarms"]
 
 
+SIZES = {"v2_pico": 32, "v2_tiny": 32, "resnet18": 224, "mobilenet_v2": 224, "mobilenetv4_conv_small": 224, "efficientnet_v2_s": 224}
+
+
+def export_table() -> str:
+    """The table of docs/export.md: a row per network and format, a cell per precision."""
+    def read(name):
+        with open(RESULTS / "export" / f"{name}.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    refused = {(row["network"], row["format"], row["precision"]): row["reason"] for row in read("refused")}
+    lines = ["| network | pixels | file | fp32 | fp16 | int8 | int8, in OpenVINO and OpenCV as in ONNX Runtime |",
+             "|---|---:|---|---:|---:|---|---|"]
+    for name, side in SIZES.items():
+        rows = read(name)
+        for format, suffix in (("onnx", ".onnx"), ("pt2", ".pt2"), ("executorch", ".pte")):
+            cells = [name, str(side), f"`{suffix}`"]
+            own = {row["precision"]: row for row in rows if row["format"] == format and not row["same_in_onnxruntime"]}
+            for precision in ("fp32", "fp16", "int8"):
+                row = own.get(precision)
+                cell = f"{int(row['bytes']) / 1000:,.0f} kB" if row else "refused" if (name, format, precision) in refused else ""
+                if precision == "int8" and row:
+                    cell += f", {float(own['fp32']['accuracy']):.2f} -> {float(row['accuracy']):.2f} %"
+                cells.append(cell)
+            same = {row["runtime"].split()[0]: row for row in rows if row["file"] == "best-int8.onnx"}
+            if format == "onnx" and "int8" in own:
+                cells.append(", ".join(f"{same[runtime]['same_in_onnxruntime']} of {same[runtime]['images']}" if runtime in same
+                                       else "refused" for runtime in ("openvino", "opencv-python-headless")))
+            else:
+                cells.append("")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_exported_files_comes_from_their_checks():
+    assert export_table() in (ROOT / "docs/export.md").read_text(encoding="utf-8")
+
+
 def test_how_often_alarms_are_raised_comes_from_the_tables(tmp_path):
     """The committed counts; the alarms in runs.csv; limits as calibrated."""
     counts = script("ablation-small/alarms.py")
