@@ -79,7 +79,8 @@ def test_the_recorded_alarms_are_those_of_the_code():
             assert {alarm.name: alarm.value for alarm in found} == run["alarms"]
 
 
-SIZES = {"v2_pico": 32, "v2_tiny": 32, "resnet18": 224, "mobilenet_v2": 224, "mobilenetv4_conv_small": 224, "efficientnet_v2_s": 224}
+EXPORTED = {"v2_pico": 32, "v2_tiny": 32} | dict.fromkeys(
+    ("resnet18", "mobilenet_v2", "mobilenetv4_conv_small", "efficientnet_v2_s"), 224)  # network: pixels
 
 
 def export_table() -> str:
@@ -91,7 +92,7 @@ def export_table() -> str:
     refused = {(row["network"], row["format"], row["precision"]): row["reason"] for row in read("refused")}
     lines = ["| network | pixels | file | fp32 | fp16 | int8 | int8, in OpenVINO and OpenCV as in ONNX Runtime |",
              "|---|---:|---|---:|---:|---|---|"]
-    for name, side in SIZES.items():
+    for name, side in EXPORTED.items():
         rows = read(name)
         for format, suffix in (("onnx", ".onnx"), ("pt2", ".pt2"), ("executorch", ".pte")):
             cells = [name, str(side), f"`{suffix}`"]
