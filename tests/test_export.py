@@ -223,7 +223,7 @@ def test_an_export_replaces_its_line_and_a_refused_one_nothing(trained, capsys, 
 
 def test_a_drop_is_judged_by_its_limit():
     def row(precision, drop, difference=0.0):
-        return check.Row("f", "onnx", precision, "uint8", "onnxruntime 1", 1, 1, 100, 90, None, 50 - drop, 50, drop, difference, 5.0)
+        return check.Row("f", "onnx", precision, "uint8", "ort", 1, 1, 100, 90, None, 50 - drop, 50, drop, difference, 5.0)
 
     check.judge(row("int8", 0.5, difference=2.0), max_drop=0.5, stated=None, amp="off")
     check.judge(row("int8", -3), max_drop=0, stated=50.05, amp="off")
