@@ -76,7 +76,8 @@ def test_the_recorded_alarms_are_those_of_the_code():
         for run in cell.runs.values():
             rows = [SimpleNamespace(**row) for row in run["epochs"]]
             found = alarms.alarms(method, recipe, recipe.monitor, rows, run["epochs"], val, run["stopped_early"])
-            assert {alarm.name: alarm.value for alarm in found} == run["alarms"]
+            # Python 3.12 sums more exactly
+            assert {alarm.name: alarm.value for alarm in found} == pytest.approx(run["alarms"])
 
 
 EXPORTED = {"v2_pico": 32, "v2_tiny": 32} | dict.fromkeys(
