@@ -689,7 +689,7 @@ def _augment_mix_kernel(step, first, rows, tables, copies, out, out_label, out_o
     pixel = first_pixel + tl.arange(0, TILE)
     image = copies + first_row.to(tl.int64) * (2 * PIXELS) + pixel
     pixels = tl.load(image, pixel < PIXELS, 0)
-    next_pixels = tl.load(image + 2 * PIXELS, (pixel < PIXELS) & (alone == 0), 0)
+    next_pixels = tl.load(image + 2 * PIXELS, pixel < tl.where(alone, 0, PIXELS), 0)
     share = _finish_pair(out, first_row, alone, first_pixel, PIXELS - first_pixel, pixels, next_pixels, words, tables, SIZE)
     if first_pixel == 0:
         _write_labels(out_label, out_other, out_lam, start, first, first_row, rows, source, share, tables)
