@@ -29,10 +29,10 @@ class Failure(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser with one-line errors and exit code 2; under torchrun, only rank 0 prints."""
+    """ArgumentParser with one-line errors and exit code 2; under torchrun, only the first process to fail prints."""
 
     def error(self, message):
-        if os.environ.get("RANK", "0") == "0":
+        if first_to_fail():
             sys.stderr.write(f"error: {message}. see {self.prog} --help\n")
         raise SystemExit(USAGE)
 

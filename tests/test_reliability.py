@@ -422,7 +422,7 @@ def test_three_processes_add_up_to_the_same_bits_when_resumed(place, monkeypatch
     ("--batch-size 7", None, 2, ["odd --batch-size", "7"]),
     ("--batch-size 40", None, 2, ["2 times 40 of 76 images"]),
     ("--device cuda:1", None, 2, ["every process needs its own GPU"]),
-    ("--lr -1", None, 2, ["--lr"]),
+    ("--lr -1", partial(faults.on_rank, 0, partial(time.sleep, 2)), 2, ["--lr"]),  # rank 1 ends first
     ("--output undisturbed/teacher", partial(faults.on_rank, 1, faults.connect_slowly), 2, ["not empty"]),
 ], ids=["memory", "drift", "loss", "hang", "odd", "large", "device", "flag", "directory"])
 def test_whatever_ends_a_pair_is_one_line(place, flags, fault, code, words):
