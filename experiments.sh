@@ -32,11 +32,13 @@ study() {
     python plots/make_figures.py
 }
 
-# $1: output directory; then common flags, and grids.
+# Plan a sweep.  $1: its name; then common flags, and grids.
 sweep() {
-    local output=$1; shift
-    python sweep.py --jobs "$jobs" --output "runs/$experiment/$output" distill.py "${common[@]}" "${student[@]}" \
-        --seed "${seeds[@]}" "$@"
+    sweeps+=(--sweep "$1" "${student[@]}" --seed "${seeds[@]}" "${@:2}")
+}
+
+run_sweeps() {
+    python sweep.py --jobs "$jobs" --output "runs/$experiment" distill.py "${common[@]}" "${sweeps[@]}"
 }
 
 ablation() {
@@ -45,7 +47,6 @@ ablation() {
     python train_teacher.py "${common[@]}" "${short[@]}" "${teacher[@]}" --init "$weaker/best.pt" --image-size 48 --output "$stronger" \
         --resume auto
     student=(--student "$pico" --teacher-checkpoint "$weaker/best.pt" --teacher-logits "runs/$experiment/teacher-logits")
-    seeds=(0 1 2)
 
     # The recipe of the study (AdamW, weight decay, label smoothing, DKD without cross-entropy): clipped as in the study, not
     # clipped, and KD clipped as often as DKD is; and with more epochs.
@@ -92,6 +93,7 @@ ablation() {
         -- --method kd dkd --beta 1 2 4 8 16 --policy none --random-erasing 0 --mix-prob 1 \
         -- --method kd dkd --beta 1 2 4 8 16 --policy autoaugment --random-erasing 0.25 --mix-prob 0 \
         -- --method kd dkd --beta 1 2 4 8 16 --policy autoaugment --random-erasing 0.25 --mix-prob 1
+    run_sweeps
     rm -rf "runs/$experiment/teacher-logits"
     for name in recipe recipe-long scale scale-long usual high findings phase; do
         python results/tables.py "runs/$experiment/$name" "runs/$experiment/$name"
@@ -124,8 +126,10 @@ published() {
     pair vgg13 mobilenet_v2 0.01 6          # KD 67.37, DKD 69.71
     pair cifar_resnet50 mobilenet_v2 0.01 8 # KD 67.35, DKD 70.35
     pair resnet32x4 shufflenet_v2 0.01 8    # KD 74.45, DKD 77.07 (there its student is called MobileNet-V2)
+    run_sweeps
 }
 
+sweeps=()
 case ${1:-study} in
     study) study ;;
     published)

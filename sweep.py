@@ -4,15 +4,16 @@
     python sweep.py distill.py --method kd dkd --beta 2 8 --seed 0 1 2                3 cells; KD has no beta and is the control
     python sweep.py --jobs 2 --output runs/ablation distill.py --student v2_pico --seed 0 1 2 -- --method kd \\
         -- --method dkd --beta 2 8 -- train_teacher.py --model v2_pico                4 cells, one of them the student alone
+    python sweep.py distill.py --seed 0 1 --sweep low --lr 1e-4 --method kd dkd --sweep high --lr 1e-2 --beta 2 8    2 tables
     python sweep.py --dry-run distill.py --method dkd --beta 1 2 4 8                  lists the runs
 
-A flag with several values is an axis of the grid; -- separates grids that share the flags before the first --.  Every run is its
-own process; those with one teacher and one seed share its logits.  After an interruption the same command continues; runs that
+A flag with several values is an axis of the grid; -- separates grids that share the flags before the first --.  --sweep NAME
+begins a sweep with its own table, in --output/NAME; all have the flags before the first --sweep.  Every run is its own process;
+those of a sweep with one teacher and one seed share its logits.  After an interruption the same command continues; runs that
 finished or diverged are not repeated.
 Writes the runs, logs/, table.md and table.csv to --output.
 """
 import os
-import shutil
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -28,50 +29,52 @@ ROOT = Path(__file__).resolve().parent
 
 
 def main(args):
-    cells = sweep_grid.expand(args.script, args.flags)
-    control, output = sweep_grid.find_control(cells, args.control), Path(args.output)
-    repeats = range(max(len(cell.seeds) for cell in cells))  # seed by seed, so that pairs are complete early
-    jobs = [sweep_jobs.Job(cell, cell.seeds[at], output, ROOT) for at in repeats for cell in cells if at < len(cell.seeds)]
-    store = output / "teacher-logits"
-    sweep_jobs.share_teacher_logits(jobs, store)
-    print(f"{len(jobs)} runs of {len(cells)} cells, {args.jobs} at once, compared with {control.label} -> {output}", flush=True)
+    output, sweeps = Path(args.output), []
+    for name, words in sweep_grid.named(args.flags).items():
+        cells = sweep_grid.expand(args.script, words)
+        sweeps.append(sweep_jobs.Sweep(name, output / name, cells, sweep_grid.find_control(cells, args.control), ROOT))
+        print(f"{len(sweeps[-1].jobs)} runs of {len(cells)} cells, {args.jobs} at once, compared with {sweeps[-1].control.label} "
+              f"-> {sweeps[-1].output}", flush=True)
+    jobs = [job for each in sweeps for job in each.jobs]
     if args.dry_run:
         print(*(job.shown() for job in jobs), sep="\n")
         return
 
     with lock(output, "sweep"):
-        sweep_jobs.record(jobs, output / "sweep.json")
+        for each in sweeps:
+            each.record()
         from cli import sweep_table  # imports SciPy, which is slow
         run(jobs, args.jobs, args.metric)
-        failed = [job for job in jobs if job.code]
-        results = sweep_jobs.results([job for job in jobs if not job.code], cells)
-        rows, note = sweep_table.table(results, control.label, args.metric, len(failed))
-        write_atomic(output / "table.csv", as_csv(list(rows[0]), rows))
-        write_atomic(output / "table.md", sweep_table.as_markdown(rows, note).encode())
-        print("", sweep_table.as_markdown(rows, note), sep="\n", end="", flush=True)
+        for each in sweeps:
+            failures = sum(job.code > 0 for job in each.jobs)
+            rows, note = sweep_table.table(each.results(), each.control.label, args.metric, failures)
+            write_atomic(each.output / "table.csv", as_csv(list(rows[0]), rows))
+            write_atomic(each.output / "table.md", sweep_table.as_markdown(rows, note).encode())
+            print("", sweep_table.as_markdown(rows, note), sep="\n", end="", flush=True)
+    failed = [job for job in jobs if job.code]
     if failed:
         raise errors.Failure(failed[0].code, f"{len(failed)} of {len(jobs)} runs failed ({failed[0].log}: {failed[0].reason()})",
                              "fix it and repeat the command")
-    shutil.rmtree(store, ignore_errors=True)
 
 
 def run(jobs, at_once: int, metric: str) -> None:
     """Run the jobs without a result, `at_once` in parallel; print each outcome, and on a terminal a live line of them all."""
     waiting = [job for job in jobs if not job.result()]
-    done, seconds, threads = len(jobs) - len(waiting), [], max(1, len(os.sched_getaffinity(0)) // at_once)
+    done, epoch_s, threads = len(jobs) - len(waiting), [], max(1, len(os.sched_getaffinity(0)) // at_once)
     print(f"{done} of them are already done", flush=True)
-    began, end = time.monotonic(), None
+    epochs, began, end = sum(job.flags["epochs"] for job in waiting), time.monotonic(), None
     with ThreadPoolExecutor(at_once) as pool:
         try:
             running = {pool.submit(job.run, threads) for job in waiting}
             while running:
                 ended, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 for job in (future.result() for future in ended):
-                    done += 1
-                    seconds.append(job.seconds)
-                    left = median_low(seconds) * (len(jobs) - done) / at_once
+                    done, epochs = done + 1, epochs - job.flags["epochs"]
+                    epoch_s.append(job.seconds / job.flags["epochs"])
+                    left = median_low(epoch_s) * epochs / at_once
                     end = time.monotonic() + left
                     say(f"[{done}/{len(jobs)}] {job}: {job.outcome(metric)}  ({clock(job.seconds)}, eta {clock(left)})")
+                    job.sweep.tidy()
                 if running:
                     now = time.monotonic()
                     eta = f", eta {clock(max(0.0, end - now))}" if end else ""

@@ -51,7 +51,8 @@ def parse_sweep(description=None, usage_lines=None, argv=None) -> Namespace:
     options.debug_flag(add)
     add = parser.add_argument_group("runs").add_argument
     add("command", nargs=REMAINDER, metavar="script flags", help="distill.py or train_teacher.py, and its flags; several values "
-        "make an axis of the grid, those of --seed are repeats; -- separates grids that share the flags before the first --")
+        "make an axis of the grid, those of --seed are repeats; -- separates grids that share the flags before the first --; "
+        "--sweep NAME begins a sweep with a table of its own, in --output/NAME")
     args = parser.parse_args(argv)
     args.script, *args.flags = args.command or [None]
     if args.script not in PARSERS:
@@ -59,9 +60,23 @@ def parse_sweep(description=None, usage_lines=None, argv=None) -> Namespace:
     return args
 
 
+def named(words: list[str]) -> dict[str, list[str]]:
+    """Name -> words of each sweep: those before the first --sweep, and its own.  Without --sweep there is one, named ""."""
+    common, *sweeps = split(words, "--sweep")
+    if not sweeps:
+        return {"": common}
+    for name, *_ in (own or [""] for own in sweeps):
+        if not re.fullmatch(r"\w[\w.-]*", name) or [own[:1] for own in sweeps].count([name]) > 1:
+            raise Failure(USAGE, f"--sweep needs a name of its own, of letters, digits, . and - ({name or 'none'})",
+                          "write --sweep NAME and its flags")
+    if "--" in common:
+        raise Failure(USAGE, "-- before the first --sweep", "give grids to each --sweep")
+    return {name: common + own for name, *own in sweeps}
+
+
 def expand(script: str, words: list[str]) -> list[Cell]:
-    """All cells of a command, named, in order; equal cells are merged.  The script's parser checks every flag."""
-    first, *others = split(words)
+    """All cells of a sweep, named, in order; equal cells are merged.  The script's parser checks every flag."""
+    first, *others = split(words, "--")
     common, cells, unique = read_flags(first), [], {}
     for words in others or [[]]:
         own_script, *words = words if words and words[0] in PARSERS else [script, *words]
@@ -79,14 +94,14 @@ def expand(script: str, words: list[str]) -> list[Cell]:
     return list(unique.values())
 
 
-def split(words: list[str]) -> list[list[str]]:
-    grids = [[]]
+def split(words: list[str], at: str) -> list[list[str]]:
+    parts = [[]]
     for word in words:
-        if word == "--":
-            grids.append([])
+        if word == at:
+            parts.append([])
         else:
-            grids[-1].append(word)
-    return grids
+            parts[-1].append(word)
+    return parts
 
 
 def read_flags(words: list[str]) -> dict[str, tuple[str, ...]]:

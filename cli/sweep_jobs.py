@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import runpy
 import shlex
+import shutil
 import sys
 import threading
 import time
@@ -25,14 +26,14 @@ server.set_forkserver_preload(["torch", "torchvision"])
 
 
 class Job:
-    """One run of a cell, in `output`/<cell>-s<seed>, with its terminal output in `output`/logs.
+    """One run of a cell of a sweep, in its folder `output`: in <cell>-s<seed>, with its terminal output in logs.
 
     root: the folder of the scripts.  flags: as in config.json.  code: exit code, 0 if there is a result.  seconds: wall time.
     """
 
-    def __init__(self, cell: sweep_grid.Cell, seed: int, output: Path, root: Path):
-        name = f"{cell.name}-s{seed}"
-        self.cell, self.seed, self.directory, self.log = cell, seed, output / name, output / "logs" / f"{name}.txt"
+    def __init__(self, sweep: "Sweep", cell: sweep_grid.Cell, seed: int, root: Path):
+        name, self.sweep, self.cell, self.seed = f"{cell.name}-s{seed}", sweep, cell, seed
+        self.directory, self.log = sweep.output / name, sweep.output / "logs" / f"{name}.txt"
         self.command = [str(root / cell.script), *sweep_grid.command(cell), "--seed", str(seed), "--resume", "auto",
                         "--output", str(self.directory)]
         flags = vars(sweep_grid.parse(cell, seed))
@@ -41,7 +42,7 @@ class Job:
         self.code, self.seconds = 0, 0.0
 
     def __str__(self) -> str:
-        return f"{self.cell.label} seed {self.seed}"
+        return f"{self.sweep.name}{': ' * bool(self.sweep.name)}{self.cell.label} seed {self.seed}"
 
     def shown(self) -> str:
         return shlex.join(["python", self.cell.script, *self.command[1:]])
@@ -135,39 +136,56 @@ def run_script(command: list[str], log: Path, threads: int) -> None:
     runpy.run_path(command[0], run_name="__main__")
 
 
-def share_teacher_logits(jobs: list[Job], folder: Path) -> None:
-    """Make several runs with one teacher and one seed share its logits in `folder`, unless a flag names another."""
-    def group(job):
-        return str(job.flags.get("teacher_checkpoint")), job.seed
+class Sweep:
+    """The runs of cells, in `output`, with one table.
 
-    sizes = Counter(map(group, jobs))
-    for job in jobs:
-        if job.cell.script == "distill.py" and sizes[group(job)] > 1 and "--teacher-logits" not in job.cell.flags:
-            job.command += ["--teacher-logits", str(folder)]
+    control: the cell that the others are compared with.  Runs with one teacher and one seed share its logits in `teacher_logits`,
+    unless a flag names another folder.
+    """
+
+    def __init__(self, name: str, output: Path, cells: list[sweep_grid.Cell], control: sweep_grid.Cell, root: Path):
+        self.name, self.output, self.cells, self.control = name, output, cells, control
+        repeats = range(max(len(cell.seeds) for cell in cells))  # seed by seed, so that pairs are complete early
+        self.jobs = [Job(self, cell, cell.seeds[at], root) for at in repeats for cell in cells if at < len(cell.seeds)]
+        self.teacher_logits = output / "teacher-logits"
+        sizes = Counter(map(teacher_and_seed, self.jobs))
+        for job in self.jobs:
+            if job.cell.script == "distill.py" and sizes[teacher_and_seed(job)] > 1 and "--teacher-logits" not in job.cell.flags:
+                job.command += ["--teacher-logits", str(self.teacher_logits)]
+
+    def record(self) -> None:
+        """Check the directories of all runs and record their flags in sweep.json, before any run starts."""
+        path = self.output / "sweep.json"
+        recorded = read_json(path) or {}
+        if not all(isinstance(flags, dict) for flags in recorded.values()):
+            raise damaged(path, "not the flags of runs")
+        others = recorded.keys() - {job.directory.name for job in self.jobs}
+        if others:
+            print(f"{len(others)} runs of another sweep are left out of the table: {min(others)}, ...")
+        write_json(path, recorded | {job.directory.name: job.compare(recorded.get(job.directory.name)) for job in self.jobs})
+        self.tidy()
+
+    def results(self) -> dict[str, dict[int, dict]]:
+        """Label of a cell -> seed -> result.  Failure DATA: runs with the same flags were trained on different images."""
+        seen, found = {}, {cell.label: {} for cell in self.cells}
+        for job in (job for job in self.jobs if not job.code):
+            flags = tuple(job.flags[name] for name in IMAGES)
+            images = (read_json(job.directory / "config.json") or {}).get("data_sha256")
+            first_images, first = seen.setdefault(flags, (images, job))
+            if images and first_images and images != first_images:
+                raise Failure(DATA, f"runs of one table have different images ({first.directory} and {job.directory})",
+                              "restore the images, or remove the runs on the others")
+            found[job.cell.label][job.seed] = job.result()
+        return found
+
+    def tidy(self) -> None:
+        """Delete the teacher's logits once every run has a result."""
+        if all(job.result() for job in self.jobs):
+            shutil.rmtree(self.teacher_logits, ignore_errors=True)
 
 
-def record(jobs: list[Job], path: Path) -> None:
-    """Check the directories of all runs and record their flags in `path`, before any run starts."""
-    recorded = read_json(path) or {}
-    if not all(isinstance(flags, dict) for flags in recorded.values()):
-        raise damaged(path, "not the flags of runs")
-    others = recorded.keys() - {job.directory.name for job in jobs}
-    if others:
-        print(f"{len(others)} runs of another sweep are left out of the table: {min(others)}, ...")
-    write_json(path, recorded | {job.directory.name: job.compare(recorded.get(job.directory.name)) for job in jobs})
-
-
-def results(jobs: list[Job], cells: list) -> dict[str, dict[int, dict]]:
-    """Label of a cell -> seed -> result.  Failure DATA: runs with the same flags were trained on different images."""
-    seen = {}
-    for job in jobs:
-        flags = tuple(job.flags[name] for name in IMAGES)
-        images = (read_json(job.directory / "config.json") or {}).get("data_sha256")
-        first_images, first = seen.setdefault(flags, (images, job))
-        if images and first_images and images != first_images:
-            raise Failure(DATA, f"runs of one table have different images ({first.directory} and {job.directory})",
-                          "restore the images, or remove the runs on the others")
-    return {cell.label: {job.seed: job.result() for job in jobs if job.cell is cell} for cell in cells}
+def teacher_and_seed(job: Job) -> tuple[str, int]:
+    return str(job.flags.get("teacher_checkpoint")), job.seed
 
 
 cached_digest = cache(existing_digest)  # most runs of a sweep share one teacher

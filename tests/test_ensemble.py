@@ -104,8 +104,8 @@ def test_teachers_that_do_not_fit_are_one_line(place, capsys):
 def test_a_sweep_takes_several_teachers_as_one_value(place):
     first, second = sweep_grid.expand("distill.py", "--teacher-checkpoint one.pt,two.pt one.pt --seed 0".split())
     assert first.label == "--teacher-checkpoint one.pt two.pt" and second.label == "--teacher-checkpoint one.pt"
-    from cli.sweep_jobs import Job, digests
-    job = Job(first, 0, place, place)
+    from cli.sweep_jobs import Sweep, digests
+    job = Sweep("", place, [first], first, place).jobs[0]
     sha256 = digests(["one.pt", "two.pt"])
     job.directory.mkdir()
     (job.directory / "config.json").write_text(json.dumps(

@@ -287,6 +287,29 @@ def test_a_sweep_and_the_same_one_again(place, monkeypatch):
     assert "control, --beta 2," in out and "test_acc1_last" in out
 
 
+def test_several_sweeps_share_one_pool_and_have_a_table_each(place, monkeypatch):
+    lines = []
+    monkeypatch.setattr(sweep, "live", lines.append)
+    line = "--output s distill.py --seed 0 1 --sweep a --lr 1 -- --method kd -- --method dkd --sweep b.2 --epochs 3 6 --lr 2"
+    code, out, err = run_sweep(line)
+    assert (code, err) == (0, ""), out + err
+    names = [("method-kd", "method-dkd"), ("epochs-3", "epochs-6")]
+    assert [run for run, *_ in started_runs()] == [f"{name}-s{seed}" for pair in names for seed in (0, 1) for name in pair]
+    assert "2 runs of 1 cells" not in out and out.count("4 runs of 2 cells") == 2 and "b.2: --epochs 6 seed 1: completed" in out
+    assert any(re.match(r"7 of 8 runs, 1 running, .*, eta ", line) for line in lines), lines
+    assert {path.name for path in Path("s").iterdir()} == {".lock", "a", "b.2"}
+    flags = [[row["flags"] for row in table_of(Path("s", name, "table.csv"))] for name in ("a", "b.2")]
+    assert flags == [["--method kd", "--method dkd"], ["--epochs 3", "--epochs 6"]]
+    assert "--teacher-logits s/a/teacher-logits" in Path("s/a/logs/method-kd-s0.txt").read_text()
+
+
+@pytest.mark.parametrize("words", ["--sweep", "--sweep --lr 1", "--sweep ../a --lr 1", "--sweep a --lr 1 --sweep a --lr 2",
+                                   "-- --lr 1 --sweep a"])
+def test_sweeps_without_a_name_of_their_own_are_refused(place, words):
+    refused(2, f"--output s distill.py {words}", "--sweep")
+    assert not Path("s").exists()
+
+
 def test_a_terminal_has_a_live_line_of_all_runs(place, monkeypatch):
     lines = []
     monkeypatch.setattr(sweep, "live", lines.append)
