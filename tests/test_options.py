@@ -139,7 +139,7 @@ def test_a_bad_value_is_one_line_and_exit_code_2(parse, flag, value, capsys):
     assert flag.lstrip("-") in err, f"the line does not name {flag}: {err}"
 
 
-@pytest.mark.parametrize("experiment, runs", [("study", 29), ("published", 72), ("ablation", 120), ("ablation-small", 120)])
+@pytest.mark.parametrize("experiment, runs", [("study", 29), ("published", 72), ("ablation", 290), ("ablation-small", 246)])
 def test_every_command_of_the_study_is_accepted(experiment, runs):
     """experiments.sh run with a `python` that only prints what it is given; a sweep is expanded into its runs."""
     script = (ROOT / "experiments.sh").read_text().replace('cd "$(dirname "$0")"', "")
@@ -149,8 +149,9 @@ def test_every_command_of_the_study_is_accepted(experiment, runs):
     for name, *flags in map(str.split, done.stdout.splitlines()):
         if name == "sweep.py":
             args = sweep_grid.parse_sweep("", "", flags)
-            parsed += [sweep_grid.parse(cell, seed, output=f"{args.output}/{cell.name}-s{seed}")
-                       for cell in sweep_grid.expand(args.script, args.flags) for seed in cell.seeds]
+            parsed += [sweep_grid.parse(cell, seed, output=f"{args.output}/{sweep}/{cell.name}-s{seed}")
+                       for sweep, words in sweep_grid.named(args.flags).items()
+                       for cell in sweep_grid.expand(args.script, words) for seed in cell.seeds]
         elif not name.startswith(("plots/", "results/")):
             parsed.append({"train_teacher.py": teacher, "distill.py": distill}[name](*flags))
     outputs = [args.output for args in parsed]

@@ -188,7 +188,7 @@ def draw_changes(sweeps: dict[str, dict[str, Cell]], panels: dict[str, list[dict
         axis.grid(visible=False, axis="y")
         axis.xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 2.5, 5, 10)))
         label_rows(axis, [row["change"] for row in rows], [f"{signed(row['difference'])}, n = {row['n']}" + "".join(
-            f", {row[how]} {how}" for how in ("collapsed", "diverged") if row[how]) for row in rows])
+            f", {row[how]} of {row['runs']} {how}" for how in ("collapsed", "diverged") if row[how]) for row in rows])
     figure.supxlabel("test accuracy (weights of the best epoch) minus that of the base over the n common seeds, in points\n"
                      "line: 95 % interval, Student's t (none for one seed, or equal differences); filled: it does not hold 0,\n"
                      f"not corrected for their number; collapsed: last validation accuracy more than {FALL:g} points below KD's",

@@ -125,14 +125,6 @@ def early_stopping() -> str:
     return markdown(rows)
 
 
-def repeats() -> str:
-    """Accuracy of the same commands with seed 0 in two sweeps, at different times and commits."""
-    phase = "policy-autoaugment_random-erasing-0.25_mix-prob-1"
-    names = {"KD": {"high": KD, "phase": f"{KD}_{phase}"}, "DKD beta 8": {"high": DKD, "phase": f"method-dkd_{phase}_beta-8"}}
-    return markdown([{"": label} | {sweep: f"{cells_of(sweep)[name].runs[0]['test_acc1_best']:.1f}"
-                                    for sweep, name in each.items()} for label, each in names.items()])
-
-
 def alarms() -> str:
     return markdown([{"alarm": row["alarm"], "raised in collapsed runs": f"{row['raised']} of {row['collapsed']}",
                       "silent in others": f"{row['silent']} of {row['others']}"}
@@ -186,7 +178,7 @@ def markdown(rows: list[dict]) -> str:
 
 def tables() -> dict[str, str]:
     return {sweep: sweep_table(sweep) for sweep in CELLS} | {"contrasts": contrasts(), "early stopping": early_stopping(),
-                                                             "repeats": repeats(), "alarms": alarms()}
+                                                             "alarms": alarms()}
 
 
 if __name__ == "__main__":
