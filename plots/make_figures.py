@@ -543,5 +543,4 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without ± still gets its table
     main()
