@@ -33,8 +33,8 @@ def relaid(plain, kind):
     if kind == "table":
         rows = [f"{path.relative_to(plain.parent)},{path.parent.name},{path.parent.parent.name}"
                 for path in sorted(plain.rglob("*.png"), reverse=True)]
-        (plain.parent / "all.csv").write_text("\n".join(["\ufeffpath,label,split", *rows]))
-        return plain.parent / "all.csv"
+        (plain.parent / "all.CSV").write_text("\n".join(["\ufeffpath,label,split", *rows]))
+        return plain.parent / "all.CSV"
     shutil.copytree(plain, other)
     if kind == "Tiny ImageNet":
         lines = [f"{path.parent.name}_{path.name}\t{path.parent.name}\t0\t0\t62\t62\n"
