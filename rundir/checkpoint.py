@@ -6,6 +6,7 @@ reading verifies it, or the CRCs of a file without it.
 """
 import hashlib
 import io
+import pickle
 import re
 import warnings
 import zipfile
@@ -94,13 +95,13 @@ def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") 
 
     Failure `code`: damaged, or no such file, for which `missing` is the remedy.
     """
-    path = Path(path)
+    path, start = Path(path), b""
     try:
         if not path.is_file():
             raise Failure(code, f"no such file ({path})", missing)
         data = io.BytesIO(path.read_bytes())
         with data.getbuffer() as content:
-            seal, sha256 = bytes(content[-SEAL_BYTES:]), hashlib.sha256(content[:-SEAL_BYTES])
+            start, seal, sha256 = bytes(content[:2]), bytes(content[-SEAL_BYTES:]), hashlib.sha256(content[:-SEAL_BYTES])
             if seal.startswith(SEAL) and seal != SEAL + sha256.hexdigest().encode():
                 raise Failure(code, f"damaged file ({path}: wrong checksum)", REMEDY)
             sha256.update(seal)
@@ -119,7 +120,8 @@ def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") 
     except Exception as failure:  # zipfile and the unpickler raise many types on damaged files
         maker = "safetensors" if path.suffix == ".safetensors" else "torch.save"
         reason, remedy = f"truncated, or not made by {maker}", REMEDY
-        if "Unsupported" in str(failure) or "WeightsUnpickler" in str(failure):
+        refused = any(words in str(failure) for words in ("nsupported", "WeightsUnpickler", "TorchScript"))
+        if refused and (start == b"PK" or start[:1] == pickle.PROTO):  # else a page or a pointer in place of the file
             reason, remedy = "not only plain data", "save its state_dict alone, where it was made"
         raise Failure(code, f"unreadable file ({path}: {reason})", remedy) from failure
 

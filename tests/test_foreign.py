@@ -1,4 +1,5 @@
 """Weights of other projects: whatever their file looks like, they give the logits of the same network; others are refused."""
+import os
 import pickle
 import sys
 from argparse import Namespace
@@ -151,8 +152,14 @@ def test_other_classes_are_named(classes, words):
 
 def test_a_file_with_code_is_refused_and_not_run(tmp_path, recwarn):
     (tmp_path / "code.pth").write_bytes(pickle.dumps({"model": Touch(tmp_path / "ran")}))
-    with fails(CHECKPOINT, tmp_path / "code.pth", "not only plain data", "state_dict"):
-        models.read_teacher(tmp_path / "code.pth")
+    torch.save({"model": os.getpid}, tmp_path / "blocked.pth")  # of a module that torch names in another way
+    for name in ("code.pth", "blocked.pth"):
+        with fails(CHECKPOINT, tmp_path / name, "not only plain data", "state_dict"):
+            models.read_teacher(tmp_path / name)
+    for text in ("<!DOCTYPE html>", "version https://git-lfs.github.com/spec/v1"):
+        (tmp_path / "page.pth").write_text(text)
+        with fails(CHECKPOINT, tmp_path / "page.pth", "not made by torch.save"):
+            models.read_teacher(tmp_path / "page.pth")
     assert not (tmp_path / "ran").exists() and not recwarn.list
 
 
