@@ -42,7 +42,7 @@ def main(args):
     from deploy import runtime
     from rundir.files import write_atomic
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="surrogateescape")  # file names may be arbitrary bytes
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # file names as the bytes that they are
     model, unreadable, cells, count = runtime.load(args.model), {}, [], 0
     classes = model.metadata["classes"]
     table = csv.writer(sys.stdout, lineterminator="\n")

@@ -79,7 +79,7 @@ def download(files, data_dir: Path, temporary: str) -> None:
         download_url(files.url, temporary, files.filename, files.tgz_md5)
     except (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError) as failure:  # RuntimeError: wrong md5
         raise Failure(DATA, f"cannot download {files.filename}, which is not in {data_dir} ({files.url}: {failure})",
-                      f"download it elsewhere and put it into {data_dir}, or use --dataset synthetic") from failure
+                      f"put it into {data_dir}, or use --dataset synthetic, or imagefolder for your own images") from failure
 
 
 def read_split(folder: Path, names_and_md5, label_key: str) -> Split:

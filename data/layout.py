@@ -39,7 +39,7 @@ def find(data_dir: Path, allow_empty: bool) -> Layout:
 
     Failure DATA: no such folder or file, or a layout that is not one of the above.
     """
-    if data_dir.suffix == ".csv" and data_dir.is_file():
+    if data_dir.suffix.lower() == ".csv" and data_dir.is_file():
         splits, lines = read_table(data_dir)
         return matched(data_dir.parent, splits, [], Counter(), lines)
     if not data_dir.is_dir():

@@ -24,10 +24,11 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from rundir.errors import DATA, Failure, first_line
+from rundir.terminal import shortened
 
 # Formats in which Pillow reads no pixels by itself: stubs, and EPS, which it hands to Ghostscript.
 NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-COLUMNS, INCHES = 8, 1.7  # of a contact sheet; width of an image
+COLUMNS, INCHES, CHARACTERS = 8, 1.7, 26  # of a contact sheet; width of an image, and of a line of its title
 TURNED, ON_WHITE, SCALED, FIRST_FRAME = ("turned upright by their EXIF orientation", "with an alpha channel composited on white",
                                          "of more than 8 bits scaled to 8", "of several frames read as the first one")
 
@@ -217,10 +218,11 @@ def contact_sheet(cells: list, height: float) -> bytes:
         axis.axis("off")
     for axis, (image, title, caption) in zip(axes.flat, cells):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(title, fontsize=7)
+        axis.set_title("\n".join(shortened(line, CHARACTERS) for line in title.split("\n")), fontsize=7, parse_math=False)
         axis.text(0.5, -0.04, caption, transform=axis.transAxes, ha="center", va="top", fontsize=6, color="0.3")
     sheet = io.BytesIO()
-    figure.savefig(sheet, dpi=150, format="png")
+    with warnings.catch_warnings(action="ignore"):  # of a glyph that the font lacks
+        figure.savefig(sheet, dpi=150, format="png")
     return sheet.getvalue()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from diagnostics.classes import Confusion
+from rundir.terminal import shortened
 
 MOST = 100  # classes that can be told apart on a page
 WRITTEN = 20  # classes up to which a cell has its number
@@ -16,7 +17,7 @@ CHARACTERS = 24  # of a class's name
 
 def picture(confusion: Confusion, title: str) -> bytes:
     """A PNG: the shares of each true class's images, and for few classes their numbers; 0 for a class without images."""
-    names = [name if len(name) <= CHARACTERS else name[:CHARACTERS - 1] + "…" for name in confusion.names]
+    names = [shortened(name, CHARACTERS) for name in confusion.names]
     classes, images = len(names), confusion.labels[:, None]
     shares = np.where(images > 0, 100 * confusion.counts / np.maximum(images, 1), 0.0)
     side = min(1.5 + 0.35 * classes, 9)  # inches, of the matrix

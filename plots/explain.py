@@ -297,8 +297,8 @@ def page(cases: list[Case]) -> Figure:
     panels = [panel for panel in PANELS if any(case.has(panel[2].format(term=case.largest)) for case in cases)]
     columns = 3 if len(panels) > 6 else 2
     rows = math.ceil(len(panels) / columns)
-    paragraphs = [(case, [piece for line in lines for piece in textwrap.wrap(line, CHARACTERS, subsequent_indent="    ")])
-                  for case, lines in words(cases)]
+    wrapper = textwrap.TextWrapper(CHARACTERS, subsequent_indent="    ", break_on_hyphens=False)  # flags stay whole
+    paragraphs = [(case, [piece for line in lines for piece in wrapper.wrap(line)]) for case, lines in words(cases)]
     height = rows * PANEL + LINE * sum(len(lines) + 1 for _, lines in paragraphs) + EDGE
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0, 1, rows * PANEL / height), w_pad=0.1, h_pad=0.08)
@@ -337,5 +337,4 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without → still gets the words
     main()

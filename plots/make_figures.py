@@ -498,7 +498,7 @@ def write_outputs(directories, output: Path) -> None:
     if not finished and not any(run.distilled for runs in started.values() for run in runs):
         raise unreadable[0] if unreadable else Failure(
             DATA, f"no runs of the study to draw ({', '.join(map(str, directories))})",
-            "train first, or name other directories with --runs")
+            "train first, name other directories with --runs, or draw any run with plots/explain.py")
     said = [f"left out: {failure}" for failure in unreadable]
     said += [f"left out, not of the study: {', '.join(str(run.path) for run in others)}"] * bool(others)
     if missing := [name for name in SERIES if name not in study]:
@@ -543,5 +543,4 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without ± still gets its table
     main()

@@ -6,6 +6,7 @@ reading verifies it, or the CRCs of a file without it.
 """
 import hashlib
 import io
+import pickle
 import re
 import warnings
 import zipfile
@@ -75,18 +76,32 @@ class Sealed:
             self.failure = failure
 
 
+class Ignored:
+    """Stands for an object that other projects save beside their weights, such as flags; runs none of its code."""
+
+    def __init__(self, *args):
+        """Takes the arguments of any constructor."""
+
+    def __setstate__(self, state):
+        """Takes the state of any object."""
+
+
+IGNORED = ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+           "pathlib.PosixPath", "pathlib._local.PosixPath")
+
+
 def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") -> tuple:
     """The verified content of a file of plain data by torch.save, also before torch 1.6, or safetensors, and its SHA-256.
 
     Failure `code`: damaged, or no such file, for which `missing` is the remedy.
     """
-    path = Path(path)
+    path, start = Path(path), b""
     try:
         if not path.is_file():
             raise Failure(code, f"no such file ({path})", missing)
         data = io.BytesIO(path.read_bytes())
         with data.getbuffer() as content:
-            seal, sha256 = bytes(content[-SEAL_BYTES:]), hashlib.sha256(content[:-SEAL_BYTES])
+            start, seal, sha256 = bytes(content[:2]), bytes(content[-SEAL_BYTES:]), hashlib.sha256(content[:-SEAL_BYTES])
             if seal.startswith(SEAL) and seal != SEAL + sha256.hexdigest().encode():
                 raise Failure(code, f"damaged file ({path}: wrong checksum)", REMEDY)
             sha256.update(seal)
@@ -96,14 +111,17 @@ def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") 
             raise Failure(code, f"damaged file ({path}: wrong checksum in {damaged})", REMEDY)
         data.seek(0)
         with warnings.catch_warnings(action="ignore"):  # such as of another pickle protocol, before it is refused
-            return torch.load(data, map_location="cpu", weights_only=True), sha256.hexdigest()
+            with torch.serialization.safe_globals([(Ignored, name) for name in IGNORED]):
+                return torch.load(data, map_location="cpu", weights_only=True), sha256.hexdigest()
     except PermissionError:
         raise Failure(code, f"cannot read ({path}): permission denied", "change its permissions") from None
     except Failure:
         raise
     except Exception as failure:  # zipfile and the unpickler raise many types on damaged files
-        reason, remedy = "truncated, or not made by torch.save", REMEDY
-        if "Unsupported" in str(failure) or "WeightsUnpickler" in str(failure):
+        maker = "safetensors" if path.suffix == ".safetensors" else "torch.save"
+        reason, remedy = f"truncated, or not made by {maker}", REMEDY
+        refused = any(words in str(failure) for words in ("nsupported", "WeightsUnpickler", "TorchScript"))
+        if refused and (start == b"PK" or start[:1] == pickle.PROTO):  # else a page or a pointer in place of the file
             reason, remedy = "not only plain data", "save its state_dict alone, where it was made"
         raise Failure(code, f"unreadable file ({path}: {reason})", remedy) from failure
 

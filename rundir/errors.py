@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
+from io import TextIOWrapper
 
 from rundir.terminal import say
 
@@ -124,6 +125,9 @@ def run(main, args) -> None:
 
 
 def run_main(main, args) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # file names may be arbitrary bytes, and a terminal may lack ± and →
+            stream.reconfigure(errors="backslashreplace")
     with stopping_on_signals() as stopped:
         try:
             main(args)

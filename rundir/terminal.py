@@ -1,4 +1,4 @@
-"""Terminal output: lines, and a live line that the next output replaces.  Imports no torch."""
+"""Terminal output: lines, and a live line that the next output replaces; names in figures.  Imports no torch."""
 import shutil
 import sys
 
@@ -14,10 +14,15 @@ def live(text: str) -> None:
 def say(text: str, stream=None) -> None:
     """Print a line, in place of a live line.  stream: default stdout."""
     stream = stream or sys.stdout
-    text = text.encode(errors="backslashreplace").decode()  # names of files may be arbitrary bytes
     print(f"{CLEAR * stream.isatty()}{text}", file=stream, flush=True)
 
 
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def shortened(name: str, characters: int) -> str:
+    """`name` for a figure: cut to `characters`, and bytes that are not UTF-8, which names of folders may have, as escapes."""
+    name = name.encode(errors="backslashreplace").decode()
+    return name if len(name) <= characters else name[:characters - 1] + "…"

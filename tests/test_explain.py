@@ -173,8 +173,10 @@ def test_the_page_of_one_run(tmp_path):
 
 
 def test_the_page_of_two_runs_and_of_as_many_as_fit(tmp_path):
-    figure = draw(write_run(tmp_path / "_dkd $x$", "dkd", curve=FALLING, summary=COLLAPSED), write_run(tmp_path / "kd", "kd"))
+    summary = COLLAPSED | {"advice": 20 * "raise --clip-grad, "}
+    figure = draw(write_run(tmp_path / "_dkd $x$", "dkd", curve=FALLING, summary=summary), write_run(tmp_path / "kd", "kd"))
     check_layout(figure)
+    assert said(figure).count("--clip-grad") == 20, "a flag is not broken"
     drawn = panels(figure)
     assert set(drawn) == TITLES
     assert not any(text.get_parse_math() for text in figure.texts), "a name is not mathematics"

@@ -1,9 +1,13 @@
 """Weights of other projects: whatever their file looks like, they give the logits of the same network; others are refused."""
+import os
 import pickle
 import sys
+from argparse import Namespace
 from collections import OrderedDict
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import Touch, fails
@@ -12,6 +16,7 @@ from torch import nn
 import models
 from data.split import Split
 from models import foreign
+from rundir import checkpoint
 from rundir.errors import CHECKPOINT, USAGE
 from training.device import RunContext
 from training.evaluation import check_teacher
@@ -46,6 +51,8 @@ LAYOUTS = {
                                           for key, tensor in w.items() if who == "student" or "0" in key}, "best_acc": 1.0},
     "without counters": lambda w: {key: tensor for key, tensor in w.items() if not key.endswith("num_batches_tracked")},
     "RepDistiller": lambda w: {"epoch": 240, "model": w, "accuracy": torch.tensor(60.0), "optimizer": {"state": {}}},
+    "timm": lambda w: {"arch": "resnet8", "state_dict": w, "state_dict_ema": None, "metric": np.float64(60.0),
+                       "args": Namespace(lr=np.float32(0.1), output=Path("x"))},
 }
 
 
@@ -82,7 +89,7 @@ def test_safetensors_are_read(net, tmp_path, monkeypatch):
     safetensors.save_file(names, path)
     assert torch.equal(teacher(path)(IMAGES), net(IMAGES)), "by the numbers in the names"
     path.write_bytes(path.read_bytes()[:-9])
-    with fails(CHECKPOINT, path):
+    with fails(CHECKPOINT, path, "not made by safetensors"):
         models.read_teacher(path)
 
 
@@ -145,9 +152,26 @@ def test_other_classes_are_named(classes, words):
 
 def test_a_file_with_code_is_refused_and_not_run(tmp_path, recwarn):
     (tmp_path / "code.pth").write_bytes(pickle.dumps({"model": Touch(tmp_path / "ran")}))
-    with fails(CHECKPOINT, tmp_path / "code.pth", "not only plain data", "state_dict"):
-        models.read_teacher(tmp_path / "code.pth")
+    torch.save({"model": os.getpid}, tmp_path / "blocked.pth")  # of a module that torch names in another way
+    for name in ("code.pth", "blocked.pth"):
+        with fails(CHECKPOINT, tmp_path / name, "not only plain data", "state_dict"):
+            models.read_teacher(tmp_path / name)
+    for text in ("<!DOCTYPE html>", "version https://git-lfs.github.com/spec/v1"):
+        (tmp_path / "page.pth").write_text(text)
+        with fails(CHECKPOINT, tmp_path / "page.pth", "not made by torch.save"):
+            models.read_teacher(tmp_path / "page.pth")
     assert not (tmp_path / "ran").exists() and not recwarn.list
+
+
+def test_flags_and_numbers_beside_the_weights_are_not_made(net, tmp_path):
+    """Also of NumPy before 2.0; nothing but the weights is used of such a file."""
+    path = tmp_path / "own.pth"
+    torch.save({"model": net.state_dict(), "acc": np.float32(60), "args": Namespace(lr=0.1)}, path,
+               _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"numpy._core.", b"numpy.core."))
+    assert torch.equal(teacher(path)(IMAGES), net(IMAGES))
+    content, _ = checkpoint.read_tensors(path)
+    assert [type(content[key]) for key in ("acc", "args")] == 2 * [checkpoint.Ignored] and not vars(content["args"])
 
 
 def test_a_teacher_sees_images_in_its_own_normalisation(net, tmp_path):

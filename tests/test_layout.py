@@ -1,4 +1,5 @@
 """Folders as people have them: splits and classes are found by name, and what is left out is said."""
+import io
 import os
 import shutil
 from pathlib import Path
@@ -32,8 +33,8 @@ def relaid(plain, kind):
     if kind == "table":
         rows = [f"{path.relative_to(plain.parent)},{path.parent.name},{path.parent.parent.name}"
                 for path in sorted(plain.rglob("*.png"), reverse=True)]
-        (plain.parent / "all.csv").write_text("\n".join(["\ufeffpath,label,split", *rows]))
-        return plain.parent / "all.csv"
+        (plain.parent / "all.CSV").write_text("\n".join(["\ufeffpath,label,split", *rows]))
+        return plain.parent / "all.CSV"
     shutil.copytree(plain, other)
     if kind == "Tiny ImageNet":
         lines = [f"{path.parent.name}_{path.name}\t{path.parent.name}\t0\t0\t62\t62\n"
@@ -256,6 +257,23 @@ def test_a_run_lists_all_unreadable_files(damaged, capsys, tmp_path):
     assert code == 0, errors
     assert [row["reason"] for row in table_of(tmp_path / "run" / "unreadable.csv")][1] == "not an image, or its header is damaged"
     assert '"unreadable": 2' in (tmp_path / "run" / "summary.json").read_text()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_any_name_of_a_class_can_be_printed_and_drawn(tmp_path, capsys, monkeypatch, encoding):
+    """Names that are no UTF-8, no formula between $, without glyphs, in two lines, or long."""
+    names = [b"\xe9cole", rb"$a_b$ {\frac", "熊猫".encode(), b"two\nlines", b"x" * 200]
+    folder(tmp_path / "images", **{os.fsdecode(name): 3 for name in names})
+    flags = f"--dataset imagefolder --data-dir {tmp_path}/images --val-size 0 --batch-size 8 --device cpu"
+    for script, line in (
+            ("train_teacher.py", f"{flags} --model resnet8 --epochs 1 --output {tmp_path}/run"),
+            ("show_batch.py", f"{flags} --output {tmp_path}/batch.png"),
+            ("predict.py", f"{tmp_path}/run/best.pt {tmp_path}/images --output {tmp_path}/sheet.png")):
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        code, _, errors = run(capsys, script, line)
+        assert code == 0 and not errors.count("Warning"), errors
+    for name in ("batch.png", "sheet.png"):
+        Image.open(tmp_path / name).verify()
 
 
 # --- degenerate folders

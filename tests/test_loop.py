@@ -272,18 +272,23 @@ def test_early_stop_counts_epochs_without_a_better_one():
         stop.update(3, val(math.nan))
 
 
-def test_a_teacher_that_does_not_match_its_checkpoint_is_refused():
+def test_a_teacher_that_does_not_match_its_checkpoint_is_refused(capsys):
     split = Split(torch.randint(256, (200, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
                   torch.arange(200) % 6)
-    data = SimpleNamespace(classes=list("abcdef"), name="imagefolder", test=split, mean=(0.5,) * 3, std=(0.25,) * 3)
+    data = SimpleNamespace(classes=list("abcdef"), name="imagefolder", test=split, image_size=4, mean=(0.5,) * 3, std=(0.25,) * 3)
     teacher = net().eval()
     found = evaluate(teacher, split, data.mean, data.std, CPU, 50)
     info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": found.acc1, "amp": "off", "model": "net",
-            "image_size": 4}
+            "image_size": 4, "stored_size": 4}
     teacher.size = 0
     for change in ({}, {"test_acc1": found.acc1 + 0.5}, {"test_acc1": found.acc1 - 3, "amp": "bf16"}):  # one image, and six
         teacher.info = info | change
         assert check_teacher(teacher, data, CPU, 50, allow_weak=True).acc1 == found.acc1
+    data.image_size = 8  # photographs, decoded to another size than for the teacher: not the same pixels
+    teacher.info = info | {"test_acc1": 90.0}
+    assert check_teacher(teacher, data, CPU, 50, allow_weak=True).acc1 == found.acc1
+    assert "on images of 8 pixels; in its checkpoint 90.00 %, of 4" in capsys.readouterr().out
+    data.image_size = 4
     never_right = SimpleNamespace(**vars(data) | {"test": Split(split.images, (found.predictions + 1) % 6)})
     for data, change, words in ((data, {"test_acc1": found.acc1 + 1}, "0.78 points"),
                                 (data, {"test_acc1": found.acc1 - 4, "amp": "bf16"}, "3.33 points"),
