@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from command import one_line, run
-from exporting import CLASSES, NEEDS, have, needs_executorch, needs_onnx, needs_torchao, trained_run
+from exporting import CLASSES, NEEDS, have, images, needs_executorch, needs_onnx, needs_torchao, trained_run
 from helpers import make_images, table_of
 
 import models
-from deploy import check, onnx_graph, other_runtimes, runtime, writers
+from deploy import check, other_runtimes, runtime, writers
 from rundir import files
 from rundir.errors import DIVERGED, Failure
 
@@ -47,10 +47,6 @@ def test_weights_in_other_files_are_refused(trained, tmp_path, capsys, monkeypat
     with pytest.raises(Failure, match="the runtime cannot open the file") as failure:
         runtime.load(path)
     assert failure.value.code == 5 and capsys.readouterr().err == ""
-
-
-def images(count, height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("format, precision, takes", [
@@ -106,58 +102,6 @@ def test_a_process_with_numpy_and_onnxruntime_alone_predicts_the_same(trained, t
     expected = models.predict(models.load(trained / "best.pt"), some).numpy()
     np.testing.assert_allclose(np.array(json.loads(result.stdout)), expected, atol=1e-5)
     assert (np.argmax(json.loads(result.stdout), 1) == expected.argmax(1)).all()
-
-
-def untrained(folder, name):
-    classes = [str(index) for index in range(100)]
-    net = models.build(name, 100)
-    for label, parameter in net.named_parameters():
-        if label.endswith("bias"):  # exporters drop those of zeros
-            torch.nn.init.uniform_(parameter)
-    models.save(folder / "best.pt", net, model=name, classes=classes, image_size=32,
-                mean=(0.5,) * 3, std=(0.25,) * 3, dataset="none", test_acc1=None)
-    return writers.from_checkpoint(folder / "best.pt")
-
-
-@needs_onnx
-def test_int8_is_a_quarter_of_the_weights(tmp_path):
-    """And a third of the smallest network's file, of which a good part is not weights."""
-    for name, times in (("resnet8x4", 3.8), ("v2_pico", 3.0)):
-        module, calibration = untrained(tmp_path, name), torch.from_numpy(images(16, 32, 32))
-        for precision in ("fp32", "int8"):
-            writers.export(module, "onnx", precision, calibration, tmp_path / precision)
-        whole, small = ((tmp_path / precision).stat().st_size for precision in ("fp32", "int8"))
-        assert whole / small > times, f"{name}: {whole} and {small} bytes"
-
-
-@needs_onnx
-@pytest.mark.parametrize("lost, of_channels", [(0, False), (2, False), (3, True)])
-def test_weights_have_a_scale_for_each_channel_where_one_for_each_tensor_costs(tmp_path, monkeypatch, lost, of_channels):
-    """lost: images in a hundred about which the file with one scale says something else than the network in fp32."""
-    import onnx
-    said = {"fp32.onnx": 0, "channels.onnx": 0, "int8": lost}
-    monkeypatch.setattr(onnx_graph, "predictions", lambda path, batches: np.arange(100) < said[path.name])
-    writers.export(untrained(tmp_path, "resnet8"), "onnx", "int8", torch.from_numpy(images(16, 32, 32)), tmp_path / "int8")
-    graph = onnx.load(tmp_path / "int8").graph
-    sizes = {part.name: np.prod(part.dims) for part in graph.initializer}
-    scales = [sizes[node.input[1]] for node in graph.node
-              if node.op_type == "DequantizeLinear" and sizes.get(node.input[0], 0) > 64]
-    assert scales and all((size > 1) == of_channels for size in scales)
-
-
-@needs_onnx
-def test_int8_has_plain_operators_and_whole_logits(tmp_path):
-    """QOperator files are ONNX Runtime's alone; a quantised output has 256 values at most."""
-    import onnx
-    module = untrained(tmp_path, "v2_pico")
-    writers.export(module, "onnx", "int8", torch.from_numpy(images(16, 32, 32)), tmp_path / "int8.onnx")
-    model = onnx.load(tmp_path / "int8.onnx")
-    assert [(each.domain, each.version) for each in model.opset_import] == [("", 18)] and model.ir_version == 8
-    _, logits = runtime.onnx_session(tmp_path / "int8.onnx", {}, None)(images(64, 32, 32))
-    assert len(np.unique(logits)) > 5000 and np.isfinite(logits).all()
-    weights = {part.name for part in model.graph.initializer}
-    inputs = [node.input for node in model.graph.node if node.op_type == "DequantizeLinear"]
-    assert inputs and all((len(names) == 2) == (names[0] in weights) for names in inputs)
 
 
 @needs_onnx
