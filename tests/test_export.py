@@ -165,6 +165,26 @@ def test_an_export_replaces_its_line_and_a_refused_one_nothing(trained, capsys, 
     shutil.rmtree(place)
 
 
+@pytest.mark.parametrize("blocked, content, code", [
+    ("best-fp32.pt2", None, 8), ("best-fp32.pt2.json", None, 8), ("export.csv", None, 4),
+    ("export.csv", b"file;format\na;b\n", 4),
+    ("export.csv", b"file,format\na,b,c\n", 4), ("export.csv", b"\xff\n", 4), ("export.csv", b"PNG\0\n1\n", 4)])
+def test_what_stands_in_the_way_is_named_and_nothing_is_written(trained, blocked, content, code, tmp_path, capsys):
+    """content: of the file that is there; None for a directory."""
+    (tmp_path / blocked).mkdir() if content is None else (tmp_path / blocked).write_bytes(content)
+    found, _, err = export(capsys, trained, "--format pt2", tmp_path)
+    assert str(tmp_path / blocked) in one_line(found, code, err)
+    assert [path.name for path in tmp_path.iterdir()] == [blocked]
+    assert content is None or (tmp_path / blocked).read_bytes() == content
+
+
+def test_a_table_of_an_older_version_gets_the_new_columns(trained, tmp_path, capsys):
+    (tmp_path / "export.csv").write_text("file,format\nolder.onnx,onnx\n")
+    assert export(capsys, trained, "--format pt2", tmp_path)[0] == 0
+    assert [(row["file"], bool(row["runtime"])) for row in table_of(tmp_path / "export.csv")] == [
+        ("older.onnx", False), ("best-fp32.pt2", True)]
+
+
 def test_a_drop_is_judged_by_its_limit():
     def row(precision, drop, difference=0.0):
         return check.Row("f", "onnx", precision, "uint8", "ort", 1, 1, 100, 90, None, 50 - drop, 50, drop, difference, 5.0)
