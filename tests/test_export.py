@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,6 +117,11 @@ def test_a_file_is_checked_in_another_runtime(trained, name, package, precision,
     assert own["runtime"].startswith("onnxruntime ") and own["same_in_onnxruntime"] == ""
     assert name.replace("web", "onnxruntime-web") in other["runtime"] and f"{other['runtime']}: 60 of 60" in out
     assert other["same_in_onnxruntime"] == "60" and abs(float(other["accuracy"]) - float(own["accuracy"])) < 0.1
+
+
+def test_the_version_of_a_package_without_metadata_is_its_own(monkeypatch):
+    monkeypatch.setitem(sys.modules, "built_here", SimpleNamespace(__version__="9.0"))
+    assert other_runtimes.version_of("built_here.part") == "built_here 9.0"
 
 
 @needs_onnx
