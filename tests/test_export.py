@@ -239,6 +239,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(trained, p
 BAD = [  # what is wrong, arguments, exit code, words of the line
     ("no such checkpoint", "nowhere.pt", 5, ["nowhere.pt"]),
     ("text", "text.pt", 5, ["text.pt"]),
+    ("a run directory", "run", 5, ["folder", "best.pt"]),
+    ("an exported file", "exported.onnx", 5, ["exported.onnx", "best.pt"]),
     ("a training state", "run/last.pt", 5, ["last.pt", "best.pt"]),
     ("not in a run directory", "alone/best.pt", 5, ["config.json"]),
     ("unknown format", "run/best.pt --format tflite", 2, ["tflite"]),
@@ -257,7 +259,8 @@ BAD = [  # what is wrong, arguments, exit code, words of the line
 @pytest.mark.parametrize("arguments, code, words", [pytest.param(*case[1:], id=case[0]) for case in BAD])
 def test_one_line_and_an_exit_code_for_what_is_wrong(trained, arguments, code, words, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
-    (place / "text.pt").write_text("hello")
+    for name in ("text.pt", "exported.onnx"):
+        (place / name).write_text("hello")
     (place / "alone").mkdir(exist_ok=True)
     shutil.copy(trained / "best.pt", place / "alone")
     if not (place / "other").exists():
