@@ -27,8 +27,8 @@ lint: $(INSTALLED)
 
 test-export: $(INSTALLED) deploy/web/node_modules
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-export.txt
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -rs tests/test_export.py tests/test_predict.py tests/test_latency.py \
-		tests/test_web.py tests/test_runtimes_page.py
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -rs tests/test_export.py tests/test_onnx_int8.py tests/test_predict.py \
+		tests/test_latency.py tests/test_web.py tests/test_runtimes_page.py
 
 deploy/web/node_modules: deploy/web/package-lock.json
 	-if command -v npm > /dev/null; then npm ci --silent --prefix deploy/web; fi

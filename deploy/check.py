@@ -1,7 +1,6 @@
 """Comparison of an exported file with its checkpoint, acceptance limits, and atomic publication."""
 import csv
 import json
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from cli import options
 from data import datasets
 from deploy import other_runtimes
 from deploy.runtime import RUNTIMES, metadata_path
-from rundir.errors import CHECKPOINT, DIVERGED, USAGE, Failure
+from rundir.errors import CHECKPOINT, DATA, DIVERGED, USAGE, Failure, Unwritable
 from rundir.files import as_csv, write_atomic, write_json
 from training.evaluation import tolerance
 
@@ -123,12 +122,35 @@ def judge_other(row: Row, other: str) -> None:
 def publish(path: Path, metadata: dict, new: list[Row], directory: Path) -> Path:
     """Write the exported file, its metadata and the updated export.csv to `directory`, each atomically.
 
-    The file is first, so that the metadata never describes an older file.
+    The file is first, so that the metadata never describes an older file.  A failure leaves no new file.
+    Failure DATA: export.csv is not of this project.  Raises Unwritable.
     """
-    published, table, rows = directory / path.name, directory / "export.csv", []
-    with suppress(FileNotFoundError), open(table, newline="", encoding="utf-8") as file:
-        rows = [old for old in csv.DictReader(file) if old["file"] != path.name]
-    write_atomic(published, path.read_bytes())
-    write_json(metadata_path(published), metadata)
-    write_atomic(table, as_csv([field.name for field in fields(Row)], [*rows, *map(asdict, new)]))
+    published, table, columns = directory / path.name, directory / "export.csv", [field.name for field in fields(Row)]
+    rows = [row for row in table_rows(table, columns) if row["file"] != path.name]
+    outputs = (published, metadata_path(published), table)
+    added = [output for output in outputs if not output.exists()]
+    try:
+        write_atomic(published, path.read_bytes())
+        write_json(metadata_path(published), metadata)
+        write_atomic(table, as_csv(columns, [*rows, *map(asdict, new)]))
+    except OSError:
+        for output in added:
+            output.unlink(missing_ok=True)
+        raise
     return published
+
+
+def table_rows(path: Path, columns: list[str]) -> list[dict]:
+    """The rows of an export.csv; none if it is missing."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+            if rows and not {"file"} <= set().union(*rows) <= set(columns):
+                raise ValueError("other columns")
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError as failure:
+        raise Unwritable(failure.errno, failure.strerror, str(path)) from failure
+    except (OSError, ValueError, csv.Error) as failure:
+        raise Failure(DATA, f"unreadable table ({path}: {failure})", "nothing was written; move it away") from failure
+    return rows

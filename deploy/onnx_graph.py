@@ -45,19 +45,42 @@ def quantize(model, batches, path: Path) -> None:
     fp32, prepared, channels = (path.with_name(f"{name}.onnx") for name in ("fp32", "prepared", "channels"))
     write(model, fp32)
     quant_pre_process(str(fp32), str(prepared), skip_symbolic_shape=True)
+    graph = onnx.load(prepared).graph
+    kept = [node.name for node in (*last_nodes(graph), *(node for node in graph.node if node.op_type == "Softmax"))]
     for each, per_channel in ((path, False), (channels, True)):
         quantization.quantize_static(
             str(prepared), str(each), Calibration(), quant_format=quantization.QuantFormat.QDQ, per_channel=per_channel,
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-            nodes_to_exclude=[node.name for node in model.graph.node if node.op_type == "Softmax"],
-            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]})  # in 256 levels, classes would tie
+            nodes_to_exclude=kept)
         quantized = onnx.load(each)
+        keep_logits(quantized.graph)
         omit_zeros(quantized.graph)
         shorten(quantized.graph)
         write(quantized, each)
     expected, by_tensor, by_channel = (predictions(each, batches) for each in (fp32, path, channels))
     if np.sum(by_channel == expected) - np.sum(by_tensor == expected) > len(expected) / 50:
         channels.replace(path)
+
+
+def last_nodes(graph):
+    """The nodes between the last layers with weights and the logits."""
+    made, pending = {name: node for node in graph.node for name in node.output}, ["logits"]
+    while pending:
+        node = made.pop(pending.pop(), None)
+        if node is not None and node.op_type not in ("Conv", "Gemm", "MatMul"):
+            pending += node.input
+            yield node
+
+
+def keep_logits(graph) -> None:
+    """Remove the quantisation of the output of the last layer: in 256 levels, classes would tie."""
+    weights = {part.name for part in graph.initializer}
+    for node in [*last_nodes(graph)]:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] not in weights:
+            before, after = node.input[0], node.output[0]
+            graph.node.remove(node)
+            for names in (names for each in graph.node for names in (each.input, each.output)):
+                names[:] = [after if name == before else name for name in names]
 
 
 def omit_zeros(graph) -> None:

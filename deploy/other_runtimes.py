@@ -3,6 +3,7 @@ import importlib.metadata
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,11 @@ def version(name: str) -> str:
 
 def version_of(module: str) -> str:
     """Name and version of the distribution of an importable module, such as `onnxruntime 1.32.0`."""
-    distribution = importlib.metadata.packages_distributions()[module.split(".")[0]][0]
-    return f"{distribution} {importlib.metadata.version(distribution)}"
+    package = module.partition(".")[0]
+    distributions = importlib.metadata.packages_distributions().get(package)
+    if not distributions:  # such as an OpenCV built from source
+        return f"{package} {sys.modules[package].__version__}"
+    return f"{distributions[0]} {importlib.metadata.version(distributions[0])}"
 
 
 def logits(name: str, path: Path, metadata: dict, images: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from rundir.files import write_atomic
 FORMAT = 1
 SEAL = b"sha256:"
 SEAL_BYTES = len(SEAL) + 64  # with the digest
+EXPORTED = (".onnx", ".pt2", ".pte")  # by export.py
 REMEDY = "restore it from a copy or make it again"
 
 
@@ -97,8 +98,12 @@ def read_tensors(path, code: int = CHECKPOINT, missing: str = "check the path") 
     """
     path, start = Path(path), b""
     try:
+        if path.is_dir():
+            raise Failure(code, f"a folder, not a file ({path})", "name a file in it, such as its best.pt")
         if not path.is_file():
             raise Failure(code, f"no such file ({path})", missing)
+        if path.suffix in EXPORTED:
+            raise Failure(code, f"an exported file, not a checkpoint ({path})", "name the best.pt that it was exported from")
         data = io.BytesIO(path.read_bytes())
         with data.getbuffer() as content:
             start, seal, sha256 = bytes(content[:2]), bytes(content[-SEAL_BYTES:]), hashlib.sha256(content[:-SEAL_BYTES])

@@ -2,6 +2,7 @@
 import importlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command import SMALL, run
 from helpers import make_images
@@ -34,3 +35,7 @@ def trained_run(place: Path, capsys) -> Path:
     code, _, errors = run(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --data-dir {place}/images --output {place}/run")
     assert code == 0, errors
     return place / "run"
+
+
+def images(count, height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)

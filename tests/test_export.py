@@ -4,16 +4,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from command import one_line, run
-from exporting import CLASSES, NEEDS, have, needs_executorch, needs_onnx, needs_torchao, trained_run
+from exporting import CLASSES, NEEDS, have, images, needs_executorch, needs_onnx, needs_torchao, trained_run
 from helpers import make_images, table_of
 
 import models
-from deploy import check, onnx_graph, other_runtimes, runtime, writers
+from deploy import check, other_runtimes, runtime, writers
 from rundir import files
 from rundir.errors import DIVERGED, Failure
 
@@ -47,10 +48,6 @@ def test_weights_in_other_files_are_refused(trained, tmp_path, capsys, monkeypat
     with pytest.raises(Failure, match="the runtime cannot open the file") as failure:
         runtime.load(path)
     assert failure.value.code == 5 and capsys.readouterr().err == ""
-
-
-def images(count, height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("format, precision, takes", [
@@ -108,58 +105,6 @@ def test_a_process_with_numpy_and_onnxruntime_alone_predicts_the_same(trained, t
     assert (np.argmax(json.loads(result.stdout), 1) == expected.argmax(1)).all()
 
 
-def untrained(folder, name):
-    classes = [str(index) for index in range(100)]
-    net = models.build(name, 100)
-    for label, parameter in net.named_parameters():
-        if label.endswith("bias"):  # exporters drop those of zeros
-            torch.nn.init.uniform_(parameter)
-    models.save(folder / "best.pt", net, model=name, classes=classes, image_size=32,
-                mean=(0.5,) * 3, std=(0.25,) * 3, dataset="none", test_acc1=None)
-    return writers.from_checkpoint(folder / "best.pt")
-
-
-@needs_onnx
-def test_int8_is_a_quarter_of_the_weights(tmp_path):
-    """And a third of the smallest network's file, of which a good part is not weights."""
-    for name, times in (("resnet8x4", 3.8), ("v2_pico", 3.0)):
-        module, calibration = untrained(tmp_path, name), torch.from_numpy(images(16, 32, 32))
-        for precision in ("fp32", "int8"):
-            writers.export(module, "onnx", precision, calibration, tmp_path / precision)
-        whole, small = ((tmp_path / precision).stat().st_size for precision in ("fp32", "int8"))
-        assert whole / small > times, f"{name}: {whole} and {small} bytes"
-
-
-@needs_onnx
-@pytest.mark.parametrize("lost, of_channels", [(0, False), (2, False), (3, True)])
-def test_weights_have_a_scale_for_each_channel_where_one_for_each_tensor_costs(tmp_path, monkeypatch, lost, of_channels):
-    """lost: images in a hundred about which the file with one scale says something else than the network in fp32."""
-    import onnx
-    said = {"fp32.onnx": 0, "channels.onnx": 0, "int8": lost}
-    monkeypatch.setattr(onnx_graph, "predictions", lambda path, batches: np.arange(100) < said[path.name])
-    writers.export(untrained(tmp_path, "resnet8"), "onnx", "int8", torch.from_numpy(images(16, 32, 32)), tmp_path / "int8")
-    graph = onnx.load(tmp_path / "int8").graph
-    sizes = {part.name: np.prod(part.dims) for part in graph.initializer}
-    scales = [sizes[node.input[1]] for node in graph.node
-              if node.op_type == "DequantizeLinear" and sizes.get(node.input[0], 0) > 64]
-    assert scales and all((size > 1) == of_channels for size in scales)
-
-
-@needs_onnx
-def test_int8_has_plain_operators_and_whole_logits(tmp_path):
-    """QOperator files are ONNX Runtime's alone; a quantised output has 256 values at most."""
-    import onnx
-    module = untrained(tmp_path, "v2_pico")
-    writers.export(module, "onnx", "int8", torch.from_numpy(images(16, 32, 32)), tmp_path / "int8.onnx")
-    model = onnx.load(tmp_path / "int8.onnx")
-    assert [(each.domain, each.version) for each in model.opset_import] == [("", 18)] and model.ir_version == 8
-    _, logits = runtime.onnx_session(tmp_path / "int8.onnx", {}, None)(images(64, 32, 32))
-    assert len(np.unique(logits)) > 5000 and np.isfinite(logits).all()
-    weights = {part.name for part in model.graph.initializer}
-    inputs = [node.input for node in model.graph.node if node.op_type == "DequantizeLinear"]
-    assert inputs and all((len(names) == 2) == (names[0] in weights) for names in inputs)
-
-
 @needs_onnx
 @pytest.mark.parametrize("name, package", [("openvino", "openvino"), ("opencv", "cv2"), ("web", None)])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -172,6 +117,11 @@ def test_a_file_is_checked_in_another_runtime(trained, name, package, precision,
     assert own["runtime"].startswith("onnxruntime ") and own["same_in_onnxruntime"] == ""
     assert name.replace("web", "onnxruntime-web") in other["runtime"] and f"{other['runtime']}: 60 of 60" in out
     assert other["same_in_onnxruntime"] == "60" and abs(float(other["accuracy"]) - float(own["accuracy"])) < 0.1
+
+
+def test_the_version_of_a_package_without_metadata_is_its_own(monkeypatch):
+    monkeypatch.setitem(sys.modules, "built_here", SimpleNamespace(__version__="9.0"))
+    assert other_runtimes.version_of("built_here.part") == "built_here 9.0"
 
 
 @needs_onnx
@@ -219,6 +169,26 @@ def test_an_export_replaces_its_line_and_a_refused_one_nothing(trained, capsys, 
     assert run(capsys, "export.py", f"{trained}/best.pt --format pt2")[0] == DIVERGED
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("blocked, content, code", [
+    ("best-fp32.pt2", None, 8), ("best-fp32.pt2.json", None, 8), ("export.csv", None, 4),
+    ("export.csv", b"file;format\na;b\n", 4),
+    ("export.csv", b"file,format\na,b,c\n", 4), ("export.csv", b"\xff\n", 4), ("export.csv", b"PNG\0\n1\n", 4)])
+def test_what_stands_in_the_way_is_named_and_nothing_is_written(trained, blocked, content, code, tmp_path, capsys):
+    """content: of the file that is there; None for a directory."""
+    (tmp_path / blocked).mkdir() if content is None else (tmp_path / blocked).write_bytes(content)
+    found, _, err = export(capsys, trained, "--format pt2", tmp_path)
+    assert str(tmp_path / blocked) in one_line(found, code, err)
+    assert [path.name for path in tmp_path.iterdir()] == [blocked]
+    assert content is None or (tmp_path / blocked).read_bytes() == content
+
+
+def test_a_table_of_an_older_version_gets_the_new_columns(trained, tmp_path, capsys):
+    (tmp_path / "export.csv").write_text("file,format\nolder.onnx,onnx\n")
+    assert export(capsys, trained, "--format pt2", tmp_path)[0] == 0
+    assert [(row["file"], bool(row["runtime"])) for row in table_of(tmp_path / "export.csv")] == [
+        ("older.onnx", False), ("best-fp32.pt2", True)]
 
 
 def test_a_drop_is_judged_by_its_limit():
@@ -269,6 +239,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(trained, p
 BAD = [  # what is wrong, arguments, exit code, words of the line
     ("no such checkpoint", "nowhere.pt", 5, ["nowhere.pt"]),
     ("text", "text.pt", 5, ["text.pt"]),
+    ("a run directory", "run", 5, ["folder", "best.pt"]),
+    ("an exported file", "exported.onnx", 5, ["exported.onnx", "best.pt"]),
     ("a training state", "run/last.pt", 5, ["last.pt", "best.pt"]),
     ("not in a run directory", "alone/best.pt", 5, ["config.json"]),
     ("unknown format", "run/best.pt --format tflite", 2, ["tflite"]),
@@ -287,7 +259,8 @@ BAD = [  # what is wrong, arguments, exit code, words of the line
 @pytest.mark.parametrize("arguments, code, words", [pytest.param(*case[1:], id=case[0]) for case in BAD])
 def test_one_line_and_an_exit_code_for_what_is_wrong(trained, arguments, code, words, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
-    (place / "text.pt").write_text("hello")
+    for name in ("text.pt", "exported.onnx"):
+        (place / name).write_text("hello")
     (place / "alone").mkdir(exist_ok=True)
     shutil.copy(trained / "best.pt", place / "alone")
     if not (place / "other").exists():

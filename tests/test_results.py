@@ -133,6 +133,17 @@ def test_commands_that_sweeps_share_left_the_same_log():
     assert all(log("high", name, 0) == log("phase", long, 0) for name, long in shared.items())
 
 
+def test_the_table_of_latencies_comes_from_the_benchmark():
+    page = (ROOT / "docs/export.md").read_text(encoding="utf-8")
+    with open(ROOT / "benchmarks/results/latency-cpu.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["threads"] == "1"]
+    engines = {"onnxruntime fp32": "ONNX Runtime FP32", "onnxruntime int8": "ONNX Runtime int8"}
+    expected = [[f"{row['network']}, {row['run']}, {engines.get(row['engine'], row['engine'])}", row["accuracy"],
+                 f"{float(row['ms_median']):.2f}, {float(row['ms_p95']):.2f}", f"{float(row['images_per_s']):,.0f}",
+                 f"{float(row['process_mb']):.0f}" if row["process_mb"] else ""] for row in rows]
+    assert rows_of(page, "| | accuracy (%) |") == expected
+
+
 def test_how_often_alarms_are_raised_comes_from_the_tables(tmp_path):
     """The committed counts; the alarms in runs.csv; limits as calibrated."""
     counts = script("ablation-small/alarms.py")
