@@ -141,7 +141,7 @@ def _renormalisation(mean, std, own_mean, own_std):
         images, = inputs
         if scale.device != images.device or scale.dtype != images.dtype:
             scale, shift = (part.to(images.device, images.dtype) for part in (scale, shift))
-        return images * scale + shift
+        return torch.addcmul(shift, images, scale)  # one pass over the batch
     return hook
 
 
