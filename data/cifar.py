@@ -20,8 +20,9 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5, download_url
 
+from data.pictures import suffixes
 from data.split import Source, Split
-from rundir.errors import DATA, DISK, Failure, optional
+from rundir.errors import DATA, DISK, USAGE, Failure, optional
 
 BINARY = {  # data set: folder, label bytes before an image (the last counts), training files, test file, names of the classes
     "cifar10": ("cifar-10-batches-bin", 1, [f"data_batch_{k}.bin" for k in range(1, 6)], "test_batch.bin", "batches.meta.txt"),
@@ -51,9 +52,12 @@ def unpack(files, data_dir: Path) -> None:
     """Unpack the archive; download it first if it is missing.
 
     Both are written to a temporary folder and moved when complete, so an interruption or a concurrent process leaves no partial
-    files.
+    files.  Failure USAGE: --data-dir names images of one's own.
     """
     archive, folder = data_dir / files.filename, data_dir / files.base_folder
+    if not archive.exists() and has_images(data_dir):
+        raise Failure(USAGE, f"there are other images, and no {files.filename} (--data-dir {data_dir})",
+                      "add --dataset imagefolder, or name another folder for the download")
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fusekd-", dir=data_dir) as temporary:
@@ -72,6 +76,12 @@ def unpack(files, data_dir: Path) -> None:
     except OSError as failure:
         raise Failure(DISK, f"cannot unpack {files.filename} ({failure.filename or data_dir}: {failure.strerror})",
                       "free space there, check its permissions, or name another --data-dir") from failure
+
+
+def has_images(data_dir: Path) -> bool:
+    """Whether it is a folder of images by class, or a CSV file of them."""
+    return data_dir.is_file() or any(path.suffix.lower() in suffixes()
+                                     for places in ("*/*", "train/*/*") for path in data_dir.glob(places))
 
 
 def download(files, data_dir: Path, temporary: str) -> None:

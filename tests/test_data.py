@@ -19,7 +19,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from helpers import draw, fails, folder, load_folder
+from helpers import draw, fails, folder, load_folder, make_images
 from PIL import Image
 
 from data import cifar, datasets, imagefolder, pictures, synthetic
@@ -215,6 +215,17 @@ def test_a_failed_download_leaves_nothing_and_the_next_one_repairs_it(offer, tmp
         assert os.listdir(tmp_path / "new") == []
         offer()
         assert len(datasets.load("cifar100", tmp_path / "new", val_size=0).test.labels) == 100
+
+
+@pytest.mark.parametrize("place", ["train", ""])
+def test_nothing_is_downloaded_into_a_folder_of_other_images(offer, tmp_path, place):
+    make_images(tmp_path / place, ["a"], 1, seed=0)
+    (tmp_path / "table.csv").write_text("path,label,split\n")
+    before = sorted(tmp_path.rglob("*"))
+    offer()
+    for data_dir in (tmp_path, tmp_path / "table.csv"):
+        refused(2, data_dir, "--dataset imagefolder", name="cifar100", data_dir=data_dir)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- CIFAR from other files
