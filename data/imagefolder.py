@@ -79,10 +79,10 @@ def imagefolder(data_dir: Path, image_size, unreadable: str, allow_empty_classes
 
 def read_images(prefix: Path, found: layout.Layout, paths: list[str], image_size) -> Decoded:
     """The images at `paths`, from the cache that begins with `prefix` if sizes and times of the files are unchanged."""
-    listing, path_of = hashlib.sha256(CACHE_VERSION), {}
+    listing, path_of, root = hashlib.sha256(CACHE_VERSION), {}, f"{found.root}/"
     for split, images in found.splits.items():
         for name, path in images:
-            where, size_and_time = os.path.relpath(path, found.root), ""
+            where, size_and_time = path.removeprefix(root), ""
             path_of[where] = path
             with suppress(OSError):  # a missing file is unreadable
                 file = os.stat(path)
@@ -108,7 +108,7 @@ def read_images(prefix: Path, found: layout.Layout, paths: list[str], image_size
         if waited and (decoded := cached()):
             return decoded
         decoded = decode(paths, image_size)
-        relative, buffer = [(os.path.relpath(path, found.root), reason) for path, reason in decoded.unreadable], io.BytesIO()
+        relative, buffer = [(path.removeprefix(root), reason) for path, reason in decoded.unreadable], io.BytesIO()
         torch.save(vars(decoded) | {"unreadable": relative}, buffer)
         try:
             write_atomic(native if decoded.is_native else resized, buffer.getbuffer())
