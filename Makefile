@@ -39,7 +39,7 @@ gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(INSTALLED))
 	$(PYTHON) -m benchmarks.gpu_day --stage $(STAGE) --output $(OUTPUT) $(if $(DATA),--data $(DATA)) $(FLAGS)
 
 torture: $(INSTALLED)
-	$(PYTHON) tests/torture.py
+	PYTHONPATH=. $(PYTHON) tests/torture.py
 	TORTURE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/test_ptx_augment.py tests/test_ptx_softmax_kl.py tests/test_sass.py tests/test_layout.py tests/test_softmax_kl.py
 
 # --- the demo ---------------------------------------------------------------------------------------------------------

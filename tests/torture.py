@@ -1,7 +1,7 @@
 """Kill and signal training runs by the hundred, fill their disk, and compare the results with those of uninterrupted runs.
 
     make torture                                                all of it
-    python tests/torture.py --kills 10 --signals 10             less of it; --seed 1 at other moments
+    PYTHONPATH=. python tests/torture.py --kills 10 --signals 10             less of it; --seed 1 at other moments
 
 Every attempt must end in the state of the uninterrupted run, bit for bit (its clock columns aside), or in one line and the exit
 code of the fault.  tests/test_reliability.py makes a few of each kind.  All runs are forked from one process that has imported
@@ -31,7 +31,6 @@ from faults import die_at, no_space_at
 from helpers import make_images, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 CLOCK = ("images_per_s", "epoch_s", "val_s", "total_s", "peak_mem_mb")
 RECIPE = "--dataset imagefolder --data-dir images --epochs 3 --warmup-epochs 1 --batch-size 16 --val-size 20 --device cpu"
 COMMANDS = {  # between them: both optimizers, a moving average, an epoch that is not the best, a loss scale, and dropout
