@@ -154,7 +154,7 @@ class Sweep:
                 job.command += ["--teacher-logits", str(self.teacher_logits)]
 
     def record(self) -> None:
-        """Check the directories of all runs and record their flags in sweep.json, before any run starts."""
+        """Check the directories of all runs and record their flags in sweep.json, before any run starts; tidy an ended sweep."""
         path = self.output / "sweep.json"
         recorded = read_json(path) or {}
         if not all(isinstance(flags, dict) for flags in recorded.values()):
