@@ -34,7 +34,7 @@ study() {
 
 # Plan a sweep.  $1: its name; then common flags, and grids.
 sweep() {
-    sweeps+=(--sweep "$1" "${student[@]}" --seed "${seeds[@]}" "${@:2}")
+    sweeps+=(--sweep "$1" "${student[@]}" "${seeds[@]}" "${@:2}")
 }
 
 run_sweeps() {
@@ -42,7 +42,7 @@ run_sweeps() {
 }
 
 ablation() {
-    local weaker="runs/$experiment/teacher" stronger="runs/$experiment/teacher-strong"
+    local weaker="runs/$experiment/teacher" stronger="runs/$experiment/teacher-strong" three=(--seed 0 1 2)
     python train_teacher.py "${common[@]}" "${short[@]}" "${teacher[@]}" --output "$weaker" --resume auto
     python train_teacher.py "${common[@]}" "${short[@]}" "${teacher[@]}" --init "$weaker/best.pt" --image-size 48 --output "$stronger" \
         --resume auto
@@ -50,25 +50,31 @@ ablation() {
 
     # The recipe of the study (AdamW, weight decay, label smoothing, DKD without cross-entropy): clipped as in the study, not
     # clipped, and KD clipped as often as DKD is; and with more epochs.
-    seeds=("${five[@]}")
+    seeds=(--seed 0 1 2 3 4)
     sweep recipe "${recipe[@]}" --epochs "${lengths[0]}" -- --method kd --clip-grad 1 0 0.1 \
         -- --method dkd --beta 8 2 --ce-weight 0 --clip-grad 1 0 -- --method dkd --beta 8 --ce-weight 1 --clip-grad 1
     sweep recipe-long "${recipe[@]}" --epochs "${lengths[1]}" -- --method kd --clip-grad 1 \
         -- --method dkd --beta 8 --ce-weight 0 --clip-grad 1 0
 
-    # A larger loss or another one, at a high learning rate at which KD does not collapse: each scaled to about the gradient norm
-    # of the other, and matched to it in every step; the weight of the cross-entropy; labels alone; and with more epochs.
-    sweep scale "${short[@]}" "${high[@]}" --clip-grad 0 -- --method kd -- --method dkd --beta 8 \
+    # A high learning rate at which KD does not collapse.  A larger loss or another one: each scaled to about the gradient norm of the
+    # other, and matched to it in every step; the weight of the cross-entropy; labels alone; without mixing.  Then, with fewer
+    # seeds, remedies, and beta against augmentation.
+    sweep high "${short[@]}" "${high[@]}" --clip-grad 0 -- --method kd -- --method dkd --beta 8 \
         -- --method dkd --beta 8 --loss-scale 0.22 -- --method kd --loss-scale 4.5 \
         -- --method dkd --beta 8 --match-norm kd -- --method kd --match-norm dkd \
-        -- --method kd --ce-weight 1 -- --method dkd --beta 8 --ce-weight 0 -- --method kd --alpha 0 --ce-weight 0.3 \
+        -- --method kd --alpha 0 --ce-weight 0.3 -- --method kd --ce-weight 1 -- --method dkd --beta 8 --ce-weight 0 \
+        -- train_teacher.py --model "$pico" -- --method kd dkd --beta 8 --mix-prob 0 \
+        -- --method dkd --beta 2 "${three[@]}" -- --method kd --alpha 8 --ce-weight 1 "${three[@]}" \
+        -- --method dkd --beta 8 --mixed-target dominant "${three[@]}" -- --method dkd --beta 8 --dkd-warmup "$warmup" "${three[@]}" \
+        -- --method dkd --beta 8 --clip-grad 1 "${three[@]}" -- --method dkd --beta 8 --standardize "${three[@]}" \
+        -- --method dkd --beta 1 4 16 "${few[@]}" -- --method dkd --beta 1 2 4 16 --mix-prob 0 "${few[@]}" \
+        -- --method kd dkd --beta 1 2 4 8 16 --policy none --random-erasing 0 --mix-prob 0 1 "${few[@]}"
+    sweep high-long "${long[@]}" "${high[@]}" --clip-grad 0 -- --method kd -- --method dkd --beta 8 \
         -- train_teacher.py --model "$pico"
-    sweep scale-long "${long[@]}" "${high[@]}" --clip-grad 0 -- --method kd -- --method dkd --beta 8 \
-        -- train_teacher.py --model "$pico"
-    seeds=(0 1 2)
 
-    # At a learning rate that suits KD: method, weight, target of mixed images, warm-up, clipping, precision; without
-    # mixing; and two remedies from the literature.
+    # A learning rate that suits KD: method, weight, target of mixed images, warm-up, clipping, precision; without mixing; and two
+    # remedies from the literature.
+    seeds=("${three[@]}")
     sweep usual "${short[@]}" "${usual[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
         -- --method dkd --beta 2 8 -- --method kd --alpha 8 --ce-weight 1 \
         -- --method dkd --beta 8 --mixed-target dominant first -- --method dkd --beta 8 --dkd-warmup "$warmup" \
@@ -76,26 +82,12 @@ ablation() {
         -- --method kd dkd --beta 8 --mix-prob 0 \
         -- --method kd --standardize -- --method dkd --beta 8 --standardize -- --method dist
 
-    # At the high learning rate; whether Mixup and CutMix matter with five seeds.
-    sweep high "${short[@]}" "${high[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
-        -- --method dkd --beta 2 8 -- --method kd --alpha 8 --ce-weight 1 -- --method dkd --beta 8 --mixed-target dominant \
-        -- --method dkd --beta 8 --dkd-warmup "$warmup" -- --method dkd --beta 8 --clip-grad 1 \
-        -- --method dkd --beta 8 --standardize -- --method kd dkd --beta 8 --mix-prob 0 --seed "${five[@]}"
-
     # The findings of the study, with its optimizer and clipping; and without clipping.
     sweep findings "${short[@]}" "${adamw[@]}" --clip-grad 1 -- --experiment v2 v1 v3 v3.1 -- --experiment v3 --clip-grad 0 \
         -- --experiment v4 --teacher-checkpoint "$stronger/best.pt"
-
-    # The phase diagram: beta against augmentation, at the high learning rate.
-    seeds=("${few[@]}")
-    sweep phase "${short[@]}" "${high[@]}" --clip-grad 0 \
-        -- --method kd dkd --beta 1 2 4 8 16 --policy none --random-erasing 0 --mix-prob 0 \
-        -- --method kd dkd --beta 1 2 4 8 16 --policy none --random-erasing 0 --mix-prob 1 \
-        -- --method kd dkd --beta 1 2 4 8 16 --policy autoaugment --random-erasing 0.25 --mix-prob 0 \
-        -- --method kd dkd --beta 1 2 4 8 16 --policy autoaugment --random-erasing 0.25 --mix-prob 1
     run_sweeps
     rm -rf "runs/$experiment/teacher-logits"
-    for name in recipe recipe-long scale scale-long usual high findings phase; do
+    for name in recipe recipe-long high high-long usual findings; do
         python results/tables.py "runs/$experiment/$name" "runs/$experiment/$name"
     done
     python results/ablation-small/figures.py --tables "runs/$experiment" --output figures
@@ -134,13 +126,13 @@ case ${1:-study} in
     study) study ;;
     published)
         # The recipe of the tables, which selects on the test set.
-        experiment=published jobs=4 seeds=(1 2 3)
+        experiment=published jobs=4 seeds=(--seed 1 2 3)
         common=(--opt sgd --weight-decay 5e-4 -b 64 --epochs 240 --sched multistep --milestones 150 180 210 --warmup-epochs 0
                 --label-smoothing 0 --clip-grad 0 --patience 0 --monitor val_acc1 --amp off --val-size 0 --policy none
                 --random-erasing 0 --mixup 0 --cutmix 0)
         published ;;
     ablation)
-        experiment=ablation pico=resnet8x4 jobs=4 warmup=20 precisions=(bf16 off) few=(0 1 2) five=(0 1 2 3 4)
+        experiment=ablation pico=resnet8x4 jobs=4 warmup=20 precisions=(bf16 off) few=(--seed 0 1 2)
         common=() lengths=(100 200)
         short=(--epochs 100 --warmup-epochs 5 --label-smoothing 0 --weight-decay 5e-4) long=(--epochs 400 "${short[@]:2}")
         recipe=(--opt adamw --lr 1e-3 --weight-decay 0.05 --label-smoothing 0.1 --warmup-epochs 5 --patience 0)
@@ -149,7 +141,7 @@ case ${1:-study} in
         adamw=(--opt adamw --lr 1e-3 --patience 0)
         ablation ;;
     ablation-small)
-        experiment=ablation-small pico=v2_pico jobs=2 warmup=3 precisions=(bf16) few=(0) five=(0 1 2 3 4)
+        experiment=ablation-small pico=v2_pico jobs=2 warmup=3 precisions=(bf16) few=(--seed 0)
         common=(--dataset synthetic --batch-size 64) lengths=(12 30)
         short=(--epochs 6 --warmup-epochs 2 --label-smoothing 0 --weight-decay 5e-4) long=(--epochs 24 "${short[@]:2}")
         recipe=(--opt adamw --lr 1e-3 --weight-decay 0.05 --label-smoothing 0.1 --warmup-epochs 2 --patience 0)

@@ -22,7 +22,7 @@ AUTOMATIC = (None, "auto")  # values that a run resolves itself, in config.json
 IMAGES = ("dataset", "data_dir", "image_size", "crop", "unreadable", "allow_empty_classes")
 NUMBERS = ("test_acc1_best", "test_acc1_last", "wall_s")
 server = multiprocessing.get_context("forkserver")  # new processes begin with what it has imported, which takes seconds
-server.set_forkserver_preload(["torch", "torchvision"])
+server.set_forkserver_preload(["torch", "torchvision", "matplotlib.figure"])
 
 
 class Job:

@@ -30,7 +30,7 @@ HALVES = ("calibrating", "held back")
 # or exact repeats, and so are one cell.
 SETTINGS = ("lr", "opt", "clip_grad", "teacher_checkpoint", "method", "alpha", "beta", "ce_weight", "standardize", "mixed_target",
             "dkd_warmup", "policy", "random_erasing", "mix_prob", "loss_scale", "match_norm")
-SWEEPS = "findings", "high", "phase", "recipe", "recipe-long", "scale", "scale-long", "usual"
+SWEEPS = "findings", "high", "high-long", "recipe", "recipe-long", "usual"
 GROUPS = ("all", "learning rate 1.6, with a control")
 CLASSES = 100
 

@@ -2,7 +2,7 @@
 
     python results/ablation-small/figures.py --output figures      figure7, figure8, figure9
 
-Figure 7, from the sweep `phase`: DKD's accuracy minus that of KD, by beta and augmentation, and where DKD collapsed.
+Figure 7, from the sweep `high`: DKD's accuracy minus that of KD, by beta and augmentation, and where DKD collapsed.
 Figure 8, from `usual` and `high`: each term's share of the gradient with respect to the logits, epoch by epoch.
 Figure 9, from `usual` and `high`: the effect of each change of a single setting on DKD with beta 8, with intervals.
 
@@ -43,6 +43,7 @@ CHANGES = {  # of the base, in words
     rf"{BASE}_mixed-target-(\w+)": r"targets of mixed images: \1", f"{BASE}_mix-prob-0": "Mixup/CutMix off",
     f"{BASE}_amp-bf16": "precision: BF16", f"{BASE}_amp-off": "precision: FP32",
     rf"{BASE}_dkd-warmup-(\d+)": r"warm-up of DKD over \1 epochs"}
+PHASE = re.compile(r"method-dkd_beta-\d+(_mix-prob-\d)?(_policy-none_random-erasing-0)?")  # cells of figure 7
 
 
 def signed(difference: float | None) -> str:
@@ -54,7 +55,7 @@ def phase_rows(cells: dict[str, Cell]) -> list[dict]:
     def level(cell: Cell) -> list[bool]:  # in the order of strength
         return [cell.flags[name] not in ("none", 0) for name in AUGMENTATION]
 
-    dkd, rows = [cell for cell in cells.values() if cell.flags["method"] == "dkd"], []
+    dkd, rows = [cell for name, cell in cells.items() if PHASE.fullmatch(name)], []
     for cell in sorted(dkd, key=lambda cell: (level(cell), cell.flags["beta"])):
         n, difference, *_ = paired(cell, cell.control)
         rows.append({"augmentation": " + ".join(compress(AUGMENTATION.values(), level(cell))) or "none",
@@ -71,7 +72,7 @@ def label_rows(axis, left: list[str], right: list[str]) -> None:
     other.spines[:].set_visible(False)
 
 
-def draw_phase(rows: list[dict], headings: tuple[str, str, str]) -> Figure:
+def draw_phase(rows: list[dict], headings: tuple[str, str]) -> Figure:
     """A cell per beta and augmentation: colour and number give the difference, hatching where a run collapsed."""
     levels, betas = (list(dict.fromkeys(row[name] for row in rows)) for name in ("augmentation", "beta"))
     values = np.array([row["difference"] for row in rows], float).reshape(len(levels), len(betas))  # None becomes nan
@@ -81,13 +82,13 @@ def draw_phase(rows: list[dict], headings: tuple[str, str, str]) -> Figure:
         (y, x), bad = divmod(place, len(betas)), row["collapsed"] + row["diverged"]
         if bad:
             axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="////", edgecolor="black", linewidth=0))
-        axis.text(x, y, signed(row["difference"]) + (f"\n{bad} of {row['runs']}" if bad and row["runs"] > 1 else ""), ha="center",
+        axis.text(x, y, signed(row["difference"]) + (f"\n{bad} of {row['runs']}" if row["runs"] > 1 else ""), ha="center",
                   va="center", linespacing=1.1, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1})
     norm = CenteredNorm(0, max(1.0, np.nanmax(np.abs(values), initial=0.0)))
     image = axis.imshow(values, cmap=COLOURS, norm=norm, origin="lower", aspect="auto")
     axis.set(xlabel="beta, the weight of NCKD", xticks=range(len(betas)), xticklabels=[f"{beta:g}" for beta in betas],
              ylabel="augmentation\nbeside crop and flip")
-    axis.set_title("{}\n{}; {}\ntest accuracy with the weights of the best epoch".format(*headings), loc="left")
+    axis.set_title("{}\n{}\ntest accuracy with the weights of the best epoch".format(*headings), loc="left")
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.grid(visible=False)
@@ -95,7 +96,8 @@ def draw_phase(rows: list[dict], headings: tuple[str, str, str]) -> Figure:
         "KD diverged" if row["kd_accuracy"] is None else f"KD: {row['kd_accuracy']:.1f} %" for row in rows[::len(betas)]])
     figure.colorbar(image, ax=axis, label="DKD minus KD\n(points of test accuracy)", pad=0.02, fraction=0.06)
     figure.legend([Patch(facecolor="white", edgecolor="black", hatch="////", linewidth=0.5)],
-                  [f"DKD diverged, or collapsed: last validation accuracy more than {FALL:g} points below KD's"],
+                  [f"DKD diverged, or collapsed: last validation accuracy more than {FALL:g} points below KD's;\n"
+                   "k of n seeds, where there is more than one"],
                   loc="outside lower left")
     return figure
 
@@ -106,7 +108,7 @@ def draw_shares(sweeps: list[dict[str, Cell]]) -> Figure:
     shown = [cells[name] for cells in sweeps for name in panels.values()]
     top = max(max(run["val"]) for cell in shown for run in cell.runs.values())
     figure = Figure(figsize=(9.6, 0.67 + 3.1 * len(sweeps)), layout="constrained")
-    figure.suptitle("{0}; {2}. Test: accuracy with the weights of the best epoch.\n".format(*shown[0].headings) +
+    figure.suptitle(f"{shown[0].headings[0]}. Test: accuracy with the weights of the best epoch.\n"
                     f"Red: a run diverged, or collapsed: last validation accuracy more than {FALL:g} points below KD's, "
                     "or of labels alone below its own best.", **LEFT)
     for part, cells in zip(figure.subfigures(len(sweeps), 1), sweeps):
@@ -114,7 +116,8 @@ def draw_shares(sweeps: list[dict[str, Cell]]) -> Figure:
         axes = part.subplots(3, len(panels), sharex=True, sharey="row", height_ratios=(1.5, 1, 0.8))
         for (above, below, lowest), (title, name) in zip(axes.T, panels.items()):
             colour = RED if cells[name].ends["collapsed"] + cells[name].ends["diverged"] else "black"
-            above.set_title(f"{title}\n{'test ' if cells[name].runs else ''}{cells[name].outcome}", loc="left", color=colour)
+            heading = f"{title}; n = {cells[name].ends['runs']}\n{'test ' if cells[name].runs else ''}{cells[name].outcome}"
+            above.set_title(heading, loc="left", color=colour)
             above.axhline(SHARE, color="black", linestyle="dotted", zorder=3)
             above.grid(visible=False)
             if cells[name].runs:
@@ -202,13 +205,13 @@ def main(arguments=None) -> None:
     parser.add_argument("--output", type=Path, default=Path("figures"), help="default: figures/")
     args = parser.parse_args(arguments)
     try:
-        phase, high, usual = (read_sweep(args.tables / name) for name in ("phase", "high", "usual"))
+        high, usual = (read_sweep(args.tables / name) for name in ("high", "usual"))
     except FileNotFoundError as failure:
         parser.exit(4, f"error: no table ({failure.filename}). make it with results/tables.py\n")
-    two, differences = {"high": high, "usual": usual}, phase_rows(phase)
+    two, differences = {"high": high, "usual": usual}, phase_rows(high)
     changes = {name: change_rows(name, two) for name in two}
     with matplotlib.style.context(["default", make_figures.STYLE | {"hatch.linewidth": 0.6}]):
-        make_figures.write_figure(draw_phase(differences, next(iter(phase.values())).headings), args.output / "figure7")
+        make_figures.write_figure(draw_phase(differences, high[KD].headings[:2]), args.output / "figure7")
         make_figures.write_figure(draw_shares([usual, high]), args.output / "figure8")
         make_figures.write_figure(draw_changes(two, changes), args.output / "figure9")
     for name, rows in {"figure7": differences, "figure9": [*changes["high"], *changes["usual"]]}.items():

@@ -26,7 +26,8 @@ FOLDER = Path(__file__).parent
 KD, DKD, ALONE = "method-kd", "method-dkd_beta-8", "train_teacher_model-v2_pico"
 ONE, DKD_CE = "method-kd_clip-grad-1", "method-dkd_clip-grad-1_beta-8_ce-weight-1"
 DKD_ONE, DKD_NONE = "method-dkd_clip-grad-1_beta-8_ce-weight-0", "method-dkd_beta-8_ce-weight-0"
-# Sweep -> label -> cell; the first is the control.
+# Table -> label -> cell; the first is the control.  A table is of the sweep of its name, but for those of SWEEPS.
+SWEEPS = {"remedies": "high"}
 CELLS = {
     "recipe": {
         "KD, clipped at 1": ONE, "KD, not clipped": "method-kd_clip-grad-0", "KD, clipped at 0.1": "method-kd_clip-grad-0.1",
@@ -35,16 +36,17 @@ CELLS = {
         "DKD beta 2, clipped at 1": "method-dkd_clip-grad-1_beta-2_ce-weight-0",
         "DKD beta 2, not clipped": "method-dkd_beta-2_ce-weight-0"},
     "recipe-long": {"KD, clipped at 1": ONE, "DKD beta 8, clipped at 1": DKD_ONE, "DKD beta 8, not clipped": DKD_NONE},
-    "scale": {
+    "high": {
         "KD: 0.7 KL + 0.3 CE": KD, "DKD: CE + TCKD + 8 NCKD": DKD, "DKD, loss times 0.22": f"{DKD}_loss-scale-0.22",
         "KD, loss times 4.5": f"{KD}_loss-scale-4.5", "DKD with KD's gradient norm": f"{DKD}_match-norm-kd",
         "KD with DKD's gradient norm": f"{KD}_match-norm-dkd", "KD: 0.7 KL + 1 CE": f"{KD}_ce-weight-1",
-        "DKD: TCKD + 8 NCKD": f"{DKD}_ce-weight-0", "0.3 CE, no teacher": f"{KD}_ce-weight-0.3_alpha-0",
+        "DKD: TCKD + 8 NCKD": f"{DKD}_ce-weight-0", "0.3 CE, no teacher": f"{KD}_alpha-0_ce-weight-0.3",
         "1 CE, no teacher": ALONE},
-    "scale-long": {"KD": KD, "DKD beta 8": DKD, "1 CE, no teacher": ALONE},
-    "high": {"KD": KD, "DKD beta 8": DKD, "DKD beta 2": "method-dkd_beta-2", "DKD beta 8, clipped at 1": f"clip-grad-1_{DKD}",
-             "DKD beta 8, warm-up over 3 epochs": f"{DKD}_dkd-warmup-3",
-             "DKD beta 8, dominant label": f"{DKD}_mixed-target-dominant", "DKD beta 8, z-scored": f"{DKD}_standardize"},
+    "high-long": {"KD": KD, "DKD beta 8": DKD, "1 CE, no teacher": ALONE},
+    "remedies": {
+        "KD": KD, "DKD beta 8": DKD, "DKD beta 2": "method-dkd_beta-2", "DKD beta 8, clipped at 1": f"clip-grad-1_{DKD}",
+        "DKD beta 8, warm-up over 3 epochs": f"{DKD}_dkd-warmup-3", "DKD beta 8, dominant label": f"{DKD}_mixed-target-dominant",
+        "DKD beta 8, z-scored": f"{DKD}_standardize"},
     "usual": {"KD": KD, "DKD beta 2": "method-dkd_beta-2", "DKD beta 8": DKD, "KD, alpha 8 and 1 CE": f"{KD}_alpha-8_ce-weight-1",
               "KD, z-scored": f"{KD}_standardize", "DKD beta 8, z-scored": f"{DKD}_standardize", "DIST": "method-dist",
               "DKD beta 8, clipped at 1": f"clip-grad-1_{DKD}", "DKD beta 8, dominant label": f"{DKD}_mixed-target-dominant",
@@ -64,13 +66,13 @@ CONTRASTS = {
     "both clipped in every step: DKD at 1, minus KD at 0.1": ("recipe", DKD_ONE, "method-kd_clip-grad-0.1"),
     "neither clipped: DKD minus KD": ("recipe", DKD_NONE, "method-kd_clip-grad-0"),
     "DKD beta 8 clipped at 1: with cross-entropy, minus without": ("recipe", DKD_CE, DKD_ONE),
-    "equal gradient norms, KD's: DKD minus KD": ("scale", f"{DKD}_match-norm-kd", KD),
-    "equal gradient norms, DKD's: DKD minus KD": ("scale", DKD, f"{KD}_match-norm-dkd"),
+    "equal gradient norms, KD's: DKD minus KD": ("high", f"{DKD}_match-norm-kd", KD),
+    "equal gradient norms, DKD's: DKD minus KD": ("high", DKD, f"{KD}_match-norm-dkd"),
     "learning rate 1.6, without Mixup and CutMix: DKD beta 8 minus KD": ("high", f"{DKD}_mix-prob-0", f"{KD}_mix-prob-0"),
     "learning rate 0.2, similar gradient norms: KD with alpha 8 and 1 CE, minus DKD": ("usual", f"{KD}_alpha-8_ce-weight-1", DKD),
     "learning rate 0.2, DKD beta 8: bf16 minus FP32": ("usual", f"{DKD}_amp-bf16", DKD),
 }
-STOPPED = ("recipe-long", "scale-long")  # sweeps of the table of early stopping, of which the first two cells
+STOPPED = ("recipe-long", "high-long")  # sweeps of the table of early stopping, of which the first two cells
 PATIENCE = (2, 5)  # epochs
 
 
@@ -79,9 +81,9 @@ def cells_of(sweep: str) -> dict[str, Cell]:
     return read_sweep(FOLDER / sweep)
 
 
-def sweep_table(sweep: str) -> str:
+def sweep_table(name: str) -> str:
     """A row for each cell: its accuracy and difference to the first."""
-    cells, labels = cells_of(sweep), CELLS[sweep]
+    cells, labels = cells_of(SWEEPS.get(name, name)), CELLS[name]
     control, *others = (cells[name] for name in labels.values())
     compared = [None, *differences([(cell, control) for cell in others])]
     rows = []
@@ -177,7 +179,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def tables() -> dict[str, str]:
-    return {sweep: sweep_table(sweep) for sweep in CELLS} | {"contrasts": contrasts(), "early stopping": early_stopping(),
+    return {name: sweep_table(name) for name in CELLS} | {"contrasts": contrasts(), "early stopping": early_stopping(),
                                                              "alarms": alarms()}
 
 
