@@ -149,10 +149,22 @@ SKD = Method(  # Jeong, Lee & Choi, CVPR 2026
     formula="{ce_weight:g} {ce} + ({alpha:g} * {temperature:g}^2 KL(teacher || student; T = {temperature:g}) "
             "+ {beta:g} direction){ramp}; tikhonov {tikhonov:g}")
 
+CIST = Method(  # after Luong et al. 2026, arXiv 2605.20357
+    function="losses.cist:cist_loss",
+    hyperparameters={
+        "alpha": Hyperparameter(0.7, "weight of KL"),
+        "rho": Hyperparameter(2.0, "largest logit of a row over its temperature", at_least=None, above=0.0),
+        "ce_weight": KD.hyperparameters["ce_weight"],
+    },
+    terms=("ce", "kl"), weight_of={"ce": "ce_weight", "kl": "alpha"},
+    run="cist-alpha{alpha:g}-rho{rho:g}", table="CIST alpha {alpha:g} rho {rho:g}", figure="CIST",
+    formula="{ce_weight:.4g} {ce} + {alpha:g} * T_s T_t KL(teacher at T_t || student at T_s){ramp}, a temperature for each row: "
+            "its largest logit above its mean, over {rho:g}")
+
 LABELS = Method(  # of train_teacher.py
     function="losses.cross_entropy:labels_alone", hyperparameters={}, terms=("ce",), run="labels", table="labels alone",
     figure="labels alone", formula="{ce}")
 
 
-METHODS = {"kd": KD, "dkd": DKD, "dist": DIST, "nkd": NKD, "mlkd": MLKD, "skd": SKD}
+METHODS = {"kd": KD, "dkd": DKD, "dist": DIST, "nkd": NKD, "mlkd": MLKD, "skd": SKD, "cist": CIST}
 TERMS = tuple(dict.fromkeys(term for method in METHODS.values() for term in method.terms))  # the order of columns in log.csv

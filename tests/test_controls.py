@@ -128,7 +128,7 @@ def test_the_mean_factor_is_that_of_the_steps_that_were_not_skipped():
 
 
 @pytest.mark.parametrize("flags", ["", "--method dkd --standardize --class-weights balanced", "--method dist", "--method nkd",
-                                   "--method mlkd", "--method skd"])
+                                   "--method mlkd", "--method skd", "--method cist"])
 def test_a_scaled_loss_is_the_multiplied_loss(flags):
     """Bit for bit for a power of two; terms are unweighted, and stay."""
     z, v, targets = rows(16, 10)

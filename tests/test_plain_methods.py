@@ -6,11 +6,12 @@ from kernel_cases import rows
 
 from kernels.softmax_kl import softmax_kl_naive
 from losses import Targets
+from losses.cist import cist_loss, scaled_kl, temperatures
 from losses.mlkd import levels, mlkd_loss
 from losses.nkd import is_target, nkd_loss, target_and_nontarget
 from losses.skd import direction_distance, skd_loss
 
-METHODS = {"nkd": nkd_loss, "mlkd": mlkd_loss, "skd": skd_loss}
+METHODS = {"nkd": nkd_loss, "mlkd": mlkd_loss, "skd": skd_loss, "cist": cist_loss}
 
 
 def published():
@@ -135,12 +136,47 @@ def test_skd_has_the_values_of_the_authors_code():
             {"kl": 5.177426847803781, "direction": direction}, rel=1e-5)
 
 
+# --- CIST
+
+def cist_by_hand(z, v, rho):
+    """Row by row; the student's temperature is a constant."""
+    found = []
+    for student, teacher in zip(z, v):
+        own, other = ((logits.max() - logits.mean()).detach() / rho for logits in (student, teacher))
+        q, p = (student / own).softmax(0), (teacher / other).softmax(0)
+        found.append(own * other * (p * (p / q).log()).sum())
+    return (torch.stack(found).mean(),)
+
+
+@pytest.mark.parametrize("rho", [0.5, 2.0, 8.0])
+@pytest.mark.parametrize("size", [(16, 10), (6, 100), (40, 2)])
+def test_cist_is_its_formula(size, rho):
+    z, v, targets = rows(*size)
+    equal_in_loss_terms_and_gradient(cist_loss, lambda z, v: cist_by_hand(z, v, rho), z, v, targets, (0.5, 2.0),
+                                     ce_weight=0.5, alpha=2.0, rho=rho)
+    assert cist_loss(z, v, targets, alpha=0.6)[0] == cist_loss(z, v, targets, alpha=0.6, ce_weight=0.4)[0]
+
+
+def test_cist_evens_out_the_entropy_of_the_teacher():
+    """Against one temperature of the same mean entropy, for rows whose logits differ in scale."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(500, 100, generator=generator) * torch.linspace(1, 4, 500)[:, None]
+
+    def entropies(temperature):
+        return torch.distributions.Categorical(logits=v / temperature).entropy()
+
+    own = entropies(temperatures(v, 2.0))
+    same = [one for one in map(entropies, torch.linspace(0.5, 8, 151)) if abs(one.mean() - own.mean()) < 0.02]
+    assert same and all(own.std() < one.std() / 3 for one in same)
+
+
 # --- all
 
 GRADIENTS = {
     "nkd": lambda z, v, targets: target_and_nontarget(z, v, is_target(targets, z.shape[1], "pair"), 2.0),
     "mlkd": lambda z, v, targets: levels(z, v),
     "skd": lambda z, v, targets: direction_distance(z, v, 0.1),
+    "cist": lambda z, v, targets: scaled_kl(z, v, torch.linspace(0.5, 3, len(z))[:, None], temperatures(v, 2.0)),
 }
 
 
