@@ -14,7 +14,9 @@ def cist_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.7, rh
     With z and v a row of student and teacher logits, each minus its mean:
       T_s = max(z) / rho,  T_t = max(v) / rho,  q = softmax(z / T_s),  p = softmax(v / T_t)
     So the largest logit over its temperature is rho in every row, and the entropies of the soft labels p are alike, as the paper
-    has it.  T_s is a constant to the gradient, which is alpha * T_t * (q - p): confident rows of the teacher weigh more.
+    has it.  q does not depend on the scale of z, which is left to the cross-entropy; the factor T_s T_t is a constant to the
+    gradient.  Were T_s in q a constant, too, the student would shrink its logits without end.
+    Of two classes only the order is left: use another method there.
     `ce_weight=None` means 1 - alpha.  The KL does not depend on the labels, so mixed images need no special rule.
 
     This follows the paper's abstract.  Its formulas may differ, and its weight for the student's difficulty is left out.  On the
@@ -24,18 +26,17 @@ def cist_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.7, rh
     """
     z, v = in_fp32(student_logits, teacher_logits)
     ce = mixed_ce(student_logits, targets, label_smoothing=label_smoothing, class_weights=class_weights)
-    kl = scaled_kl(z, v, temperatures(z, rho), temperatures(v, rho))
+    own, other = temperatures(z, rho), temperatures(v, rho)
+    kl = scaled_kl(z / own, v / other, own.detach() * other)
     return (1 - alpha if ce_weight is None else ce_weight) * ce + alpha * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
 
 def temperatures(logits, rho):
-    """(N, C) -> (N, 1): the largest logit above the mean of its row, over rho; without a gradient."""
-    above = logits.detach().amax(1, keepdim=True) - logits.detach().mean(1, keepdim=True)
-    return (above / rho).clamp(min=SMALLEST)
+    """(N, C) -> (N, 1): the largest logit above the mean of its row, over rho."""
+    return ((logits.amax(1, keepdim=True) - logits.mean(1, keepdim=True)) / rho).clamp(min=SMALLEST)
 
 
-def scaled_kl(z, v, student_temperatures, teacher_temperatures):
-    """0-dim: the mean KL of logits (N, C) at temperatures (N, 1), each row times both."""
-    log_q, log_p = (z / student_temperatures).log_softmax(1), (v / teacher_temperatures).log_softmax(1)
-    rows = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1, keepdim=True)
-    return (student_temperatures * teacher_temperatures * rows).mean()
+def scaled_kl(z, v, weights):
+    """0-dim: the mean of KL(softmax(v) || softmax(z)) over rows (N, C), each times its weight, (N, 1)."""
+    rows = F.kl_div(z.log_softmax(1), v.log_softmax(1), reduction="none", log_target=True).sum(1, keepdim=True)
+    return (weights * rows).mean()

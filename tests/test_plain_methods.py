@@ -139,22 +139,29 @@ def test_skd_has_the_values_of_the_authors_code():
 # --- CIST
 
 def cist_by_hand(z, v, rho):
-    """Row by row; the student's temperature is a constant."""
+    """Row by row; the factor is a constant."""
     found = []
     for student, teacher in zip(z, v):
-        own, other = ((logits.max() - logits.mean()).detach() / rho for logits in (student, teacher))
+        own, other = ((logits.max() - logits.mean()) / rho for logits in (student, teacher))
         q, p = (student / own).softmax(0), (teacher / other).softmax(0)
-        found.append(own * other * (p * (p / q).log()).sum())
+        found.append((own * other).detach() * (p * (p / q).log()).sum())
     return (torch.stack(found).mean(),)
 
 
 @pytest.mark.parametrize("rho", [0.5, 2.0, 8.0])
-@pytest.mark.parametrize("size", [(16, 10), (6, 100), (40, 2)])
+@pytest.mark.parametrize("size", [(16, 10), (6, 100), (40, 3)])
 def test_cist_is_its_formula(size, rho):
     z, v, targets = rows(*size)
     equal_in_loss_terms_and_gradient(cist_loss, lambda z, v: cist_by_hand(z, v, rho), z, v, targets, (0.5, 2.0),
                                      ce_weight=0.5, alpha=2.0, rho=rho)
     assert cist_loss(z, v, targets, alpha=0.6)[0] == cist_loss(z, v, targets, alpha=0.6, ce_weight=0.4)[0]
+
+
+def test_cist_does_not_change_the_scale_of_the_student():
+    z, v, targets = rows(16, 10)
+    leaf = z.requires_grad_()
+    cist_loss(leaf, v, targets, ce_weight=0.0)[0].backward()
+    assert (leaf.grad * leaf).sum(1).abs().max() < 1e-5 < leaf.grad.abs().max()
 
 
 def test_cist_evens_out_the_entropy_of_the_teacher():
@@ -176,7 +183,7 @@ GRADIENTS = {
     "nkd": lambda z, v, targets: target_and_nontarget(z, v, is_target(targets, z.shape[1], "pair"), 2.0),
     "mlkd": lambda z, v, targets: levels(z, v),
     "skd": lambda z, v, targets: direction_distance(z, v, 0.1),
-    "cist": lambda z, v, targets: scaled_kl(z, v, torch.linspace(0.5, 3, len(z))[:, None], temperatures(v, 2.0)),
+    "cist": lambda z, v, targets: scaled_kl(z / temperatures(z, 2.0), v, temperatures(v, 2.0)),
 }
 
 
