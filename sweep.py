@@ -39,7 +39,6 @@ def main(args):
     if args.dry_run:
         print(*(job.shown() for job in jobs), sep="\n")
         return
-
     with lock(output, "sweep"):
         for each in sweeps:
             each.record()
@@ -60,6 +59,7 @@ def main(args):
 def run(jobs, at_once: int, metric: str) -> None:
     """Run the jobs without a result, `at_once` in parallel; print each outcome, and on a terminal a live line of them all."""
     waiting = [job for job in jobs if not job.result()]
+    sweep_jobs.start_server(ROOT, waiting)
     done, epoch_s, threads = len(jobs) - len(waiting), [], max(1, len(os.sched_getaffinity(0)) // at_once)
     print(f"{done} of them are already done", flush=True)
     epochs, began, end = sum(job.flags["epochs"] for job in waiting), time.monotonic(), None

@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import chdir, suppress
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 
 from cli import sweep_grid
@@ -21,8 +22,7 @@ AUTOMATIC = (None, "auto")  # values that a run resolves itself, in config.json
 # Flags that say which images are read.
 IMAGES = ("dataset", "data_dir", "image_size", "crop", "unreadable", "allow_empty_classes")
 NUMBERS = ("test_acc1_best", "test_acc1_last", "wall_s")
-server = multiprocessing.get_context("forkserver")  # new processes begin with what it has imported, which takes seconds
-server.set_forkserver_preload(["torch", "torchvision", "matplotlib.figure"])
+server = multiprocessing.get_context("forkserver")
 
 
 class Job:
@@ -56,7 +56,7 @@ class Job:
             log.write(f"$ {self.shown()}\n".encode())
             log.flush()
             self.begin, started = log.tell(), time.monotonic()
-            self.process = server.Process(target=run_script, args=(self.command, self.log, threads))
+            self.process = server.Process(target=run_script, args=(self.command, self.log, threads, os.getcwd()))
             self.process.start()
         self.process.join()
         code, self.seconds = self.process.exitcode, time.monotonic() - started
@@ -123,8 +123,18 @@ class Job:
         return digests(self.flags[name])
 
 
-def run_script(command: list[str], log: Path, threads: int) -> None:
+def start_server(root: Path, jobs: list[Job]) -> None:
+    """Of processes that begin with what it has imported, which takes seconds: torch, our modules, the embedded images."""
+    embedded = any(job.flags["dataset"] == "synthetic" for job in jobs)
+    server.set_forkserver_preload(["training.run", *["data.embedded"] * embedded])
+    if jobs:
+        with chdir(root):  # it imports from there
+            forkserver.ensure_running()
+
+
+def run_script(command: list[str], log: Path, threads: int, directory: str) -> None:
     """Be the script in this new process, as `OMP_NUM_THREADS=threads python COMMAND >> log 2>&1` would."""
+    os.chdir(directory)
     os.setpgid(0, 0)  # Ctrl-C reaches it once, through `stop`; a second signal would kill it
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)

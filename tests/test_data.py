@@ -11,7 +11,6 @@ import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
-from functools import cache
 from http.client import IncompleteRead
 from pathlib import Path
 from urllib.error import URLError
@@ -579,10 +578,8 @@ def test_images_are_weighed_before_they_go_to_the_gpu(two_trees, monkeypatch):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """The data set, and the same without a validation split under another seed, from images that are drawn once for each seed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "generate", cache(synthetic.generate))
-        return datasets.load("synthetic", "nowhere"), datasets.load("synthetic", "nowhere", seed=7, val_size=0)
+    """The data set, and the same without a validation split under another seed."""
+    return datasets.load("synthetic", "nowhere"), datasets.load("synthetic", "nowhere", seed=7, val_size=0)
 
 
 def test_synthetic_is_balanced_and_does_not_move_with_the_seed(drawn):

@@ -119,7 +119,12 @@ def test_dkd_on_two_classes_says_that_beta_has_no_effect(here, capsys):
 
 
 def test_a_sweep_of_the_real_scripts(here, capsys):
-    """One of its two runs was there before, from this process: importing PyTorch anew takes seconds."""
+    """One of its two runs was there before, from this process: importing PyTorch anew takes seconds.
+
+    A package in the current directory that has the name of one of ours is not imported.
+    """
+    Path("training").mkdir()
+    Path("training/__init__.py").write_text("raise SystemExit('not ours')")
     diverging = DISTILL.format("images", "--seed 0 --method dkd --lr 1e30 --output sweep/lr-1e30_method-dkd-s0")
     assert run(capsys, "distill.py", diverging)[0] == 6
     for _ in range(2):
