@@ -79,16 +79,17 @@ def imagefolder(data_dir: Path, image_size, unreadable: str, allow_empty_classes
 
 def read_images(prefix: Path, found: layout.Layout, paths: list[str], image_size) -> Decoded:
     """The images at `paths`, from the cache that begins with `prefix` if sizes and times of the files are unchanged."""
-    listing, path_of, root = hashlib.sha256(CACHE_VERSION), {}, f"{found.root}/"
+    listing, root = [], f"{found.root}/"
     for split, images in found.splits.items():
         for name, path in images:
-            where, size_and_time = path.removeprefix(root), ""
-            path_of[where] = path
-            with suppress(OSError):  # a missing file is unreadable
+            try:
                 file = os.stat(path)
                 size_and_time = f"{file.st_size}\0{file.st_mtime_ns}"
-            listing.update(os.fsencode(f"{split}\0{name}\0{where}\0{size_and_time}\0"))
-    key = f"{prefix.name}{listing.hexdigest()[:16]}"
+            except OSError:  # a missing file is unreadable
+                size_and_time = ""
+            listing.append(f"{split}\0{name}\0{path.removeprefix(root)}\0{size_and_time}\0")
+    digest = hashlib.sha256(CACHE_VERSION + os.fsencode("".join(listing))).hexdigest()
+    key = f"{prefix.name}{digest[:16]}"
     native, resized = prefix.with_name(f"{key}.pt"), prefix.with_name(f"{key}-{image_size}.pt")
 
     def cached() -> Decoded | None:
@@ -98,6 +99,7 @@ def read_images(prefix: Path, found: layout.Layout, paths: list[str], image_size
                 if decoded is None:
                     print(f"the cache is damaged, so the images are decoded again ({cache})")
                 elif cache == resized or image_size is None or decoded.images.shape[1] <= image_size:
+                    path_of = {path.removeprefix(root): path for path in paths} if decoded.unreadable else {}
                     decoded.unreadable = [(path_of[where], reason) for where, reason in decoded.unreadable]
                     return decoded
         return None

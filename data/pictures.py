@@ -49,7 +49,7 @@ def image_files(folder, left_out: Counter, parents: tuple = ()) -> Iterator[str]
 
     left_out: counts the files that are not yielded by suffix.  parents: real paths of the enclosing folders.
     """
-    parents = (*parents, os.path.realpath(folder))
+    parents, known = (*parents, os.path.realpath(folder)), suffixes()
     for entry in os.scandir(folder):
         if entry.is_dir():
             target = os.path.realpath(entry.path)
@@ -57,10 +57,10 @@ def image_files(folder, left_out: Counter, parents: tuple = ()) -> Iterator[str]
                 yield from image_files(entry.path, left_out, parents)
         elif is_hidden(entry.name):
             left_out["hidden"] += 1
-        elif os.path.splitext(entry.name)[1].lower() in suffixes():
+        elif (suffix := "".join(entry.name.rpartition(".")[1:]).lower()) in known:
             yield entry.path
         else:
-            left_out[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
+            left_out[suffix if "." in suffix else "no suffix"] += 1
 
 
 def is_hidden(name: str) -> bool:
