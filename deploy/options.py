@@ -1,5 +1,5 @@
 """The flags of export.py and predict.py.  Imports no torch."""
-from cli.flag_types import count, nonempty, nonnegative, png
+from cli.flag_types import count, matching, nonempty, nonnegative, png
 from cli.options import DEFAULT, debug_flag, new_parser
 
 CHECKS = ("openvino", "opencv", "web")
@@ -17,7 +17,8 @@ def parse_export(description, usage_lines, argv=None):
         help="input type: uint8 images (N, H, W, 3), or float32 (N, 3, H, W) between 0 and 1; " + DEFAULT)
     add("--max-drop", type=nonnegative, default=1.0, metavar="POINTS",
         help="largest accepted loss of test accuracy, in percentage points; " + DEFAULT)
-    add("--check", nargs="+", choices=CHECKS, default=[], metavar="RUNTIME",
+    runtime = matching("|".join(CHECKS), f"must be one of {', '.join(CHECKS)}, after the checkpoint")
+    add("--check", nargs="+", type=runtime, default=[], metavar="RUNTIME",
         help=f"also run the .onnx file there, and refuse it if predictions differ: {', '.join(CHECKS)}")
     add("--data-dir", type=nonempty, metavar="DIR", help="folder of the run's data set; default: as in its config.json")
     add("--output", type=nonempty, metavar="DIR", help="default: the folder export beside the checkpoint")

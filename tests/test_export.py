@@ -246,6 +246,7 @@ BAD = [  # what is wrong, arguments, exit code, words of the line
     ("unknown format", "run/best.pt --format tflite", 2, ["tflite"]),
     ("unknown precision", "run/best.pt --precision int4", 2, ["int4"]),
     ("fp16 of ExecuTorch", "run/best.pt --format executorch --precision fp16", 2, ["fp16"]),
+    ("a checkpoint behind --check", "--check opencv run/best.pt", 2, ["after the checkpoint", "(run/best.pt)"]),
     ("another runtime for a .pt2", "run/best.pt --check opencv", 2, ["--check", "pt2"]),
     ("unknown runtime", "run/best.pt --check tflite", 2, ["tflite"]),
     ("a drop below nothing", "run/best.pt --max-drop -1", 2, ["--max-drop"]),
