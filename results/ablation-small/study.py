@@ -180,7 +180,7 @@ def markdown(rows: list[dict]) -> str:
 
 def tables() -> dict[str, str]:
     return {name: sweep_table(name) for name in CELLS} | {"contrasts": contrasts(), "early stopping": early_stopping(),
-                                                             "alarms": alarms()}
+                                                           "alarms": alarms()}
 
 
 if __name__ == "__main__":
