@@ -78,7 +78,7 @@ ablation() {
     sweep usual "${short[@]}" "${usual[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
         -- --method dkd --beta 2 8 -- --method kd --alpha 8 --ce-weight 1 \
         -- --method dkd --beta 8 --mixed-target dominant first -- --method dkd --beta 8 --dkd-warmup "$warmup" \
-        -- --method dkd --beta 8 --clip-grad 1 -- --method dkd --beta 8 --amp "${precisions[@]}" \
+        -- --method dkd --beta 8 --clip-grad 1 "${precision[@]}" \
         -- --method kd dkd --beta 8 --mix-prob 0 \
         -- --method kd --standardize -- --method dkd --beta 8 --standardize -- --method dist
 
@@ -132,7 +132,7 @@ case ${1:-study} in
                 --random-erasing 0 --mixup 0 --cutmix 0)
         published ;;
     ablation)
-        experiment=ablation pico=resnet8x4 jobs=4 warmup=20 precisions=(bf16 off) few=(--seed 0 1 2)
+        experiment=ablation pico=resnet8x4 jobs=4 warmup=20 precision=(-- --method dkd --beta 8 --amp bf16 off) few=(--seed 0 1 2)
         common=() lengths=(100 200)
         short=(--epochs 100 --warmup-epochs 5 --label-smoothing 0 --weight-decay 5e-4) long=(--epochs 400 "${short[@]:2}")
         recipe=(--opt adamw --lr 1e-3 --weight-decay 0.05 --label-smoothing 0.1 --warmup-epochs 5 --patience 0)
@@ -141,7 +141,7 @@ case ${1:-study} in
         adamw=(--opt adamw --lr 1e-3 --patience 0)
         ablation ;;
     ablation-small)
-        experiment=ablation-small pico=v2_pico jobs=2 warmup=3 precisions=(bf16) few=(--seed 0)
+        experiment=ablation-small pico=v2_pico jobs=2 warmup=3 precision=() few=(--seed 0)
         common=(--dataset synthetic --batch-size 64) lengths=(12 30)
         short=(--epochs 6 --warmup-epochs 2 --label-smoothing 0 --weight-decay 5e-4) long=(--epochs 24 "${short[@]:2}")
         recipe=(--opt adamw --lr 1e-3 --weight-decay 0.05 --label-smoothing 0.1 --warmup-epochs 2 --patience 0)
