@@ -72,14 +72,13 @@ ablation() {
     sweep high-long "${long[@]}" "${high[@]}" --clip-grad 0 -- --method kd -- --method dkd --beta 8 \
         -- train_teacher.py --model "$pico"
 
-    # A learning rate that suits KD: method, weight, target of mixed images, warm-up, clipping, precision; without mixing; and two
-    # remedies from the literature.
+    # A learning rate that suits KD: method, weight, target of mixed images, warm-up, clipping; without mixing; two remedies
+    # from the literature.
     seeds=("${three[@]}")
     sweep usual "${short[@]}" "${usual[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
         -- --method dkd --beta 2 8 -- --method kd --alpha 8 --ce-weight 1 \
         -- --method dkd --beta 8 --mixed-target dominant first -- --method dkd --beta 8 --dkd-warmup "$warmup" \
-        -- --method dkd --beta 8 --clip-grad 1 "${precision[@]}" \
-        -- --method kd dkd --beta 8 --mix-prob 0 \
+        -- --method dkd --beta 8 --clip-grad 1 "${precision[@]}" -- --method kd dkd --beta 8 --mix-prob 0 \
         -- --method kd --standardize -- --method dkd --beta 8 --standardize -- --method dist
 
     # The findings of the study, with its optimizer and clipping; and without clipping.

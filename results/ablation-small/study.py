@@ -49,8 +49,7 @@ CELLS = {
         "DKD beta 8, z-scored": f"{DKD}_standardize"},
     "usual": {"KD": KD, "DKD beta 2": "method-dkd_beta-2", "DKD beta 8": DKD, "KD, alpha 8 and 1 CE": f"{KD}_alpha-8_ce-weight-1",
               "KD, z-scored": f"{KD}_standardize", "DKD beta 8, z-scored": f"{DKD}_standardize", "DIST": "method-dist",
-              "DKD beta 8, clipped at 1": f"clip-grad-1_{DKD}", "DKD beta 8, dominant label": f"{DKD}_mixed-target-dominant",
-              "DKD beta 8 in bf16": f"{DKD}_amp-bf16"},
+              "DKD beta 8, clipped at 1": f"clip-grad-1_{DKD}", "DKD beta 8, dominant label": f"{DKD}_mixed-target-dominant"},
     "findings": {
         name: f"teacher-checkpoint-runs-ablation-small-teacher{strong}-best.pt_{clip}experiment-{experiment}"
         for name, strong, clip, experiment in (
@@ -70,7 +69,6 @@ CONTRASTS = {
     "equal gradient norms, DKD's: DKD minus KD": ("high", DKD, f"{KD}_match-norm-dkd"),
     "learning rate 1.6, without Mixup and CutMix: DKD beta 8 minus KD": ("high", f"{DKD}_mix-prob-0", f"{KD}_mix-prob-0"),
     "learning rate 0.2, similar gradient norms: KD with alpha 8 and 1 CE, minus DKD": ("usual", f"{KD}_alpha-8_ce-weight-1", DKD),
-    "learning rate 0.2, DKD beta 8: bf16 minus FP32": ("usual", f"{DKD}_amp-bf16", DKD),
 }
 STOPPED = ("recipe-long", "high-long")  # sweeps of the table of early stopping, of which the first two cells
 PATIENCE = (2, 5)  # epochs
