@@ -18,7 +18,7 @@ SUMMARY = {"test_acc1_last": NUMBER, "test_acc1_best": NUMBER, "best_epoch": int
            "alarms": list | None, "advice": str | None}
 ALARM = {"name": str, "value": NUMBER, "limit": NUMBER, "text": str}
 SETTING = ("dataset", "student", "teacher", "teacher_sha256", "image_size", "val_size", "crop", "crop_scale", "crop_ratio",
-           "flip", "policy", "random_erasing", "mixup", "cutmix", "mix_prob")
+           "flip", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "class_weights")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Run:
 
 
 def control_of(run: Run, runs: list[Run]) -> Run | None:
-    """The KD run beside it: the first of `runs` with the same teacher, network and augmented images, if possible the same seed.
+    """The KD run beside it: the first of `runs` with the same teacher, network, augmented images and class weights, if possible the same seed.
 
     None for that run itself, and for a run without a teacher.
     """

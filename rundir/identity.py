@@ -9,7 +9,7 @@ DIGESTS = {"data_dir": "data_sha256", "teacher_checkpoint": "teacher_sha256",
 
 # Flags that changed nothing when they were added: their value in runs without them.
 BEFORE = {"flip": True, "crop": "pad", "crop_scale": [0.08, 1.0], "crop_ratio": [0.75, 1.3333], "unreadable": "stop",
-          "loss_scale": 1.0}
+          "loss_scale": 1.0, "class_weights": "none"}
 
 
 def listed(value) -> list:

@@ -140,13 +140,14 @@ def test_runs_are_compared_with_plain_kd(tmp_path):
     lower = write_run(tmp_path / "lower", "dkd", curve=[10.0, 60.0, 48.9])
     within = write_run(tmp_path / "within", "dkd", curve=[10.0, 49.0])
     other = write_run(tmp_path / "data", "dkd", dataset="cifar10")
-    text = words(lower, control, within, other, write_run(tmp_path / "teacher", "teacher"))
-    assert text.startswith("lower, kd, within, data, teacher\nCIFAR-100, CIFAR-10; large → small, large\n")
+    weighted = write_run(tmp_path / "weighted", "dkd", class_weights="balanced")
+    text = words(lower, control, within, other, weighted, write_run(tmp_path / "teacher", "teacher"))
+    assert text.startswith("lower, kd, within, data, weighted, teacher\nCIFAR-100, CIFAR-10; large → small, large\n")
     assert ("\nlower (DKD alpha 1 beta 8 T 4, seed 3): completed, healthy\n  Collapsed against the control kd: last validation "
             "accuracy 48.9 %, 5.1 points below; best 60.0 %, 5.0 points above\n") in text
     assert "  Against the control kd: last validation accuracy 49.0 %, 5.0 points below; best 49.0 %, 6.0 points below\n" in text
     assert "\nkd (control: KD alpha 0.7 T 4, seed 3): completed, healthy\n" in text
-    assert text.count("control") == 3, "neither other data nor another network is compared"
+    assert text.count("control") == 3, "no other data, class weights or network are compared"
     assert "control" not in words(control) and "control" not in words(lower, within)
     namesake = write_run(tmp_path / "other" / "kd", "kd")
     assert words(control, namesake).startswith(f"{control}, {namesake}\n"), "runs of one name are told apart"
