@@ -46,13 +46,15 @@ def rows_of(page, header):
 
 
 def test_the_numbers_of_the_study_come_from_its_tables():
-    """Each table is on a page as it is made, and each number with decimals in the text is in one of them."""
+    """Each table is on a page as it is made, and each number with decimals in the text is in one of them, or in figure 7."""
     page = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "STUDY.md", RESULTS / "ablation-small" / "README.md"))
     for name, table in script("ablation-small/study.py").tables().items():
         assert page.count(table) == 1, f"{name} is not as the sweeps have it"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     page += "\n" + readme[readme.index("- [STUDY.md]"):readme.index("- `results/cifar10")]
     text, tables = ("\n".join(line for line in page.splitlines() if line.startswith("|") == inside) for inside in (False, True))
+    with open(RESULTS / "ablation-small/figure7.csv", newline="") as file:
+        tables += "\n".join(f"{float(row[name]):.1f}" for row in csv.DictReader(file) for name in ("difference", "accuracy", "kd_accuracy"))
     numbers, known = (set(re.findall(r"\d+\.\d+", part)) for part in (re.sub(r"(arXiv|torch) [\d.]+|`[^`]*`", "", text), tables))
     assert numbers <= known | SETTINGS, sorted(numbers - known - SETTINGS)
 
