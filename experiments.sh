@@ -67,18 +67,16 @@ ablation() {
         -- --method dkd --beta 2 "${three[@]}" -- --method kd --alpha 8 --ce-weight 1 "${three[@]}" \
         -- --method dkd --beta 8 --mixed-target dominant "${three[@]}" -- --method dkd --beta 8 --dkd-warmup "$warmup" "${three[@]}" \
         -- --method dkd --beta 8 --clip-grad 1 "${three[@]}" -- --method dkd --beta 8 --standardize "${three[@]}" \
-        -- --method dkd --beta 1 4 16 "${few[@]}" -- --method dkd --beta 1 2 4 16 --mix-prob 0 "${few[@]}" \
-        -- --method kd dkd --beta 1 2 4 8 16 --policy none --random-erasing 0 --mix-prob 0 1 "${few[@]}"
+        -- --method dkd --beta 1 "${few[@]}" -- --method dkd --beta 1 2 --mix-prob 0 "${few[@]}" \
+        -- --method kd dkd --beta 1 2 8 --policy none --random-erasing 0 --mix-prob 0 1 "${few[@]}"
     sweep high-long "${long[@]}" "${high[@]}" --clip-grad 0 -- --method kd -- --method dkd --beta 8 \
         -- train_teacher.py --model "$pico"
 
-    # A learning rate that suits KD: method, weight, target of mixed images, warm-up, clipping; without mixing; two remedies
-    # from the literature.
+    # A learning rate that suits KD: method, weight, target of mixed images, clipping, two remedies from the literature.
     seeds=("${three[@]}")
     sweep usual "${short[@]}" "${usual[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
         -- --method dkd --beta 2 8 -- --method kd --alpha 8 --ce-weight 1 \
-        -- --method dkd --beta 8 --mixed-target dominant first -- --method dkd --beta 8 --dkd-warmup "$warmup" \
-        -- --method dkd --beta 8 --clip-grad 1 "${precision[@]}" -- --method kd dkd --beta 8 --mix-prob 0 \
+        -- --method dkd --beta 8 --mixed-target dominant -- --method dkd --beta 8 --clip-grad 1 "${precision[@]}" \
         -- --method kd --standardize -- --method dkd --beta 8 --standardize -- --method dist
 
     # The findings of the study, with its optimizer and clipping; and without clipping.

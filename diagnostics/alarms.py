@@ -15,7 +15,7 @@ CLIPPED = 0.9  # share of the steps: then clipping is not for rare large gradien
 SHARE = 0.8  # of one distillation term in the logit gradient: four times all others together
 TEACHER = 50.0  # teacher accuracy (%) on the augmented images: below, it is wrong more often than right
 SKIPPED = 0.01  # share of the steps: a loss scale that is doubled every 2,000 steps skips 0.05 %
-MOVE = 1.55  # relative update norm over that of equilibrium: 90th percentile of the calibrating runs that did not collapse
+MOVE = 1.48  # relative update norm over that of equilibrium: 90th percentile of the calibrating runs that did not collapse
 DEAD = 0.03  # share of classes that are never predicted: likewise
 HIGH = 0.5  # share of the peak learning rate: above, cosine is in its first half, and multistep before its first milestone
 # Of the effective number of predicted classes beyond the first over that of the labels: 0 for a constant prediction, whatever the

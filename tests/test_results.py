@@ -137,7 +137,7 @@ def test_how_often_alarms_are_raised_comes_from_the_tables(tmp_path):
     counts.main(["--output", str(tmp_path / "alarms.csv")])
     committed = RESULTS / "ablation-small" / "alarms.csv"
     assert (tmp_path / "alarms.csv").read_bytes() == committed.read_bytes()
-    assert len(counts.read_runs()) == 214
+    assert len(counts.read_runs()) == 194
     with open(committed, newline="") as file:
         calibrated = {row["alarm"]: round(float(row["calibrated"]), 2) for row in csv.DictReader(file) if row["calibrated"]}
     assert calibrated == {"dead": alarms.DEAD, "move": alarms.MOVE}
