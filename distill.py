@@ -40,14 +40,14 @@ def main(args):
         teacher = models.load_teachers(checkpoints, data, student.info["image_size"], args.teacher_mean, args.teacher_std,
                                        temperature=method.hyperparameters.get("temperature", 1.0), folded=True,
                                        device=context.device, dtype=context.dtype)
-        teacher_test = check_teacher(teacher, data, context, run.rows_at_once, args.allow_weak_teacher)
-        teacher_val = run.evaluate(teacher, data.val)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,
                                    batch_size=run.batch_size)
+        store = TeacherLogits.of(args, run, teacher, augmenter.steps)
+        teacher_test = check_teacher(teacher, data, context, run.rows_at_once, args.allow_weak_teacher, store.evaluation)
+        teacher_val = store.evaluation(lambda: run.evaluate(teacher, data.val))
         update = Update(student, recipe, context, len(run.micro_batches))
         metrics = Metrics(context.ranks, augmenter.steps, args.clip_grad)
         diagnostics = Diagnostics(method, augmenter, run.micro_batches[-1], context.ranks)
-        store = TeacherLogits.of(args, run, teacher, augmenter.steps)
         model, teacher_model = run.wrap(student), run.wrap(teacher)
 
         def step(position, lr, diagnose, stored):

@@ -53,9 +53,9 @@ class Run:
 
 
 def control_of(run: Run, runs: list[Run]) -> Run | None:
-    """The KD run beside it: the first of `runs` with the same teacher, network, augmented images and class weights, if possible the same seed.
+    """The KD run beside it: the first of `runs` with the same teacher, network, augmented images and class weights.
 
-    None for that run itself, and for a run without a teacher.
+    If possible, with the same seed.  None for that run itself, and for a run without a teacher.
     """
     alike = [other for other in runs if other.config.get("method") == "kd" and all(
         (BEFORE | other.config).get(name) == (BEFORE | run.config).get(name) for name in SETTING)]

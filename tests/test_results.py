@@ -54,7 +54,8 @@ def test_the_numbers_of_the_study_come_from_its_tables():
     page += "\n" + readme[readme.index("- [STUDY.md]"):readme.index("- `results/cifar10")]
     text, tables = ("\n".join(line for line in page.splitlines() if line.startswith("|") == inside) for inside in (False, True))
     with open(RESULTS / "ablation-small/figure7.csv", newline="") as file:
-        tables += "\n".join(f"{float(row[name]):.1f}" for row in csv.DictReader(file) for name in ("difference", "accuracy", "kd_accuracy"))
+        tables += "\n".join(f"{float(row[name]):.1f}" for row in csv.DictReader(file)
+                            for name in ("difference", "accuracy", "kd_accuracy"))
     numbers, known = (set(re.findall(r"\d+\.\d+", part)) for part in (re.sub(r"(arXiv|torch) [\d.]+|`[^`]*`", "", text), tables))
     assert numbers <= known | SETTINGS, sorted(numbers - known - SETTINGS)
 

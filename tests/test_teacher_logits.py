@@ -10,7 +10,8 @@ from helpers import draw, make_images
 from torture import difference
 
 from rundir.files import read_json
-from training import teacher_logits
+from training import evaluation, teacher_logits
+from training import run as training_run
 from training.teacher_logits import TeacherLogits
 
 STEPS = 5  # of an epoch of these runs
@@ -57,6 +58,19 @@ def test_other_methods_hyperparameters_and_students_read_the_logits(place, disti
     again, out = distil(f"{name}-again", f"{flags} --teacher-logits {store.parent}")
     assert difference(again, plain) == "" and share(again) == 1
     assert f"teacher logits: 0.00 GB in {store}" in out, "its size is said before"
+
+
+def test_the_teacher_is_evaluated_by_the_run_that_stores_alone(place, distil, store, monkeypatch):
+    nets, evaluate = [], evaluation.evaluate
+    for module in (evaluation, training_run):
+        monkeypatch.setattr(module, "evaluate", lambda net, *args: (nets.append(net.info["model"]), evaluate(net, *args))[1])
+    kept = sorted(store.parent.glob("*.pt"))
+    again, out = distil("evaluated", f"--epochs 1 --teacher-logits {store.parent}")
+    assert len(kept) == 2 and set(nets) == {"v2_pico"} and "teacher resnet8: 0.08 M parameters" in out
+    kept[0].write_bytes(kept[1].read_bytes())  # of other images
+    kept[1].write_bytes(kept[1].read_bytes()[:-300])
+    once_more, _ = distil("evaluated-again", f"--epochs 1 --teacher-logits {store.parent}")
+    assert nets.count("resnet8") == 2 and difference(once_more, again) == "" and sorted(store.parent.glob("*.pt")) == kept
 
 
 def test_the_run_that_stores_leaves_what_one_without_a_store_leaves(place, distil, store):

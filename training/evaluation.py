@@ -128,15 +128,17 @@ def tolerance(images: int, *precisions: str) -> float:
     return 100 * (1 + 4 * math.sqrt(share * images)) / images
 
 
-def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_weak: bool = False) -> Evaluation:
+def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_weak: bool = False,
+                  kept=lambda compute: compute()) -> Evaluation:
     """Evaluate the teacher on the test set, and print its line; of an Ensemble, after those of its teachers.
 
+    kept: calls the function that it is given, or has its result from an earlier run.
     Failure USAGE: another accuracy than in its checkpoint on the same images, or, unless allow_weak, an accuracy near chance.
     """
-    evaluation = evaluate(teacher, data.test, data.mean, data.std, context, batch_size)
+    evaluation = kept(lambda: evaluate(teacher, data.test, data.mean, data.std, context, batch_size))
     if isinstance(teacher, models.Ensemble):
         for each in teacher.teachers:
-            check_teacher(each, data, context, batch_size, allow_weak)
+            check_teacher(each, data, context, batch_size, allow_weak, kept)
         print(f"ensemble of {len(teacher.teachers)} teachers: {teacher.size / 1e6:.2f} M parameters, test accuracy "
               f"{evaluation.acc1:.2f} %")
         return evaluation

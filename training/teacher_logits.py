@@ -1,18 +1,22 @@
 """A store of teacher logits: computed by one run, read by later ones with the same teacher, seed, data and augmentation.
 
-Method, loss weights, optimiser and student may differ between the runs, and the logits are the same bits.
+Method, loss weights, optimiser and student may differ between the runs, and the logits are the same bits.  The teacher's
+evaluations are kept with them.
 """
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cli import options
-from rundir.errors import Unwritable
+from rundir import checkpoint
+from rundir.errors import Failure, Unwritable
 from rundir.files import make_directory
+from training.evaluation import Evaluation
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("augment", "kernels", "models")  # folders of the code that makes a teacher's images and logits
@@ -46,11 +50,12 @@ class TeacherLogits:
             "std": args.teacher_std, "temperature": getattr(teacher, "temperature", None),
             "data": run.data.fingerprint, **options.data(args) | {"data_dir": None}, **options.augmentation(args),
             "batch_size": run.batch_size, "micro_batches": len(run.micro_batches), "deterministic": args.deterministic}
-        return cls(args.teacher_logits, args.teacher_logits_limit * GB, key_of(facts, context), **shape, example=example)
+        return cls(args.teacher_logits, args.teacher_logits_limit * GB, key_of(facts, context), **shape, example=example,
+                   alone=context.ranks.size == 1)
 
-    def __init__(self, folder: str | None, limit: float, key: str, *, epochs: int, steps: int, rows: range, example):
+    def __init__(self, folder: str | None, limit: float, key: str, *, epochs: int, steps: int, rows: range, example, alone=True):
         self.folder, self.first, self.steps, self.epoch, self.found = folder, rows.start, steps, 0, [False] * steps
-        self.taken, self.read_steps = 0, 0
+        self.taken, self.read_steps, self.evaluations, self.alone = 0, 0, 0, alone
         if folder is None:
             return
         self.key, self.path = key, Path(folder, f"{key[:32]}.logits")
@@ -65,6 +70,23 @@ class TeacherLogits:
         self.last = min(epochs, max(0, int(limit - others)) // (self.record * steps))  # the last epoch that may be stored
         limited = "" if self.last == epochs else f"; the limit leaves room for {self.last} of {epochs} epochs"
         print(f"teacher logits: {epochs * self.record * steps / GB:.2f} GB in {self.path}{limited}")
+
+    def evaluation(self, compute) -> Evaluation:
+        """That of the teacher by `compute()`, or, from a file, by the same call of an earlier run.
+
+        Several processes, which evaluate together, compute.
+        """
+        if self.folder is None or not self.alone:
+            return compute()
+        self.evaluations += 1
+        key, path = f"{self.key} {self.evaluations}", self.path.with_suffix(f".{self.evaluations}.pt")
+        with suppress(Failure):  # missing, or damaged
+            if (content := checkpoint.read(path)).get("key") == key:
+                return Evaluation(*content["numbers"], content["predictions"].to(self.logits.device))
+        *numbers, predictions = found = compute()
+        with suppress(OSError):  # as of a full disk
+            checkpoint.write(path, key=key, numbers=numbers, predictions=predictions.cpu())
+        return found
 
     def read(self, position: int | torch.Tensor, rows: range) -> torch.Tensor:
         """(rows, C): those of the step at `position`, in a CUDA graph a 0-dim int64 tensor."""
