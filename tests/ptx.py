@@ -693,9 +693,8 @@ def main(file) -> None:
         except (Fault, NotImplementedError) as fault:
             found = {"fault": str(fault)}
         print(json.dumps({"sm": sm, "case": case} | found), flush=True)
-    for turn, sm in enumerate(ARCHITECTURES):
-        numbers = slice(None) if TORTURE else slice(turn, None, 4 * len(ARCHITECTURES))  # every fourth, on either in turn
-        for number, noticed in module.without_barriers(sm, numbers):
+    for sm in ARCHITECTURES if TORTURE else ARCHITECTURES[-1:]:
+        for number, noticed in module.without_barriers(sm, slice(None, None, 1 if TORTURE else 4)):
             print(json.dumps({"sm": sm, "removed": number, "noticed": noticed}), flush=True)
 
 
