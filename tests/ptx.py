@@ -600,7 +600,7 @@ class Launch:
     written to."""
 
     def __init__(self, compiled, grid: int, arguments: list, fresh: set):
-        self.program, self.grid, self.arguments = Program(compiled.asm["ptx"]), grid, arguments
+        self.compiled, self.program, self.grid, self.arguments = compiled, Program(compiled.asm["ptx"]), grid, arguments
         self.shared_bytes, self.warps, self.counts = compiled.metadata.shared, compiled.metadata.num_warps, None
         self.tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
         self.fresh = fresh & {tensor.untyped_storage().data_ptr() for tensor in self.tensors}

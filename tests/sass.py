@@ -3,8 +3,8 @@ architecture.
 
 FILE defines `launches()`, which yields (a dict that says what it is, kernel, call): `call()` runs the real launcher on CPU
 tensors, so types, alignment and tile sizes are those of a real launch; instead of being launched, `kernel` is compiled by the
-assembler inside the Triton wheel, and disassembled: launch after launch for the ARCHITECTURES in turn, or each for all if TORTURE
-is in the environment.  Needs a process of its own, since here Triton must not interpret.
+assembler inside the Triton wheel, and disassembled, for each of the ARCHITECTURES.  Needs a process of its own, since here Triton
+must not interpret.
 """
 import importlib.util
 import json
@@ -96,6 +96,6 @@ def describe(compiled) -> dict:
 
 
 if __name__ == "__main__":
-    for number, (about, kernel, call) in enumerate(load(sys.argv[1]).launches()):
-        for sm in ARCHITECTURES if "TORTURE" in os.environ else ARCHITECTURES[number % 3:][:1]:
+    for about, kernel, call in load(sys.argv[1]).launches():
+        for sm in ARCHITECTURES:
             print(json.dumps(about | {"sm": sm} | describe(compile_for(sm, kernel, call))), flush=True)

@@ -51,10 +51,11 @@ def launched(sm, policy, size, mode, kind, batch_size, seed, stored=None):
 
 
 def execute(sm, *case):
-    """How many numbers are wrong, and the counts per image."""
+    """How many numbers are wrong, the counts per image, and the machine code."""
     launches, batch, expected = launched(sm, *case)
     counts = sum((launch.counts for launch in launches), Counter())
-    return {"wrong": differing(batch, expected), "counts": {name: count / case[4] for name, count in counts.items()}}
+    return {"wrong": differing(batch, expected), "counts": {name: count / case[4] for name, count in counts.items()},
+            "codes": [sass.describe(launch.compiled) for launch in launches]}
 
 
 def without_barriers(sm, numbers):
@@ -83,6 +84,13 @@ def test_ptx_of_augment_costs_no_more_than_counted(executed):
     for count in counts:
         assert all(count[name] <= limit for name, limit in LIMITS.items()), count
         assert count["shared wavefronts"] <= WAVEFRONTS * count["shared accesses"], count
+
+
+@pytest.mark.skipif(sass.OLD, reason="Triton 3.6 takes 168 registers")
+def test_sass_of_augment_has_no_spills_and_rounds_every_product(executed):
+    codes = [code for result in executed for code in result.get("codes", ())]
+    bad = [code for code in codes if code["spills"] or code["stack"] or code["registers"] > 128 or code["fused"]]
+    assert codes and not bad, "\n".join(map(str, bad))
 
 
 @pytest.mark.skipif(not ptx.TORTURE, reason="takes long")

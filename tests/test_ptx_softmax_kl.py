@@ -56,13 +56,13 @@ def launched(sm, classes, kind, split, logits, rows, seed):
 
 
 def execute(sm, *case):
-    """Relative errors with floors of 1 and 0.01, and the counts."""
+    """Relative errors with floors of 1 and 0.01, the counts, and the machine code."""
     launch, (terms, gradient), (expected, expected_gradient) = launched(sm, *case)
     finite = expected.isfinite()
     error = ((terms - expected).abs() / expected.abs().clamp(min=1))[finite]
     gradient_error = (gradient.double() - expected_gradient).abs().max() / expected_gradient.abs().max().clamp(min=0.01)
     return {"alike": torch.equal(terms.isfinite(), finite), "loss": max(error.tolist(), default=0.0),
-            "gradient": gradient_error.item(), "counts": dict(launch.counts)}
+            "gradient": gradient_error.item(), "counts": dict(launch.counts), "code": sass.describe(launch.compiled)}
 
 
 def without_barriers(sm, numbers):
@@ -99,6 +99,14 @@ def test_ptx_of_softmax_kl_costs_no_more_than_counted(executed):
         counts = result["counts"]
         assert 32 * counts["warp instructions"] / (rows * classes) <= LIMITS[classes], result
         assert (counts["load sectors"] + counts["store sectors"]) / (3 * rows * classes * 4 / 32) <= SECTORS[classes], result
+
+
+def test_sass_of_softmax_kl_has_no_spills_and_128_bits_a_thread_where_rows_are_aligned(executed):
+    codes = [(result["code"], *result["case"][:2]) for result in executed if "code" in result]
+    bad = [code for code, *_ in codes if code["spills"] or code["stack"] or code["registers"] > code["limit"]]
+    wide = [code for code, classes, kind in codes if classes % 16 == 0 and classes * DTYPES[kind].itemsize >= 512]
+    bad += [code for code in wide if code["loads128"] < 2 or not code["stores128"]]
+    assert len(wide) >= 4 and not bad, "\n".join(map(str, bad))
 
 
 def test_a_barrier_that_is_taken_out_of_softmax_kl_is_noticed(executed):
