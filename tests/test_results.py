@@ -69,6 +69,11 @@ def test_the_table_of_the_readme_comes_from_the_runs_of_the_demo():
         beside = float(runs[name]["teacher_test_acc1"] or runs["teacher"]["test_acc1_best"])
         assert accuracy == f"{own:.2f}" and retention == f"{100 * own / beside:.2f}"
         assert teacher == ("" if name == "alone" else f"{beside:.2f}")
+    with open(RESULTS / "demo/epyc.csv", newline="") as file:
+        there = {row["run"]: float(row["test_acc1_best"]) for row in csv.DictReader(file)}
+    here = {name: float(row["test_acc1_best"]) for name, row in runs.items()}
+    assert there.keys() == here.keys() and max(abs(there[name] - here[name]) for name in here) <= 1, "by up to a point"
+    assert here["v3"] < here["v3.1"] and there["v3"] > there["v3.1"]
 
 
 def test_the_recorded_alarms_are_those_of_the_code():
