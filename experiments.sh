@@ -72,7 +72,8 @@ ablation() {
     sweep high-long "${long[@]}" "${high[@]}" --clip-grad 0 -- --method kd -- --method dkd --beta 8 \
         -- train_teacher.py --model "$pico"
 
-    # A learning rate that suits KD: method, weight, target of mixed images, clipping, two remedies from the literature.
+    # A learning rate that suits KD: method, weight, target of mixed images, clipping, precision on a GPU, two remedies from the
+    # literature.
     seeds=("${three[@]}")
     sweep usual "${short[@]}" "${usual[@]}" --clip-grad 0 -- --method kd -- train_teacher.py --model "$pico" \
         -- --method dkd --beta 2 8 -- --method kd --alpha 8 --ce-weight 1 \

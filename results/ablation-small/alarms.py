@@ -26,8 +26,7 @@ from results.tables import write_csv
 
 FOLDER = Path(__file__).parent
 HALVES = ("calibrating", "held back")
-# A cell's settings, in all sweeps: the seeds of a cell are in the same half.  Runs that differ in precision or patience are near
-# or exact repeats, and so are one cell.
+# A cell's settings, in all sweeps: the seeds of a cell, and of the same with more epochs, are in the same half.
 SETTINGS = ("lr", "opt", "clip_grad", "teacher_checkpoint", "method", "alpha", "beta", "ce_weight", "standardize", "mixed_target",
             "dkd_warmup", "policy", "random_erasing", "mix_prob", "loss_scale", "match_norm")
 SWEEPS = "findings", "high", "high-long", "recipe", "recipe-long", "usual"

@@ -62,7 +62,7 @@ CELLS = {
 CONTRASTS = {
     "clipping DKD beta 8: at 1, minus none": ("recipe", DKD_ONE, DKD_NONE),
     "clipping KD: at 0.1, minus none": ("recipe", "method-kd_clip-grad-0.1", "method-kd_clip-grad-0"),
-    "both clipped in every step: DKD at 1, minus KD at 0.1": ("recipe", DKD_ONE, "method-kd_clip-grad-0.1"),
+    "both clipped in nearly every step: DKD at 1, minus KD at 0.1": ("recipe", DKD_ONE, "method-kd_clip-grad-0.1"),
     "neither clipped: DKD minus KD": ("recipe", DKD_NONE, "method-kd_clip-grad-0"),
     "DKD beta 8 clipped at 1: with cross-entropy, minus without": ("recipe", DKD_CE, DKD_ONE),
     "equal gradient norms, KD's: DKD minus KD": ("high", f"{DKD}_match-norm-kd", KD),
