@@ -19,7 +19,8 @@ from rundir.files import make_directory
 from training.evaluation import Evaluation
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("augment", "kernels", "models")  # folders of the code that makes a teacher's images and logits
+# The code that makes a teacher's images, logits and evaluations.
+SOURCES = ("augment/*.py", "kernels/*.py", "models/*.py", "training/evaluation.py")
 SEAL = 16  # bytes of checksum in front of each step's logits
 GB = 10**9
 
@@ -145,7 +146,7 @@ class TeacherLogits:
 def key_of(facts: dict, context) -> str:
     """SHA-256 of all that the bits of the logits depend on: `facts`, device, precision, threads, versions and our own code."""
     code = hashlib.sha256()
-    for path in sorted(path for folder in SOURCES for path in (ROOT / folder).glob("*.py")):
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
         code.update(path.read_bytes())
     gpu = context.device.type == "cuda"
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "code": code.hexdigest(),
