@@ -10,7 +10,6 @@ from itertools import zip_longest
 import torch
 
 from models.cifar_networks import NETWORKS
-from models.networks import build
 from rundir.errors import CHECKPOINT, USAGE, Failure
 
 # The names under which files hold a state_dict; the first that is there counts.
@@ -51,19 +50,16 @@ def in_order(net, weights: Mapping, head: frozenset[str]) -> tuple[dict[str, tor
 
 
 def network_of(weights: Mapping, path) -> str:
-    """The CIFAR network whose tensors these are, by order.  Failure CHECKPOINT: none or several."""
+    """The CIFAR network whose tensors these are, by order; no two have the same.  Failure CHECKPOINT: none."""
     last = list(weights.values())[-1]
-    fitting = []
-    for name in NETWORKS if last.ndim else ():
+    for name, make in NETWORKS.items() if last.ndim else ():
         with torch.device("meta"):
-            net = build(name, len(last))
+            net = make(len(last))
         if in_order(net, weights, frozenset())[1] is None:
-            fitting.append(name)
-    if len(fitting) != 1:
-        found = f"fits {' and '.join(fitting)}" if fitting else "fits none of the CIFAR networks"
-        raise Failure(CHECKPOINT, f"the network of these weights is unknown ({path}: {found})", "name it with --teacher")
-    print(f"{path}: the tensors of a {fitting[0]}")
-    return fitting[0]
+            print(f"{path}: the tensors of a {name}")
+            return name
+    raise Failure(CHECKPOINT, f"the network of these weights is unknown ({path}: fits none of the CIFAR networks)",
+                  "name it with --teacher")
 
 
 def complete(checkpoint: dict, data, image_size: int, mean=None, std=None) -> dict:

@@ -68,11 +68,9 @@ def words(*runs):
     return "\n\n".join("\n".join(lines) for _, lines in explain.words(explain.read_cases(runs)))
 
 
-def draw(*runs):
+def page(*runs):
     with matplotlib.style.context(["default", explain.STYLE]):
-        figure = explain.page(explain.read_cases(runs))
-        figure.draw_without_rendering()
-    return figure
+        return explain.page(explain.read_cases(runs))
 
 
 def said(figure):
@@ -90,7 +88,9 @@ def legend(axis):
 
 
 def check_layout(figure):
-    """Nothing leaves the page, and neither words nor panels cover each other."""
+    """Nothing leaves the page, and neither words nor panels cover each other; takes seconds."""
+    with matplotlib.style.context(["default", explain.STYLE]):
+        figure.draw_without_rendering()
     page, boxes = figure.bbox, [text.get_window_extent() for text in figure.texts]
     boxes += [axis.get_tightbbox() for axis in figure.axes]
     for box in boxes:
@@ -154,7 +154,7 @@ def test_runs_are_compared_with_plain_kd(tmp_path):
 
 
 def test_the_page_of_one_run(tmp_path):
-    figure = draw(write_run(tmp_path / "run", "dkd", curve=FALLING[:6], summary=COLLAPSED, clip_grad=1.5))
+    figure = page(write_run(tmp_path / "run", "dkd", curve=FALLING[:6], summary=COLLAPSED, clip_grad=1.5))
     check_layout(figure)
     drawn = panels(figure)
     assert set(drawn) == TITLES
@@ -167,7 +167,7 @@ def test_the_page_of_one_run(tmp_path):
     assert set(drawn["Clipped steps"].lines[0].get_ydata()) == {25.0}
     assert legend(drawn["Clipped steps"]) == ["limit 90 %"]
     assert legend(drawn["Cosine with cross-entropy"]) == ["TCKD", "NCKD", "whole loss"]
-    axis = panels(draw(write_run(tmp_path / "short", "kd", curve=CURVE[:2])))["Teacher on the student's images"]
+    axis = panels(page(write_run(tmp_path / "short", "kd", curve=CURVE[:2])))["Teacher on the student's images"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["all", "mixup"], "no image was clean"
     # 10 and 20 % of 100 images an epoch; with mixup of 50 and of 100; either label is 5 points more
     np.testing.assert_allclose([bar.get_width() for bar in axis.patches], [15, 50 / 3, 20, 50 / 3 + 5])
@@ -175,7 +175,7 @@ def test_the_page_of_one_run(tmp_path):
 
 def test_the_page_of_two_runs_and_of_as_many_as_fit(tmp_path):
     summary = COLLAPSED | {"advice": 20 * "raise --clip-grad, "}
-    figure = draw(write_run(tmp_path / "_dkd $x$", "dkd", curve=FALLING, summary=summary), write_run(tmp_path / "kd", "kd"))
+    figure = page(write_run(tmp_path / "_dkd $x$", "dkd", curve=FALLING, summary=summary), write_run(tmp_path / "kd", "kd"))
     check_layout(figure)
     assert said(figure).count("--clip-grad") == 20, "a flag is not broken"
     drawn = panels(figure)
@@ -188,7 +188,7 @@ def test_the_page_of_two_runs_and_of_as_many_as_fit(tmp_path):
     np.testing.assert_allclose([line.get_ydata()[0] for line in curves[:2]], [85, 30])
     assert len({line.get_color() for line in curves[:2]}) == len({line.get_marker() for line in curves[:2]}) == 2
     long = COLLAPSED | {"alarms": 2 * [*COLLAPSED["alarms"], COLLAPSED["alarms"][2] | {"text": "words " * 60 + "x" * 100}]}
-    figure = draw(*(write_run(tmp_path / f"{'long-' * 40}{number}", "dkd", summary=long) for number in range(len(explain.LOOKS))))
+    figure = page(*(write_run(tmp_path / f"{'long-' * 40}{number}", "dkd", summary=long) for number in range(len(explain.LOOKS))))
     check_layout(figure)
     assert said(figure).count("teacher 30, limit 50") == 4 * len(explain.LOOKS)
 
@@ -201,12 +201,12 @@ def test_panels_without_numbers_are_left_out_and_leave_no_hole(tmp_path):
         return change
 
     unweighted, about_teaching = {"Share of the logit gradient", "Cosine with cross-entropy"}, "Teacher on the student's images"
-    figure = draw(write_run(tmp_path / "method", "kd", change=without("share_", "cos_")))
+    figure = page(write_run(tmp_path / "method", "kd", change=without("share_", "cos_")))
     assert set(panels(figure)) == TITLES - unweighted
-    figure = draw(write_run(tmp_path / "teacher", "teacher"))
+    figure = page(write_run(tmp_path / "teacher", "teacher"))
     check_layout(figure)
     assert set(panels(figure)) == TITLES - unweighted - {about_teaching} and legend(panels(figure)["Logit scale"]) == ["student"]
-    figure = draw(write_run(tmp_path / "five", "teacher", change=without("pull", "clip")))
+    figure = page(write_run(tmp_path / "five", "teacher", change=without("pull", "clip")))
     check_layout(figure)
     widths = [axis.bbox.width for axis in panels(figure).values()]
     assert len(widths) == 5 and widths[0] > 2 * widths[1], "the first panel fills the row"
@@ -219,15 +219,13 @@ def test_empty_cells_are_gaps_and_one_epoch_has_markers(tmp_path):
         rows[6]["grad_norm_mean"] = "inf"
         del rows[5]
 
-    figure = draw(write_run(tmp_path / "run", "dkd", change=empty))
-    check_layout(figure)
+    figure = page(write_run(tmp_path / "run", "dkd", change=empty))
     norm = panels(figure)["Gradient before clipping"].lines[0]
     np.testing.assert_allclose(norm.get_ydata(), [2, 1, np.nan, 0.5, np.nan, np.nan, np.nan, 0.25])
     assert {3, 7} <= set(norm.get_markevery()), "a value between gaps has a marker"
     largest = panels(figure)["Share of the logit gradient"].lines[-2].get_ydata()
     np.testing.assert_allclose(largest, [85, 85, np.nan, 85, np.nan, np.nan, 85, 85])
-    figure = draw(write_run(tmp_path / "one", "dkd", curve=CURVE[:1], epochs=1))
-    check_layout(figure)
+    figure = page(write_run(tmp_path / "one", "dkd", curve=CURVE[:1], epochs=1))
     single = [line for axis in panels(figure).values() for line in axis.lines if len(line.get_xdata()) == 1]
     assert all(line.get_marker() not in ("", "None") and line.get_markevery() in (None, [0]) for line in single)
     assert panels(figure)["Accuracy"].get_xlim() == (0.5, 1.5)

@@ -5,17 +5,17 @@ import io
 import math
 import platform
 import re
-import subprocess
+import resource
 import sys
 from contextlib import redirect_stdout
 from dataclasses import fields
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import fails
+from processes import together
 
 from data.datasets import Split
 from losses import Targets
@@ -353,18 +353,17 @@ def test_devices_that_are_not_there_are_refused():
     assert setup_context("cpu", None, 0).dtype == torch.float32 and setup_context("cpu", "bf16", 0).dtype == torch.bfloat16
 
 
+def keep_the_pages_of_a_tensor(context):
+    setup_context("cpu", None, 0)
+    faults = []
+    for _ in range(20):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**20)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert sum(faults[10:]) < 1000, faults
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
 def test_memory_that_a_step_frees_is_there_for_the_next_one():
     """Without it, each 4 MB tensor is 1024 pages that the kernel hands out anew; measured in a process of its own."""
-    code = """if 1:
-        import resource, torch
-        from training.device import setup_context
-        setup_context("cpu", None, 0)
-        faults = []
-        for _ in range(20):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            torch.ones(2**20)
-            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        print(sum(faults[10:]))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert int(done.stdout) < 1000, done.stderr
+    together(1, keep_the_pages_of_a_tensor)

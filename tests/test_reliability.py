@@ -433,12 +433,10 @@ def test_whatever_ends_a_pair_is_one_line(place, flags, fault, code, words):
     assert result.err.count("\n") == 1 and result.seconds < 15
 
 
-def test_make_torture_starts():
-    """Its first command, without its attempts."""
-    with open(torture.ROOT / "Makefile") as file:
-        line = next(line.split() for line in file if line.endswith("tests/torture.py\n"))
-    done = subprocess.run(["env", line[0], sys.executable, line[2], "--help"], cwd=torture.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--kills" in done.stdout, done.stderr
+def test_torture_starts(place):
+    """Without its attempts."""
+    result = place.run("tests/torture.py --help")
+    assert result.code == 0 and "--kills" in result.out, result.err
 
 
 def test_torchrun_itself_stops_within_ten_seconds_and_the_run_goes_on(place):

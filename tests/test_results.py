@@ -60,6 +60,16 @@ def test_the_numbers_of_the_study_come_from_its_tables():
     assert numbers <= known | SETTINGS, sorted(numbers - known - SETTINGS)
 
 
+def test_the_time_of_the_ablation_is_that_of_its_repeat():
+    with open(RESULTS / "ablation-small/repeat/clock.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    minutes = f"{int(row['seconds']) / 60:.0f} minutes"
+    assert all(minutes in (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "experiments.sh"))
+    runs = [run for sweep in ("recipe", "recipe-long", "high", "high-long", "usual", "findings")
+            for cell in read_sweep(RESULTS / "ablation-small/repeat" / sweep).values() for run in cell.runs.values()]
+    assert len(runs) == 207 and 60 * 90 > int(row["seconds"]) > sum(run["wall_s"] for run in runs) / int(row["cores"])
+
+
 def test_the_table_of_the_readme_comes_from_the_runs_of_the_demo():
     with open(RESULTS / "demo/runs.csv", newline="") as file:
         runs = {row["run"]: row for row in csv.DictReader(file)}

@@ -32,7 +32,7 @@ class TeacherLogits:
     computed anew.  Several runs may read and write the file at once, and may be killed: records have fixed places.
     In a step, call `read` where `found[position]`, else `add`; both may be captured in a CUDA graph.
 
-    folder: has one file for each `key`; None: nothing is stored.  limit: bytes of all files in it.
+    folder: has one file for each `key`; None: nothing is stored.  limit: bytes of all logits in it.
     rows: of each batch, those of this process.  example: logits (any, C), for their number and type.
     Unwritable: the folder or the file cannot be made.
     """

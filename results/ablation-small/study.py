@@ -104,6 +104,28 @@ def contrasts() -> str:
                      for title, found in zip(CONTRASTS, differences(pairs))])
 
 
+def repeat() -> str:
+    """A row for each sweep's table: how it came out in `repeat`, the same commands on another processor.
+
+    A difference is shown where p is at most 0.05.  other outcome: those shown in one of the two, as they are in `repeat`.
+    """
+    rows = []
+    for name, labels in CELLS.items():
+        sweep, (_, *others) = SWEEPS.get(name, name), labels
+        here, there = ([cells_of(folder + sweep)[cell] for cell in labels.values()] for folder in ("", "repeat/"))
+        moves = [abs(one.accuracy - other.accuracy) for one, other in zip(here, there)]
+        fell = [sum(cell.ends["collapsed"] for label, cell in zip(others, cells) if "no teacher" not in label)
+                for _, *cells in (here, there)]
+        found, again = (differences([(cell, control) for cell in cells]) for control, *cells in (here, there))
+        both = [(one["p"] <= 0.05, other["p"] <= 0.05) for one, other in zip(found, again)]
+        changed = ["{0}: {difference}, p {p}".format(label, **shown(each))
+                   for label, each, (first, second) in zip(others, again, both) if first != second]
+        rows.append({"": name, "cells": str(len(labels)), "a mean moves by at most": f"{max(moves):.1f}",
+                     "collapsed": "{} and {}".format(*fell), "differences shown": str(sum(first for first, _ in both)),
+                     "again": str(both.count((True, True))), "other outcome": "; ".join(changed)})
+    return markdown(rows)
+
+
 def early_stopping() -> str:
     """What patience would have done to runs without it, exactly: a stop leaves the epochs before it as they are.
 
@@ -173,12 +195,13 @@ def largest(cell: Cell, column: str) -> list[float]:
 
 
 def markdown(rows: list[dict]) -> str:
-    return as_markdown({name: [row[name] for row in rows] for name in rows[0]}, {"", "alarm", "monitor"}, "").strip()
+    left = {"", "alarm", "monitor", "other outcome"}
+    return as_markdown({name: [row[name] for row in rows] for name in rows[0]}, left, "").strip()
 
 
 def tables() -> dict[str, str]:
-    return {name: sweep_table(name) for name in CELLS} | {"contrasts": contrasts(), "early stopping": early_stopping(),
-                                                           "alarms": alarms()}
+    return {name: sweep_table(name) for name in CELLS} | {"contrasts": contrasts(), "repeat": repeat(),
+                                                           "early stopping": early_stopping(), "alarms": alarms()}
 
 
 if __name__ == "__main__":
