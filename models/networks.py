@@ -165,9 +165,10 @@ def _build_torchvision(name: str, num_classes: int, image_size: int) -> nn.Modul
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
 
 
-def build(name: str, num_classes: int, image_size: int = 32) -> nn.Module:
+def build(name: str, num_classes: int, image_size: int = 32, *, try_size: bool = True) -> nn.Module:
     """The network `name` with random weights in channels_last, for images of `image_size` pixels; others are resized.
 
+    try_size: by a forward pass on the meta device, which takes 0.05 s or more; not needed where it was trained at this size.
     Failure USAGE: unknown name, no timm, or a network that does not support this size.
     """
     check_name(name)
@@ -177,7 +178,8 @@ def build(name: str, num_classes: int, image_size: int = 32) -> nn.Module:
             if isinstance(module, nn.SiLU):
                 module.inplace = False  # autograd would copy the input
         net.register_forward_pre_hook(partial(resize, image_size))
-        meta_forward(net, image_size)
+        if try_size:
+            meta_forward(net, image_size)
     except (RuntimeError, ValueError, AssertionError) as failure:  # raised by layers for unsupported sizes
         raise Failure(USAGE, f"{name} cannot work on images of {image_size}x{image_size} ({first_line(failure)})",
                       f"use --image-size {natural_size(name)}") from failure

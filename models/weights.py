@@ -231,7 +231,7 @@ def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False, inp
     info.setdefault("stored_size", info["image_size"])  # older files have none
     try:
         with torch.random.fork_rng(devices=()):  # keeps a student's random weights independent of the teacher
-            net = build(info["model"], len(info["classes"]), info["image_size"])
+            net = build(info["model"], len(info["classes"]), info["image_size"], try_size=bool(info.get("imported")))
     except Failure as failure:
         raise Failure(CHECKPOINT, f"cannot build the network of a checkpoint ({path}: {info['model']})",
                       "use the version of this project that wrote it") from failure

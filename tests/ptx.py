@@ -694,7 +694,7 @@ def main(file) -> None:
             found = {"fault": str(fault)}
         print(json.dumps({"sm": sm, "case": case} | found), flush=True)
     for sm in ARCHITECTURES if TORTURE else ARCHITECTURES[-1:]:
-        for number, noticed in module.without_barriers(sm, slice(None, None, 1 if TORTURE else 4)):
+        for number, noticed in module.without_barriers(sm, slice(None, None, 1 if TORTURE else 8)):
             print(json.dumps({"sm": sm, "removed": number, "noticed": noticed}), flush=True)
 
 

@@ -63,7 +63,7 @@ def test_every_operation(kernel, size, monkeypatch):
         return list(zip(chosen, chosen[1:] + chosen[:1]))
 
     monkeypatch.setitem(POLICIES, "everything", pairs)
-    images = pictures(1000 if kernel == "reference" else 1024 if ON_GPU else 32 if size == 20 else 96, size)
+    images = pictures(1000 if kernel == "reference" else 1024 if ON_GPU else 24 if size == 20 else 64, size)
     options = {"batch_size": len(images), "policy": "everything"} | UNMIXED
     ours = augmenter(images, **options)
     positions, codes = torch.arange(len(images)), {*range(1, len(ours.sampler.policy.operations))}

@@ -104,6 +104,7 @@ def test_timm_is_a_contender_where_it_is_installed(monkeypatch, capsys):
     assert augmentation_rivals.timm_mixing(images, labels) == {} and "timm is not installed" in capsys.readouterr().out
 
 
+@pytest.mark.skipif("TORTURE" not in os.environ, reason="takes long")
 def test_instructions_and_launches_are_counted():
     done = subprocess.run([sys.executable, "-c", A_KERNEL_AND_A_STEP], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": "tests"})

@@ -29,9 +29,9 @@ def cases():
         yield from (small, large) if ptx.TORTURE else (large,) if number % 2 else (small,)
     ways = itertools.product(MODES, DTYPES) if ptx.TORTURE else zip(MODES, DTYPES)
     for seed, (mode, kind) in enumerate(ways):
-        yield "autoaugment", 32, mode, kind, 7, seed
+        yield "autoaugment", 32, mode, kind, 5, seed
     yield "none", 32, "batch", "bf16", 4, None, 20
-    yield "none", 64, "elem", "fp32", 3, 1, 72
+    yield "none", 36, "elem", "fp32", 3, 1, 44
     yield COUNTED
     if ptx.TORTURE:
         yield COUNTED_LARGE
@@ -40,6 +40,7 @@ def cases():
         yield "randaugment", 256, "batch", "fp32", 3, None, 320
         yield "autoaugment", 8, "elem", "fp32", 5, 0
         yield "autoaugment", 36, "elem", "fp16", 3, 1, 44
+        yield "none", 64, "elem", "fp32", 3, 1, 72
 
 
 def launched(sm, policy, size, mode, kind, batch_size, seed, stored=None):
@@ -102,6 +103,6 @@ def test_ptx_of_augment_costs_a_large_image_little_more_for_a_pixel(executed):
 
 def test_a_barrier_that_is_taken_out_of_augment_is_noticed(executed):
     removed = [result for result in executed if "removed" in result]
-    assert len(removed) >= 22
+    assert len(removed) >= 11
     needless = [result for result in removed if not result["noticed"]]  # the compiler sets one with nothing behind it to meet
     assert len(needless) <= 2, "\n".join(map(str, needless))

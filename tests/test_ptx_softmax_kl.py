@@ -111,5 +111,5 @@ def test_sass_of_softmax_kl_has_no_spills_and_128_bits_a_thread_where_rows_are_a
 
 def test_a_barrier_that_is_taken_out_of_softmax_kl_is_noticed(executed):
     removed = [result for result in executed if "removed" in result]
-    assert len(removed) >= 5
+    assert len(removed) >= 3
     assert all(result["noticed"] for result in removed), "\n".join(map(str, removed))
