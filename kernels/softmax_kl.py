@@ -818,7 +818,7 @@ def tile_for(classes: int, vector: int, reverse: bool, weighted: bool) -> Tile:
     elif classes <= 256:
         rows, lanes, block, warps, registers = 2, 16, classes, 1, 168
     elif classes <= 1024:
-        rows, lanes, block, warps, registers = 1, 32, classes, 1, 224
+        rows, lanes, block, warps, registers = 1, 32, classes, 1, 232 if reverse else 224
     else:  # 2048 at a time: wider tiles would spill, or leave one program per multiprocessor
         narrow = classes <= 2048 and not weighted
         rows, lanes, block, warps, registers = (1, 64, classes, 2, 255) if narrow else (1, 128, 2048, 4, 128)

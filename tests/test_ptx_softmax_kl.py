@@ -27,6 +27,7 @@ COUNTED = [(classes, "fp32", "pair", "normal", rows, None) for classes, rows in 
 def cases():
     """classes, type, split or direction, kind of logits, rows, seed of the order; a tenth of the combinations, all under
     torture."""
+    yield 1000, "fp16", "reverse", "normal", 3, None  # for sm_80 here, where 224 registers are too few
     for turn, classes in enumerate(CLASSES):
         rows = 33 if classes <= 100 else 3
         for number, (kind, split) in enumerate(itertools.product(KINDS, ("pair", "dominant", "first", "reverse"))):
