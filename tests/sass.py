@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import triton
@@ -76,7 +77,9 @@ def compile_for(sm: int, kernel, call):
     return only.result() if hasattr(only, "result") else only
 
 
+@cache
 def describe(compiled) -> dict:
+    """Of a kernel from `compile_for`, which is the same object for every launch of one specialisation."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -220,12 +220,14 @@ def test_empty_cells_are_gaps_and_one_epoch_has_markers(tmp_path):
         del rows[5]
 
     figure = page(write_run(tmp_path / "run", "dkd", change=empty))
+    check_layout(figure)
     norm = panels(figure)["Gradient before clipping"].lines[0]
     np.testing.assert_allclose(norm.get_ydata(), [2, 1, np.nan, 0.5, np.nan, np.nan, np.nan, 0.25])
     assert {3, 7} <= set(norm.get_markevery()), "a value between gaps has a marker"
     largest = panels(figure)["Share of the logit gradient"].lines[-2].get_ydata()
     np.testing.assert_allclose(largest, [85, 85, np.nan, 85, np.nan, np.nan, 85, 85])
     figure = page(write_run(tmp_path / "one", "dkd", curve=CURVE[:1], epochs=1))
+    check_layout(figure)
     single = [line for axis in panels(figure).values() for line in axis.lines if len(line.get_xdata()) == 1]
     assert all(line.get_marker() not in ("", "None") and line.get_markevery() in (None, [0]) for line in single)
     assert panels(figure)["Accuracy"].get_xlim() == (0.5, 1.5)
