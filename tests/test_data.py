@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 import struct
 import sys
@@ -41,23 +42,22 @@ def refused(code, *words, **arguments):
 # --- CIFAR: small files in the format of the originals
 
 
+class Python2Pickler(pickle._Pickler):
+    """Writes byte strings, as cPickle of Python 2 did in 2009."""
+    dispatch = pickle._Pickler.dispatch.copy()
+
+    def save_text(self, value):
+        raw = value if isinstance(value, bytes) else value.encode("latin1")
+        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
+        self.memoize(value)
+
+    dispatch[str] = dispatch[bytes] = save_text
+
+
 def python2_pickle(value) -> bytes:
-    """`value` as cPickle of Python 2 wrote it in 2009: byte strings, and arrays by the old name of numpy's module."""
-    def opcodes(value):
-        if isinstance(value, dict):
-            return b"}(" + b"".join(opcodes(key) + opcodes(item) for key, item in value.items()) + b"u"
-        if isinstance(value, list):
-            return b"](" + b"".join(map(opcodes, value)) + b"e"
-        if isinstance(value, int):
-            return b"J" + struct.pack("<i", value)
-        if isinstance(value, str):
-            return b"U" + bytes([len(value)]) + value.encode("latin1")
-        dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-        shape = opcodes(value.shape[0]) + opcodes(value.shape[1]) + b"\x86"
-        raw = b"T" + struct.pack("<i", value.size) + value.tobytes()
-        empty = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
-        return empty + b"(K\x01" + shape + dtype + b"\x89" + raw + b"tb"
-    return b"\x80\x02" + opcodes(value) + b"."
+    """`value` as in a file of CIFAR, with the old name of numpy's module."""
+    Python2Pickler(buffer := io.BytesIO(), protocol=2).dump(value)
+    return buffer.getvalue().replace(b"numpy._core", b"numpy.core")
 
 
 def pixels(count, seed):
@@ -92,17 +92,6 @@ def cifar100(write_cifar):
     return write_cifar(cifar.CIFAR100, {name: python2_pickle(content) for name, content in contents.items()})
 
 
-@pytest.fixture
-def archive(cifar100, monkeypatch):
-    """The same as cifar-100-python.tar.gz, without the folder."""
-    path = cifar100.parent / "cifar-100-python.tar.gz"
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(cifar100, cifar100.name)
-    shutil.rmtree(cifar100)
-    monkeypatch.setattr(cifar.CIFAR100, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
-    return path
-
-
 def test_cifar100_is_read_from_the_standard_files(cifar100):
     loaded = datasets.load("cifar100", cifar100.parent, val_size=0)
     rows = torch.from_numpy(pixels(300, 0))
@@ -128,28 +117,19 @@ def test_cifar10_joins_its_batches(write_cifar):
     assert loaded.classes == list("abcdefghij")
 
 
-@pytest.mark.parametrize("name", ["train", "test", "meta"])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
-def test_a_damaged_cifar_file_is_named_and_left_alone(cifar100, archive_is_elsewhere, name, damage):
-    path = cifar100 / name
+@pytest.mark.parametrize("name, damage", [("train", "flipped"), ("test", "truncated"), ("meta", "missing")])
+def test_a_damaged_cifar_file_is_named_and_left_alone(cifar100, name, damage):
+    path, archive = cifar100 / name, cifar100.parent / "cifar-100-python.tar.gz"
     content = path.read_bytes()
     broken = content[:-100] if damage == "truncated" else content[:80] + bytes([content[80] ^ 4]) + content[81:]
     path.unlink() if damage == "missing" else path.write_bytes(broken)
+    archive.write_bytes(b"not read, as the folder is there")
     refused(4, path, "delete", name="cifar100", data_dir=cifar100.parent)
     assert not path.exists() if damage == "missing" else path.read_bytes() == broken
+    assert archive.read_bytes() == b"not read, as the folder is there"
 
 
-@pytest.fixture
-def archive_is_elsewhere(cifar100):
-    """An archive that must not be touched: the folder is there."""
-    path = cifar100.parent / "cifar-100-python.tar.gz"
-    path.write_bytes(b"not read")
-    yield
-    assert path.read_bytes() == b"not read"
-
-
-@pytest.mark.parametrize("call", [b"cposix\nsystem\n", b"cos\nsystem\n", b"c__builtin__\neval\n", b"cbuiltins\nexec\n",
-                                  b"cnumpy\nload\n", b"cnumpy.core.multiarray\nfromfile\n"])
+@pytest.mark.parametrize("call", [b"cposix\nsystem\n", b"cbuiltins\nexec\n", b"cnumpy.core.multiarray\nfromfile\n"])
 def test_a_cifar_pickle_cannot_run_code_even_with_the_right_checksum(cifar100, write_cifar, call):
     trap = cifar100.parent / "trap"
     contents = {name: (cifar100 / name).read_bytes() for name in ("train", "test", "meta")}
@@ -160,27 +140,15 @@ def test_a_cifar_pickle_cannot_run_code_even_with_the_right_checksum(cifar100, w
     assert not trap.exists(), "the pickle ran code"
 
 
-def test_the_archive_is_unpacked_where_the_folder_is_absent(archive):
-    """By several processes at once."""
-    with ThreadPoolExecutor(6) as pool:
-        loads = list(pool.map(lambda _: datasets.load("cifar100", archive.parent, val_size=0), range(6)))
-    assert all(torch.equal(one.train.images, loads[0].train.images) for one in loads)
-    assert sorted(os.listdir(archive.parent)) == ["cifar-100-python", "cifar-100-python.tar.gz"]
-
-
-@pytest.mark.parametrize("kept", [0, 2000, -1])
-def test_a_truncated_archive_is_named_and_left_alone(archive, kept):
-    archive.write_bytes(archive.read_bytes()[:kept])
-    size = archive.stat().st_size
-    refused(4, archive, "delete", name="cifar100", data_dir=archive.parent)
-    assert os.listdir(archive.parent) == [archive.name] and archive.stat().st_size == size
-
-
 @pytest.fixture
-def offer(archive, monkeypatch):
-    """-> function(share, error): what part of the archive, which is no longer there, a download gets, and how it ends."""
-    content = archive.read_bytes()
-    archive.unlink()
+def offer(cifar100, monkeypatch):
+    """-> function(share, error): what part of cifar-100-python.tar.gz a download gets, and how it ends.  Nothing is there yet."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        tar.add(cifar100, cifar100.name)
+    shutil.rmtree(cifar100)
+    content = packed.getvalue()
+    monkeypatch.setattr(cifar.CIFAR100, "tgz_md5", hashlib.md5(content).hexdigest())
 
     def offer(share=1.0, error=None):
         def download(url, root, filename, md5):
@@ -192,28 +160,31 @@ def offer(archive, monkeypatch):
     return offer
 
 
-def test_absent_files_are_downloaded_by_several_processes_at_once(offer, tmp_path):
-    offer()
-    with ThreadPoolExecutor(2) as pool:
-        one, two = pool.map(lambda _: datasets.load("cifar100", tmp_path / "new" / "sets", val_size=0), range(2))
-    assert torch.equal(one.train.images, two.train.images) and len(one.test.labels) == 100
-    assert sorted(os.listdir(tmp_path / "new" / "sets")) == ["cifar-100-python", "cifar-100-python.tar.gz"]
+def test_absent_files_are_downloaded_once_and_unpacked_by_several_processes_at_once(offer, tmp_path):
+    """A truncated archive is named and left alone."""
+    place, archive = tmp_path / "new" / "sets", "cifar-100-python.tar.gz"
+    for error in (None, AssertionError("a download was started though the archive is there")):
+        offer(error=error)
+        with ThreadPoolExecutor(6) as pool:
+            loads = list(pool.map(lambda _: datasets.load("cifar100", place, val_size=0), range(6)))
+        assert all(torch.equal(one.train.images, loads[0].train.images) for one in loads) and len(loads[0].test.labels) == 100
+        assert sorted(os.listdir(place)) == ["cifar-100-python", archive]
+        shutil.rmtree(place / "cifar-100-python")
+    os.truncate(place / archive, 2000)
+    refused(4, place / archive, "delete", name="cifar100", data_dir=place)
+    assert os.listdir(place) == [archive] and (place / archive).stat().st_size == 2000
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (URLError("no route"), 4, ["--dataset synthetic", "no route"]),
-    (ConnectionResetError("cut"), 4, ["--dataset synthetic", "cut"]),
-    (RuntimeError("wrong md5"), 4, ["https://", "wrong md5"]),
-    (IncompleteRead(b""), 4, ["https://"]), (None, 4, ["wrong md5"]),
-    (OSError(errno.ENOSPC, "No space left on device"), 8, ["No space left"]),
-], ids=repr)
+    (URLError("no route"), 4, ["--dataset synthetic", "no route"]), (ConnectionResetError("cut"), 4, ["cut"]),
+    (RuntimeError("wrong md5"), 4, ["https://", "wrong md5"]), (IncompleteRead(b""), 4, ["https://"]),
+    (OSError(errno.ENOSPC, "No space left on device"), 8, ["No space left"])], ids=repr)
 def test_a_failed_download_leaves_nothing_and_the_next_one_repairs_it(offer, tmp_path, error, code, words):
     offer(0.5, error)
     refused(code, "cifar-100-python.tar.gz", tmp_path, *words, name="cifar100", data_dir=tmp_path / "new")
-    if error:
-        assert os.listdir(tmp_path / "new") == []
-        offer()
-        assert len(datasets.load("cifar100", tmp_path / "new", val_size=0).test.labels) == 100
+    assert os.listdir(tmp_path / "new") == []
+    offer()
+    assert len(datasets.load("cifar100", tmp_path / "new", val_size=0).test.labels) == 100
 
 
 @pytest.mark.parametrize("place", ["train", ""])
@@ -233,26 +204,18 @@ def test_nothing_is_downloaded_into_a_folder_of_other_images(offer, tmp_path, pl
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_the_binary_version_is_read(tmp_path, name):
     folder, labels, train, test, names = cifar.BINARY[name]
-    (tmp_path / folder).mkdir()
-    (tmp_path / folder / names).write_text("\n".join(f"class_{k}" for k in range(10)) + "\n\n")
-
-    def records(count, seed):
-        wanted = np.arange(count, dtype=np.uint8) % 10
-        rows = np.hstack([*[np.full((count, 1), 7, np.uint8)] * (labels - 1), wanted[:, None], pixels(count, seed)])
-        return rows.tobytes(), wanted.tolist()
-
-    wanted = []
+    wanted, folder = np.arange(20, dtype=np.uint8) % 10, tmp_path / folder
+    folder.mkdir()
+    (folder / names).write_text("\n".join(f"class_{k}" for k in range(10)) + "\n\n")
     for seed, file in enumerate([*train, test]):
-        content, found = records(20, seed)
-        (tmp_path / folder / file).write_bytes(content)
-        wanted.append(found)
+        rows = np.hstack([*[np.full((20, 1), 7, np.uint8)] * (labels - 1), wanted[:, None], pixels(20, seed)])
+        (folder / file).write_bytes(content := rows.tobytes())
     loaded = datasets.load(name, tmp_path, val_size=0)
-    assert loaded.train.labels.tolist() == sum(wanted[:-1], []) and loaded.classes[3] == "class_3" and loaded.image_size == 32
+    assert loaded.train.labels.tolist() == wanted.tolist() * len(train) and loaded.classes[3] == "class_3"
     assert torch.equal(loaded.test.images.permute(0, 3, 1, 2).flatten(1), torch.from_numpy(pixels(20, len(train))))
-    (tmp_path / folder / test).write_bytes(content[:-1])
-    refused(4, tmp_path / folder / test, name=name, data_dir=tmp_path)
-    (tmp_path / folder / test).write_bytes(b"\xff" * len(content))
-    refused(4, "255", name=name, data_dir=tmp_path)
+    for damaged, word in ((content[:-1], folder / test), (b"\xff" * len(content), "255")):
+        (folder / test).write_bytes(damaged)
+        refused(4, word, name=name, data_dir=tmp_path)
 
 
 def write_parquet(folder, label):
@@ -272,23 +235,20 @@ def write_parquet(folder, label):
         parquet.write_table(table, folder / f"{kind}-00000-of-00001.parquet")
 
 
-def test_parquet_files_are_read(tmp_path):
+def test_parquet_files_are_read(tmp_path, monkeypatch):
+    (damaged := tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        patch.setitem(sys.modules, "pyarrow.parquet", None)
+        refused(2, "pyarrow", damaged, name="cifar100", data_dir=tmp_path)
     write_parquet(tmp_path / "cifar100", "fine_label")
+    refused(4, "Parquet", name="cifar100", data_dir=tmp_path)
+    damaged.unlink()
     write_parquet(tmp_path / "plain_text", "label")
     for name in ("cifar100", "cifar10"):
         loaded = datasets.load(name, tmp_path, val_size=0)
         assert loaded.classes == ["a", "b", "c"] and loaded.test.labels.tolist() == [0, 1, 2, 0, 1, 2]
         assert torch.equal(loaded.train.images[8].flatten(), torch.from_numpy(pixels(1, 8)[0]))
-    damaged = tmp_path / "cifar100" / "test-00000-of-00001.parquet"
-    damaged.write_bytes(damaged.read_bytes()[:-20])
-    refused(4, "Parquet", name="cifar100", data_dir=tmp_path)
-
-
-def test_parquet_files_without_their_package(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
-    refused(2, "pyarrow", "train-00000-of-00001.parquet", name="cifar100", data_dir=tmp_path)
 
 
 # --- image folders
@@ -354,21 +314,6 @@ def test_images_larger_than_asked_for_are_made_smaller(two_trees):
     assert plain.image_size == 12 and said == "", "the same cache serves both"
 
 
-@pytest.mark.parametrize("upright", [False, True])
-def test_the_short_side_is_resized_and_the_middle_kept(two_trees, upright):
-    """Red, green and blue thirds: the square in the middle is green. Grey noise averages out where the resize is antialiased."""
-    bands = np.repeat(np.eye(3, dtype=np.uint8)[None] * 255, 40, 0).repeat(40, 1)
-    path = two_trees / "test" / "dog" / "zz.png"
-    Image.fromarray(bands.swapaxes(0, 1) if upright else bands).save(path)
-    noise = np.random.default_rng(0).integers(0, 2, (160, 160, 1), dtype=np.uint8) * 255
-    Image.fromarray(noise.repeat(3, 2)).save(path.with_name("zzz.png"))
-    loaded, _ = load_folder(two_trees, image_size=20)
-    middle = loaded.test.images[-2].float()
-    assert loaded.image_size == 20
-    assert torch.equal(middle[1:-1, 1:-1].mean((0, 1)), torch.tensor([0.0, 255.0, 0.0])), middle.mean((0, 1))
-    assert loaded.test.images[-1].float().std() < 30, "noise of deviation 127 should be averaged over 8x8 pixels"
-
-
 def test_photographs_are_decoded_by_threads_into_the_same_places(two_trees):
     paths = sorted((two_trees / "train").glob("*/*"))
     wanted = np.stack([np.asarray(Image.open(path)).repeat(20, 1).repeat(20, 0) for path in paths])
@@ -397,35 +342,18 @@ def test_an_interruption_does_not_wait_for_the_photographs_that_are_left(two_tre
 # --- the cache of decoded images
 
 
-def test_a_second_load_reads_the_cache(two_trees, monkeypatch):
-    first, said = load_folder(two_trees)
-    monkeypatch.setattr(imagefolder, "decode", None)  # decoding again would fail
-    second, silence = load_folder(two_trees)
-    assert said and not silence
-    assert all(torch.equal(getattr(first, part).images, getattr(second, part).images) for part in ("train", "val", "test"))
-
-
-@pytest.mark.parametrize("change", ["content", "added", "removed", "renamed", "moved to the other tree"])
-def test_a_changed_folder_is_decoded_again(two_trees, change):
-    first, _ = load_folder(two_trees, val_size=0)
+def test_a_changed_folder_is_decoded_again(two_trees):
     path = two_trees / "train" / "cat" / "019.png"
-    if change == "content":
-        draw(path, seed=5)
-    elif change == "added":
-        draw(path.with_name("020.png"), seed=5)
-    elif change == "removed":
-        path.unlink()
-    elif change == "renamed":
-        path.rename(path.with_name("0000.png"))
-    else:
-        path.rename(two_trees / "test" / "cat" / "000a.png")
-    second, said = load_folder(two_trees, val_size=0)
-    assert "decoding" in said
-    assert not torch.equal(first.train.images, second.train.images), "the old images came back"
-    assert len(list(two_trees.glob(".fusekd*"))) == 1, "the outdated cache was kept"
+    loads = [load_folder(two_trees, val_size=0)[0].train.images.clone()]
+    for change in (lambda: draw(path, seed=5), lambda: path.rename(two_trees / "train" / "cat" / "0000.png")):
+        change()
+        loaded, said = load_folder(two_trees, val_size=0)
+        assert "decoding" in said and not torch.equal(loaded.train.images, loads[-1]), "the old images came back"
+        assert len(list(two_trees.glob(".fusekd*"))) == 1, "the outdated cache was kept"
+        loads.append(loaded.train.images.clone())
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "foreign", "pickle"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "foreign"])
 def test_a_damaged_cache_is_decoded_again(two_trees, damage):
     first, _ = load_folder(two_trees)
     train, test = first.train.images, first.test.images.clone()  # not the cache itself, which is mapped
@@ -433,10 +361,9 @@ def test_a_damaged_cache_is_decoded_again(two_trees, damage):
     content = cache.read_bytes()
     middle = content.index(test.numpy().tobytes()) + 50
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
-    foreign = io.BytesIO()
-    torch.save([torch.zeros(2, 8, 8, 3)], foreign)
-    cache.write_bytes({"flipped": flipped, "truncated": content[:-300], "foreign": foreign.getvalue(),
-                       "pickle": b"cos\nsystem\n(S'exit 1'\ntR."}[damage])
+    cache.write_bytes({"flipped": flipped, "truncated": content[:-300], "foreign": b""}[damage])
+    if damage == "foreign":
+        torch.save([torch.zeros(2, 8, 8, 3)], cache)
     second, said = load_folder(two_trees)
     assert "cache is damaged" in said and str(cache) in said
     assert torch.equal(train, second.train.images) and torch.equal(test, second.test.images)
@@ -578,20 +505,16 @@ def test_images_are_weighed_before_they_go_to_the_gpu(two_trees, monkeypatch):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """The data set, and the same without a validation split under another seed."""
-    return datasets.load("synthetic", "nowhere"), datasets.load("synthetic", "nowhere", seed=7, val_size=0)
+    return datasets.load("synthetic", "nowhere")
 
 
-def test_synthetic_is_balanced_and_does_not_move_with_the_seed(drawn):
-    drawn, other = drawn
+def test_synthetic_is_balanced_and_has_no_image_twice(drawn):
     assert drawn.train.images.shape == (9000, 32, 32, 3) and drawn.train.images.dtype == torch.uint8
-    assert drawn.selected_on == "validation split of 1000 training images"
+    assert drawn.selected_on == "validation split of 1000 training images" and drawn.notes == []
     for split, count in ((drawn.train, 90), (drawn.val, 10), (drawn.test, 50)):
         assert split.labels.bincount(minlength=100).unique().tolist() == [count] and split.images.is_contiguous()
     assert len(set(drawn.classes)) == 100 and drawn.classes[42] == "star5_c"
-    assert torch.equal(other.test.images, drawn.test.images) and (other.mean, other.std) == (drawn.mean, drawn.std)
-    assert as_set(other.train) == as_set(drawn.train, drawn.val)
-    assert not as_set(other.train) & as_set(other.test), "a test image is a training image"
+    assert len(as_set(drawn.train, drawn.val, drawn.test)) == 15_000
 
 
 def test_synthetic_bytes_depend_on_the_seed_alone():
@@ -609,7 +532,6 @@ def test_synthetic_bytes_depend_on_the_seed_alone():
 
 def test_synthetic_has_contrast_and_siblings_that_are_alike(drawn):
     """Measured: mean 0.453, deviation 0.193.  The middle of an image holds the object, in the colour of its superclass."""
-    drawn, _ = drawn
     assert all(0.43 < value < 0.48 for value in drawn.mean) and all(0.17 < value < 0.22 for value in drawn.std)
     assert ((drawn.test.images == 0) | (drawn.test.images == 255)).float().mean() < 0.05, "too many values are black or full"
     middle = drawn.train.images[:, 8:24, 8:24].float().mean((1, 2)) / 255

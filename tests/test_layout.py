@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from command import one_line, run
 from helpers import draw, fails, folder, load_folder, table_of
 from PIL import Image
@@ -55,13 +54,13 @@ def relaid(plain, kind):
     return other
 
 
-@pytest.mark.parametrize("kind", ["table", "Tiny ImageNet", "train val", "Training TEST", "train valid", "TRAIN Validation",
-                                  "training testing", "train_set test-2017"])
+@pytest.mark.parametrize("kind", ["table", "Tiny ImageNet", "train val", "Training TEST", "TRAIN Validation",
+                                  "train_set test-2017"])
 def test_every_layout_leaves_the_same_images(plain, kind):
     wanted, loaded = load_folder(plain, val_size=4)[0], load_folder(relaid(plain, kind), val_size=4)[0]
     assert pixels(loaded) == pixels(wanted) and loaded.fingerprint == wanted.fingerprint
-    assert any("val is the test set" in note for note in loaded.notes) == (kind in ("Tiny ImageNet", "train val", "train valid",
-                                                                                    "TRAIN Validation"))
+    is_val = kind in ("Tiny ImageNet", "train val", "TRAIN Validation")
+    assert any("val is the test set" in note for note in loaded.notes) == is_val
 
 
 def test_val_validates_unless_a_val_size_is_given(plain):
@@ -77,20 +76,14 @@ def test_val_validates_unless_a_val_size_is_given(plain):
     assert len({drawn.fingerprint, loaded.fingerprint}) == 1
 
 
-def test_train_alone_is_split(plain):
+def test_train_alone_and_a_table_without_splits_are_one_tree(plain):
+    """Each keeps a cache of its own."""
     shutil.rmtree(plain / "test")
-    inside, _ = load_folder(plain)
-    assert pixels(inside) == pixels(load_folder(plain / "train")[0]) and len(inside.test.labels) == 2
-
-
-def test_a_table_without_splits_is_one_tree(plain):
-    tree = load_folder(plain / "train")[0]
     rows = [f"train/{path.parent.name}/{path.name},{path.parent.name}" for path in (plain / "train").rglob("*.png")]
     (plain / "all.csv").write_text("\n".join(["path,label", *rows]))
-    assert pixels(load_folder(plain / "all.csv")[0]) == pixels(tree)
-    before = sorted(plain.glob(".fusekd*"))
-    load_folder(plain)
-    assert len(before) == 1 and set(before) < set(plain.glob(".fusekd*")), "each keeps its own cache"
+    tree, alone, table = (load_folder(place)[0] for place in (plain / "train", plain, plain / "all.csv"))
+    assert pixels(alone) == pixels(table) == pixels(tree) and len(tree.test.labels) == 2
+    assert len(list(plain.glob(".fusekd*"))) == 2
 
 
 def test_a_class_without_test_images_keeps_the_labels_of_the_others(plain):
@@ -133,13 +126,6 @@ def test_what_is_left_out_is_counted(plain, capsys):
                             "left out: 1 .txt, 1 hidden, 1 outside of a class folder"]
     assert len(list(pictures.image_paths(str(plain / "train" / "cat")))) == 6
     assert capsys.readouterr().err == f"left out: 1 .txt, 1 hidden ({plain / 'train' / 'cat'})\n"
-
-
-def test_other_formats_are_read(plain):
-    for path in list((plain / "train" / "ant").glob("*.png"))[1:]:
-        Image.open(path).convert("L").save(path.with_suffix(".gif"))
-        path.unlink()
-    assert load_folder(plain, val_size=0)[0].train.labels.bincount().tolist() == [9, 6, 5]
 
 
 def linked(root):
@@ -259,8 +245,7 @@ def test_a_run_lists_all_unreadable_files(damaged, capsys, tmp_path):
     assert '"unreadable": 2' in (tmp_path / "run" / "summary.json").read_text()
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_any_name_of_a_class_can_be_printed_and_drawn(tmp_path, capsys, monkeypatch, encoding):
+def test_any_name_of_a_class_can_be_printed_and_drawn(tmp_path, capsys, monkeypatch):
     """Names that are no UTF-8, no formula between $, without glyphs, in two lines, or long."""
     names = [b"\xe9cole", rb"$a_b$ {\frac", "熊猫".encode(), b"two\nlines", b"x" * 200]
     folder(tmp_path / "images", **{os.fsdecode(name): 3 for name in names})
@@ -269,7 +254,7 @@ def test_any_name_of_a_class_can_be_printed_and_drawn(tmp_path, capsys, monkeypa
             ("train_teacher.py", f"{flags} --model resnet8 --epochs 1 --output {tmp_path}/run"),
             ("show_batch.py", f"{flags} --output {tmp_path}/batch.png"),
             ("predict.py", f"{tmp_path}/run/best.pt {tmp_path}/images --output {tmp_path}/sheet.png")):
-        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
         code, _, errors = run(capsys, script, line)
         assert code == 0 and not errors.count("Warning"), errors
     for name in ("batch.png", "sheet.png"):
@@ -284,16 +269,6 @@ def test_a_class_of_one_image_is_for_training(tmp_path):
     loaded, _ = load_folder(tmp_path)
     assert loaded.train.labels.bincount().tolist()[0] == 1 and loaded.val.labels.min() == loaded.test.labels.min() == 1
     assert loaded.notes == [f"no {split} images of 1 of 2 classes: ant" for split in ("test", "validation")]
-
-
-def test_classes_of_equal_images(tmp_path):
-    for name, value in (("black", 0), ("white", 255)):
-        for k in range(20):
-            (tmp_path / name).mkdir(exist_ok=True)
-            Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / name / f"{k}.png")
-    loaded, _ = load_folder(tmp_path)
-    assert "4 of 4 test images are also training images, pixel by pixel" in loaded.notes
-    assert torch.equal(loaded.train.images.amax((1, 2, 3)) > 0, loaded.train.labels > 0)
 
 
 @pytest.mark.skipif("TORTURE" not in os.environ, reason="a minute; make torture runs it")

@@ -55,34 +55,15 @@ def assert_same_body(net, other, but=None):
 
 # Names and sizes
 
-def test_downsampling_happens_where_published():
-    """The last feature maps are 8x8 for the residual networks, 4x4 for VGG at 32 and at 64 pixels, 2x2 for MobileNetV2."""
-    for name, image_size, side in (
-        ("resnet8", 32, 8), ("wrn_16_2", 32, 8), ("vgg8", 32, 4), ("vgg8", 64, 4), ("mobilenet_v2", 32, 2),
-    ):
-        net = models.build(name, 10, image_size)
-        sides = []
-        net.features.register_forward_hook(lambda module, inputs, output: sides.append(output.shape[-1]))
-        net(torch.randn(2, 3, image_size, image_size))
-        assert sides == [side], f"{name} ends on {sides} positions a side at {image_size} pixels, not {side}"
-
-
-def test_shortcuts_start_where_published():
-    """Wide ResNets: at the input, but after its activation where the width changes.  MobileNetV2: only at equal shape."""
-    negative = -torch.rand(2, 4, 6, 6)
-    for width, expected in ((4, negative), (8, torch.zeros(2, 8, 6, 6))):
-        block = cifar_networks.PreActivationBlock(4, width, stride=1).eval()
-        torch.testing.assert_close(block(negative), expected, msg=f"wrong shortcut from 4 to {width} channels")
-    for width, stride, kept in ((4, 1, negative), (4, 2, torch.zeros(2, 4, 3, 3)), (8, 1, torch.zeros(2, 8, 6, 6))):
-        block = cifar_networks.InvertedResidual(4, width, stride, expansion=6).eval()
-        nn.init.zeros_(block[-1][1].weight)
-        torch.testing.assert_close(block(negative), kept, msg=f"wrong shortcut from 4 to {width} channels, stride {stride}")
+def test_vgg_pools_once_more_at_64_pixels():
+    """Its size and logits at 32 pixels are in test_published_networks."""
+    assert models.build("vgg8", 10, 64).features(torch.randn(1, 3, 64, 64)).shape[2:] == (4, 4)
 
 
 @pytest.mark.parametrize("name, millions, gflop", [("efficientnet_v2_s", 20.3, 0.12), ("efficientnet_v2_l", 117.4, 0.54)])
 def test_the_teacher_and_the_student_have_the_published_size(name, millions, gflop):
     with torch.device("meta"):
-        net = models.build(name, 100)
+        net = models.build(name, 100, try_size=False)
     size, head = models.parameters(net), net.classifier[1].in_features + 1
     assert round(size / 1e6, 1) == millions and round(models.flops(net, 32) / 1e9, 2) == gflop
     assert size + 900 * head == torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
@@ -93,10 +74,10 @@ def test_the_teacher_and_the_student_have_the_published_size(name, millions, gfl
                               "torchvision/mobilenet_v2")),
     ("inception_v3", 299), ("maxvit_t", 224), ("vit_b_16", 64), ("swin_t", 48), ("convnext_tiny", 64)])
 def test_torchvision_families_take_small_images(name, image_size):
+    """Also in training mode; that of evaluation is tried by `build`."""
     with torch.device("meta"):
         net = models.build(name, 7, image_size)
-        for mode in (True, False):
-            assert net.train(mode)(torch.empty(2, 3, image_size, image_size)).shape == (2, 7)
+        assert net(torch.empty(2, 3, image_size, image_size)).shape == (2, 7)
 
 
 def test_our_names_shadow_those_of_torchvision():

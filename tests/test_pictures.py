@@ -53,18 +53,6 @@ def test_exif_orientation_is_applied(tmp_path, tag, suffix):
     assert notes == ([pictures.TURNED] if tag > 1 and suffix != "tif" else [])  # Pillow itself turns a TIFF
 
 
-def test_a_photograph_lies_upright_before_it_is_cropped(tmp_path):
-    """Red above blue, stored on its side: the middle of a tall picture holds half of each."""
-    tall = np.zeros((30, 20, 3), np.uint8)
-    tall[:15, :, 0] = tall[15:, :, 2] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(np.ascontiguousarray(STORED[6](tall))).save(tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
-    pixels, _ = decode(tmp_path / "a.jpg", side=20)
-    assert pixels[:8].mean((0, 1))[0] > 240 and pixels[-8:].mean((0, 1))[2] > 240
-    assert np.abs(pictures.read(str(tmp_path / "a.jpg"), 20)[0].astype(int) - pixels).max() == 0
-
-
 def photograph(width, height, mode="RGB"):
     """Waves and a box, of all three colours."""
     down, along = np.mgrid[:height, :width] / min(height, width)
@@ -107,34 +95,24 @@ def test_damaged_exif_data_do_not_hide_an_image(tmp_path):
 
 
 ALPHA = np.where(NOISE[..., 0] % 2, 255, 0).astype(np.uint8)
-ON_WHITE = np.where(ALPHA[..., None] == 255, NOISE, 255)
+COLOURS = np.array([[10, 20, 30], [40, 50, 60], [255, 255, 255], [100, 110, 120]], np.uint8)
+PALETTE = Image.fromarray(NOISE[..., 0] % 4).convert("P")
+PALETTE.putpalette(COLOURS.flatten().tolist())
+ON_WHITE = {  # an image, the argument that makes one colour of it transparent, and what is read
+    "RGBA": (np.dstack([NOISE, ALPHA]), None, np.where(ALPHA[..., None], NOISE, 255)),
+    "LA": (np.dstack([NOISE[..., 0], ALPHA]), None, np.where(ALPHA, NOISE[..., 0], 255)[..., None].repeat(3, 2)),
+    "P": (PALETTE, 2, COLOURS[NOISE[..., 0] % 4]),
+    "RGB": (COLOURS[NOISE[..., 0] % 4], (40, 50, 60), COLOURS[[0, 2, 2, 3]][NOISE[..., 0] % 4]),
+    "partial": (np.dstack([NOISE, np.full_like(ALPHA, 64)]), None, (NOISE * 64.0 + 255.0 * (255 - 64)) / 255)}
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "tRNS", "partial"])
-def test_transparency_lies_on_white(tmp_path, mode):
-    path, wanted = tmp_path / "a.png", ON_WHITE
-    if mode == "RGBA":
-        Image.fromarray(np.dstack([NOISE, ALPHA])).save(path)
-    elif mode == "LA":
-        Image.fromarray(np.dstack([NOISE[..., 0], ALPHA])).save(path)
-        wanted = np.where(ALPHA == 255, NOISE[..., 0], 255)[..., None].repeat(3, 2)
-    elif mode == "P":  # with a transparent entry in its palette
-        image = Image.fromarray((NOISE[..., 0] % 4).astype(np.uint8), "L").convert("P")
-        image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
-        image.save(path, transparency=2)
-        colours = np.array([[10, 20, 30], [40, 50, 60], [255, 255, 255], [100, 110, 120]])
-        wanted = colours[NOISE[..., 0] % 4]
-    elif mode == "tRNS":  # one colour of an RGB image
-        pixels = NOISE.copy()
-        pixels[3:5] = 7, 8, 9
-        Image.fromarray(pixels).save(path, transparency=(7, 8, 9))
-        wanted = pixels.copy()
-        wanted[3:5] = 255
-    else:
-        Image.fromarray(np.dstack([NOISE, np.full_like(ALPHA, 64)])).save(path)
-        wanted = (NOISE * 64.0 + 255.0 * (255 - 64)) / 255
-    pixels, notes = decode(path)
-    assert np.abs(pixels - wanted.astype(float)).max() <= (1 if mode == "partial" else 0) and notes == [pictures.ON_WHITE]
+@pytest.mark.parametrize("kind", ON_WHITE)
+def test_transparency_lies_on_white(tmp_path, kind):
+    image, transparent, wanted = ON_WHITE[kind]
+    image = image if kind == "P" else Image.fromarray(image)
+    image.save(tmp_path / "a.png", **{} if transparent is None else {"transparency": transparent})
+    pixels, notes = decode(tmp_path / "a.png")
+    assert np.abs(pixels - wanted.astype(float)).max() <= (kind == "partial") and notes == [pictures.ON_WHITE]
 
 
 @pytest.mark.parametrize("kind", ["png 16", "pgm 16", "tiff 16", "tiff 32", "tiff float"])
