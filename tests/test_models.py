@@ -70,9 +70,8 @@ def test_the_teacher_and_the_student_have_the_published_size(name, millions, gfl
 
 
 @pytest.mark.parametrize("name, image_size", [
-    *((name, 32) for name in ("shufflenet_v2_x0_5", "squeezenet1_1", "mobilenet_v3_small", "mnasnet0_5", "googlenet",
-                              "torchvision/mobilenet_v2")),
-    ("inception_v3", 299), ("maxvit_t", 224), ("vit_b_16", 64), ("swin_t", 48), ("convnext_tiny", 64)])
+    ("squeezenet1_1", 32), ("mnasnet0_5", 32), ("googlenet", 32), ("inception_v3", 299), ("maxvit_t", 224), ("vit_b_16", 64),
+    ("swin_t", 48)])
 def test_torchvision_families_take_small_images(name, image_size):
     """Also in training mode; that of evaluation is tried by `build`."""
     with torch.device("meta"):
@@ -86,7 +85,7 @@ def test_our_names_shadow_those_of_torchvision():
         assert not models.is_torchvision(name) and models.is_torchvision(f"torchvision/{name}")
     assert not any(map(models.is_torchvision, ("resnet8", "v2_pico", "torchvision/resnet8", "nothing")))
     with torch.device("meta"):
-        assert models.parameters(models.build("torchvision/vgg13", 1000)) == 133_047_848
+        assert models.parameters(models.build("torchvision/vgg13", 1000, try_size=False)) == 133_047_848
     names = models.names()
     assert len(names) == len(set(names)) and {*cifar_networks.NETWORKS, "efficientnet_v2_l", "torchvision/vgg13"} <= {*names}
     assert not [name for name in names if "rcnn" in name or "quantized" in name]
@@ -163,6 +162,8 @@ def test_init_refuses_other_networks(tmp_path):
     net = models.build("resnet14", 10)
     state = net.state_dict()
     path = tmp_path / "init.pt"
+    with fails(DATA, f"no such file ({path})"):
+        models.initialise(net, "resnet14", init=path)
 
     def attempt(content, *words):
         torch.save(content, path)
@@ -180,24 +181,6 @@ def test_init_refuses_other_networks(tmp_path):
         attempt(nothing, "no weights", found, *foreign.ENTRIES)
 
 
-def test_init_refuses_damaged_and_evil_files(tmp_path):
-    net = models.build("v2_pico", 10)
-    with fails(DATA, "no such file"):
-        models.initialise(net, "v2_pico", init=tmp_path / "absent.pt")
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Touch(tmp_path / "owned")))
-    torch.save({"weight": Touch(tmp_path / "owned")}, tmp_path / "evil-archive.pt")
-    torch.save(net.state_dict(), tmp_path / "damaged.pt")
-    damaged = bytearray((tmp_path / "damaged.pt").read_bytes())
-    place = damaged.find(net.features[0][0].weight.detach().permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-    assert place > 0
-    damaged[place] ^= 1
-    (tmp_path / "damaged.pt").write_bytes(damaged)
-    for name in ("evil.pt", "evil-archive.pt", "damaged.pt"):
-        with fails(DATA, str(tmp_path / name)):
-            models.initialise(net, "v2_pico", init=tmp_path / name)
-    assert not (tmp_path / "owned").exists(), "the file ran code"
-
-
 def small_vit(image_size, **options):
     return torchvision.models.VisionTransformer(image_size, 16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=16, **options)
 
@@ -206,20 +189,20 @@ LAYOUTS = {  # a network of each family, and how files of torchvision name a key
     "densenet121": (lambda: torchvision.models.DenseNet(4, (2, 2), 8),
                     lambda key: re.sub(r"(denselayer\d\.(?:norm|conv))(\d)", r"\1.\2", key)),
     "vit_b_16": (lambda: small_vit(32), lambda key: key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2.")),
-    "resnet18": (lambda: models.build("resnet18", 5), lambda key: "" if key.endswith("num_batches_tracked") else key),
-    "googlenet": (lambda: models.build("googlenet", 5), str),  # and with its training-time heads
+    "resnet8": (lambda: models.build("resnet8", 5), lambda key: "" if key.endswith("num_batches_tracked") else key),
     "mnasnet0_5": (lambda: models.build("mnasnet0_5", 5), str),  # and without the layer versions that a plain dict has lost
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_init_reads_the_layouts_of_torchvision(tmp_path, name):
+    """With the training-time heads of GoogLeNet and Inception."""
     make, rename = LAYOUTS[name]
     source = scrambled(copy.deepcopy(net := make()))
     found = {rename(key): tensor for key, tensor in source.state_dict().items() if rename(key)}
-    torch.save(found | ({"aux1.fc2.bias": torch.zeros(9)} if name == "googlenet" else {}), tmp_path / "old.pt")
+    torch.save(found | {"aux1.fc2.bias": torch.zeros(9), "AuxLogits.fc.bias": torch.zeros(9)}, tmp_path / "old.pt")
     models.initialise(net, name, init=tmp_path / "old.pt")
-    assert_same_body(net, source, but="num_batches_tracked" if name == "resnet18" else None)
+    assert_same_body(net, source, but="num_batches_tracked" if name == "resnet8" else None)
 
 
 # ImageNet weights
@@ -355,27 +338,21 @@ def test_load_refuses_what_is_not_a_trained_network(tmp_path):
         checkpoint.write(path, **{name: value for name, value in content.items() if name not in (key, "format")})
         with fails(CHECKPOINT, f"{key} is missing"):
             models.load(path)
-    torch.save(net.state_dict(), path)
-    with fails(CHECKPOINT, "not a checkpoint of this project"):
-        models.load(path)
-    path.write_bytes(path.read_bytes()[:1000])
-    with fails(CHECKPOINT, "unreadable file"):
-        models.load(path)
 
 
 @pytest.fixture
 def small_networks(monkeypatch):
     """torchvision's transformer and DenseNet under names of ours, with few layers."""
     densenet = partial(torchvision.models.DenseNet, 8, (2, 2), 8)
-    for name, make in (("small_vit", partial(small_vit, 64)), ("small_densenet", densenet)):
+    for name, make in (("small_vit", partial(small_vit, 32)), ("small_densenet", densenet)):
         monkeypatch.setitem(cifar_networks.NETWORKS, name, lambda classes, make=make: make(num_classes=classes))
 
 
-@pytest.mark.parametrize("name", ["v2_tiny", "resnet8x4", "small_vit"])
+@pytest.mark.parametrize("name", ["v2_pico", "resnet8", "small_vit"])
 def test_weights_held_in_the_type_of_autocast_give_the_same_logits(tmp_path, small_networks, name):
-    save_best(tmp_path / "best.pt", models.build(name, 10, 64), name, 10, image_size=64)
+    save_best(tmp_path / "best.pt", models.build(name, 10), name, 10)
     plain, held = models.load(tmp_path / "best.pt"), models.load(tmp_path / "best.pt", dtype=torch.bfloat16)
-    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert torch.equal(plain(images), held(images))
     kinds = {type(module): weight.dtype for module in held.modules() for weight in module.parameters(recurse=False)}
@@ -383,22 +360,22 @@ def test_weights_held_in_the_type_of_autocast_give_the_same_logits(tmp_path, sma
 
 
 @pytest.mark.parametrize("name, left", [("v2_pico", 0), ("resnet8", 0), ("vgg8", 0), ("mobilenet_v2", 0), ("wrn_16_2", 6),
-                                        ("resnet18", 0), ("small_densenet", 6), ("small_vit", 0)])
+                                        ("small_densenet", 6), ("small_vit", 0)])
 def test_a_folded_network_gives_the_same_logits_without_its_batch_norms(tmp_path, small_networks, name, left):
     """Those in front of a convolution cannot be folded.  Images of another size are still resized."""
-    net = models.build(name, 10, 64)
+    net = models.build(name, 10)
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):  # as training leaves them, not as they begin
                 for values, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.5, 0.5), (module.running_mean, -0.5, 0.5),
                                           (module.running_var, 0.5, 2.0)):
                     values.uniform_(low, high)
-    save_best(tmp_path / "best.pt", net, name, 10, image_size=64)
+    save_best(tmp_path / "best.pt", net, name, 10)
     plain, folded = (models.load(tmp_path / "best.pt", folded=folded) for folded in (False, True))
     assert folded.info == plain.info and folded.size == plain.size == models.parameters(net) and not folded.training
     assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == left
     assert not any(parameter.requires_grad for parameter in folded.parameters())
-    for size in (64, 32):
+    for size in (32, 16):
         images = torch.randn(2, 3, size, size).to(memory_format=torch.channels_last)
         logits = plain(images)
         assert (folded(images) - logits).abs().max() <= 1e-5 * logits.abs().max()
@@ -411,9 +388,3 @@ def test_a_network_that_cannot_be_traced_is_not_folded():
 
     net = Moody()
     assert models.fold(net, 32) is net
-
-
-def test_activations_are_not_in_place_where_training_would_copy_them():
-    for name in ("v2_pico", "efficientnet_b0"):
-        found = [module for module in models.build(name, 10).modules() if isinstance(module, nn.SiLU)]
-        assert found and not any(module.inplace for module in found)
