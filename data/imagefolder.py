@@ -22,20 +22,18 @@ from rundir.files import write_atomic
 from rundir.terminal import live, say
 
 THREADS_ABOVE = 128  # pixels; decoding of smaller images is slower with threads
-CACHE_VERSION = b"3"  # to be changed with the pixels that `decode` returns
+CACHE_VERSION = b"4"  # to be changed with what `decode` returns
 
 
 @dataclass
 class Decoded:
     """RGB images uint8 (N, side, side, 3) of the readable files, in the order of the paths.
 
-    unreadable: (path, reason) of the others.  notes: how many images were converted, by the constants of data.pictures.
-    is_native: `side` is their stored size rather than --image-size.
+    unreadable: (row, reason) of the others.  notes: how many images were converted, by the constants of data.pictures.
     """
     images: torch.Tensor
-    unreadable: list[tuple[str, str]]
+    unreadable: list[tuple[int, str]]
     notes: dict[str, int]
-    is_native: bool
 
 
 class Unreadable(Failure):
@@ -59,7 +57,7 @@ def imagefolder(data_dir: Path, image_size, unreadable: str, allow_empty_classes
     prefix = f".fusekd-{data_dir.name}-" if data_dir != found.root else ".fusekd-cache-"
     decoded = read_images(found.root / prefix, found, paths, image_size)
     failed = [(path, f"{reason}, line {found.lines[path]} of {data_dir.name}" if path in found.lines else reason)
-              for path, reason in decoded.unreadable]
+              for path, reason in ((paths[row], reason) for row, reason in decoded.unreadable)]
     if failed and unreadable == "stop":
         raise Unreadable(failed, len(paths))
     skipped = {path for path, _ in failed}
@@ -90,37 +88,23 @@ def read_images(prefix: Path, found: layout.Layout, paths: list[str], image_size
             listing.append(f"{split}\0{name}\0{path.removeprefix(root)}\0{size_and_time}\0")
     digest = hashlib.sha256(CACHE_VERSION + os.fsencode("".join(listing))).hexdigest()
     key = f"{prefix.name}{digest[:16]}"
-    native, resized = prefix.with_name(f"{key}.pt"), prefix.with_name(f"{key}-{image_size}.pt")
-
-    def cached() -> Decoded | None:
-        for cache in (native, resized):
-            if cache.is_file():
-                decoded = read_cache(cache, len(paths))
-                if decoded is None:
-                    print(f"the cache is damaged, so the images are decoded again ({cache})")
-                elif cache == resized or image_size is None or decoded.images.shape[1] <= image_size:
-                    path_of = {path.removeprefix(root): path for path in paths} if decoded.unreadable else {}
-                    decoded.unreadable = [(path_of[where], reason) for where, reason in decoded.unreadable]
-                    return decoded
-        return None
-
-    if decoded := cached():
+    cache = prefix.with_name(f"{key}-{image_size}.pt")
+    if decoded := read_cache(cache, len(paths)):
         return decoded
     with alone(found.root) as waited:
-        if waited and (decoded := cached()):
+        if waited and (decoded := read_cache(cache, len(paths))):
             return decoded
-        decoded = decode(paths, image_size)
-        relative, buffer = [(path.removeprefix(root), reason) for path, reason in decoded.unreadable], io.BytesIO()
-        torch.save(vars(decoded) | {"unreadable": relative}, buffer)
+        decoded, buffer = decode(paths, image_size), io.BytesIO()
+        torch.save(vars(decoded), buffer)
         try:
-            write_atomic(native if decoded.is_native else resized, buffer.getbuffer())
+            write_atomic(cache, buffer.getbuffer())
             for outdated in prefix.parent.glob(f"{glob.escape(prefix.name)}*"):
                 if not outdated.name.startswith(key):
                     outdated.unlink(missing_ok=True)
         except OSError as failure:
             print(f"no cache of the images is kept, they will be decoded again ({prefix.parent}: {failure.strerror})")
             return decoded
-    return cached() or decoded  # the cache is mapped, in memory that other runs share
+    return read_cache(cache, len(paths)) or decoded  # the cache is mapped, in memory that other runs share
 
 
 @contextmanager
@@ -141,21 +125,23 @@ def alone(folder: Path) -> Iterator[bool]:
 
 
 def read_cache(path: Path, files: int) -> Decoded | None:
-    """The cached images of `files` files; None if the cache is damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load does not verify the checksums
-                return None
-        decoded = Decoded(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))  # has just been read once
-        return decoded if len(decoded.images) + len(decoded.unreadable) == files else None
-    except Exception:  # zipfile and the unpickler raise many types on damaged files
+    """The cached images of `files` files; None without a cache, or if it is damaged."""
+    if not path.is_file():
         return None
+    with suppress(Exception):  # zipfile and the unpickler raise many types on damaged files
+        with zipfile.ZipFile(path) as archive:
+            intact = archive.testzip() is None  # torch.load does not verify the checksums
+        decoded = Decoded(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))  # has just been read once
+        if intact and len(decoded.images) + len(decoded.unreadable) == files:
+            return decoded
+    print(f"the cache is damaged, so the images are decoded again ({path})")
+    return None
 
 
 def decode(paths: list[str], image_size) -> Decoded:
     """Decode the images, each resized and centre-cropped to `image_size`, unless all are squares of one size up to that."""
     with pictures.quiet():
-        side, is_native, largest = common_side(paths, image_size)
+        side, largest = common_side(paths, image_size)
         try:
             images = torch.empty(len(paths), side, side, 3, dtype=torch.uint8)
         except RuntimeError as failure:
@@ -171,28 +157,28 @@ def decode(paths: list[str], image_size) -> Decoded:
             except BaseException:  # such as a signal, which must not wait for the queue
                 pool.shutdown(cancel_futures=True)
                 raise
-    unreadable = [(path, reason) for path, (reason, _) in zip(paths, results) if reason]
+    unreadable = [(row, reason) for row, (reason, _) in enumerate(results) if reason]
     if unreadable:
         images = images[torch.tensor([not reason for reason, _ in results])]
-    return Decoded(images, unreadable, dict(Counter(note for _, notes in results for note in notes)), is_native)
+    return Decoded(images, unreadable, dict(Counter(note for _, notes in results for note in notes)))
 
 
-def common_side(paths: list[str], image_size) -> tuple[int, bool, int]:
-    """The side in pixels to which the images are decoded, whether all have that size, and the longest stored side."""
+def common_side(paths: list[str], image_size) -> tuple[int, int]:
+    """The side in pixels to which the images are decoded, and the longest stored side."""
     first_with: dict[tuple[int, int], str] = {}
     for size, path in zip(progress(map(pictures.size_of, paths), len(paths), "measuring"), paths):
         if size:
             first_with.setdefault(size, path)
     if not first_with:
-        return 1, True, 1  # no image can be decoded
+        return 1, 1  # no image can be decoded
     width, height = next(iter(first_with))
     largest = max(max(first_with))
     if len(first_with) == 1 and width == height and (image_size is None or width <= image_size):
-        return width, True, largest
+        return width, largest
     if image_size is None:
         examples = ", ".join(f"{path}: {width}x{height}" for (width, height), path in list(first_with.items())[:2])
         raise Failure(USAGE, f"images that are not squares of one size ({examples})", "resize and crop them with --image-size")
-    return image_size, False, largest
+    return image_size, largest
 
 
 def progress(items: Iterable, total: int, verb: str) -> Iterator:
