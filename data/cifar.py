@@ -28,24 +28,24 @@ BINARY = {  # data set: folder, label bytes before an image (the last counts), t
     "cifar10": ("cifar-10-batches-bin", 1, [f"data_batch_{k}.bin" for k in range(1, 6)], "test_batch.bin", "batches.meta.txt"),
     "cifar100": ("cifar-100-binary", 2, ["train.bin"], "test.bin", "fine_label_names.txt"),
 }
-LABEL = {"cifar10": "label", "cifar100": "fine_label"}  # column of the Parquet files
+LABEL = {"cifar10": "label", "cifar100": "fine_label"}  # column of the Parquet files; with an s, key of the pickles
 PIXELS = 3 * 32 * 32
 
 
-def cifar(name: str, files, label_key: str, mean_and_std, data_dir: Path) -> Source:
+def cifar(name: str, files, mean_and_std, data_dir: Path) -> Source:
     """The data set of torchvision's class `files`: from its folder, its archive, other files, else downloaded."""
     folder = data_dir / files.base_folder
     if not folder.is_dir() and not (data_dir / files.filename).exists() and (found := find(name, data_dir)):
         return Source(*found, mean_and_std, val_size=5000)
     if not folder.is_dir():
         unpack(files, data_dir)
-    train, test = (read_split(folder, batches, label_key) for batches in (files.train_list, files.test_list))
     classes = read_pickle(folder / files.meta["filename"], files.meta["md5"])[files.meta["key"]]
+    train, test = (read_split(name, folder, batches, classes) for batches in (files.train_list, files.test_list))
     return Source(train, test, classes, mean_and_std, val_size=5000)
 
 
-cifar10 = partial(cifar, "cifar10", CIFAR10, "labels", ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
-cifar100 = partial(cifar, "cifar100", CIFAR100, "fine_labels", ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)))
+cifar10 = partial(cifar, "cifar10", CIFAR10, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+cifar100 = partial(cifar, "cifar100", CIFAR100, ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)))
 
 
 def unpack(files, data_dir: Path) -> None:
@@ -92,11 +92,11 @@ def download(files, data_dir: Path, temporary: str) -> None:
                       f"put it into {data_dir}, or use --dataset synthetic, or imagefolder for your own images") from failure
 
 
-def read_split(folder: Path, names_and_md5, label_key: str) -> Split:
-    batches = [read_pickle(folder / name, md5) for name, md5 in names_and_md5]
-    images = torch.from_numpy(np.concatenate([batch["data"] for batch in batches])).view(-1, 3, 32, 32)
-    labels = [label for batch in batches for label in batch[label_key]]
-    return Split(images.permute(0, 2, 3, 1).contiguous(), torch.tensor(labels))
+def read_split(name: str, folder: Path, names_and_md5, classes: list[str]) -> Split:
+    batches = [read_pickle(folder / file, md5) for file, md5 in names_and_md5]
+    labels = [label for batch in batches for label in batch[f"{LABEL[name]}s"]]
+    images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return split(images, labels, classes, folder)
 
 
 def read_pickle(path: Path, md5: str) -> dict:
