@@ -39,14 +39,9 @@ def torchvision_name(name: str) -> str | None:
     return short if name not in NETWORKS and short in torchvision.models.list_models(module=torchvision.models) else None
 
 
-def is_torchvision(name: str) -> bool:
-    """Whether `name` is a torchvision classifier, which has ImageNet weights; False for `vgg13` and `mobilenet_v2`."""
-    return torchvision_name(name) is not None
-
-
 def has_weights(name: str) -> bool:
     """Whether torchvision or timm has trained weights of this network, as a rule of ImageNet."""
-    return timm_networks.config(name).has_weights if is_timm(name) else is_torchvision(name)
+    return timm_networks.config(name).has_weights if is_timm(name) else torchvision_name(name) is not None
 
 
 def names() -> list[str]:
@@ -66,7 +61,7 @@ def _similar(name: str) -> list[str]:
 
     choices = sorted({letters(known) for known in _names()})
     found = [letters(name)] if letters(name) in choices else difflib.get_close_matches(letters(name), choices)
-    return [f"{known} (torchvision, for {natural_size(known)} pixels)" if is_torchvision(known) else f"{known} (CIFAR network)"
+    return [f"{known} (torchvision, for {natural_size(known)} pixels)" if torchvision_name(known) else f"{known} (CIFAR network)"
             for known in _names() if letters(known) in found]
 
 
@@ -74,11 +69,8 @@ def check_name(name: str) -> None:
     """Failure USAGE: unknown name, or one of timm's without timm."""
     if is_timm(name):
         timm_networks.config(name)
-    elif name not in NETWORKS and not is_torchvision(name):
-        close = _similar(name)
-        question = f"did you mean {' or '.join(close)}? " if close else ""
-        command = 'python -c "import models; print(*models.names())"'
-        raise Failure(USAGE, f"unknown model ({name})", f"{question}all names: {command}")
+    elif name not in NETWORKS and not torchvision_name(name):
+        raise timm_networks.unknown(name, _similar(name), "import models; print(*models.names())")
 
 
 def natural_size(name: str) -> int:
@@ -148,21 +140,18 @@ def describe(name: str, net, image_size: int) -> str:
 def _new(name: str, num_classes: int, image_size: int) -> nn.Module:
     if is_timm(name):
         return timm_networks.create(name, num_classes, image_size)
-    short_name = torchvision_name(name)
-    return _build_torchvision(short_name, num_classes, image_size) if short_name else NETWORKS[name](num_classes)
-
-
-def _build_torchvision(name: str, num_classes: int, image_size: int) -> nn.Module:
-    if name in ("googlenet", "inception_v3"):
+    if name in NETWORKS:
+        return NETWORKS[name](num_classes)
+    options: dict[str, Any] = {}
+    short_name = name.removeprefix(PREFIX)
+    if short_name in ("googlenet", "inception_v3"):
         # With auxiliary heads, training mode returns a tuple; the ImageNet weights expect inputs rescaled by the network.
-        options: dict[str, Any] = {"aux_logits": False, "init_weights": True, "transform_input": True}
-    elif name.startswith("vit_"):
+        options = {"aux_logits": False, "init_weights": True, "transform_input": True}
+    elif short_name.startswith("vit_"):
         options = {"image_size": image_size}
-    elif name.startswith("maxvit_"):
+    elif short_name.startswith("maxvit_"):
         options = {"input_size": (image_size, image_size)}
-    else:
-        options = {}
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    return torchvision.models.get_model(short_name, weights=None, num_classes=num_classes, **options)
 
 
 def build(name: str, num_classes: int, image_size: int = 32, *, try_size: bool = True) -> nn.Module:

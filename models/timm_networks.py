@@ -33,10 +33,14 @@ def config(name: str):
     known = {*timm.list_models(), *timm.list_pretrained()}
     if short not in known:
         close = [PREFIX + each for each in difflib.get_close_matches(short, sorted(known))]
-        question = f"did you mean {' or '.join(close)}? " if close else ""
-        command = 'python -c "import timm; print(*timm.list_models())"'
-        raise Failure(USAGE, f"unknown model ({name})", f"{question}all names: {command}")
+        raise unknown(name, close, "import timm; print(*timm.list_models())")
     return timm.get_pretrained_cfg(short)
+
+
+def unknown(name: str, close: list[str], command: str) -> Failure:
+    """The error for a network that does not exist.  close: similar names.  command: Python that prints all."""
+    question = f"did you mean {' or '.join(close)}? " if close else ""
+    return Failure(USAGE, f"unknown model ({name})", f'{question}all names: python -c "{command}"')
 
 
 def inputs(name: str) -> dict:

@@ -100,21 +100,15 @@ def _load_by_name(net, weights, skip) -> str | None:
 def _imagenet_weights(name: str):
     """torchvision's ImageNet state_dict from torch.hub's cache or a download, verified by the SHA-256 in the file name."""
     url = torchvision.models.get_model_weights(name).DEFAULT.url
-    folder = Path(torch.hub.get_dir(), "checkpoints")
-    path = folder / url.rpartition("/")[2]
-    prefix = path.stem.rpartition("-")[2]
-    if path.exists():  # torch.hub does not verify cached files
-        if not digest(path).startswith(prefix):
-            raise Failure(DATA, f"damaged ImageNet weights of {name} ({path}: wrong SHA-256)",
-                          "delete the file to download it again")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
-        except (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError, RuntimeError) as failure:
-            raise Failure(DATA, f"cannot download the ImageNet weights of {name} ({url}: {failure})",
-                          f"copy the file to {folder}, or start from --init PATH, or --no-pretrained") from failure
-    return torch.load(path, map_location="cpu", weights_only=True)
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if path.exists() and not digest(path).startswith(path.stem.rpartition("-")[2]):  # torch.hub does not verify cached files
+        raise Failure(DATA, f"damaged ImageNet weights of {name} ({path}: wrong SHA-256)", "delete the file to download it again")
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=sys.stderr.isatty(), check_hash=True,
+                                                  weights_only=True)
+    except (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError, RuntimeError) as failure:
+        raise Failure(DATA, f"cannot download the ImageNet weights of {name} ({url}: {failure})",
+                      f"copy the file to {path.parent}, or start from --init PATH, or --no-pretrained") from failure
 
 
 def normalise(images, mean, std):

@@ -80,10 +80,10 @@ def test_torchvision_families_take_small_images(name, image_size):
 
 
 def test_our_names_shadow_those_of_torchvision():
-    assert models.is_torchvision("efficientnet_v2_l") and models.is_torchvision("torchvision/efficientnet_v2_l")
+    assert models.has_weights("efficientnet_v2_l") and models.has_weights("torchvision/efficientnet_v2_l")
     for name in ("vgg13", "mobilenet_v2"):
-        assert not models.is_torchvision(name) and models.is_torchvision(f"torchvision/{name}")
-    assert not any(map(models.is_torchvision, ("resnet8", "v2_pico", "torchvision/resnet8", "nothing")))
+        assert not models.has_weights(name) and models.has_weights(f"torchvision/{name}")
+    assert not any(map(models.has_weights, ("resnet8", "v2_pico", "torchvision/resnet8", "nothing")))
     with torch.device("meta"):
         assert models.parameters(models.build("torchvision/vgg13", 1000, try_size=False)) == 133_047_848
     names = models.names()
@@ -232,7 +232,7 @@ def test_pretrained_names_a_damaged_cached_file_and_leaves_it(hub):
 def offer(monkeypatch, data):
     """Let torchvision publish `data` as every network's ImageNet weights; returns the downloads made, and one as it should be."""
     digest = hashlib.sha256(data).hexdigest()[:8]
-    weights = SimpleNamespace(DEFAULT=SimpleNamespace(url=f"https://example.org/net-1.1-{digest}.pth"))
+    weights = SimpleNamespace(DEFAULT=SimpleNamespace(url=f"https://example.org/net-{digest}.pth"))
     downloads = []
 
     def download(url, path, hash_prefix, progress):

@@ -64,7 +64,7 @@ def test_unknown_names_get_a_suggestion(timm):
                 use(name)
     with fails(USAGE, "timm/crossvit_tiny_240", "--image-size 240"):
         models.build("timm/crossvit_tiny_240", 4, 8)
-    assert not models.is_torchvision("timm/resnet18") and models.has_weights("timm/resnet18.a1_in1k")
+    assert models.has_weights("timm/resnet18.a1_in1k")
 
 
 def test_a_teacher_has_its_published_inputs(timm, tmp_path):
