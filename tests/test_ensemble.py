@@ -65,7 +65,7 @@ def test_two_equal_teachers_are_as_one_and_resume(place, capsys):
     for output, files in (("alone", "one.pt"), ("both", "one.pt same.pt")):
         code, out, errors = run(capsys, "distill.py", f"{FLAGS} --output {output} --teacher-checkpoint {files}")
         assert code == 0, errors
-    assert out.count("\nteacher resnet8: ") == 2
+    assert out.count("\nteacher resnet8: ") == 2 == out.count("test accuracy 33.33 %, measured here: its file has none")
     assert "ensemble of 2 teachers: 0.16 M parameters, test accuracy 33.33 %" in out
     for alone, both in zip(log(place / "alone"), log(place / "both"), strict=True):
         assert both == pytest.approx(alone, rel=1e-4)
@@ -92,6 +92,10 @@ def test_teachers_that_do_not_fit_are_one_line(place, capsys):
         assert not (place / "run").exists()
     code, _, errors = run(capsys, "distill.py", f"{FLAGS} --output run --teacher-checkpoint one.pt two.pt --teacher resnet8")
     assert "--teacher" in one_line(code, USAGE, errors)
+    strict = FLAGS.replace("--allow-weak-teacher", "--teacher-checkpoint one.pt")
+    code, _, errors = run(capsys, "distill.py", f"{strict} --output run")
+    assert "near chance (33.33 % of 30 test images; chance is 33.33 %)" in one_line(code, USAGE, errors)
+    assert "--allow-weak-teacher" in errors
     code, _, errors = run(capsys, "distill.py", f"{FLAGS} --output . --overwrite --teacher-checkpoint images/x.pt two.pt")
     assert code == 5
     code, out, _ = run(capsys, "distill.py", f"{FLAGS} --dry-run --teacher-checkpoint one.pt two.pt --teacher resnet8 resnet8")

@@ -14,11 +14,8 @@ from helpers import Touch, fails
 from torch import nn
 
 import models
-from data.split import Split
 from rundir import checkpoint
 from rundir.errors import CHECKPOINT, USAGE
-from training.device import RunContext
-from training.evaluation import check_teacher
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 DATA = SimpleNamespace(classes=[f"class {k}" for k in range(10)], mean=MEAN, std=STD, name="synthetic")
@@ -114,7 +111,7 @@ UNFIT = {  # what is done to the weights under their other names, and words of t
                 ["layer0.1.weight (16,)", "features.0.0.weight (16, 3, 3, 3)"]),
     "more": (lambda w: w | {"extra.weight": torch.zeros(3)}, ["extra.weight is unexpected"]),
     "shape": (lambda w: w | {FIRST: torch.zeros(2, 2)}, [f"{FIRST} (2, 2)"]),
-    "kind": (swapped, ["running_var"]), "empty": (lambda w: {}, []), "not weights": (lambda w: {"model": "resnet8"}, []),
+    "kind": (swapped, ["running_var"]), "not weights": (lambda w: {"model": "resnet8"}, ["no weights"]),
     "head": (lambda w: w | {LAST: torch.zeros(7)}, [f"{LAST} (7,)"]),
     "classes": (lambda w: {key: torch.zeros(7, *tensor.shape[1:]) if tensor.shape[:1] == (10,) else tensor
                            for key, tensor in w.items()},
@@ -174,22 +171,3 @@ def test_a_teacher_sees_images_in_its_own_normalisation(net, tmp_path):
         torch.testing.assert_close(loaded((raw - mean) / std), wanted, rtol=0, atol=2e-5 * wanted.abs().max().item())
     same = models.load(models.complete(models.read_teacher(tmp_path / "teacher.pth", "resnet8"), DATA, 32), inputs=(MEAN, STD))
     assert torch.equal(same(IMAGES), net(IMAGES))
-
-
-def test_a_teacher_near_chance_is_refused(net, capsys):
-    info = {"classes": DATA.classes, "test_acc1": None, "dataset": "synthetic", "amp": "off", "model": "constant",
-            "image_size": 32}
-    images, labels = torch.zeros(200, 32, 32, 3, dtype=torch.uint8), torch.arange(200) % 10
-    data = SimpleNamespace(**vars(DATA), test=Split(images, labels))
-    context = RunContext(torch.device("cpu"), "off")
-
-    class Constant(nn.Module):
-        def forward(self, images):
-            return torch.eye(10)[torch.zeros(len(images), dtype=torch.int64)]
-
-    network = Constant()
-    network.info, network.size = info, 0
-    with fails(USAGE, "10.00 %", "chance is 10.00 %", "--allow-weak-teacher"):
-        check_teacher(network, data, context, 64)
-    assert check_teacher(network, data, context, 64, allow_weak=True).acc1 == 10
-    assert "measured here" in capsys.readouterr().out

@@ -115,23 +115,21 @@ def test_transparency_lies_on_white(tmp_path, kind):
     assert np.abs(pixels - wanted.astype(float)).max() <= (kind == "partial") and notes == [pictures.ON_WHITE]
 
 
-@pytest.mark.parametrize("kind", ["png 16", "pgm 16", "tiff 16", "tiff 32", "tiff float"])
+DEEP = np.asarray(RAMP * 257 + np.where(RAMP % 2, 128, -128).clip(-RAMP, None), np.uint16)  # up to half a step off
+WRITERS = {
+    "png 16": lambda path: Image.fromarray(DEEP).save(path, "PNG"),
+    "pgm 16": lambda path: path.write_bytes(b"P5 12 12 65535\n" + DEEP.astype(">u2").tobytes()),
+    "tiff 16": lambda path: tiff(path, DEEP, 16, 1),
+    "tiff 32": lambda path: tiff(path, ((RAMP + 112) * 16843009).astype(np.uint32), 32, 1),  # up to the largest value
+    "tiff float": lambda path: tiff(path, (RAMP / 255).astype(np.float32), 32, 3)}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
 def test_more_than_8_bits_are_scaled_by_the_range_of_their_type(tmp_path, kind):
-    path, wanted = tmp_path / "a", RAMP
-    deep = np.asarray(RAMP * 257 + np.where(RAMP % 2, 128, -128).clip(-RAMP, None), np.uint16)  # up to half a step off
-    if kind == "png 16":
-        Image.fromarray(deep).save(path, "PNG")
-    elif kind == "pgm 16":
-        path.write_bytes(b"P5 12 12 65535\n" + deep.astype(">u2").tobytes())
-    elif kind == "tiff 16":
-        tiff(path, deep, 16, 1)
-    elif kind == "tiff 32":
-        tiff(path, ((RAMP + 112) * 16843009).astype(np.uint32), 32, 1)
-        wanted = RAMP + 112  # up to the largest value
-    else:
-        tiff(path, (RAMP / 255).astype(np.float32), 32, 3)
-    pixels, notes = decode(path)
-    assert np.array_equal(pixels, wanted.astype(np.uint8)[..., None].repeat(3, 2)) and notes == [pictures.SCALED]
+    WRITERS[kind](tmp_path / "a")
+    pixels, notes = decode(tmp_path / "a")
+    wanted = (RAMP + 112 * (kind == "tiff 32")).astype(np.uint8)
+    assert np.array_equal(pixels, wanted[..., None].repeat(3, 2)) and notes == [pictures.SCALED]
 
 
 @pytest.mark.parametrize("values, bits, kind", [
