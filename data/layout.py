@@ -126,9 +126,9 @@ def subfolders(folder: Path) -> list[str]:
 def read_classes(folder: Path, names: list[str], left_out: Counter) -> tuple[Labelled, list[str]]:
     """The images of the class folders `names`, and the names of those without any."""
     if (folder / ANNOTATIONS).is_file():
-        lines = (folder / ANNOTATIONS).read_text(encoding="utf-8").splitlines()
-        rows = [line.split("\t") for line in lines if line.strip()]
-        if broken := [line for line, row in zip(lines, rows) if len(row) < 2]:
+        text = (folder / ANNOTATIONS).read_text(encoding="utf-8")
+        rows = [line.split("\t") for line in text.splitlines() if line.strip()]
+        if broken := [row[0] for row in rows if len(row) < 2]:
             raise Failure(DATA, f"not file and class, separated by a tab ({folder / ANNOTATIONS}: {broken[0]})", "mend the line")
         return [(row[1], str(folder / "images" / row[0])) for row in rows], []
     images, empty = [], []
