@@ -66,15 +66,21 @@ def pixels(count, seed):
 
 @pytest.fixture
 def write_cifar(tmp_path, monkeypatch):
-    """-> function(files, {name: content}) that writes the folder, puts its checksums in the table and returns the folder."""
-    def write(files, contents):
-        folder = tmp_path / files.base_folder
-        folder.mkdir(exist_ok=True)
-        for name, content in contents.items():
-            (folder / name).write_bytes(content)
-        sums = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
+    """-> function(name, **replaced) that writes small files, with other content by name, and notes their checksums."""
+    def write(name, **replaced):
+        files = getattr(cifar, name.upper())
+        labels, names = ("fine_labels", "fine_label_names") if name == "cifar100" else ("labels", "label_names")
+        contents = {files.meta["filename"]: {names: [f"fine {k}" for k in range(100)], "coarse_label_names": ["coarse"] * 20}}
+        for seed, (batch, _) in enumerate(files.train_list + files.test_list):
+            contents[batch] = {"filenames": ["x.png"] * 200, labels: [index * 7 % 100 for index in range(200)],
+                               "coarse_labels": [3] * 200, "data": pixels(200, seed)}
+        (folder := tmp_path / files.base_folder).mkdir(exist_ok=True)
+        contents = {batch: python2_pickle(content) for batch, content in contents.items()} | replaced
+        for batch, content in contents.items():
+            (folder / batch).write_bytes(content)
+        sums = {batch: hashlib.md5(content).hexdigest() for batch, content in contents.items()}
         for table in ("train_list", "test_list"):
-            monkeypatch.setattr(files, table, [[name, sums[name]] for name, _ in getattr(files, table)])
+            monkeypatch.setattr(files, table, [[batch, sums[batch]] for batch, _ in getattr(files, table)])
         monkeypatch.setattr(files, "meta", files.meta | {"md5": sums[files.meta["filename"]]})
         return folder
     return write
@@ -82,39 +88,21 @@ def write_cifar(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cifar100(write_cifar):
-    """A folder with 3 training images and 1 test image of each class."""
-    def batch(count, seed):
-        fine = [index * 7 % 100 for index in range(count)]
-        coarse = [index * 3 % 20 for index in fine]
-        return {"filenames": ["x.png"] * count, "fine_labels": fine, "coarse_labels": coarse, "data": pixels(count, seed)}
-    names = {"fine_label_names": [f"fine {k}" for k in range(100)], "coarse_label_names": [f"coarse {k}" for k in range(20)]}
-    contents = {"train": batch(300, 0), "test": batch(100, 1), "meta": names}
-    return write_cifar(cifar.CIFAR100, {name: python2_pickle(content) for name, content in contents.items()})
+    return write_cifar("cifar100")
 
 
-def test_cifar100_is_read_from_the_standard_files(cifar100):
-    loaded = datasets.load("cifar100", cifar100.parent, val_size=0)
-    rows = torch.from_numpy(pixels(300, 0))
+@pytest.mark.parametrize("name, batches, mean", [("cifar10", 5, (0.4914, 0.4822, 0.4465)),
+                                                 ("cifar100", 1, (0.5071, 0.4865, 0.4409))])
+def test_cifar_is_read_from_the_standard_files(write_cifar, name, batches, mean):
+    loaded = datasets.load(name, write_cifar(name).parent, val_size=0)
+    rows = torch.from_numpy(np.concatenate([pixels(200, seed) for seed in range(batches)]))
     assert loaded.train.images.dtype == torch.uint8 and loaded.train.images.is_contiguous() and loaded.image_size == 32
+    assert torch.equal(loaded.train.images.permute(0, 3, 1, 2).flatten(1), rows)
     assert torch.equal(loaded.train.images[..., 1].flatten(1), rows[:, 1024:2048]), "the green plane is not channel 1"
-    assert loaded.train.labels.tolist() == [index * 7 % 100 for index in range(300)]
-    assert torch.equal(loaded.test.images.permute(0, 3, 1, 2).flatten(1), torch.from_numpy(pixels(100, 1)))
+    assert loaded.train.labels.tolist() == batches * [index * 7 % 100 for index in range(200)]
+    assert torch.equal(loaded.test.images.permute(0, 3, 1, 2).flatten(1), torch.from_numpy(pixels(200, batches)))
     assert loaded.classes[42] == "fine 42"
-    assert loaded.mean == (0.5071, 0.4865, 0.4409) and loaded.selected_on == "test set" and loaded.val is loaded.test
-
-
-def test_cifar10_joins_its_batches(write_cifar):
-    contents = {f"data_batch_{k}": {"labels": [k, *range(10)], "data": pixels(11, k)} for k in range(1, 6)}
-    contents["test_batch"] = {"labels": list(range(10)), "data": pixels(10, 9)}
-    contents["batches.meta"] = {"label_names": list("abcdefghij")}
-    folder = write_cifar(cifar.CIFAR10, {name: python2_pickle(content) for name, content in contents.items()})
-    loaded = datasets.load("cifar10", folder.parent, val_size=5)
-    assert loaded.selected_on == "validation split of 5 training images"
-    assert (len(loaded.train.labels), len(loaded.val.labels), len(loaded.test.labels)) == (50, 5, 10)
-    everything = torch.cat([loaded.train.images, loaded.val.images]).flatten(1).sum(1).sort().values
-    written = np.concatenate([pixels(11, k) for k in range(1, 6)])
-    assert everything.tolist() == sorted(written.sum(1).tolist())
-    assert loaded.classes == list("abcdefghij")
+    assert loaded.mean == mean and loaded.selected_on == "test set" and loaded.val is loaded.test
 
 
 @pytest.mark.parametrize("name, damage", [("train", "flipped"), ("test", "truncated"), ("meta", "missing")])
@@ -132,10 +120,9 @@ def test_a_damaged_cifar_file_is_named_and_left_alone(cifar100, name, damage):
 @pytest.mark.parametrize("call", [b"cposix\nsystem\n", b"cbuiltins\nexec\n", b"cnumpy.core.multiarray\nfromfile\n"])
 def test_a_cifar_pickle_cannot_run_code_even_with_the_right_checksum(cifar100, write_cifar, call):
     trap = cifar100.parent / "trap"
-    contents = {name: (cifar100 / name).read_bytes() for name in ("train", "test", "meta")}
     argument = f"touch {trap}" if b"system" in call else f"open({str(trap)!r}, 'w')"
-    contents["test"] = b"\x80\x02" + call + b"X" + struct.pack("<i", len(argument)) + argument.encode() + b"\x85R."
-    write_cifar(cifar.CIFAR100, contents)
+    evil = b"\x80\x02" + call + b"X" + struct.pack("<i", len(argument)) + argument.encode() + b"\x85R."
+    write_cifar("cifar100", test=evil)
     refused(4, cifar100 / "test", call.decode().split()[1], name="cifar100", data_dir=cifar100.parent)
     assert not trap.exists(), "the pickle ran code"
 
@@ -167,7 +154,7 @@ def test_absent_files_are_downloaded_once_and_unpacked_by_several_processes_at_o
         offer(error=error)
         with ThreadPoolExecutor(6) as pool:
             loads = list(pool.map(lambda _: datasets.load("cifar100", place, val_size=0), range(6)))
-        assert all(torch.equal(one.train.images, loads[0].train.images) for one in loads) and len(loads[0].test.labels) == 100
+        assert all(torch.equal(one.train.images, loads[0].train.images) for one in loads) and len(loads[0].test.labels) == 200
         assert sorted(os.listdir(place)) == ["cifar-100-python", archive]
         shutil.rmtree(place / "cifar-100-python")
     os.truncate(place / archive, 2000)
@@ -184,7 +171,7 @@ def test_a_failed_download_leaves_nothing_and_the_next_one_repairs_it(offer, tmp
     refused(code, "cifar-100-python.tar.gz", tmp_path, *words, name="cifar100", data_dir=tmp_path / "new")
     assert os.listdir(tmp_path / "new") == []
     offer()
-    assert len(datasets.load("cifar100", tmp_path / "new", val_size=0).test.labels) == 100
+    assert len(datasets.load("cifar100", tmp_path / "new", val_size=0).test.labels) == 200
 
 
 @pytest.mark.parametrize("place", ["train", ""])
