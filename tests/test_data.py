@@ -108,8 +108,8 @@ def test_cifar_is_read_from_the_standard_files(write_cifar, name, batches, mean)
 @pytest.mark.parametrize("name, damage", [("train", "flipped"), ("test", "truncated"), ("meta", "missing")])
 def test_a_damaged_cifar_file_is_named_and_left_alone(cifar100, name, damage):
     path, archive = cifar100 / name, cifar100.parent / "cifar-100-python.tar.gz"
-    content = path.read_bytes()
-    broken = content[:-100] if damage == "truncated" else content[:80] + bytes([content[80] ^ 4]) + content[81:]
+    content, middle = path.read_bytes(), path.stat().st_size // 2  # of the pixels
+    broken = content[:-100] if damage == "truncated" else content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1:]
     path.unlink() if damage == "missing" else path.write_bytes(broken)
     archive.write_bytes(b"not read, as the folder is there")
     refused(4, path, "delete", name="cifar100", data_dir=cifar100.parent)

@@ -133,11 +133,17 @@ def linked(root):
     return root, link
 
 
+def annotated(root):
+    (root / "val").mkdir()
+    (file := root / "val" / "val_annotations.txt").write_text("a.png\tant\n\nb.png ant\n")
+    return root, f"{file}: b.png ant"
+
+
 WRONG = {  # what is done to a good folder -> what is given to --data-dir, and what the line names
     "no folder": lambda root: 2 * [root / "nowhere"], "empty": lambda root: 2 * [(root / "void").mkdir() or root / "void"],
     "one class": lambda root: 2 * [folder(root / "single", cat=3)],
     "odd in test": lambda root: (root, f"emu, {folder(root / 'test', emu=1) / 'emu'}"),
-    "file": lambda root: 2 * [root / "train" / "cat" / "000.png"], "broken link": linked,
+    "file": lambda root: 2 * [root / "train" / "cat" / "000.png"], "broken link": linked, "annotations": annotated,
     "test without train": lambda root: (few := folder(root / "few", Test=3, apple=4), few / "Test"),
     "twice": lambda root: (root, f"{folder(root / 'Training', ant=1)} and {root / 'train'}"),
     "masks": lambda root: (voc := folder(root / "voc", images=3, Segmentations=3), voc / "Segmentations"),
