@@ -38,8 +38,7 @@ def data_flags(parser) -> None:
         help="directory of the files, or for the download; a CSV file of path,label[,split]; " + DEFAULT)
     add("--val-size", type=whole, metavar="N", help="training images held out for validation, stratified; default: 5000 for "
         "CIFAR, 10%% otherwise; 0 validates on the test set, as in the literature")
-    add("--image-size", type=number(int, at_least=8), metavar="PIXELS",
-        help="resize images on the device; default: their own size")
+    add("--image-size", type=number(int, at_least=8), metavar="PIXELS", help="resize images on the device; default: native size")
     add("--unreadable", choices=("stop", "skip"), default="stop", help="at image files that cannot be read; " + DEFAULT)
     add("--allow-empty-classes", action="store_true", help="leave out class folders without training images")
 
@@ -191,9 +190,10 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
         help="a best.pt, or weights of another project; of several, the mean probabilities; " + DEFAULT)
     add("--teacher", type=nonempty, nargs="+", metavar="NAME",
         help="its network, for weights of another project, or one for each; default: by the tensors")
+    add("--teacher-image-size", type=count, metavar="N", help="pixels for which weights of another project were trained; "
+        "default: as published for timm/NAME, else those of the run")
     for name, kind in (("mean", probability), ("std", number(float, above=0, at_most=1))):
-        add(f"--teacher-{name}", type=kind, nargs=3, metavar=("R", "G", "B"), help=f"{name} of images in [0, 1] in the "
-            "teacher's training; default: that in its file, else that of the data")
+        add(f"--teacher-{name}", type=kind, nargs=3, metavar=("R", "G", "B"), help="of their images in [0, 1]; default: likewise")
     add("--allow-weak-teacher", action="store_true", help="distil a teacher near chance")
     add("--teacher-logits", nargs="?", const="runs/teacher-logits", type=nonempty, metavar="DIR",
         help="store the teacher's logits, and read those that a run with this teacher, seed, data and augmentation has stored; "
@@ -287,6 +287,10 @@ def data(args) -> dict:
     """Keyword arguments of data.datasets.load; runs of earlier versions lack some of the flags."""
     names = ("data_dir", "val_size", "seed", "image_size", "crop", "unreadable", "allow_empty_classes")
     return {"name": args.dataset, **{name: getattr(args, name) for name in names if name in vars(args)}}
+
+
+def teacher_inputs(args) -> dict:
+    return {name: getattr(args, f"teacher_{name}") for name in ("image_size", "mean", "std")}
 
 
 def augmentation(args) -> dict:

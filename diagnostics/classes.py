@@ -31,6 +31,13 @@ class Confusion(NamedTuple):
         return sum(found) / len(found)
 
     @property
+    def exchanged(self) -> dict[str, str]:
+        """Class -> as which most of its images are predicted, where these are the same classes in another order; else {}."""
+        most = np.where(self.labels, self.counts.argmax(1), np.arange(len(self.names)))
+        moved = np.flatnonzero(most != np.arange(len(most))).tolist()
+        return {self.names[k]: self.names[most[k]] for k in moved} if sorted(most[moved]) == moved else {}
+
+    @property
     def chance(self) -> float:
         """Accuracy (%) of the constant prediction of the largest class."""
         return 100 * int(self.labels.max()) / int(self.labels.sum())

@@ -41,12 +41,12 @@ def read_teachers(paths, networks: str | None = None) -> tuple[list[dict], str |
     return checkpoints, unlisted([each["sha256"] for each in checkpoints])
 
 
-def load_teachers(checkpoints, data, image_size: int, mean, std, *, temperature: float, device, dtype, folded: bool = False):
+def load_teachers(checkpoints, data, image_size: int, stated: dict, *, temperature: float, device, dtype, folded: bool = False):
     """The network of one checkpoint of `read_teachers`, or the Ensemble of several, for images normalised as `data`.
 
-    image_size, mean, std: as in `complete`.  temperature: of Ensemble.  device, dtype, folded: as in `load`.
+    image_size, stated: as in `complete`.  temperature: of Ensemble.  device, dtype, folded: as in `load`.
     Failure: as in `complete` and `load`.
     """
-    teachers = [load(complete(each, data, image_size, mean, std), device, dtype, folded=folded, inputs=(data.mean, data.std))
+    teachers = [load(complete(each, data, image_size, stated), device, dtype, folded=folded, inputs=(data.mean, data.std))
                 for each in checkpoints]
     return Ensemble(teachers, temperature).eval() if len(teachers) > 1 else teachers[0]

@@ -58,9 +58,16 @@ def _head_keys(net) -> frozenset[str]:
 
 
 def _load_state(net, weights, skip=frozenset()) -> str | None:
-    """Copy `weights` into `net`, by name or else by order, except for the keys `skip`; returns the first mismatch."""
+    """Copy `weights`, or a part of them, into `net`, except for the keys `skip`; returns the first mismatch."""
     if not weights:
         return "no weights in it"
+    mismatches = (_load_part(net, part, skip) for part in foreign.parts(weights))
+    first = next(mismatches)
+    return first if first and all(mismatches) else None
+
+
+def _load_part(net, weights, skip) -> str | None:
+    """`_load_state` of the whole `weights`, by name or else by order."""
     if not (mismatch := _load_by_name(net, weights, skip)):
         return None
     renamed, why = foreign.in_order(net, weights, skip)
@@ -72,10 +79,11 @@ def _load_state(net, weights, skip=frozenset()) -> str | None:
 def _classes_of(net, weights) -> int | None:
     """The number of classes of `weights`; None if they do not fit `net` even without the head, or have none."""
     head = _head_keys(net)
-    if _load_state(net, weights, head):
-        return None
-    layer = (foreign.in_order(net, weights, head)[0] or weights).get(max(head))  # its weight, after its bias
-    return None if layer is None else len(layer)
+    for part in foreign.parts(weights):
+        if not _load_part(net, part, head):
+            layer = (foreign.in_order(net, part, head)[0] or part).get(max(head))  # its weight, after its bias
+            return None if layer is None else len(layer)
+    return None
 
 
 def _load_by_name(net, weights, skip) -> str | None:
@@ -183,7 +191,8 @@ def read_teacher(path, network: str | None = None) -> dict:
     state = foreign.tensors(content, path)
     network = network or foreign.network_of(state, path)
     inputs = timm_networks.inputs(network) if is_timm(network) else {}
-    imported = {"model": network, "state_dict": state, "test_acc1": None, "amp": "off", "imported": True, "sha256": sha256}
+    imported = {"model": network, "state_dict": state, "test_acc1": None, "amp": "off", "imported": True, "sha256": sha256,
+                "classes": foreign.class_names(content, path)}
     return finite(inputs | imported | {"path": path}, path)
 
 
@@ -235,7 +244,8 @@ def load(source, device="cpu", dtype=torch.float32, *, folded: bool = False, inp
             raise Failure(CHECKPOINT, f"the teacher has {theirs} classes, the data {len(info['classes'])} ({path})",
                           "choose the --dataset or --data-dir of its training, or fine-tune it first: python train_teacher.py "
                           f"--model {info['model']} --init {path}")
-        remedy = "name its network with --teacher" if info.get("imported") else "restore the file from a copy or make it again"
+        remedy = ("name the network that was saved with --teacher, and its --teacher-image-size" if info.get("imported") else
+                  "restore the file from a copy or make it again")
         raise Failure(CHECKPOINT, f"these weights are not a {info['model']} ({path}: {mismatch})", remedy)
     size = parameters(net)
     if folded:

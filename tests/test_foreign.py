@@ -1,4 +1,5 @@
 """Weights of other projects: whatever their file looks like, they give the logits of the same network; others are refused."""
+import json
 import os
 import pickle
 import sys
@@ -14,11 +15,13 @@ from helpers import Touch, fails
 from torch import nn
 
 import models
+from diagnostics.classes import Confusion
+from models import foreign
 from rundir import checkpoint
 from rundir.errors import CHECKPOINT, USAGE
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
-DATA = SimpleNamespace(classes=[f"class {k}" for k in range(10)], mean=MEAN, std=STD, name="synthetic")
+DATA = SimpleNamespace(classes=[f"class {k}" for k in range(10)], mean=MEAN, std=STD, name="synthetic", image_size=32)
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -43,6 +46,10 @@ LAYOUTS = {
     "net": lambda w: {"net": w, "acc": 60.28}, "average": lambda w: {"state_dict": {"x": torch.zeros(1)}, "state_dict_ema": w},
     "DataParallel": lambda w: {"state_dict": {f"module.{key}": tensor for key, tensor in w.items()}},
     "compiled": lambda w: {f"_orig_mod.{key}": tensor for key, tensor in w.items()},
+    "Lightning": lambda w: {"state_dict": {"criterion.weight": torch.ones(10)} | {f"model.{key}": w[key] for key in w}},
+    "torchvision": lambda w: {"model": {"x": torch.zeros(1)}, "epoch": 3, "model_ema": {"n_averaged": torch.tensor(3)} | {
+        f"module.{key}": tensor for key, tensor in w.items()}},
+    "another entry": lambda w: {"params": {f"timm_model.{key}": tensor for key, tensor in w.items()}, "optimizer": {"state": {}}},
     "both networks": lambda w: {"model": {f"module.{who}.{key}": tensor for who in ("teacher", "student")
                                           for key, tensor in w.items() if who == "student" or "0" in key}, "best_acc": 1.0},
     "without counters": lambda w: {key: tensor for key, tensor in w.items() if not key.endswith("num_batches_tracked")},
@@ -52,8 +59,8 @@ LAYOUTS = {
 }
 
 
-def teacher(path, network="resnet8", **normalisation):
-    return models.load(models.complete(models.read_teacher(path, network), DATA, 32, **normalisation))
+def teacher(path, network="resnet8"):
+    return models.load(models.complete(models.read_teacher(path, network), DATA, 32))
 
 
 @pytest.mark.parametrize("layout, renamed, legacy", [*((layout, False, False) for layout in LAYOUTS), ("bare", True, True),
@@ -136,6 +143,37 @@ def test_other_classes_are_named(classes, words):
         models.complete({"classes": classes, "path": "t.pt"}, DATA, 32)
 
 
+def test_the_order_of_classes_in_a_file_is_that_of_the_data(net, tmp_path, capsys):
+    path, turned = tmp_path / "teacher.pth", DATA.classes[::-1]
+    for entries in ({"classes": turned}, {"class_to_idx": {name: 9 - k for k, name in enumerate(DATA.classes)}}):
+        torch.save({"model": net.state_dict()} | entries, path)
+        with fails(USAGE, path, "number 0 is 'class 9', in the data 'class 0'"):
+            teacher(path)
+    torch.save({"model": net.state_dict(), "classes": [f"{name}s" for name in DATA.classes]}, path)
+    assert teacher(path).info["classes"] == DATA.classes and "other names (class 0s" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps({"label_names": turned}))
+    assert foreign.class_names({}, tmp_path / "model.safetensors") == turned
+
+
+def test_exchanged_classes_are_found():
+    """Of a, b and c the last two are exchanged; d has no image, and most of e are predicted as a, which is no other order."""
+    counts = np.array([[5, 0, 0, 0, 0], [2, 0, 3, 0, 0], [1, 4, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 5]])
+    assert Confusion(list("abcde"), counts).exchanged == {"b": "c", "c": "b"}
+    counts[4] = 5, 0, 0, 0, 4
+    assert Confusion(list("abcde"), counts).exchanged == {}
+
+
+def test_a_teacher_of_another_image_size_sees_the_same_part_of_an_image(net, tmp_path):
+    """Photographs are stored with a margin: 74 pixels for a student of 64."""
+    torch.save(net.state_dict(), tmp_path / "teacher.pth")
+    photographs = SimpleNamespace(**vars(DATA) | {"image_size": 74})
+    content = models.read_teacher(tmp_path / "teacher.pth", "resnet8")
+    for stated, image_size, stored_size in ((None, 64, 74), (96, 96, 111)):
+        loaded = models.load(models.complete(content, photographs, 64, {"image_size": stated}))
+        assert [loaded.info[name] for name in ("image_size", "stored_size")] == [image_size, stored_size]
+        assert models.centre_crop(loaded, torch.rand(2, 3, 74, 74)).shape[-1] == image_size
+
+
 def test_a_file_with_code_is_refused_and_not_run(tmp_path, recwarn):
     (tmp_path / "code.pth").write_bytes(pickle.dumps({"model": Touch(tmp_path / "ran")}))
     torch.save({"model": os.getpid}, tmp_path / "blocked.pth")  # of a module that torch names in another way
@@ -163,7 +201,8 @@ def test_flags_and_numbers_beside_the_weights_are_not_made(net, tmp_path):
 def test_a_teacher_sees_images_in_its_own_normalisation(net, tmp_path):
     torch.save(net.state_dict(), tmp_path / "teacher.pth")
     own_mean, own_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    info = models.complete(models.read_teacher(tmp_path / "teacher.pth", "resnet8"), DATA, 32, own_mean, own_std)
+    stated = {"mean": own_mean, "std": own_std, "image_size": None}
+    info = models.complete(models.read_teacher(tmp_path / "teacher.pth", "resnet8"), DATA, 32, stated)
     for folded in (False, True):
         loaded = models.load(info, folded=folded, inputs=(MEAN, STD))
         raw, (mean, std, own_mean_, own_std_) = IMAGES, (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD, own_mean, own_std))

@@ -34,7 +34,7 @@ def advise(args, method, context: RunContext) -> list[str]:
     checkpoints, _ = models.read_teachers(args.teacher_checkpoint, args.teacher)
     data = datasets.load(**options.data(args), device=context.device)
     teacher = models.load_teachers(
-        checkpoints, data, args.image_size or data.image_size, args.teacher_mean, args.teacher_std,
+        checkpoints, data, args.image_size or data.image_size, options.teacher_inputs(args),
         temperature=method.hyperparameters.get("temperature", 1.0), device=context.device, dtype=context.dtype)
     batch_size = global_batch_size(args.batch_size, data, context)
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,

@@ -144,7 +144,8 @@ def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_wea
         return evaluation
     info, recorded, images = teacher.info, teacher.info["test_acc1"], len(data.test.labels)
     resized = info["dataset"] == "imagefolder" and info["stored_size"] != data.image_size  # not the pixels of its own test set
-    note = ", measured here: its file has none to compare with" if recorded is None else (
+    mean, std = (" ".join(f"{number:.3f}" for number in info[name]) for name in ("mean", "std"))
+    note = f", measured here, with mean {mean} and std {std}: its file has none to compare with" if recorded is None else (
         f" on images of {data.image_size} pixels; in its checkpoint {recorded:.2f} %, of {info['stored_size']}" * resized)
     print(f"teacher {info['model']}: {teacher.size / 1e6:.2f} M parameters, {info['image_size']} pixels, test accuracy "
           f"{evaluation.acc1:.2f} %{note}")
@@ -154,9 +155,15 @@ def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_wea
                 f"precision explains {most:.2f} points")
         raise Failure(USAGE, f"the teacher's test accuracy does not match its checkpoint ({both})",
                       "check that --dataset, --data-dir, --image-size and --crop are those that it was trained on")
-    chance = evaluation.confusion(data.test.labels, data.classes).chance
+    confusion = evaluation.confusion(data.test.labels, data.classes)
+    if info.get("imported") and (exchanged := confusion.exchanged):
+        first, other = next(iter(exchanged.items()))
+        print(f"is the order of its classes that of the data? most images of {first} are predicted as {other}; so are "
+              f"{len(exchanged)} classes exchanged")
+    chance = confusion.chance
     if evaluation.acc1 <= near_chance(chance) and not allow_weak:
         both = f"{evaluation.acc1:.2f} % of {images} test images; chance is {chance:.2f} %"
-        remedy = "check --teacher-mean, --teacher-std and the order of its classes" if info.get("imported") else "train it longer"
+        remedy = ("check --teacher-image-size, --teacher-mean, --teacher-std and the order of its classes" if info.get("imported")
+                  else "train it longer")
         raise Failure(USAGE, f"the teacher is near chance ({both})", f"{remedy}, or use --allow-weak-teacher")
     return evaluation

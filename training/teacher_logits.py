@@ -47,8 +47,8 @@ class TeacherLogits:
         with context.autocast:
             example = teacher(torch.zeros(1, 3, run.data.image_size, run.data.image_size, device=context.device))
         facts = {
-            "teacher": run.config["teacher_sha256"], "network": teacher.info["model"], "mean": args.teacher_mean,
-            "std": args.teacher_std, "temperature": getattr(teacher, "temperature", None),
+            "teacher": run.config["teacher_sha256"], "network": teacher.info["model"],
+            "inputs": options.teacher_inputs(args), "temperature": getattr(teacher, "temperature", None),
             "data": run.data.fingerprint, **options.data(args) | {"data_dir": None}, **options.augmentation(args),
             "batch_size": run.batch_size, "micro_batches": len(run.micro_batches), "deterministic": args.deterministic}
         return cls(args.teacher_logits, args.teacher_logits_limit * GB, key_of(facts, context), **shape, example=example,
