@@ -118,4 +118,4 @@ def complete(checkpoint: dict, data, image_size: int, stated: dict | None = None
     whole = {"image_size": image_size, "mean": data.mean, "std": data.std, "dataset": data.name} | checkpoint
     whole |= {name: value for name, value in (stated or {}).items() if value} | {"classes": data.classes}
     # In evaluation it sees the same part of an image as the student.
-    return whole | {"stored_size": round(whole["image_size"] * data.image_size / image_size)}
+    return whole | {"stored_size": round(whole["image_size"] * max(1, data.image_size / image_size))}
