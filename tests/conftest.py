@@ -38,6 +38,23 @@ def quick_runs(request, monkeypatch):
         monkeypatch.setattr("plots.confusion.picture", lambda *matrix: b"")
 
 
+@pytest.fixture
+def trained(tmp_path_factory, capsys):
+    """The directory of a small run, beside the folder of its images; made once by each test process."""
+    from exporting import trained_run
+    return trained_run(tmp_path_factory.getbasetemp() / "trained", capsys)
+
+
+@pytest.fixture
+def program(trained, capsys):
+    """best-fp32.pt2 of that run; made once, as an export takes seconds."""
+    from command import succeeds
+    path = trained.parent / "program" / "best-fp32.pt2"
+    if not path.exists():
+        succeeds(capsys, "export.py", f"{trained}/best.pt --format pt2 --output {path.parent}")
+    return path
+
+
 def pytest_collection_modifyitems(items):
     ranks = {f"test_{name}": rank for rank, name in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(LONG)))

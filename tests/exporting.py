@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import SMALL, run
+from command import SMALL, succeeds
 from helpers import make_images
 
 CLASSES = [f"class{index}" for index in range(6)]
@@ -28,12 +28,10 @@ needs_executorch = pytest.mark.skipif(not have("executorch.runtime"), reason=NEE
 
 def trained_run(place: Path, capsys) -> Path:
     """A run of resnet8 on coloured stripes of 16x16 pixels in `place`, which becomes the images' own folder, too; made once."""
-    if (place / "run" / "summary.json").exists():
-        return place / "run"
-    make_images(place / "images" / "train", CLASSES, 30, seed=0)
-    make_images(place / "images" / "test", CLASSES, 10, seed=1)
-    code, _, errors = run(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --data-dir {place}/images --output {place}/run")
-    assert code == 0, errors
+    if not (place / "run" / "summary.json").exists():
+        make_images(place / "images" / "train", CLASSES, 30, seed=0)
+        make_images(place / "images" / "test", CLASSES, 10, seed=1)
+        succeeds(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --data-dir {place}/images --output {place}/run")
     return place / "run"
 
 

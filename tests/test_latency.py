@@ -7,21 +7,11 @@ import numpy as np
 import pytest
 import torch
 from command import one_line
-from exporting import needs_onnx, trained_run
+from exporting import needs_onnx
 
 from benchmarks import latency, peak_memory, table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("latency")
-
-
-@pytest.fixture
-def trained(place, capsys):
-    return trained_run(place, capsys)
 
 
 def benchmark(capsys, monkeypatch, *arguments):

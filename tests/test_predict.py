@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import ROOT, SMALL, one_line, run
-from exporting import CLASSES, needs_onnx, trained_run
+from command import ROOT, SMALL, one_line, run, succeeds
+from exporting import CLASSES, needs_onnx
 from helpers import make_images
 from PIL import Image, ImageOps
 
@@ -25,53 +25,48 @@ from data import pictures
 from deploy import pt2, runtime
 from rundir import files
 
-TEST_IMAGES = 60
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("predict")
-
 
 @pytest.fixture
-def trained(place, capsys):
-    """A run directory with best.pt and export/best-fp32.pt2."""
-    if not (place / "run" / "export").exists():
-        trained_run(place, capsys)
-        code, _, err = run(capsys, "export.py", f"{place}/run/best.pt --format pt2")
-        assert code == 0, err
-    return place / "run"
+def place(trained):
+    """A folder with `images`, and a `run` that was trained on them."""
+    return trained.parent
 
 
 def table(text):
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def assert_same(*tables):
-    for one, other in zip(*tables, strict=True):
-        assert [one[key] for key in ("path", "rank", "class")] == [other[key] for key in ("path", "rank", "class")]
-        assert float(one["probability"]) == pytest.approx(float(other["probability"]), abs=1e-5)
-
-
-def probabilities(trained, paths):
-    """What models.predict makes of square images that need no resizing."""
-    images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
-    return models.predict(models.load(trained / "best.pt"), torch.from_numpy(images)).numpy()
-
-
-@pytest.mark.parametrize("model", ["best.pt", "export/best-fp32.pt2"])
-def test_csv_has_the_likeliest_classes_of_every_image_below_a_folder(trained, place, model, capsys):
-    folder = place / "images" / "test"
-    code, out, err = run(capsys, "predict.py", f"{trained}/{model} {folder} --csv --top 3")
-    assert code == 0 and not err, err
-    rows, paths = table(out), sorted(map(str, folder.glob("*/*.png")))
-    assert len(paths) == TEST_IMAGES and [row["path"] for row in rows] == [path for path in paths for _ in range(3)]
-    expected = probabilities(trained, paths)
+def check_rows(text, trained, folder):
+    """They are the three likeliest classes of every image below the folder, by the checkpoint."""
+    rows, paths = table(text), sorted(map(str, folder.glob("*/*.png")))
+    assert len(paths) == 60 and [row["path"] for row in rows] == [path for path in paths for _ in range(3)]
+    images = np.stack([np.asarray(Image.open(path)) for path in paths])
+    expected = models.predict(models.load(trained / "best.pt"), images).numpy()
     for number, row in enumerate(rows):
         image, rank = divmod(number, 3)
         index = expected[image].argsort()[::-1][rank]
         assert (row["rank"], row["class"]) == (str(rank + 1), CLASSES[index])
         assert float(row["probability"]) == pytest.approx(expected[image, index], abs=1e-5)
+
+
+def test_csv_has_the_likeliest_classes_of_every_image_below_a_folder(trained, program, place, capsys):
+    folder = place / "images" / "test"
+    for model in (trained / "best.pt", program):
+        code, out, err = run(capsys, "predict.py", f"{model} {folder} --csv --top 3")
+        assert code == 0 and not err, err
+        check_rows(out, trained, folder)
+
+
+@needs_onnx
+def test_an_onnx_file_needs_no_torch(trained, place, tmp_path, capsys):
+    succeeds(capsys, "export.py", f"{trained}/best.pt --output {tmp_path}")
+    without = ("import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; sys.path.insert(0, '.')\n"
+               "runpy.run_path('predict.py', run_name='__main__')")
+    folder, flags = place / "images" / "test", ("--csv", "--top", "3")
+    result = subprocess.run([sys.executable, "-c", without, "predict.py", tmp_path / "best-fp32.onnx", folder, *flags],
+                            cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    check_rows(result.stdout, trained, folder)
 
 
 def test_a_line_per_image(trained, place, capsys):
@@ -105,14 +100,9 @@ def test_images_of_other_sizes_are_cropped_and_shrunk_as_for_training(trained, p
     fitted = np.asarray(ImageOps.fit(Image.open(tmp_path / "wide.png"), (16, 16), Image.Resampling.BILINEAR))
     assert np.array_equal(pictures.read(str(tmp_path / "wide.png"), 16)[0], fitted)
     Image.fromarray(fitted).save(tmp_path / "fitted.png")
-    answers = []
-    for model in ("best.pt", "export/best-fp32.pt2"):
-        code, out, err = run(capsys, "predict.py", f"{trained}/{model} {tmp_path} --csv")
-        assert code == 0, err
-        answers.append(table(out))
-    assert_same(*answers)
-    of = {name: [row["probability"] for row in answers[0] if row["path"].endswith(name)] for name in ("fitted.png", "wide.png")}
-    assert of["fitted.png"] == of["wide.png"]
+    rows = table(succeeds(capsys, "predict.py", f"{trained}/best.pt {tmp_path} --csv"))
+    of = {name: [row["probability"] for row in rows if row["path"].endswith(name)] for name in ("fitted.png", "wide.png")}
+    assert len(rows) == 3 * 5 and of["fitted.png"] == of["wide.png"]
 
 
 def test_a_network_of_resized_windows_sees_the_centre_everywhere(place, tmp_path, capsys):
@@ -121,11 +111,9 @@ def test_a_network_of_resized_windows_sees_the_centre_everywhere(place, tmp_path
     assert pictures.stored_side(224, "pad") == 224
     make_images(tmp_path / "images" / "train", CLASSES[:2], 12, seed=0, size=26)
     make_images(tmp_path / "images" / "test", CLASSES[:2], 4, seed=1, size=26)
-    code, out, err = run(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --val-size 4 --image-size 16 --crop resized "
-                                                     f"--epochs 1 --data-dir {tmp_path}/images --output {tmp_path}/run")
-    assert code == 0 and "images of 20x20" in out, err
-    code, out, err = run(capsys, "export.py", f"{tmp_path}/run/best.pt --format pt2")
-    assert code == 0, err
+    flags = f"--val-size 4 --image-size 16 --crop resized --epochs 1 --data-dir {tmp_path}/images --output {tmp_path}/run"
+    assert "images of 20x20" in succeeds(capsys, "train_teacher.py", f"--model resnet8 {SMALL} {flags}")
+    succeeds(capsys, "export.py", f"{tmp_path}/run/best.pt --format pt2")
     net, file = models.load(tmp_path / "run" / "best.pt"), f"{tmp_path}/run/export/best-fp32.pt2"
     assert (net.info["image_size"], net.info["stored_size"]) == (16, 20)
     assert json.loads(Path(f"{file}.json").read_text())["stored_size"] == 20
@@ -140,9 +128,8 @@ def test_a_network_of_resized_windows_sees_the_centre_everywhere(place, tmp_path
     assert accuracy == json.loads((tmp_path / "run" / "summary.json").read_text())["test_acc1_best"]
     np.testing.assert_allclose(models.predict(net, stored).numpy(), expected, atol=1e-6)
     for model in (f"{tmp_path}/run/best.pt", file):
-        code, out, err = run(capsys, "predict.py", f"{model} {tmp_path}/images/test --csv")
-        assert code == 0, err
-        found = {(row["path"], row["class"]): float(row["probability"]) for row in table(out)}
+        rows = table(succeeds(capsys, "predict.py", f"{model} {tmp_path}/images/test --csv"))
+        found = {(row["path"], row["class"]): float(row["probability"]) for row in rows}
         assert found == pytest.approx({(path, CLASSES[index]): expected[number, index]
                                        for number, path in enumerate(paths) for index in (0, 1)}, abs=1e-5)
 
@@ -154,20 +141,6 @@ def test_many_images_go_in_batches_and_a_sheet_shows_the_first(trained, place, t
     monkeypatch.setattr(pictures, "contact_sheet", lambda shown, height: sheets.append(shown) or b"")
     code, out, err = run(capsys, "predict.py", f"{trained}/best.pt - --csv --top 1 --output {tmp_path}/sheet.png")
     assert code == 0 and len(table(out)) == 150 and "96 of 150 images" in err and len(sheets[0]) == 96
-
-
-@needs_onnx
-def test_an_onnx_file_needs_no_torch(trained, place, tmp_path, capsys):
-    code, _, err = run(capsys, "export.py", f"{trained}/best.pt --output {tmp_path}")
-    assert code == 0, err
-    program = ("import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; sys.path.insert(0, '.')\n"
-               "runpy.run_path('predict.py', run_name='__main__')")
-    folder = place / "images" / "test"
-    result = subprocess.run([sys.executable, "-c", program, "predict.py", tmp_path / "best-fp32.onnx", folder, "--csv"],
-                            cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    of_checkpoint = table(run(capsys, "predict.py", f"{trained}/best.pt {folder} --csv")[1])
-    assert_same(table(result.stdout), of_checkpoint)
 
 
 def test_names_that_are_no_text_are_printed_as_they_are(trained, place, tmp_path, capsys, monkeypatch):
@@ -196,12 +169,12 @@ BAD = [  # what is wrong, arguments, exit code, words of the line
 
 
 @pytest.mark.parametrize("arguments, code, words", [pytest.param(*case[1:], id=case[0]) for case in BAD])
-def test_one_line_and_an_exit_code_for_what_is_wrong(trained, arguments, code, words, place, capsys, monkeypatch):
+def test_one_line_and_an_exit_code_for_what_is_wrong(program, arguments, code, words, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     (place / "empty").mkdir(exist_ok=True)
     for name in ("text.pt", "model.tflite"):
         (place / name).write_text("hello")
-    content, metadata = ((trained / "export" / f"best-fp32.pt2{end}").read_bytes() for end in ("", ".json"))
+    content, metadata = program.read_bytes(), runtime.metadata_path(program).read_bytes()
     for name in ("alone.pt2", "wrong.pt2"):
         (place / name).write_bytes(content)
     (place / "wrong.pt2.json").write_text("{}")
@@ -217,11 +190,11 @@ def test_one_line_and_an_exit_code_for_what_is_wrong(trained, arguments, code, w
 @pytest.mark.parametrize("suffix, precision, package", [
     ("onnx", "fp32", "onnxruntime"), ("pte", "fp32", "executorch.runtime"), ("pt2", "int8", "torchao.quantization.pt2e"),
 ])
-def test_a_missing_runtime_is_named_with_the_command_that_installs_it(trained, suffix, precision, package, tmp_path, capsys,
+def test_a_missing_runtime_is_named_with_the_command_that_installs_it(program, suffix, precision, package, tmp_path, capsys,
                                                                       monkeypatch):
-    content, metadata = ((trained / "export" / f"best-fp32.pt2{end}").read_bytes() for end in ("", ".json"))
-    (tmp_path / f"best.{suffix}").write_bytes(content)
-    (tmp_path / f"best.{suffix}.json").write_text(json.dumps(json.loads(metadata) | {"precision": precision}))
+    shutil.copy(program, tmp_path / f"best.{suffix}")
+    metadata = json.loads(runtime.metadata_path(program).read_text()) | {"precision": precision}
+    (tmp_path / f"best.{suffix}.json").write_text(json.dumps(metadata))
     monkeypatch.setitem(sys.modules, package, None)
     code, _, err = run(capsys, "predict.py", f"{tmp_path}/best.{suffix} {tmp_path}")
     assert package in one_line(code, 2, err) and "pip install -r requirements-export.txt" in err
@@ -233,16 +206,16 @@ def saved(value) -> bytes:
     return content.getvalue()
 
 
-def edited(trained, path, edit) -> str:
-    """Write best-fp32.pt2 of the run to `path` with its members, by name, changed by `edit`; and its metadata."""
-    with zipfile.ZipFile(trained / "export" / "best-fp32.pt2") as archive:
+def edited(program, path, edit) -> str:
+    """Write an exported program to `path` with its members, by name, changed by `edit`; and its metadata."""
+    with zipfile.ZipFile(program) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     edit(members)
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    metadata = json.loads((trained / "export" / "best-fp32.pt2.json").read_text()) | {"sha256": files.digest(path)}
-    path.with_name(f"{path.name}.json").write_text(json.dumps(metadata))
+    metadata = json.loads(runtime.metadata_path(program).read_text()) | {"sha256": files.digest(path)}
+    runtime.metadata_path(path).write_text(json.dumps(metadata))
     return str(path)
 
 
@@ -269,29 +242,21 @@ FOREIGN = {  # each harmless, and each of a kind that torch.export.load would un
 
 
 @pytest.mark.parametrize("edit", [pytest.param(edit, id=name) for name, edit in FOREIGN.items()])
-def test_a_pt2_file_that_export_does_not_write_is_not_opened(trained, edit, tmp_path, capsys, monkeypatch):
+def test_a_pt2_file_that_export_does_not_write_is_not_opened(program, edit, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.export, "load", lambda *arguments: pytest.fail("it was opened"))
-    code, _, err = run(capsys, "predict.py", f"{edited(trained, tmp_path / 'foreign.pt2', edit)} {tmp_path}")
+    code, _, err = run(capsys, "predict.py", f"{edited(program, tmp_path / 'foreign.pt2', edit)} {tmp_path}")
     assert "foreign.pt2" in one_line(code, 5, err) and "best.pt" in err
 
 
-@pytest.mark.parametrize("before", [{}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "0"}])
-def test_only_plain_data_is_unpickled_whatever_the_environment_says(before, monkeypatch):
-    for name in pt2.SETTINGS:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in before.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(pickle.UnpicklingError), pt2.weights_only():
-        torch.load(io.BytesIO(saved(Fraction(1, 2))), weights_only=False)
-    assert {name: os.environ[name] for name in pt2.SETTINGS if name in os.environ} == before
-    assert torch.load(io.BytesIO(saved(Fraction(1, 2))), weights_only=False) == Fraction(1, 2)
-
-
-def test_a_pt2_file_is_opened_where_only_plain_data_is_unpickled(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, value", [("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1"), ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")])
+def test_only_plain_data_is_unpickled_whatever_the_environment_says(program, name, value, monkeypatch):
     def opened(*arguments, load=torch.export.load):
-        assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(io.BytesIO(saved(Fraction(1, 2))), weights_only=False)
         return load(*arguments)
 
+    monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.export, "load", opened)
-    model = runtime.load(edited(trained, tmp_path / "same.pt2", lambda members: None))
+    model = runtime.load(program)
     assert model(np.zeros((2, 16, 16, 3), np.uint8))[0].shape == (2, len(CLASSES))
+    assert os.environ[name] == value and torch.load(io.BytesIO(saved(Fraction(1, 2))), weights_only=False) == Fraction(1, 2)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
-from command import ROOT, run
-from exporting import CLASSES, needs_onnx, trained_run
+from command import ROOT, succeeds
+from exporting import CLASSES, needs_onnx
 from helpers import make_images
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
@@ -74,11 +74,9 @@ def page(browser, server):
     assert all(url.startswith((browser.address, "blob:", "data:")) for url in browser.requested), browser.requested
 
 
-def export(place, capsys, flags: str, output: Path) -> Path:
+def export(trained, capsys, flags: str, output: Path) -> Path:
     """The .onnx file that export.py makes of a small trained run with these flags, in `output`."""
-    trained = trained_run(place, capsys)
-    code, out, err = run(capsys, "export.py", f"{trained}/best.pt {flags} --output {output}")
-    assert code == 0, err
+    out = succeeds(capsys, "export.py", f"{trained}/best.pt {flags} --output {output}")
     return Path(out.splitlines()[-1].split(": ")[0])
 
 
@@ -114,8 +112,8 @@ def pictures_of_classes(folder: Path) -> tuple[list, list]:
 
 @pytest.mark.parametrize("flags, tolerance", [("--precision fp32", 1e-4), ("--precision fp32 --input float", 1e-4),
                                               ("--precision fp16", 1e-3), ("--precision int8", 1e-4)])
-def test_classes_and_probabilities_are_those_of_python(place, page, tmp_path, capsys, flags, tolerance):
-    model = export(place, capsys, flags, place / "site" / "model")
+def test_classes_and_probabilities_are_those_of_python(place, trained, page, tmp_path, capsys, flags, tolerance):
+    model = export(trained, capsys, flags, place / "site" / "model")
     stored, resized = pictures_of_classes(tmp_path)
     page.call("Page.navigate", url=page.address)
     page.evaluate(IDLE)
@@ -173,9 +171,9 @@ def test_photographs_are_turned_cropped_and_resized_within_a_level(page, tmp_pat
         assert differences(page, png).max() <= 1 and differences(page, jpeg).mean() < 1, orientation
 
 
-def test_what_cannot_be_read_is_one_line(place, page, tmp_path, capsys):
+def test_what_cannot_be_read_is_one_line(place, trained, page, tmp_path, capsys):
     shutil.rmtree(place / "site" / "model", ignore_errors=True)
-    model = export(place, capsys, "", tmp_path / "exported")
+    model = export(trained, capsys, "", tmp_path / "exported")
     metadata = model.with_name(f"{model.name}.json")
     photograph, notes, other = tmp_path / "a.png", tmp_path / "notes.txt", tmp_path / "other.onnx"
     noise(30, 20).save(photograph)
