@@ -32,7 +32,7 @@ import numpy as np
 
 import models
 from benchmarks import table
-from deploy import check, writers
+from deploy import check, runtime, writers
 from rundir import errors
 from rundir.files import write_atomic
 from rundir.run_directory import processor
@@ -100,7 +100,7 @@ def export(checkpoint: Path, data, path: Path) -> np.ndarray:
     _, precision, *floats = path.stem.split("-")
     module = writers.from_checkpoint(checkpoint, *floats or ["uint8"], precision)
     writers.export(module, FORMATS[path.suffix], precision, check.calibration(data), path)
-    return writers.as_input(module, data.test.images).numpy()
+    return runtime.as_input(data.test.images.numpy(), module.input)
 
 
 class Worker:

@@ -2,7 +2,9 @@
 
 The operators of com.microsoft, ONNX Runtime's other form of int8, are unknown to OpenVINO and mean something else to OpenCV.
 """
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -34,22 +36,15 @@ def quantize(model, batches, path: Path) -> None:
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Calibration(quantization.CalibrationDataReader):
-        def __init__(self):
-            self.batches = iter(batches)
-
-        def get_next(self):
-            batch = next(self.batches, None)
-            return None if batch is None else {"images": batch}
-
     fp32, prepared, channels = (path.with_name(f"{name}.onnx") for name in ("fp32", "prepared", "channels"))
     write(model, fp32)
     quant_pre_process(str(fp32), str(prepared), skip_symbolic_shape=True)
     graph = onnx.load(prepared).graph
     kept = [node.name for node in (*last_nodes(graph), *(node for node in graph.node if node.op_type == "Softmax"))]
     for each, per_channel in ((path, False), (channels, True)):
+        reader = SimpleNamespace(get_next=partial(next, iter([{"images": batch} for batch in batches]), None))
         quantization.quantize_static(
-            str(prepared), str(each), Calibration(), quant_format=quantization.QuantFormat.QDQ, per_channel=per_channel,
+            str(prepared), str(each), reader, quant_format=quantization.QuantFormat.QDQ, per_channel=per_channel,
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
             nodes_to_exclude=kept)
         quantized = onnx.load(each)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,7 @@ def version(name: str) -> str:
     return f"onnxruntime-web {json.loads(package.read_text())['version']}"
 
 
+@cache
 def version_of(module: str) -> str:
     """Name and version of the distribution of an importable module, such as `onnxruntime 1.32.0`."""
     package = module.partition(".")[0]

@@ -2,17 +2,16 @@
 
 Accepted is only the output of export.py: raw tensors, and a graph of PyTorch's operators whose sizes are plain arithmetic.
 """
-import contextlib
 import io
 import json
-import os
 import re
 import zipfile
 from pathlib import Path
 
 from rundir.errors import CHECKPOINT, Failure
 
-SETTINGS = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+# Environment in which torch.load has weights_only=True, whatever its arguments are.
+WEIGHTS_ONLY = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 SAMPLES = "archive/data/sample_inputs/model.pt"  # a pickle; empty in our files
 MEMBERS = re.compile(rf"{re.escape(SAMPLES)}|archive/(byteorder|\.data/(version|serialization_id)|archive_(format|version)|"
                      r"models/model\.json|data/weights/(weight_[0-9]+|model_weights_config\.json)|"
@@ -26,20 +25,6 @@ STRINGS = {  # allowed strings by key; NAME elsewhere
     "in_spec": STRUCTURE, "out_spec": STRUCTURE,
 }
 VALUES = {"use_pickle": False, "guards_code": []}  # required values by key; guards are Python code
-
-
-@contextlib.contextmanager
-def weights_only():
-    """Forces torch.load to weights_only=True, overriding its arguments and the environment."""
-    before = {name: os.environ.get(name) for name in SETTINGS}
-    os.environ.update(SETTINGS)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def checked(path: Path) -> io.BytesIO:

@@ -57,16 +57,17 @@ class Model:
         self.metadata, self.run = metadata, run
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        size = self.metadata["largest_batch"] or BATCH
-        outputs = [self.run(self.as_input(images[first:first + size])) for first in range(0, len(images), size)]
+        size, kind = self.metadata["largest_batch"] or BATCH, self.metadata["input"]
+        outputs = [self.run(as_input(images[first:first + size], kind)) for first in range(0, len(images), size)]
         probabilities, logits = map(np.concatenate, zip(*outputs))
         return probabilities, logits
 
-    def as_input(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3), or float32 (N, 3, H, W) between 0 and 1, as the file requires."""
-        if self.metadata["input"] == "uint8":
-            return np.ascontiguousarray(images)
-        return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
+
+def as_input(images: np.ndarray, kind: str) -> np.ndarray:
+    """Images uint8 (N, H, W, 3), for `float` as float32 (N, 3, H, W) between 0 and 1."""
+    if kind == "uint8":
+        return np.ascontiguousarray(images)
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
 
 
 def load(path, threads: int | None = None) -> Model:
@@ -121,10 +122,12 @@ def onnx_session(path: Path, metadata: dict, threads: int | None):
 
 
 def exported_program(path: Path, metadata: dict, threads: int | None):
+    from unittest import mock
+
     import torch
     if metadata["precision"] == "int8":
         require("torchao.quantization.pt2e")  # registers its operators
-    with pt2.weights_only():
+    with mock.patch.dict(os.environ, pt2.WEIGHTS_ONLY):
         module = torch.export.load(pt2.checked(path)).module()
 
     def run(images):

@@ -7,13 +7,14 @@ deploy/runtime.py, and its name in deploy/options.py.
 import io
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import models
 from deploy import onnx_graph
-from deploy.runtime import quiet, require
+from deploy.runtime import as_input, quiet, require
 from rundir.errors import USAGE, Failure, first_line
 
 # ExecuTorch plans memory for a largest batch.  It must be below 16, from which on torch decomposes convolutions differently: a
@@ -59,7 +60,9 @@ def export(module: Deployed, format: str, precision: str, calibration, path: Pat
     Failure USAGE: a package is missing, or the exporter does not support this network.
     """
     require(*needs(format, precision))
-    batches = [as_input(module, images) for images in calibration.split(LARGEST_BATCH)] if precision == "int8" else None
+    batches = None
+    if precision == "int8":
+        batches = [as_input(images.numpy(), module.input) for images in calibration.split(LARGEST_BATCH)]
     try:
         with quiet(), torch.no_grad():
             FORMATS[format][1](module, batches, path)
@@ -70,16 +73,11 @@ def export(module: Deployed, format: str, precision: str, calibration, path: Pat
                       "choose another --format or --precision") from failure
 
 
-def as_input(module: Deployed, images):
-    """Images uint8 (N, H, W, 3) in the input format of `module`."""
-    return images.clone() if module.input == "uint8" else images.permute(0, 3, 1, 2).float().contiguous() / 255
-
-
 def example(module: Deployed):
     """An example input of `module`, and the names of its dynamic dimensions by index."""
     side = module.info["stored_size"]
-    images = torch.zeros(LARGEST_BATCH, side, side, 3, dtype=torch.uint8)
-    return as_input(module, images), dict(zip((0, 1, 2) if module.input == "uint8" else (0, 2, 3), "NHW"))
+    images = torch.from_numpy(as_input(np.zeros((LARGEST_BATCH, side, side, 3), np.uint8), module.input))
+    return images, dict(zip((0, 1, 2) if module.input == "uint8" else (0, 2, 3), "NHW"))
 
 
 def to_onnx(module: Deployed, batches, path: Path) -> None:
@@ -90,7 +88,7 @@ def to_onnx(module: Deployed, batches, path: Path) -> None:
     if batches is None:
         onnx_graph.write(model, path)
     else:
-        onnx_graph.quantize(model, [batch.numpy() for batch in batches], path)
+        onnx_graph.quantize(model, batches, path)
 
 
 def export_program(module, quantizer, batches, **largest):
@@ -104,7 +102,7 @@ def export_program(module, quantizer, batches, **largest):
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     prepared = prepare_pt2e(exported.module(), quantizer)
     for batch in batches:
-        prepared(batch)
+        prepared(torch.from_numpy(batch))
     quantized = convert_pt2e(prepared)
     used = {node.target for node in quantized.graph.nodes if node.op == "get_attr"}
     for name in [name for name, _ in quantized.named_parameters() if name not in used]:  # the fp32 weights
