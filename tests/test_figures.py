@@ -1,5 +1,4 @@
 """plots/make_figures.py, on run directories with invented numbers that test the drawing and mean nothing else."""
-import csv
 import math
 import os
 import re
@@ -14,6 +13,7 @@ import matplotlib.image
 import matplotlib.style
 import numpy as np
 import pytest
+from helpers import table_of
 
 from losses.chosen_method import ChosenMethod
 from losses.methods import METHODS
@@ -96,61 +96,50 @@ def legend_texts(figure):
 
 
 def table(path):
-    with open(path, newline="") as file:
-        return {row["experiment"]: row for row in csv.DictReader(file)}
+    return {row["experiment"]: row for row in table_of(path)}
 
 
-def only_built(monkeypatch):
-    """Figures are built but not rendered, for tests that look at other things."""
-    monkeypatch.setattr(make_figures, "write_figure", lambda figure, path: files.write_atomic(path.with_suffix(".png"), b""))
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    only_built(monkeypatch)
-
-
-def run_study(top):
-    """What main() prints of the runs in top/runs, and its Table 1."""
-    code, stdout, errors = run_main("--runs", top / "runs", "--output", top / "out")
-    assert (code, errors) == (0, "")
-    return stdout, table(top / "out" / "table1.csv")
+def run_study(top, expected=0):
+    """The outputs of the runs in top/runs, what main() prints, and Table 1; figures are built but not rendered."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(make_figures, "write_figure", lambda figure, path: files.write_atomic(f"{path}.png", b""))
+        code, stdout, errors = run_main("--runs", top / "runs", "--output", top / "out")
+    assert code == expected and errors.count("\n") == bool(expected), errors
+    return top / "out", stdout + errors, table(top / "out" / "table1.csv")
 
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
-    """Three seeds of 200 epochs, and the tables of main()."""
+    """Three seeds of 200 epochs, and the outputs of main()."""
     top = tmp_path_factory.mktemp("seeds")
-    write_study(top / "runs", seeds=(1, 2, 3))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        only_built(monkeypatch)
-        return top / "runs", top / "out", run_study(top)[0]
+    return write_study(top / "runs", seeds=(1, 2, 3)), *run_study(top)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """One seed of 8 epochs, and the outputs of the script, started elsewhere."""
+    """One seed of 8 epochs, and the outputs of main()."""
     top = tmp_path_factory.mktemp("demo")
-    runs = write_study(top / "runs", epochs=8, stop_v3=5, dataset="synthetic")
-    command = [sys.executable, make_figures.__file__, "--runs", runs, "--output", top / "figures"]
-    done = subprocess.run(command, cwd=top, text=True,
-                          env=os.environ | {"PYTHONPATH": "", "PYTHONIOENCODING": "ascii"}, capture_output=True)
-    assert (done.returncode, done.stderr) == (0, ""), done
-    return runs, top / "figures", done.stdout
+    return write_study(top / "runs", epochs=8, stop_v3=5, dataset="synthetic"), *run_study(top)
 
 
-def test_every_output_is_written_named_and_the_same_bytes_again(seeds, demo, tmp_path):
-    top, output, stdout = demo
-    expected = {f"figure{n}.{suffix}" for n in range(1, 7) for suffix in ("png", "pdf")}
-    expected |= {f"table{n}.{suffix}" for n in (1, 2) for suffix in ("md", "csv", "tex")}
+def test_every_output_is_written_and_named(seeds):
+    _, output, stdout, _ = seeds
+    expected = {f"figure{n}.png" for n in range(1, 7)} | {f"table{n}.{suffix}" for n in (1, 2) for suffix in ("md", "csv", "tex")}
     assert {path.name for path in output.iterdir()} == expected
-    assert all(str(output / f"figure{n}.png") in stdout for n in range(1, 7)), stdout
-    assert seeds[2].endswith((seeds[1] / "table1.md").read_text()), "Table 1 ends what is printed"
+    assert all(f"{output / name}, .pdf\n" in stdout for name in expected if name.startswith("figure")), stdout
+    assert stdout.endswith((output / "table1.md").read_text()), "Table 1 ends what is printed"
+
+
+def test_the_script_runs_from_anywhere_and_draws_the_same_bytes_again(tmp_path):
+    runs = write_study(tmp_path / "runs", names=("v1",), epochs=8)  # which only half of the figures show
+    done = subprocess.run([sys.executable, make_figures.__file__, "--runs", runs, "--output", tmp_path / "a"], cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": "", "PYTHONIOENCODING": "ascii"}, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, ""), done
     with matplotlib.style.context(["default", make_figures.STYLE]):
-        make_figures.write_figure(draw(top, "figure1"), tmp_path / "figure1")
-    assert matplotlib.image.imread(output / "figure1.png").shape[1] == 3.5 * 300
-    for name in ("figure1.png", "figure1.pdf"):
-        assert (tmp_path / name).read_bytes() == (output / name).read_bytes()
+        make_figures.write_figure(draw(runs, "figure4"), tmp_path / "b")
+    assert matplotlib.image.imread(tmp_path / "b.png").shape[1] == 3.5 * 300
+    for suffix in ("png", "pdf"):
+        assert (tmp_path / f"b.{suffix}").read_bytes() == (tmp_path / "a" / f"figure4.{suffix}").read_bytes()
 
 
 @pytest.mark.parametrize("name", make_figures.FIGURES)
@@ -227,7 +216,7 @@ def test_figures_say_what_they_compare(demo, tmp_path):
 
 
 def test_table_1_holds_hand_computed_numbers(seeds, demo):
-    rows = table(seeds[1] / "table1.csv")
+    rows = seeds[3]
     assert list(rows) == list(GROUPS)
     assert (rows["v2"]["method"], rows["v3"]["method"]) == ("KD alpha 0.7 T 4", "DKD alpha 1 beta 8 T 4")
     assert (rows["v2"]["augmentation"], rows["v1"]["augmentation"]) == ("AA+RE+MC", "MC")
@@ -244,7 +233,7 @@ def test_table_1_holds_hand_computed_numbers(seeds, demo):
     for part in ("| 63.00 ± 3.61 |", "| 84–94 / ", "| 66.85 / 87.21 |", "student initialisation: none (v1, v2, v3, v3.1, v4)",
                  "validation split of 5000 training images", "n = 3 seeds, mean ± sample SD"):
         assert part in text, part
-    assert "report_acc1" not in table(demo[1] / "table1.csv")["v2"], "of another setting"
+    assert "report_acc1" not in demo[3]["v2"], "of another setting"
     text = (demo[1] / "table1.md").read_text()
     assert "76.19" not in text and "not a reproduction of the report" in text and "; 1 seed." in text
 
@@ -271,12 +260,12 @@ def test_latex_is_well_formed(seeds):
         assert {line.count("&") for line in bare.splitlines() if line.endswith(r"\\")} == {columns - 1}, text
 
 
-def test_missing_and_unfinished_runs_are_named_and_the_rest_is_drawn(tmp_path, quick):
+def test_missing_and_unfinished_runs_are_named_and_the_rest_is_drawn(tmp_path):
     write_study(tmp_path / "runs", seeds=(1, 2), names=("v2",), epochs=8)
     running = write_run(tmp_path / "runs" / "v2-s3", "v2", seed=3, epochs=8, ran=3, finished=False)
     waiting = write_run(tmp_path / "runs" / "v3", "v3", epochs=8, finished=False)
     (waiting / "log.csv").write_text("epoch,val_acc1\n")
-    output, rows = run_study(tmp_path)
+    _, output, rows = run_study(tmp_path)
     for said in ("not found: teacher, teacher-strong, alone, v1, v3.1, v4", "figure1.png, .pdf: drawn without v3",
                  "figure3: not drawn, without v3 and v3.1", f"unfinished, in curves only: {running} (epoch 3 of 8)",
                  f"unfinished, in curves only: {waiting} (epoch 0 of 8)"):
@@ -288,7 +277,7 @@ def test_missing_and_unfinished_runs_are_named_and_the_rest_is_drawn(tmp_path, q
     assert [run.config["seed"] for run in study["v2"]] == [1, 2, 3], "each run counts once"
 
 
-def test_runs_outside_the_study_join_where_data_networks_and_teacher_are_the_studys(tmp_path, quick):
+def test_runs_outside_the_study_join_where_data_networks_and_teacher_are_the_studys(tmp_path):
     runs = tmp_path / "runs"
     for path, name in (("teacher", "teacher"), ("second-try", "v3"), ("v4-s7", "v4")):
         write_run(runs / path, name, epochs=8, **{"experiment": None} if name == "v4" else {})
@@ -298,7 +287,7 @@ def test_runs_outside_the_study_join_where_data_networks_and_teacher_are_the_stu
         write_run(runs / f"new-strength2-s{seed}", "v2", epochs=8, seed=seed, **labels)
     left = [write_run(runs / f"other-{key}", "v2", epochs=8, **labels | {key: value})
             for key, value in (("teacher", "resnet20"), ("student", "resnet20"), ("image_size", 64), ("dataset", "cifar10"))]
-    output, rows = run_study(tmp_path)
+    _, output, rows = run_study(tmp_path)
     assert f"left out, not of the study: {', '.join(map(str, sorted(left)))}\n" in output
     assert list(rows) == ["teacher", "v3", "v4", "new-strength2"], "by --experiment, or else by directory"
     assert (rows["new-strength2"]["method"], rows["new-strength2"]["n"]) == ("NEW strength 2", "2")
@@ -311,38 +300,25 @@ def test_nothing_to_draw_and_unknown_flags_are_errors(tmp_path):
     out = tmp_path / "out"
     write_run(tmp_path / "others" / "kd-s1", "v2", epochs=8, experiment=None)
     write_run(tmp_path / "early" / "teacher", "teacher", epochs=8, finished=False)
+    (write_run(tmp_path / "damaged" / "v2", "v2", epochs=8) / "config.json").write_text("[1]")
     (tmp_path / "empty").mkdir()
-    for name in ("empty", "absent", "others", "early"):
+    for name in ("empty", "absent", "others", "early", "damaged"):
         assert str(tmp_path / name) in refused(4, "--runs", tmp_path / name, "--output", out)
     for arguments in (["--run", "x"], ["x"], ["--runs"]):
         refused(2, *arguments)
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("name", "content", "reason"), [
-    ("log.csv", b"epoch,val_loss\n1,2.0\n", "no column val_acc1"), ("log.csv", b"epoch,val_acc1\n1,50.0\n2,\n", "percentage"),
-    ("log.csv", b"epoch,val_acc1\n2,50.0\n1,51.0\n", "do not rise"), ("log.csv", b"epoch,val_acc1\n1,\xff\n", "utf-8"),
-    ("log.csv", b"epoch,val_acc1\n1,500\n", "percentage"), ("log.csv", b"epoch,val_acc1\n1,50.0\n", "no row of epoch 8"),
-    ("config.json", b'{"script": ', "line 1"), ("config.json", b"[1]", "not an object"),
-    ("summary.json", b'{"test_acc1_last": NaN}', "test_acc1_last is nan")])
-def test_damaged_files_are_named(tmp_path, name, content, reason):
-    run = write_run(tmp_path / "v2", "v2", epochs=8)
-    (run / name).write_bytes(content)
-    message = refused(4, "--runs", tmp_path, "--output", tmp_path / "out")
-    assert f"({run / name})" in message and reason in message, message
-
-
-def test_a_run_that_cannot_be_read_leaves_the_others(tmp_path, quick):
+def test_a_run_that_cannot_be_read_leaves_the_others(tmp_path):
     for name in ("v1", "v2", "v3"):
         write_run(tmp_path / "runs" / name, name, epochs=8)
     (tmp_path / "runs" / "v1" / "summary.json").write_text('{"test_acc1_la')
-    code, out, err = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "out")
-    assert code == 4 and "left out: cannot read summary.json" in out and str(tmp_path / "runs" / "v1") in out
-    assert err.startswith("error: runs that cannot be read were left out (1, ") and err.count("\n") == 1
-    assert list(table(tmp_path / "out" / "table1.csv")) == ["v2", "v3"]
+    _, said, rows = run_study(tmp_path, expected=4)
+    assert "left out: cannot read summary.json" in said and str(tmp_path / "runs" / "v1") in said
+    assert "\nerror: runs that cannot be read were left out (1, " in said and list(rows) == ["v2", "v3"]
 
 
-def test_a_run_far_below_kd_of_its_seed_collapsed(tmp_path, quick):
+def test_a_run_far_below_kd_of_its_seed_collapsed(tmp_path):
     """By 5 points of last validation accuracy; KD with other images is no control, and a student alone has none."""
     def end_at(accuracy, name, seed):
         path = write_run(tmp_path / "runs" / f"{name}-s{seed}", name, epochs=8, seed=seed, summary={"best_epoch": 8})
@@ -350,7 +326,7 @@ def test_a_run_far_below_kd_of_its_seed_collapsed(tmp_path, quick):
 
     for accuracy, name, seed in ((50, "v2", 1), (45, "v3", 1), (60, "v2", 2), (54.9, "v3", 2), (20, "v1", 1), (20, "alone", 1)):
         end_at(accuracy, name, seed)
-    verdicts = {name: row["verdict"] for name, row in run_study(tmp_path)[1].items()}
+    verdicts = {name: row["verdict"] for name, row in run_study(tmp_path)[2].items()}
     assert verdicts == {"v2": "completed", "v3": "1 completed, 1 collapsed", "v1": "completed", "alone": "completed"}
 
 
