@@ -37,12 +37,12 @@ def main(args):
         images, labels = data.test.images.numpy(), data.test.labels.numpy()
         exported, expected = (model(images)[1] for model in (runtime.open_exported(path, metadata), original))
         rows = [check.compare(path, checkpoint, metadata, exported, expected, labels)]
-        print(rows[0])
+        print(check.described(rows[0]))
         check.judge(rows[0], args.max_drop, module.info["test_acc1"], module.info["amp"])
         for other in args.check:
             found = other_runtimes.logits(other, path, metadata, images)
             rows.append(check.compare(path, checkpoint, metadata, found, expected, labels, other, exported))
-            print(rows[-1])
+            print(check.described(rows[-1]))
             check.judge_other(rows[-1], other)
         metadata |= {"test_acc1": rows[0].accuracy, "checkpoint_test_acc1": rows[0].checkpoint_accuracy, "sha256": digest(path)}
         published = check.publish(path, metadata, rows, Path(args.output or checkpoint.parent / "export"))

@@ -1,7 +1,6 @@
 """Comparison of an exported file with its checkpoint, acceptance limits, and atomic publication."""
 import csv
 import json
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,38 +18,6 @@ from training.evaluation import tolerance
 CALIBRATION_IMAGES = 512
 AGREEMENT = 0.995  # of the predictions of an .onnx file in another runtime with those in ONNX Runtime
 TOLERANCE = 1e-4  # on fp32 logits; relative where the largest is above 1
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of export.csv: an exported file in a runtime and its checkpoint in PyTorch, on the test set.
-
-    Accuracies in percent, drop in percentage points.  largest_difference: of a logit between the two.
-    same_in_onnxruntime: equal predictions of the same file in ONNX Runtime, for another runtime.
-    """
-    file: str
-    format: str
-    precision: str
-    input: str
-    runtime: str
-    bytes: int
-    checkpoint_bytes: int
-    images: int
-    same_predictions: int
-    same_in_onnxruntime: int | None
-    accuracy: float
-    checkpoint_accuracy: float
-    drop: float
-    largest_difference: float
-    largest_logit: float
-
-    def __str__(self) -> str:
-        if self.same_in_onnxruntime is not None:
-            return (f"{self.file} in {self.runtime}: {self.same_in_onnxruntime} of {self.images} predictions as in ONNX Runtime, "
-                    f"accuracy {self.accuracy:.2f} %")
-        return (f"{self.file}: {self.bytes / 1e6:.3f} MB; compared with the checkpoint: {self.same_predictions} of {self.images} "
-                f"predictions equal, accuracy {self.accuracy:.2f} % and {self.checkpoint_accuracy:.2f} % "
-                f"(drop {self.drop:.2f}), logits within {self.largest_difference:.1e}")
 
 
 def data_of_run(checkpoint: Path, classes, data_dir: str | None = None) -> datasets.Dataset:
@@ -79,22 +46,38 @@ def calibration(data: datasets.Dataset) -> torch.Tensor:
     return split.part(slice(None, None, max(1, len(split.labels) // CALIBRATION_IMAGES)))[:CALIBRATION_IMAGES]
 
 
-def compare(path: Path, checkpoint: Path, metadata: dict, exported, expected, labels, other=None, own=None) -> Row:
-    """exported, expected: test logits of the file and of its checkpoint, float32 (N, C) arrays.  labels: int64 (N,).
+def compare(path: Path, checkpoint: Path, metadata: dict, exported, expected, labels, other=None, own=None) -> SimpleNamespace:
+    """A row of export.csv: an exported file in a runtime and its checkpoint in PyTorch, on the test set.
 
+    exported, expected: test logits of the file and of its checkpoint, float32 (N, C) arrays.  labels: int64 (N,).
     other: the one of other_runtimes.RUNTIMES that gave `exported`; then own: the logits in ONNX Runtime.
+    Accuracies are in percent, drop in percentage points; largest_difference is that of a logit between the two.
+    same_in_onnxruntime: equal predictions of the same file in ONNX Runtime, for another runtime.
     """
-    predictions = exported.argmax(1)
-    accuracy, reference = (100 * float(np.mean(each == labels)) for each in (predictions, expected.argmax(1)))
-    settings = (metadata[name] for name in ("format", "precision", "input"))
-    name = other_runtimes.version(other) if other else other_runtimes.version_of(RUNTIMES[path.suffix][0][-1])
-    return Row(path.name, *settings, name, path.stat().st_size, Path(checkpoint).stat().st_size, len(labels),
-               int(np.sum(predictions == expected.argmax(1))), int(np.sum(predictions == own.argmax(1))) if other else None,
-               round(accuracy, 4), round(reference, 4), round(reference - accuracy, 4),
-               float(np.abs(exported - expected).max()), float(np.abs(expected).max()))
+    predicted, reference = exported.argmax(1), expected.argmax(1)
+    accuracy, checkpoint_accuracy = (100 * float(np.mean(each == labels)) for each in (predicted, reference))
+    return SimpleNamespace(
+        file=path.name, format=metadata["format"], precision=metadata["precision"], input=metadata["input"],
+        runtime=other_runtimes.version(other) if other else other_runtimes.version_of(RUNTIMES[path.suffix][0][-1]),
+        bytes=path.stat().st_size, checkpoint_bytes=checkpoint.stat().st_size, images=len(labels),
+        same_predictions=int(np.sum(predicted == reference)),
+        same_in_onnxruntime=int(np.sum(predicted == own.argmax(1))) if other else None,
+        accuracy=round(accuracy, 4), checkpoint_accuracy=round(checkpoint_accuracy, 4),
+        drop=round(checkpoint_accuracy - accuracy, 4),
+        largest_difference=float(np.abs(exported - expected).max()), largest_logit=float(np.abs(expected).max()))
 
 
-def judge(row: Row, max_drop: float, stated: float | None, amp: str) -> None:
+def described(row) -> str:
+    """A row in words."""
+    if row.same_in_onnxruntime is not None:
+        return (f"{row.file} in {row.runtime}: {row.same_in_onnxruntime} of {row.images} predictions as in ONNX Runtime, "
+                f"accuracy {row.accuracy:.2f} %")
+    return (f"{row.file}: {row.bytes / 1e6:.3f} MB; compared with the checkpoint: {row.same_predictions} of {row.images} "
+            f"predictions equal, accuracy {row.accuracy:.2f} % and {row.checkpoint_accuracy:.2f} % "
+            f"(drop {row.drop:.2f}), logits within {row.largest_difference:.1e}")
+
+
+def judge(row, max_drop: float, stated: float | None, amp: str) -> None:
     """Failure DIVERGED for an exported file beyond the limits; USAGE if the checkpoint's accuracy is not reproduced.
 
     stated: accuracy in the metadata of the checkpoint, measured in the precision `amp`.
@@ -111,7 +94,7 @@ def judge(row: Row, max_drop: float, stated: float | None, amp: str) -> None:
                       "nothing was written; raise --max-drop, or choose another --precision")
 
 
-def judge_other(row: Row, other: str) -> None:
+def judge_other(row, other: str) -> None:
     """Failure DIVERGED for an .onnx file that another runtime computes otherwise than ONNX Runtime."""
     if row.same_in_onnxruntime < AGREEMENT * row.images:
         counts = f"{row.same_in_onnxruntime} of {row.images} as in ONNX Runtime"
@@ -119,20 +102,20 @@ def judge_other(row: Row, other: str) -> None:
                       f"nothing was written; leave {other} out of --check")
 
 
-def publish(path: Path, metadata: dict, new: list[Row], directory: Path) -> Path:
+def publish(path: Path, metadata: dict, new: list, directory: Path) -> Path:
     """Write the exported file, its metadata and the updated export.csv to `directory`, each atomically.
 
-    The file is first, so that the metadata never describes an older file.  A failure leaves no new file.
+    new: rows of `compare`.  The file is first, so that the metadata never describes an older file.  A failure leaves no new file.
     Failure DATA: export.csv is not of this project.  Raises Unwritable.
     """
-    published, table, columns = directory / path.name, directory / "export.csv", [field.name for field in fields(Row)]
+    published, table, columns = directory / path.name, directory / "export.csv", list(vars(new[0]))
     rows = [row for row in table_rows(table, columns) if row["file"] != path.name]
     outputs = (published, metadata_path(published), table)
     added = [output for output in outputs if not output.exists()]
     try:
         write_atomic(published, path.read_bytes())
         write_json(metadata_path(published), metadata)
-        write_atomic(table, as_csv(columns, [*rows, *map(asdict, new)]))
+        write_atomic(table, as_csv(columns, [*rows, *map(vars, new)]))
     except OSError:
         for output in added:
             output.unlink(missing_ok=True)

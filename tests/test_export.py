@@ -173,7 +173,8 @@ def test_a_table_of_an_older_version_gets_the_new_columns(trained, quick, tmp_pa
 
 def test_a_drop_is_judged_by_its_limit():
     def row(precision, drop, difference=0.0):
-        return check.Row("f", "onnx", precision, "uint8", "ort", 1, 1, 100, 90, None, 50 - drop, 50, drop, difference, 5.0)
+        return SimpleNamespace(file="f", precision=precision, images=100, accuracy=50 - drop, checkpoint_accuracy=50, drop=drop,
+                               largest_difference=difference, largest_logit=5.0)
 
     check.judge(row("int8", 0.5, difference=2.0), max_drop=0.5, stated=None, amp="off")
     check.judge(row("int8", -3), max_drop=0, stated=50.05, amp="off")
