@@ -8,7 +8,6 @@ Verdict, alarms and advice are those of summary.json, and are printed too.  The 
 diagnostics.csv; docs/diagnostics.md explains the columns.  Colours are runs or, for a single run, the terms of its loss.  To add
 a panel, add a line to PANELS.
 """
-import io
 import math
 import sys
 import textwrap
@@ -237,7 +236,7 @@ def curves(*wanted: Curve, factor=1.0, limit: float | None = None, log=False) ->
 
 def accuracy(axis, cases) -> list:
     """Validation accuracy, and that on training images without augmentation; where the best epoch and an early stop were."""
-    measured = " or ".join(dict.fromkeys(case.measured for case in cases))
+    measured, stop = " or ".join(dict.fromkeys(case.measured for case in cases)), []
     entries = curves(Curve("val_acc1", measured), Curve("train_acc1_clean", "clean training", DASHED, 0.8))(axis, cases)
     ring = {"marker": "o", "fillstyle": "none", "linestyle": "none"}
     entries.append(Line2D([], [], **ring, markersize=6, color="black", label="best epoch"))
@@ -247,9 +246,8 @@ def accuracy(axis, cases) -> list:
         axis.plot(best, case.column("val_acc1")[best - 1], **ring, markersize=7, color=case.look.colour)
         if summary.get("stopped_early"):
             axis.plot(run.epochs[-1], run.val_acc1[-1], **make_figures.CROSS, color=case.look.colour)
-    if any(run.summary and run.summary["stopped_early"] for run in (case.run for case in cases)):
-        entries.append(Line2D([], [], **make_figures.CROSS, color="white", label="early stop"))
-    return entries
+            stop = [Line2D([], [], **make_figures.CROSS, color="white", label="early stop")]
+    return entries + stop
 
 
 def teacher(axis, cases) -> list:
@@ -305,7 +303,7 @@ def page(cases: list[Case]) -> Figure:
     write_words(figure, paragraphs)
     places = np.arange(rows * columns) - (rows * columns - len(panels))  # the first panel fills up the first row
     axes = figure.subplot_mosaic(places.clip(0).reshape(rows, columns).tolist())
-    last = max(max(len(case.column("epoch")), int(case.run.epochs[-1])) for case in cases)
+    last = max(int(case.run.epochs[-1]) for case in cases)
     for (title, unit, _, draw), axis in zip(panels, axes.values()):
         axis.legend(handles=draw(axis, cases), title=title, title_fontproperties={"size": 8, "weight": "bold"}, alignment="left",
                     ncols=2, loc="lower left", bbox_to_anchor=(-0.2, 1), borderaxespad=0.3)
@@ -317,23 +315,22 @@ def page(cases: list[Case]) -> Figure:
     return figure
 
 
+@matplotlib.style.context(["default", STYLE])
+def write_page(directories: list[Path], output: Path) -> None:
+    """Draw and write the page; say its words on stdout."""
+    if output.suffix not in (".png", ".pdf"):
+        raise Failure(USAGE, f"--output must end in .png or .pdf ({output})", "choose one of them")
+    cases = read_cases(directories)
+    make_figures.write_picture(page(cases), output, DPI)
+    print(*("\n".join(lines) for _, lines in words(cases)), output, sep="\n\n")
+
+
 def main(arguments=None) -> None:
     parser = errors.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories; one of method kd is the control")
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="a .png or .pdf; default: explain.png in the directory of the first run")
-
-    def work(args) -> None:
-        output, content = args.output or args.runs[0] / "explain.png", io.BytesIO()
-        if output.suffix not in (".png", ".pdf"):
-            raise Failure(USAGE, f"--output must end in .png or .pdf ({output})", "choose one of them")
-        cases, metadata = read_cases(args.runs), {"CreationDate": None} if output.suffix == ".pdf" else {}
-        with matplotlib.style.context(["default", STYLE]):
-            page(cases).savefig(content, format=output.suffix[1:], metadata=metadata)
-        files.write_atomic(output, content.getvalue())
-        print(*("\n".join(lines) for _, lines in words(cases)), output, sep="\n\n")
-
-    errors.run(work, parser.parse_args(arguments))
+    errors.run(lambda args: write_page(args.runs, args.output or args.runs[0] / "explain.png"), parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 A run is a directory with config.json and log.csv; one without summary.json is unfinished and appears in curves only.  Runs that
 differ in nothing but the seed become one line: mean and sample standard deviation.  Runs of other methods join the figures of
-all students where data, networks and teacher are the study's.  To add a figure, write a function `(study, names) -> Figure` and
+all students where data, networks and teacher are the study's.  To add a figure, write a function `(study, names) -> axis` and
 name it in FIGURES.
 """
 import io
@@ -18,7 +18,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
@@ -192,7 +191,7 @@ def mean_curve(runs) -> tuple[np.ndarray, ...]:
 def retentions(finished, name) -> list[float]:
     """Each seed's share of its teacher's test accuracy, in percent; for the student alone, of one that it did not have."""
     if finished[name][0].distilled:
-        return [run.summary["retention"] for run in finished[name] if run.summary["retention"] is not None]
+        return [run.summary["retention"] for run in finished[name]]
     teacher = [run.summary["test_acc1_best"] for run in finished.get("teacher", ())] or [
         run.summary["teacher_test_acc1"] for other in ("v1", "v2", "v3", "v3.1") for run in finished.get(other, ())]
     if name in TEACHERS or not teacher:
@@ -277,11 +276,7 @@ def legend(axis) -> Figure:
     return figure
 
 
-def all_curves(study, names) -> Figure:
-    return legend(draw_curves(study, names))
-
-
-def teacher_comparison(study, names) -> Figure:
+def teacher_comparison(study, names):
     """Figure 2: does a stronger teacher help?  With each teacher's validation accuracy, that of its saved weights, as a line."""
     axis = draw_curves(study, names)
     for name, series in TEACHERS.items():
@@ -290,10 +285,10 @@ def teacher_comparison(study, names) -> Figure:
             best = np.mean([run.val_acc1[run.epochs == run.summary["best_epoch"]] for run in comparable])
             text = f"{series.remark}: {best:.1f} %"
             axis.axhline(best, color=series.colour, linestyle=series.dashes, linewidth=0.9, label=text)
-    return legend(axis)
+    return axis
 
 
-def retention_bars(study, names) -> Figure:
+def retention_bars(study, names):
     """Figure 5: the share of its own teacher's test accuracy that each student reaches, mean and deviation over seeds."""
     names = [name for name in names if retentions(study, name)]
     axis, spreads = new_axis(study, names, "error bar"), [spread(retentions(study, name)) for name in names]
@@ -309,21 +304,21 @@ def retention_bars(study, names) -> Figure:
     axis.grid(visible=False)  # every bar says its value
     axis.set_ylim(0, max(120, 1.2 * axis.dataLim.y1))
     axis.set_ylabel("share of the teacher's\ntest accuracy (%)")
-    return legend(axis)
+    return axis
 
 
-def last_epochs(study, names) -> Figure:
+def last_epochs(study, names):
     """Figure 6: the last 50 epochs of figure 4, or the last half of a run of fewer than 100."""
     last = int(max(run.epochs[-1] for name in names for run in study[name]))
-    return legend(draw_curves(study, names, first_epoch=last - min(50, math.ceil(last / 2)) + 1))
+    return draw_curves(study, names, first_epoch=last - min(50, math.ceil(last / 2)) + 1)
 
 
 # How each figure is drawn, of which runs, and whether it needs the summary of finished runs.  To STUDENTS all others are added.
 FIGURES = {
-    "figure1": (all_curves, ("v2", "v3"), False),
+    "figure1": (draw_curves, ("v2", "v3"), False),
     "figure2": (teacher_comparison, ("v2", "v4"), False),
-    "figure3": (all_curves, ("v3", "v3.1"), False),
-    "figure4": (all_curves, STUDENTS, False),
+    "figure3": (draw_curves, ("v3", "v3.1"), False),
+    "figure4": (draw_curves, STUDENTS, False),
     "figure5": (retention_bars, STUDENTS, True),
     "figure6": (last_epochs, STUDENTS, False),
 }
@@ -438,11 +433,6 @@ def provenance(finished) -> str:
 TABLES = {"table1": table1, "table2": table2}
 
 
-def as_csv(rows, note) -> str:
-    """Plain numbers, one column each; the note is for people and stays out."""
-    return csv_text([numbers for numbers, _ in rows])
-
-
 def csv_text(records: list[dict]) -> str:
     """A table with the columns of the first record; fractions are rounded to four decimals."""
     return files.as_csv(list(records[0]), [
@@ -470,17 +460,21 @@ def as_latex(rows, note) -> str:
         rf"\noindent {note.translate(LATEX)}\par}}", ""))
 
 
-FORMATS = {"md": as_markdown, "csv": as_csv, "tex": as_latex}
+FORMATS = {"md": as_markdown, "csv": lambda rows, note: csv_text([numbers for numbers, _ in rows]), "tex": as_latex}
 
 
 # Writing
 
+def write_picture(figure: Figure, path: Path, dpi: int) -> None:
+    """PNG or PDF, by the suffix, without the date, so that the same runs give the same bytes."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], dpi=dpi, metadata={"CreationDate": None} if path.suffix == ".pdf" else {})
+    files.write_atomic(path, content.getvalue())
+
+
 def write_figure(figure: Figure, path: Path) -> None:
-    """PNG and PDF, without the date, so that the same runs give the same bytes."""
-    for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
-        content = io.BytesIO()
-        figure.savefig(content, format=suffix, dpi=300, metadata=metadata)
-        files.write_atomic(path.with_suffix(f".{suffix}"), content.getvalue())
+    for suffix in (".png", ".pdf"):
+        write_picture(figure, path.with_suffix(suffix), dpi=300)
 
 
 def selected(study, wanted) -> dict[str, list[Run]]:
@@ -488,6 +482,7 @@ def selected(study, wanted) -> dict[str, list[Run]]:
     return {name: runs for name, runs in chosen.items() if runs}
 
 
+@matplotlib.style.context(["default", STYLE])
 def write_outputs(directories, output: Path) -> None:
     """Draw and write all that the runs allow; say on stdout what is missing, what is unfinished, and at the end Table 1.
 
@@ -514,7 +509,7 @@ def write_outputs(directories, output: Path) -> None:
         if not any(pool[name][0].distilled for name in names):
             print(f"{name}: not drawn, without {' and '.join(missing)}")
             continue
-        write_figure(draw(pool, names), output / name)
+        write_figure(legend(draw(pool, names)), output / name)
         print(f"{output / name}.png, .pdf" + (f": drawn without {', '.join(missing)}" if missing else ""))
     for name, table in TABLES.items() if finished else ():
         rows, note = table(finished)
@@ -534,12 +529,7 @@ def main(arguments=None) -> None:
                         help="directories that hold runs, directly or below; default: runs/ of the repository")
     parser.add_argument("--output", type=Path, default=ROOT / "figures", metavar="DIR",
                         help="where to write; default: figures/ of the repository")
-
-    def work(args) -> None:
-        with matplotlib.style.context(["default", STYLE]):
-            write_outputs(args.runs, args.output)
-
-    errors.run(work, parser.parse_args(arguments))
+    errors.run(lambda args: write_outputs(args.runs, args.output), parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

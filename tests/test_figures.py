@@ -79,7 +79,7 @@ def draw(top, name):
     function, wanted, needs_summary = make_figures.FIGURES[name]
     study = make_figures.selected(make_figures.read_study([top])[0], lambda run: run.summary or not needs_summary)
     with matplotlib.style.context(["default", make_figures.STYLE]):
-        figure = function(study, [key for key in wanted if key in study])
+        figure = make_figures.legend(function(study, [key for key in wanted if key in study]))
         figure.draw_without_rendering()
     return figure
 
@@ -292,7 +292,7 @@ def test_runs_outside_the_study_join_where_data_networks_and_teacher_are_the_stu
     assert list(rows) == ["teacher", "v3", "v4", "new-strength2"], "by --experiment, or else by directory"
     assert (rows["new-strength2"]["method"], rows["new-strength2"]["n"]) == ("NEW strength 2", "2")
     study, *_ = make_figures.read_study([runs])
-    curve = line(make_figures.all_curves(study, ["v3", "new-strength2"]), "new-strength2: NEW")
+    curve = line(make_figures.draw_curves(study, ["v3", "new-strength2"]).figure, "new-strength2: NEW")
     assert curve.get_color() == make_figures.OTHERS[0].colour and len(curve.get_xdata()) == 8
 
 
