@@ -344,11 +344,3 @@ def test_mixtures_are_refused(tmp_path, first, second, what):
              for top, (name, flags) in (("one", first), ("two", second))]
     message = refused(2, "--runs", tmp_path, "--output", tmp_path / "out")
     assert what in message and f"({paths[0]} and {paths[1]})" in message and "--runs" in message, message
-
-
-def test_an_output_that_cannot_be_written_is_named(tmp_path):
-    write_run(tmp_path / "runs" / "v2", "v2", epochs=8)
-    (tmp_path / "file").write_text("mine")
-    code, _, errors = run_main("--runs", tmp_path / "runs", "--output", tmp_path / "file")
-    assert code == 8 and re.fullmatch(rf"error: cannot write {tmp_path}/file \(.*\)\. .*\n", errors), errors
-    assert (tmp_path / "file").read_text() == "mine"

@@ -92,14 +92,11 @@ def test_what_cannot_be_read_is_named_and_nothing_else_is_lost(trained, place, t
 
 
 def test_images_of_other_sizes_are_cropped_and_shrunk_as_for_training(trained, place, tmp_path, capsys):
-    Image.open(place / "images" / "test" / CLASSES[2] / "000.png").resize((90, 40)).save(tmp_path / "wide.png")
-    Image.open(tmp_path / "wide.png").crop((0, 0, 9, 9)).save(tmp_path / "small.png")
-    for name in ("wide.png", "small.png"):
-        pixels, _ = pictures.read(str(tmp_path / name), 16)
-        assert pixels.shape == ((9, 9, 3) if name == "small.png" else (16, 16, 3))
-    fitted = np.asarray(ImageOps.fit(Image.open(tmp_path / "wide.png"), (16, 16), Image.Resampling.BILINEAR))
-    assert np.array_equal(pictures.read(str(tmp_path / "wide.png"), 16)[0], fitted)
-    Image.fromarray(fitted).save(tmp_path / "fitted.png")
+    wide = Image.open(place / "images" / "test" / CLASSES[2] / "000.png").resize((90, 40))
+    fitted, small = ImageOps.fit(wide, (16, 16), Image.Resampling.BILINEAR), wide.crop((0, 0, 9, 9))
+    for name, image, read in (("wide", wide, fitted), ("small", small, small), ("fitted", fitted, fitted)):
+        image.save(path := tmp_path / f"{name}.png")
+        assert np.array_equal(pictures.read(str(path), 16)[0], np.asarray(read))
     rows = table(succeeds(capsys, "predict.py", f"{trained}/best.pt {tmp_path} --csv"))
     of = {name: [row["probability"] for row in rows if row["path"].endswith(name)] for name in ("fitted.png", "wide.png")}
     assert len(rows) == 3 * 5 and of["fitted.png"] == of["wide.png"]
@@ -151,6 +148,14 @@ def test_names_that_are_no_text_are_printed_as_they_are(trained, place, tmp_path
     assert code == 0 and out.getvalue().startswith(name), err
 
 
+def put(program, path, content: bytes, **changes) -> Path:
+    """Write an exported file of this content; its metadata are the program's, with the right SHA-256 and these changes."""
+    path.write_bytes(content)
+    metadata = json.loads(runtime.metadata_path(program).read_text()) | {"sha256": files.digest(path)} | changes
+    runtime.metadata_path(path).write_text(json.dumps(metadata))
+    return path
+
+
 BAD = [  # what is wrong, arguments, exit code, words of the line
     ("no such model", "nowhere.pt images", 5, ["nowhere.pt"]),
     ("the model is text", "text.pt images", 5, ["text.pt"]),
@@ -174,15 +179,12 @@ def test_one_line_and_an_exit_code_for_what_is_wrong(program, arguments, code, w
     (place / "empty").mkdir(exist_ok=True)
     for name in ("text.pt", "model.tflite"):
         (place / name).write_text("hello")
-    content, metadata = program.read_bytes(), runtime.metadata_path(program).read_bytes()
+    content = program.read_bytes()
     for name in ("alone.pt2", "wrong.pt2"):
         (place / name).write_bytes(content)
     (place / "wrong.pt2.json").write_text("{}")
-    (place / "damaged.pt2").write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
-    (place / "damaged.pt2.json").write_bytes(metadata)
-    (place / "refused.pt2").write_bytes(b"hello")
-    sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
-    (place / "refused.pt2.json").write_text(json.dumps(json.loads(metadata) | {"sha256": sha256}))
+    put(program, place / "damaged.pt2", content.replace(b"aten", b"Aten", 1), sha256=files.digest(program))
+    put(program, place / "refused.pt2", b"hello")
     found, _, err = run(capsys, "predict.py", arguments)
     assert all(word in one_line(found, code, err) for word in words), err
 
@@ -192,9 +194,7 @@ def test_one_line_and_an_exit_code_for_what_is_wrong(program, arguments, code, w
 ])
 def test_a_missing_runtime_is_named_with_the_command_that_installs_it(program, suffix, precision, package, tmp_path, capsys,
                                                                       monkeypatch):
-    shutil.copy(program, tmp_path / f"best.{suffix}")
-    metadata = json.loads(runtime.metadata_path(program).read_text()) | {"precision": precision}
-    (tmp_path / f"best.{suffix}.json").write_text(json.dumps(metadata))
+    put(program, tmp_path / f"best.{suffix}", program.read_bytes(), precision=precision)
     monkeypatch.setitem(sys.modules, package, None)
     code, _, err = run(capsys, "predict.py", f"{tmp_path}/best.{suffix} {tmp_path}")
     assert package in one_line(code, 2, err) and "pip install -r requirements-export.txt" in err
@@ -206,17 +206,15 @@ def saved(value) -> bytes:
     return content.getvalue()
 
 
-def edited(program, path, edit) -> str:
-    """Write an exported program to `path` with its members, by name, changed by `edit`; and its metadata."""
+def edited(program, edit) -> bytes:
+    """The content of an exported program with its members, by name, changed by `edit`."""
     with zipfile.ZipFile(program) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     edit(members)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    metadata = json.loads(runtime.metadata_path(program).read_text()) | {"sha256": files.digest(path)}
-    runtime.metadata_path(path).write_text(json.dumps(metadata))
-    return str(path)
+    with zipfile.ZipFile(content := io.BytesIO(), "w") as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    return content.getvalue()
 
 
 def replaced(name, old, new):
@@ -244,12 +242,12 @@ FOREIGN = {  # each harmless, and each of a kind that torch.export.load would un
 @pytest.mark.parametrize("edit", [pytest.param(edit, id=name) for name, edit in FOREIGN.items()])
 def test_a_pt2_file_that_export_does_not_write_is_not_opened(program, edit, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.export, "load", lambda *arguments: pytest.fail("it was opened"))
-    code, _, err = run(capsys, "predict.py", f"{edited(program, tmp_path / 'foreign.pt2', edit)} {tmp_path}")
+    code, _, err = run(capsys, "predict.py", f"{put(program, tmp_path / 'foreign.pt2', edited(program, edit))} {tmp_path}")
     assert "foreign.pt2" in one_line(code, 5, err) and "best.pt" in err
 
 
 @pytest.mark.parametrize("name, value", [("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1"), ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")])
-def test_only_plain_data_is_unpickled_whatever_the_environment_says(program, name, value, monkeypatch):
+def test_only_plain_data_is_unpickled_whatever_the_environment_says(program, name, value, tmp_path, monkeypatch):
     def opened(*arguments, load=torch.export.load):
         with pytest.raises(pickle.UnpicklingError):
             torch.load(io.BytesIO(saved(Fraction(1, 2))), weights_only=False)
@@ -257,6 +255,6 @@ def test_only_plain_data_is_unpickled_whatever_the_environment_says(program, nam
 
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.export, "load", opened)
-    model = runtime.load(program)
+    model = runtime.load(put(program, tmp_path / "same.pt2", edited(program, lambda members: None)))
     assert model(np.zeros((2, 16, 16, 3), np.uint8))[0].shape == (2, len(CLASSES))
     assert os.environ[name] == value and torch.load(io.BytesIO(saved(Fraction(1, 2))), weights_only=False) == Fraction(1, 2)
