@@ -1,5 +1,5 @@
-"""What the tests of export.py, predict.py and benchmarks.latency share: a small trained run, and the scripts as commands."""
-import importlib
+"""What the tests of export.py, predict.py and benchmarks.latency share: a small trained run, images, and what they need."""
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +11,14 @@ CLASSES = [f"class{index}" for index in range(6)]
 
 
 def have(*packages: str) -> bool:
-    """Whether the packages of requirements-export.txt that are named here can be imported."""
-    try:
-        for package in packages:
-            importlib.import_module(package)
-    except ImportError:
-        return False
-    return True
+    """Whether the packages of requirements-export.txt that are named here are installed."""
+    return all(importlib.util.find_spec(package) for package in packages)
 
 
 NEEDS = "needs requirements-export.txt"
 needs_onnx = pytest.mark.skipif(not have("onnx", "onnxscript", "onnxruntime"), reason=NEEDS)
-needs_torchao = pytest.mark.skipif(not have("torchao.quantization.pt2e"), reason=NEEDS)
-needs_executorch = pytest.mark.skipif(not have("executorch.runtime"), reason=NEEDS)
+needs_torchao = pytest.mark.skipif(not have("torchao"), reason=NEEDS)
+needs_executorch = pytest.mark.skipif(not have("executorch"), reason=NEEDS)
 
 
 def trained_run(place: Path, capsys) -> Path:

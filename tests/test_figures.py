@@ -300,10 +300,11 @@ def test_nothing_to_draw_and_unknown_flags_are_errors(tmp_path):
     out = tmp_path / "out"
     write_run(tmp_path / "others" / "kd-s1", "v2", epochs=8, experiment=None)
     write_run(tmp_path / "early" / "teacher", "teacher", epochs=8, finished=False)
-    (write_run(tmp_path / "damaged" / "v2", "v2", epochs=8) / "config.json").write_text("[1]")
+    (damaged := write_run(tmp_path / "damaged" / "v2", "v2", epochs=8) / "config.json").write_text("[1]")
     (tmp_path / "empty").mkdir()
     for name in ("empty", "absent", "others", "early", "damaged"):
-        assert str(tmp_path / name) in refused(4, "--runs", tmp_path / name, "--output", out)
+        message = refused(4, "--runs", tmp_path / name, "--output", out)
+        assert str(damaged if name == "damaged" else tmp_path / name) in message
     for arguments in (["--run", "x"], ["x"], ["--runs"]):
         refused(2, *arguments)
     assert not out.exists()
