@@ -218,7 +218,6 @@ def test_empty_cells_are_gaps_and_one_epoch_has_markers(tmp_path):
         del rows[5]
 
     figure = page(write_run(tmp_path / "run", "dkd", change=empty))
-    check_layout(figure)
     norm = panels(figure)["Gradient before clipping"].lines[0]
     np.testing.assert_allclose(norm.get_ydata(), [2, 1, np.nan, 0.5, np.nan, np.nan, np.nan, 0.25])
     assert {3, 7} <= set(norm.get_markevery()), "a value between gaps has a marker"
