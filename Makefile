@@ -40,7 +40,7 @@ gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(INSTALLED))
 
 torture: $(INSTALLED)
 	PYTHONPATH=. $(PYTHON) tests/torture.py
-	TORTURE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/test_ptx_augment.py tests/test_ptx_softmax_kl.py tests/test_sass.py tests/test_layout.py \
+	TORTURE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/test_ptx.py tests/test_sass.py tests/test_layout.py \
 		tests/test_softmax_kl.py tests/test_benchmarks.py tests/test_reliability.py
 
 # --- the demo ---------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from packaging.version import Version
 
 torch.set_num_threads(1)
 # Files of tests that take long, and begin first, so that no process waits for the other one at the end.
-LONG = ("reliability", "ptx_augment", "gpu_day", "scripts", "capture", "augment_kernel", "cuda_path", "ptx_softmax_kl",
-        "softmax_kl", "teacher_logits", "benchmarks")
+LONG = ("reliability", "gpu_day", "scripts", "capture", "augment_kernel", "cuda_path", "ptx", "softmax_kl", "teacher_logits",
+        "benchmarks")
 
 
 def patch_once():

@@ -4,28 +4,24 @@
         op.softmax_kl_triton(...)                                the real launcher, on CPU tensors
     launches[0].counts["warp instructions"]
 
-Needs a process in which Triton compiles instead of interpreting: `python ptx.py FILE` prints a JSON object for each of the
-`cases()` of FILE, `{sm, case} | execute(sm, *case)`, or the fault, and for each barrier of `without_barriers(sm, numbers)`.
-Cases and barriers are for sm_80 and sm_90 in turn, or each for both if TORTURE is in the environment.
+Needs a process in which Triton compiles, not interprets: in_a_process(FILE) returns what `results()` of FILE yields in one.
 
 It shows what the interpreter of Triton cannot: what the compiler made of the kernel.  `Fault` is raised for an address outside
-of a tensor or not aligned, for memory that is read before it was written, for a race in shared memory between two barriers, in
-global memory for a warp that reads what another one of its program wrote, for a shuffle with a lane that is elsewhere, and for a
-barrier that not all threads reach.  With a seed, programs and warps take turns in random order.  Counts are exact: instructions
-that a warp issues, 32-byte sectors of global memory, wavefronts of shared memory, barriers.
+of a tensor or not aligned, for memory that is read before it was written, for a race of two warps of a program between two
+barriers, in shared or global memory, for a shuffle with a lane that is elsewhere, and for a barrier that not all threads reach.
+With a seed, programs and warps take turns in random order.  Counts are exact: instructions that a warp issues, 32-byte sectors of
+global memory, wavefronts of shared memory, barriers.
 
 All programs run at once: a register is an array with one number per thread of the grid, and a step executes one instruction for
 all threads that are at it.  What numpy cannot tell: ex2, lg2, rcp and sqrt are rounded correctly here and approximated on a GPU;
 fma is rounded twice, from 64 bits.  There is no time and no cache.
 """
-import itertools
 import json
-import os
 import re
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from unittest import mock
 
 import numpy as np
@@ -35,10 +31,7 @@ import torch
 UNSIGNED, SIGNED = ({size: np.dtype(f"{letter}{size}").type for size in (1, 2, 4, 8)} for letter in "ui")
 KINDS = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16": np.uint16, "pred": np.bool_} | {
     f"{letter}{8 * size}": kinds[size] for letter, kinds in (("u", UNSIGNED), ("s", SIGNED), ("b", UNSIGNED)) for size in kinds}
-
-
-ARCHITECTURES = (80, 90)
-TORTURE = "TORTURE" in os.environ
+CONTROL = ("bra", "bar", "ret")
 
 
 class Fault(AssertionError):
@@ -48,16 +41,25 @@ class Fault(AssertionError):
 # --- the program --------------------------------------------------------------------------------------------------------
 
 class Instruction:
-    """`@!%p1 ld.global.b32 %r1, [%rd1+4]`: guard p1, negated; name ld, modifiers (global, b32), of which the last is the type."""
+    """`@!%p1 ld.global.b32 %r1, [%rd1+4]`: guard %p1, negated; name ld, modifiers (global, b32), of which the last is the type.
+
+    sources: the operands of one that computes, with their types.
+    """
 
     def __init__(self, text: str):
-        match = re.match(r"(?:@(!?)%(\w+)\s+)?([a-z]\w*)([\w.:]*)\s*(.*)", text, re.S)
+        match = re.match(r"(?:@(!?)(%\w+)\s+)?([a-z]\w*)([\w.:]*)\s*(.*)", text, re.S)
         if not match:
             raise ValueError(f"not an instruction of PTX: {text!r}")
         negated, self.guard, self.name, modifiers, operands = match.groups()
         self.text, self.negated, self.modifiers = text, bool(negated), tuple(modifiers.replace("::", ".").split(".")[1:])
         self.type = self.modifiers[-1] if self.modifiers else ""
         self.operands = [operand.strip() for operand in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", operands)]
+        types, self.function = COMPUTE.get(self.name, ("", None))
+        if self.name == "cvt" and self.modifiers[-2].endswith("x2"):
+            types, self.function = "ff", convert_two
+        wide = f"{self.type[:1]}{2 * int(self.type[1:])}" if self.name == "mad" and self.has("wide") else self.type
+        kinds = {"t": self.type, "u": "u32", "f": "f32", "p": "pred", "w": wide}
+        self.sources = [(operand, kinds[kind]) for operand, kind in zip(self.operands[1:], types)]
 
     def has(self, modifier: str) -> bool:
         return modifier in self.modifiers
@@ -68,12 +70,11 @@ class Program:
 
     def __init__(self, text: str):
         text = re.sub(r"//[^\n]*", "", text)
-        head, parameters, limits, body = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)(.*?)\n\{(.*)\n\}", text, re.S).groups()
-        self.name = head
+        parameters, limits, body = re.search(r"\.entry\s+\w+\s*\((.*?)\)(.*?)\n\{(.*)\n\}", text, re.S).groups()
         self.parameters = re.findall(r"\.param[^,]*?(\w+_param_\d+)", parameters)
         self.threads = int(re.search(r"\.reqntid\s+(\d+)", limits)[1])
         self.registers = {f"{prefix}{number}": KINDS[kind] for kind, prefix,
-                          count in re.findall(r"\.reg\s+\.(\w+)\s+%(\w+?)<(\d+)>;", body)
+                          count in re.findall(r"\.reg\s+\.(\w+)\s+(%\w+?)<(\d+)>;", body)
                           for number in range(int(count))}
         body = re.sub(r"\.(reg|loc|pragma|file)[^;\n]*[;\n]", "\n", body)
         self.code, self.labels = [], {}
@@ -83,22 +84,12 @@ class Program:
                 self.labels[part[:-1]] = len(self.code)
             elif part.strip("{}\n\t "):
                 self.code.append(Instruction(re.sub(r"^[{}\s]+", "", part)))
-
-    def without(self, number: int) -> "Program":
-        """The same program whose instruction `number` does nothing."""
-        copy = object.__new__(Program)
-        vars(copy).update(vars(self))
-        copy.code = [*self.code[:number], Instruction("nop"), *self.code[number + 1:]]
-        return copy
-
-    @property
-    def barriers(self) -> list[int]:
-        return [number for number, instruction in enumerate(self.code) if instruction.name == "bar"]
+        self.barriers = [number for number, instruction in enumerate(self.code) if instruction.name == "bar"]
 
 
 # --- instructions that compute: name -> (types of the operands, function) -----------------------------------------------------
 # What Triton 3.6 to 3.9 makes of these kernels.  In the types, t is the instruction's own, u is u32, p a predicate, w the
-# result's of a wide product.
+# result's of a wide product.  Operands are arrays of one number per thread, or single numbers.
 
 def plain(function):
     """For a function of numbers that wraps, or that rounds once."""
@@ -161,8 +152,9 @@ def extract_bits(instruction, a, start, length):
 
 
 def permute_bytes(instruction, a, b, selection):
-    wanted = selection[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 7
-    return np.take_along_axis(two_words(a, b).view(np.uint8).reshape(-1, 8), wanted, 1).view(np.uint32).ravel()
+    words = two_words(a, b)
+    chosen = ((words >> (8 * (selection >> 4 * place & 7)).astype(np.uint64) & 255) << 8 * place for place in range(4))
+    return sum(chosen).astype(np.uint32)
 
 
 COMPARE = {"eq": np.equal, "ne": np.not_equal, "neu": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
@@ -203,19 +195,75 @@ COMPUTE = {
     "neg": ("t", plain(np.negative)), "and": ("tt", plain(np.bitwise_and)), "or": ("tt", plain(np.bitwise_or)),
     "xor": ("tt", plain(np.bitwise_xor)), "not": ("t", plain(np.invert)), "shl": ("tu", shift_left), "shr": ("tu", shift_right),
     "shf": ("uuu", funnel_shift), "bfe": ("tuu", extract_bits), "prmt": ("uuu", permute_bytes),
-    "popc": ("u", lambda instruction, a: np.unpackbits(a.view(np.uint8).reshape(-1, 4), axis=1).sum(1).astype(np.uint32)),
+    "popc": ("u", lambda instruction, a: sum(a >> bit & 1 for bit in range(32))),
     "selp": ("ttp", lambda instruction, a, b, choice: np.where(choice, a, b)), "cvt": ("t", convert), "ex2": ("t", power_of_two),
-    "setp": ("tt", lambda instruction, a, b: COMPARE[instruction.modifiers[0]](a, b)),
+    "setp": ("tt", lambda instruction, a, b: COMPARE[instruction.modifiers[0]](a, b)), "nop": ("", None),
 }
 
 
 # --- memory -------------------------------------------------------------------------------------------------------------
 
-class GlobalMemory:
-    """The tensors of a launch side by side, with forbidden zones between them; new ones have not been written.
+class Memory:
+    """Bytes at places, which are arrays of numbers.  Of each 32-bit word it remembers which warp wrote and read it last, in which
+    interval between two barriers of its program, and in which it was counted in by atomic operations, which may meet each
+    other."""
+    SEVERAL = -2
 
-    Of each 32-bit word it remembers which warp wrote it last, and in which interval between two barriers of its program.
-    """
+    def __init__(self, size: int):
+        self.bytes, self.written = np.zeros(-(-size // 8) * 8, np.uint8), np.zeros(size, bool)
+        self.writer, self.reader, self.wrote, self.read, self.counted = np.full((5, -(-size // 4)), -1)
+
+    def look(self, place, warp, interval):
+        """The words at `place`, and whether another warp of the program wrote, and read, each since the last barrier."""
+        word = place // 4
+        return (word, (self.wrote[word] == interval) & (self.writer[word] != warp),
+                (self.read[word] == interval) & (self.reader[word] != warp))
+
+    def load(self, place, width: int, warp, interval):
+        if not self.written[place].all():
+            raise Fault("memory is read before it was written")
+        word, by_another, _ = self.look(place, warp, interval)
+        if (by_another | (self.counted[word] == interval)).any():
+            raise Fault("race: a warp reads what another one wrote without a barrier between")
+        alone = (self.read[word] != interval) | (self.reader[word] == warp)
+        self.reader[word] = np.where(alone, warp, self.SEVERAL)
+        self.reader[word[self.reader[word] != warp]] = self.SEVERAL  # of several warps at once only one was noted
+        self.read[word] = interval
+        return self.bytes.view(UNSIGNED[width])[place // width]
+
+    def store(self, place, values, warp, interval) -> None:
+        width, view = values.dtype.itemsize, self.bytes.view(values.dtype)
+        word, written, read = self.look(place, warp, interval)
+        if (written & (view[place // width] != values)).any():
+            raise Fault("race: two warps write different values without a barrier between")
+        if read.any():
+            raise Fault("race: a warp writes what another one read without a barrier between")
+        view[place // width] = values
+        self.writer[word], self.wrote[word] = warp, interval
+        for byte in range(width):
+            self.written[place + byte] = True
+
+    def add(self, place, values, warp, interval):
+        """Adds 32-bit words one after the other -> what was there before each."""
+        word, written, read = self.look(place, warp, interval)
+        if (written | read).any():
+            raise Fault("race: an atomic operation and another warp's plain access without a barrier between")
+        if not self.written[place].all():
+            raise Fault("memory is counted in before it was written")
+        self.counted[word] = interval
+        order = np.argsort(word, kind="stable")
+        sorted_values, memory = values[order], self.bytes.view(np.uint32)
+        before = np.cumsum(sorted_values, dtype=values.dtype) - sorted_values
+        first = np.r_[True, np.diff(word[order]) != 0]
+        before -= before[np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))]  # what was added elsewhere
+        old = np.empty_like(values)
+        old[order] = memory[word[order]] + before
+        np.add.at(memory, word, values)
+        return old
+
+
+class GlobalMemory(Memory):
+    """The tensors of a launch side by side, with forbidden zones between them; `fresh` ones have not been written."""
     BASE, GUARD, ALIGNMENT = 1 << 20, 4096, 256
 
     def __init__(self, tensors, fresh):
@@ -225,12 +273,11 @@ class GlobalMemory:
         for key, array in self.arrays.items():
             self.starts[key] = end
             end += -(-(array.nbytes + self.GUARD) // self.ALIGNMENT) * self.ALIGNMENT
-        self.bytes, self.valid, self.written = np.zeros(end, np.uint8), np.zeros(end, bool), np.zeros(end, bool)
+        super().__init__(end)
+        self.valid = np.zeros(end, bool)
         for key, array in self.arrays.items():
             part = slice(self.starts[key], self.starts[key] + array.nbytes)
-            self.bytes[part], self.valid[part] = array, True
-            self.written[part] = key not in fresh
-        self.writer, self.interval = np.full(end // 4 + 1, SharedMemory.NOBODY), np.zeros(end // 4 + 1, np.int64)
+            self.bytes[part], self.valid[part], self.written[part] = array, True, key not in fresh
 
     def address(self, tensor) -> int:
         return self.BASE + self.starts[tensor.untyped_storage().data_ptr()] + tensor.storage_offset() * tensor.element_size()
@@ -239,322 +286,252 @@ class GlobalMemory:
         for key, array in self.arrays.items():
             array[:] = self.bytes[self.starts[key]:self.starts[key] + array.nbytes]
 
-    def place(self, address, width: int):
+    def place(self, address, width: int, program):
         place = address - self.BASE
-        bad = (place < 0) | (place + width > len(self.bytes)) | (address % width != 0)
-        bad |= ~self.valid[np.clip(place, 0, len(self.bytes) - 1)]
+        bad = (place < 0) | (place + width > len(self.valid)) | (address % width != 0)
+        bad |= ~self.valid[np.clip(place, 0, len(self.valid) - 1)]
         if bad.any():
             raise Fault(f"an address outside of the tensors, or not aligned ({address[bad][0] - self.BASE})")
         return place
 
-    def load(self, address, width: int, warp, interval):
-        place = self.place(address, width)
-        if not self.written[place].all():
-            raise Fault("global memory is read before it was written")
-        writer = self.writer[place // 4]
-        if ((writer >= 0) & (writer != warp) & (self.interval[place // 4] == interval)).any():
-            raise Fault("race: a warp reads global memory that another one wrote without a barrier between")
-        return self.bytes.view(UNSIGNED[width])[place // width]
 
-    def store(self, address, values, warp, interval) -> None:
-        place = self.place(address, values.dtype.itemsize)
-        self.bytes.view(values.dtype)[place // values.dtype.itemsize] = values
-        self.writer[place // 4], self.interval[place // 4] = warp, interval
-        for byte in range(values.dtype.itemsize):
-            self.written[place + byte] = True
-
-
-class SharedMemory:
-    """A block for every program.  Of each 32-bit word it remembers which warp wrote and read it since the last barrier."""
-    NOBODY, SEVERAL = -1, -2
+class SharedMemory(Memory):
+    """A block for every program."""
 
     def __init__(self, programs: int, size: int):
         self.size = max(16, -(-size // 16) * 16)
-        self.bytes, self.known = np.zeros(programs * self.size, np.uint8), np.zeros(programs * self.size, bool)
-        self.writer, self.reader = np.full((2, programs, self.size // 4), self.NOBODY)
-        self.counted = np.zeros((programs, self.size // 4), bool)  # by atomic operations, which may meet each other
+        super().__init__(programs * self.size)
 
-    def barrier(self, programs) -> None:
-        self.writer[programs] = self.reader[programs] = self.NOBODY
-        self.counted[programs] = False
-
-    def place(self, program, address, width: int):
+    def place(self, address, width: int, program):
         if (address < 0).any() or (address + width > self.size).any() or (address % width).any():
             raise Fault(f"a shared address outside of {self.size} bytes, or not aligned ({address.min()} to {address.max()})")
-        return program * self.size + address, (program, address // 4)
-
-    def load(self, program, address, width: int, warp):
-        place, word = self.place(program, address, width)
-        if not self.known[place].all():
-            raise Fault("shared memory is read before it was written")
-        if (((self.writer[word] >= 0) & (self.writer[word] != warp)) | self.counted[word]).any():
-            raise Fault("race: a warp reads what another one wrote without a barrier between")
-        self.reader[word] = np.where((self.reader[word] == self.NOBODY) | (self.reader[word] == warp), warp, self.SEVERAL)
-        late = self.reader[word]
-        self.reader[word[0][late != warp], word[1][late != warp]] = self.SEVERAL  # of several warps at once only one was noted
-        return self.bytes.view(UNSIGNED[width])[place // width]
-
-    def store(self, program, address, values, warp) -> None:
-        width = values.dtype.itemsize
-        place, word = self.place(program, address, width)
-        view = self.bytes.view(values.dtype)
-        if ((self.writer[word] >= 0) & (self.writer[word] != warp) & (view[place // width] != values)).any():
-            raise Fault("race: two warps write different values without a barrier between")
-        if ((self.reader[word] != self.NOBODY) & (self.reader[word] != warp)).any():
-            raise Fault("race: a warp writes what another one read without a barrier between")
-        self.writer[word] = warp
-        view[place // width] = values
-        for byte in range(width):
-            self.known[place + byte] = True
-
-    def add(self, program, address, values, warp):
-        """Adds 32-bit words one after the other -> what was there before each."""
-        place, word = self.place(program, address, 4)
-        writer, reader = self.writer[word], self.reader[word]
-        others = (writer >= 0) & (writer != warp) | (reader != self.NOBODY) & (reader != warp)
-        if others.any():
-            raise Fault("race: an atomic operation and another warp's plain access without a barrier between")
-        if not self.known[place].all():
-            raise Fault("shared memory is counted in before it was written")
-        self.counted[word] = True
-        return add_in_turn(self.bytes.view(np.uint32), place // 4, values)
-
-
-def add_in_turn(memory, places, values):
-    """memory[places] += values, one after the other -> what was there before each."""
-    order = np.argsort(places, kind="stable")
-    sorted_values = values[order]
-    before = np.cumsum(sorted_values, dtype=values.dtype) - sorted_values
-    first = np.r_[True, np.diff(places[order]) != 0]
-    before -= before[np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))]  # only what was added at the same place
-    old = np.empty_like(values)
-    old[order] = memory[places[order]] + before
-    np.add.at(memory, places, values)
-    return old
+        return program * self.size + address
 
 
 # --- the machine --------------------------------------------------------------------------------------------------------
+
+@cache
+def immediate(operand: str, kind: str):
+    """The number that is written in the code, as one of type `kind`."""
+    if operand.startswith(("0f", "0d")):
+        bits = UNSIGNED[4 if operand[1] == "f" else 8](int(operand[2:], 16))
+    else:
+        bits = np.uint64(0 if operand == "global_smem" else int(operand.rstrip("U"), 0) & 2**64 - 1)
+    return as_kind(bits, kind)
+
+
+def as_kind(value, kind: str):
+    """Numbers as those of type `kind`; of wider ones the low bits."""
+    wanted = KINDS.get(kind, np.uint32)
+    if kind == "pred" or value.dtype == wanted:
+        return value.astype(wanted, copy=False)
+    size = np.dtype(wanted).itemsize
+    return (value if value.dtype.itemsize == size and value.dtype != bool else value.astype(UNSIGNED[size])).view(wanted)
+
+
+def parts(operand: str) -> list[str]:
+    """The registers of a vector operand."""
+    return [part.strip() for part in operand.strip("{} ").split(",")]
+
+
+class Lanes:
+    """Threads that execute an instruction together: their numbers, what selects them in an array of all, and whose they are."""
+
+    def __init__(self, machine: "Machine", numbers):
+        self.machine, self.numbers, self.size = machine, numbers, len(numbers)
+        whole = numbers[-1] - numbers[0] == self.size - 1
+        self.index = slice(numbers[0], numbers[-1] + 1) if whole else numbers
+        self.warp, self.program, self.interval = (of[self.index] for of in (machine.warp, machine.home, machine.interval))
+        self.warps = 1 + int(np.count_nonzero(np.diff(self.warp)))
+
+    def where(self, chosen) -> "Lanes | None":
+        """Those that are chosen, or None."""
+        return self if chosen.all() else Lanes(self.machine, self.numbers[chosen]) if chosen.any() else None
+
 
 class Machine:
     """All threads of a launch: registers, where each of them is, and the counts."""
 
     def __init__(self, program: Program, programs: int, arguments: list[int], memory: GlobalMemory, shared_bytes: int,
-                 seed: int | None = None):
-        self.program, self.programs, self.memory = program, programs, memory
+                 seed: int | None, without: int | None):
+        self.program, self.programs, self.memory, self.without = program, programs, memory, without
         self.shared, self.counts = SharedMemory(programs, shared_bytes), Counter()
         self.arguments = dict(zip(program.parameters, arguments))
         threads = programs * program.threads
-        self.registers = {name: np.zeros(threads, kind) for name, kind in program.registers.items()}
-        self.at, self.waiting, self.done = np.zeros(threads, np.int64), np.zeros(threads, bool), np.zeros(threads, bool)
         thread = np.arange(threads)
         self.warp, self.home = thread // 32, thread // program.threads
-        self.special = {"tid.x": (thread % program.threads).astype(np.uint32), "ctaid.x": self.home.astype(np.uint32),
-                        "laneid": (thread % 32).astype(np.uint32), "nctaid.x": np.full(threads, programs, np.uint32)}
+        self.registers = {name: np.zeros(threads, kind) for name, kind in program.registers.items()} | {
+            "%tid.x": (thread % program.threads).astype(np.uint32), "%ctaid.x": self.home.astype(np.uint32),
+            "%laneid": (thread % 32).astype(np.uint32), "%nctaid.x": np.full(threads, programs, np.uint32)}
+        self.at, self.waiting, self.done = np.zeros(threads, np.int64), np.zeros(threads, bool), np.zeros(threads, bool)
         self.interval = self.home * 2**32  # of each thread
         self.random = None if seed is None else np.random.default_rng(seed)
 
     def run(self) -> Counter:
-        while not self.done.all():
-            ready = ~(self.waiting | self.done)
-            if not ready.any():
-                raise Fault("a barrier that not all threads of a program reach")
-            if self.random is None:
-                self.step(ready)
-            else:
-                mine = self.warp == self.random.choice(np.unique(self.warp[ready]))
-                for _ in range(self.random.integers(1, 200)):
-                    ready = mine & ~(self.waiting | self.done)
-                    if not ready.any():
-                        break
-                    self.step(ready)
-            self.open_barriers()
+        while len(ready := np.flatnonzero(~(self.waiting | self.done))):
+            limit = len(self.program.code)
+            if self.random is not None:
+                ready = ready[self.warp[ready] == self.random.choice(np.unique(self.warp[ready]))]
+                limit = self.random.integers(1, 200)
+            self.advance(ready, limit)
+            if self.waiting.any():
+                self.open_barriers()
+        if not self.done.all():
+            raise Fault("a barrier that not all threads of a program reach")
         return self.counts
 
     def open_barriers(self) -> None:
-        if self.waiting.any():
-            waiting, done = (state.reshape(self.programs, -1) for state in (self.waiting, self.done))
-            complete = (waiting | done).all(1) & waiting.any(1)
-            waiting[complete] = False
-            self.interval.reshape(self.programs, -1)[complete] += 1
-            self.shared.barrier(complete)
+        waiting, done = (state.reshape(self.programs, -1) for state in (self.waiting, self.done))
+        complete = (waiting | done).all(1) & waiting.any(1)
+        waiting[complete] = False
+        self.interval.reshape(self.programs, -1)[complete] += 1
 
-    def step(self, ready) -> None:
-        """The instruction that is furthest behind, for all ready threads that are at it."""
-        at = self.at[ready].min()
-        lanes = np.flatnonzero(ready & (self.at == at))
-        instruction = self.program.code[at]
-        self.counts["warp instructions"] += self.warps(lanes)
-        self.at[lanes] = at + 1
-        if instruction.guard:
-            lanes = lanes[self.registers[instruction.guard][lanes] != instruction.negated]
-        if len(lanes):
-            self.execute(instruction, lanes)
-
-    def warps(self, lanes) -> int:
-        return 1 + int(np.count_nonzero(np.diff(self.warp[lanes])))
+    def advance(self, ready, limit: int) -> None:
+        """Those threads that are furthest behind, to where they meet others or may part, by at most `limit` instructions."""
+        at = self.at[ready]
+        first = at.min()
+        lanes = Lanes(self, ready[at == first])
+        end = min(first + limit, at[at > first].min(initial=len(self.program.code)))
+        for number in range(first, end):
+            instruction, active = self.program.code[number], lanes
+            self.counts["warp instructions"] += lanes.warps
+            if instruction.guard:
+                active = lanes.where(self.registers[instruction.guard][lanes.index] != instruction.negated)
+            if instruction.name in CONTROL:
+                self.at[lanes.index] = number + 1
+            if active and number != self.without:
+                self.execute(instruction, active)
+            if instruction.name in CONTROL:
+                return
+        self.at[lanes.index] = end
 
     def execute(self, instruction, lanes) -> None:
-        name = instruction.name
-        if name == "cvt" and instruction.modifiers[-2].endswith("x2"):
-            return self.write(instruction.operands[0], lanes, convert_two(instruction, *(self.read(o, lanes, "f32")
-                                                                                         for o in instruction.operands[1:])))
-        if name in COMPUTE:
-            types, function = COMPUTE[name]
-            kinds = {"t": instruction.type, "u": "u32", "p": "pred", "w": instruction.type}
-            if name == "mad" and instruction.has("wide"):
-                kinds["w"] = f"{instruction.type[0]}{2 * int(instruction.type[1:])}"
-            values = [self.read(operand, lanes, kinds[kind]) for operand, kind in zip(instruction.operands[1:], types)]
-            if instruction.type in ("s16x2", "u16x2"):
-                values = [value.view(KINDS[instruction.type[:-2]]) for value in values]
-                return self.write(instruction.operands[0], lanes, function(instruction, *values).view(np.uint32))
-            return self.write(instruction.operands[0], lanes, function(instruction, *values))
-        method = getattr(self, f"do_{name}", None)
-        if method is None:
-            raise NotImplementedError(f"no instruction {name}: {instruction.text}")
-        method(instruction, lanes)
+        if instruction.function is None:
+            method = getattr(self, f"do_{instruction.name}", None)
+            if method is None:
+                raise NotImplementedError(f"no instruction {instruction.name}: {instruction.text}")
+            return method(instruction, lanes)
+        values = [self.read(operand, lanes, kind) for operand, kind in instruction.sources]
+        if instruction.type in ("s16x2", "u16x2"):
+            halves = [np.expand_dims(value, -1).view(KINDS[instruction.type[:-2]]) for value in values]
+            return self.write(instruction.operands[0], lanes, instruction.function(instruction, *halves).view(np.uint32)[:, 0])
+        self.write(instruction.operands[0], lanes, instruction.function(instruction, *values))
 
     # operands
 
     def read(self, operand: str, lanes, kind: str):
-        """An operand of `lanes` as numbers of type `kind`; of wider registers the low bits."""
-        if operand.startswith("%"):
-            name = operand[1:]
-            if name in self.registers:
-                value = self.registers[name][lanes]
-            else:
-                value = self.special[name][lanes] if name in self.special else np.zeros(len(lanes), np.uint32)
-        elif operand.startswith(("0f", "0d")):
-            value = np.full(len(lanes), int(operand[2:], 16), np.uint32 if operand[1] == "f" else np.uint64)
-        elif operand == "global_smem":
-            value = np.zeros(len(lanes), np.uint64)
-        else:
-            value = np.full(len(lanes), int(operand.rstrip("U"), 0) & 2**64 - 1, np.uint64)
-        if kind == "pred":
-            return value.astype(bool)
-        wanted = np.dtype(KINDS.get(kind, np.uint32))
-        return (value if value.dtype.itemsize == wanted.itemsize and value.dtype != bool
-                else value.astype(UNSIGNED[wanted.itemsize])).view(wanted)
+        """An operand of `lanes` as numbers of type `kind`, or as one number."""
+        register = self.registers.get(operand)
+        return immediate(operand, kind) if register is None else as_kind(register[lanes.index], kind)
 
     def write(self, operand: str, lanes, value) -> None:
         if operand == "_":
             return
-        register = self.registers[operand[1:]]
+        register = self.registers[operand]
         # A narrow number is extended by its own sign.
         if register.dtype != bool and value.dtype.itemsize != register.dtype.itemsize:
-            kinds = SIGNED if value.dtype.kind == "i" else UNSIGNED
-            value = value.astype(kinds[register.dtype.itemsize])
-        register[lanes] = value if register.dtype == bool else value.view(register.dtype)
+            value = value.astype((SIGNED if value.dtype.kind == "i" else UNSIGNED)[register.dtype.itemsize])
+        register[lanes.index] = value if register.dtype == bool else value.view(register.dtype)
 
     def address(self, operand: str, lanes):
         base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")
-        kind = "s64" if base.startswith("%") and self.registers[base[1:]].dtype.itemsize == 8 else "u32"
-        return self.read(base, lanes, kind).astype(np.int64) + int(offset or 0)
-
-    @staticmethod
-    def parts(operand: str) -> list[str]:
-        """The registers of a vector operand."""
-        return [part.strip() for part in operand.strip("{} ").split(",")]
+        kind = "s64" if base in self.registers and self.registers[base].dtype.itemsize == 8 else "u32"
+        return np.full(lanes.size, int(offset or 0)) + self.read(base, lanes, kind).astype(np.int64)
 
     # control
 
-    def do_nop(self, instruction, lanes) -> None:
-        pass
-
     def do_bra(self, instruction, lanes) -> None:
-        self.at[lanes] = self.program.labels[instruction.operands[0]]
+        self.at[lanes.index] = self.program.labels[instruction.operands[0]]
 
     def do_ret(self, instruction, lanes) -> None:
-        self.done[lanes] = True
+        self.done[lanes.index] = True
 
     def do_bar(self, instruction, lanes) -> None:
-        self.counts["barriers"] += self.warps(lanes)
-        self.waiting[lanes] = True
+        self.counts["barriers"] += lanes.warps
+        self.waiting[lanes.index] = True
 
     def do_mov(self, instruction, lanes) -> None:
         """To one register from another one or from two halves, or to the parts of a wide one."""
         target, source = instruction.operands
         if source.startswith("{"):
-            halves = [self.read(part, lanes, "u16") for part in self.parts(source)]
-            return self.write(target, lanes, np.stack(halves, 1).view(np.uint32).ravel())
-        value, parts = self.read(source, lanes, instruction.type), self.parts(target)
-        if len(parts) == 1:
-            return self.write(parts[0], lanes, value)
-        size = value.dtype.itemsize // len(parts)
-        for number, part in enumerate(parts):
+            low, high = (self.read(part, lanes, "u16").astype(np.uint32) for part in parts(source))
+            return self.write(target, lanes, low | high << 16)
+        value, targets = self.read(source, lanes, instruction.type), parts(target)
+        if len(targets) == 1:
+            return self.write(target, lanes, value)
+        size = value.dtype.itemsize // len(targets)
+        for number, part in enumerate(targets):
             self.write(part, lanes, (value >> value.dtype.type(8 * size * number)).astype(UNSIGNED[size]))
 
     # memory
+
+    def space(self, instruction) -> Memory:
+        return self.shared if instruction.has("shared") else self.memory
+
+    def load(self, instruction, address, width: int, lanes):
+        memory = self.space(instruction)
+        return memory.load(memory.place(address, width, lanes.program), width, lanes.warp, lanes.interval)
+
+    def store(self, instruction, address, values, lanes) -> None:
+        memory = self.space(instruction)
+        memory.store(memory.place(address, values.dtype.itemsize, lanes.program), values, lanes.warp, lanes.interval)
 
     def do_ld(self, instruction, lanes) -> None:
         target, source = instruction.operands
         if instruction.has("param"):
             value = self.arguments[source.strip("[] ").partition("+")[0]]
-            return self.write(target, lanes, np.full(len(lanes), value & 2**64 - 1, np.uint64).astype(KINDS[instruction.type]))
-        registers, width, address = self.parts(target), int(instruction.type[1:]) // 8, self.address(source, lanes)
-        self.count(instruction, "load", address, len(registers) * width, lanes)
-        for number, register in enumerate(registers):
-            if instruction.has("shared"):
-                value = self.shared.load(self.home[lanes], address + number * width, width, self.warp[lanes])
-            else:
-                value = self.memory.load(address + number * width, width, self.warp[lanes], self.interval[lanes])
-            self.write(register, lanes, value)
+            return self.write(target, lanes, np.uint64(value & 2**64 - 1).astype(KINDS[instruction.type]))
+        targets, width, address = parts(target), int(instruction.type[1:]) // 8, self.address(source, lanes)
+        self.count(instruction, "load", address, len(targets) * width, lanes)
+        for number, register in enumerate(targets):
+            self.write(register, lanes, self.load(instruction, address + number * width, width, lanes))
 
     def do_st(self, instruction, lanes) -> None:
         target, source = instruction.operands
-        registers, width, address = self.parts(source), int(instruction.type[1:]) // 8, self.address(target, lanes)
-        self.count(instruction, "store", address, len(registers) * width, lanes)
-        for number, register in enumerate(registers):
-            value = self.read(register, lanes, f"u{8 * width}")
-            if instruction.has("shared"):
-                self.shared.store(self.home[lanes], address + number * width, value, self.warp[lanes])
-            else:
-                self.memory.store(address + number * width, value, self.warp[lanes], self.interval[lanes])
+        sources, width, address = parts(source), int(instruction.type[1:]) // 8, self.address(target, lanes)
+        self.count(instruction, "store", address, len(sources) * width, lanes)
+        for number, register in enumerate(sources):
+            self.store(instruction, address + number * width, self.read(register, lanes, f"u{8 * width}"), lanes)
 
     def count(self, instruction, kind: str, address, width: int, lanes) -> None:
         """Sectors that each warp touches in global memory; in shared memory wavefronts: the most words that it wants of one
         bank."""
-        warp = self.warp[lanes]
         if instruction.has("shared"):
-            words = (address // 4)[:, None] + np.arange(-(-width // 4))
-            pairs = np.unique(np.stack([np.broadcast_to(warp[:, None], words.shape).ravel(), words.ravel()]), axis=1)
-            banks = (pairs[0] - pairs[0][0]) * 32 + pairs[1] % 32
-            wanted = np.bincount(banks, minlength=32 * (int(pairs[0][-1] - pairs[0][0]) + 1)).reshape(-1, 32)
+            warp = lanes.warp - lanes.warp[0]
+            words = np.unique((warp * 2**32 + address // 4)[:, None] + np.arange(-(-width // 4)))
+            wanted = np.bincount((words >> 32) * 32 + words % 32, minlength=32 * (int(warp[-1]) + 1)).reshape(-1, 32)
             self.counts["shared wavefronts"] += int(wanted.max(1).sum())
-            self.counts["shared accesses"] += self.warps(lanes)
+            self.counts["shared accesses"] += lanes.warps
         else:
-            self.counts[f"{kind} sectors"] += len(np.unique(warp * 2**40 + address // 32))
+            self.counts[f"{kind} sectors"] += len(np.unique(lanes.warp * 2**40 + address // 32))
 
     def do_atom(self, instruction, lanes) -> None:
         """Additions of 32-bit numbers, in the order of the lanes."""
         target, place, value = instruction.operands
         if not instruction.has("add") or instruction.type != "u32":
             raise NotImplementedError(f"no such atomic operation: {instruction.text}")
-        address, value = self.address(place, lanes), self.read(value, lanes, "u32")
+        address, memory = self.address(place, lanes), self.space(instruction)
         if instruction.has("shared"):
             self.count(instruction, "atomic", address, 4, lanes)
-            old = self.shared.add(self.home[lanes], address, value, self.warp[lanes])
-        else:
-            self.memory.load(address, 4, self.warp[lanes], self.interval[lanes])
-            old = add_in_turn(self.memory.bytes.view(np.uint32), (address - self.memory.BASE) // 4, value)
-        self.write(target, lanes, old)
+        values = np.full(lanes.size, self.read(value, lanes, "u32"))
+        self.write(target, lanes, memory.add(memory.place(address, 4, lanes.program), values, lanes.warp, lanes.interval))
 
     # between the lanes of a warp
 
     def do_shfl(self, instruction, lanes) -> None:
-        lane, given = lanes % 32, self.read(instruction.operands[2], lanes, "u32").astype(np.int64)
+        lane, given = lanes.numbers % 32, self.read(instruction.operands[2], lanes, "u32").astype(np.int64)
         sources = {"bfly": lane ^ given, "up": np.where(lane >= given, lane - given, lane), "idx": given % 32}
-        source = lanes - lane + sources[instruction.modifiers[1]]
+        source = lanes.numbers - lane + sources[instruction.modifiers[1]]
         here = np.zeros(len(self.at), bool)
-        here[lanes] = True
+        here[lanes.index] = True
         if not here[source].all():
             raise Fault("a shuffle with a lane that is elsewhere")
-        target = instruction.operands[0].partition("|")[0].strip()
-        self.write(target, lanes, self.read(instruction.operands[1], source, "u32"))
+        self.write(instruction.operands[0].partition("|")[0].strip(), lanes, self.registers[instruction.operands[1]][source])
 
     def reduce(self, target: str, lanes, function, values) -> None:
         """`function` of all values of a warp, to each of its lanes."""
-        first = np.flatnonzero(np.r_[True, np.diff(self.warp[lanes]) != 0])
-        self.write(target, lanes, np.repeat(function.reduceat(values, first), np.diff(np.r_[first, len(lanes)])))
+        first = np.flatnonzero(np.r_[True, np.diff(lanes.warp) != 0])
+        self.write(target, lanes, np.repeat(function.reduceat(values, first), np.diff(np.r_[first, lanes.size])))
 
     def do_redux(self, instruction, lanes) -> None:
         function = {"min": np.minimum, "max": np.maximum, "add": np.add}[instruction.modifiers[1]]
@@ -562,35 +539,35 @@ class Machine:
 
     def do_vote(self, instruction, lanes) -> None:
         """The predicates of a warp as the bits of a word (ballot)."""
-        values = self.read(instruction.operands[1], lanes, "pred").astype(np.uint32)
-        self.reduce(instruction.operands[0], lanes, np.bitwise_or, values << (lanes % 32).astype(np.uint32))
+        values = np.full(lanes.size, self.read(instruction.operands[1], lanes, "pred")).astype(np.uint32)
+        self.reduce(instruction.operands[0], lanes, np.bitwise_or, values << (lanes.numbers % 32).astype(np.uint32))
 
     def matrices(self, operand: str, lanes):
         """Where the words of 8 x 8 matrices of 16-bit numbers are: lane l names row l % 8 of matrix l // 8, and holds a word of
         each -> the address of row r of matrix n for every lane, and the lane in its warp."""
-        if len(lanes) % 32:
+        if lanes.size % 32:
             raise Fault("a matrix is moved by a part of a warp")
-        address, lane = self.address(operand, lanes), lanes % 32
-        return lambda number, row: address[np.arange(len(lanes)) - lane + 8 * number + row], lane
+        address, lane = self.address(operand, lanes), lanes.numbers % 32
+        return lambda number, row: address[np.arange(lanes.size) - lane + 8 * number + row], lane
 
     def do_stmatrix(self, instruction, lanes) -> None:
         row_of, lane = self.matrices(instruction.operands[0], lanes)
-        for number, register in enumerate(self.parts(instruction.operands[1])):
+        for number, register in enumerate(parts(instruction.operands[1])):
             value, place = self.read(register, lanes, "u32"), row_of(number, lane // 4) + 4 * (lane % 4)
             self.count(instruction, "store", place, 4, lanes)
             if not instruction.has("trans"):
-                self.shared.store(self.home[lanes], place, value, self.warp[lanes])
+                self.store(instruction, place, value, lanes)
                 continue
             for half in (0, 1):
-                self.shared.store(self.home[lanes], row_of(number, 2 * (lane % 4) + half) + 2 * (lane // 4),
-                                  (value >> np.uint32(16 * half)).astype(np.uint16), self.warp[lanes])
+                self.store(instruction, row_of(number, 2 * (lane % 4) + half) + 2 * (lane // 4),
+                           (value >> np.uint32(16 * half)).astype(np.uint16), lanes)
 
     def do_ldmatrix(self, instruction, lanes) -> None:
         row_of, lane = self.matrices(instruction.operands[1], lanes)
-        for number, register in enumerate(self.parts(instruction.operands[0])):
+        for number, register in enumerate(parts(instruction.operands[0])):
             place = row_of(number, lane // 4) + 4 * (lane % 4)
             self.count(instruction, "load", place, 4, lanes)
-            self.write(register, lanes, self.shared.load(self.home[lanes], place, 4, self.warp[lanes]))
+            self.write(register, lanes, self.load(instruction, place, 4, lanes))
 
 
 # --- launches -----------------------------------------------------------------------------------------------------------
@@ -600,37 +577,44 @@ class Launch:
     written to."""
 
     def __init__(self, compiled, grid: int, arguments: list, fresh: set):
-        self.compiled, self.program, self.grid, self.arguments = compiled, Program(compiled.asm["ptx"]), grid, arguments
+        self.compiled, self.program, self.grid, self.arguments = compiled, program_of(compiled.asm["ptx"]), grid, arguments
         self.shared_bytes, self.warps, self.counts = compiled.metadata.shared, compiled.metadata.num_warps, None
         self.tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
         self.fresh = fresh & {tensor.untyped_storage().data_ptr() for tensor in self.tensors}
 
-    def run(self, seed: int | None = None, program: Program | None = None) -> None:
-        """Executes it, or `program` in its place, on the tensors that it was given.  Fault: see the head of this file."""
+    def run(self, seed: int | None = None, without: int | None = None) -> None:
+        """Executes it, `without` the instruction of that number, on the tensors that it was given.  Fault: see the head of this
+        file."""
         memory = GlobalMemory(self.tensors, self.fresh)
         arguments = [memory.address(argument) if isinstance(argument, torch.Tensor) else int(argument)
                      for argument in self.arguments]
         scratch = len(self.program.parameters) - len(arguments)  # pointers of Triton's own, which these kernels do not use
-        machine = Machine(program or self.program, self.grid, arguments + [0] * scratch, memory, self.shared_bytes, seed)
+        machine = Machine(self.program, self.grid, arguments + [0] * scratch, memory, self.shared_bytes, seed, without)
         with np.errstate(all="ignore"):
             self.counts = machine.run()
         memory.give_back()
 
+    def results(self) -> list[bytes]:
+        return [tensor.numpy().tobytes() for tensor in self.tensors if tensor.untyped_storage().data_ptr() in self.fresh]
 
-def without_barriers(launch: Launch, wrong, numbers: slice, seeds=(None,)):
-    """Takes out the barriers `numbers` one at a time -> number, and what noticed it: a Fault, `wrong()` results in one of the
-    orders, or ""."""
-    for number, barrier in list(enumerate(launch.program.barriers))[numbers]:
-        noticed = ""
-        for seed in seeds:
-            try:
-                launch.run(seed, launch.program.without(barrier))
-                noticed = "wrong results" if wrong() else ""
-            except Fault as fault:
-                noticed = str(fault)
-            if noticed:
-                break
-        yield number, noticed
+    def without_barriers(self, numbers: slice, seeds=(None,)):
+        """After it has run, takes out the barriers `numbers` one at a time -> number, and what noticed it: a Fault, wrong results
+        in one of the orders, or ""."""
+        right = self.results()
+        for number, barrier in list(enumerate(self.program.barriers))[numbers]:
+            noticed = ""
+            for seed in seeds:
+                try:
+                    self.run(seed, barrier)
+                    noticed = "wrong results" if self.results() != right else ""
+                except Fault as fault:
+                    noticed = str(fault)
+                if noticed:
+                    break
+            yield number, noticed
+
+
+program_of = cache(Program)
 
 
 @contextmanager
@@ -679,25 +663,11 @@ class ByGrid:
 
 
 def in_a_process(file) -> list[dict]:
-    """What `python ptx.py FILE` prints."""
+    """What `results()` of FILE yields."""
     return sass.in_a_process(__file__, file)
 
 
-def main(file) -> None:
-    torch.set_num_threads(1)
-    module = sass.load(file)
-    cases = list(module.cases())
-    for sm, case in itertools.product(ARCHITECTURES, cases) if TORTURE else zip(itertools.cycle(ARCHITECTURES), cases):
-        try:
-            found = module.execute(sm, *case)
-        except (Fault, NotImplementedError) as fault:
-            found = {"fault": str(fault)}
-        print(json.dumps({"sm": sm, "case": case} | found), flush=True)
-    for sm in ARCHITECTURES if TORTURE else ARCHITECTURES[-1:]:
-        for number, noticed in module.without_barriers(sm, slice(None, None, 1 if TORTURE else 8)):
-            print(json.dumps({"sm": sm, "removed": number, "noticed": noticed}), flush=True)
-
-
 if __name__ == "__main__":
-    import ptx  # not this module under another name, whose Fault would be another class
-    ptx.main(sys.argv[1])
+    torch.set_num_threads(1)
+    for result in sass.load(sys.argv[1]).results():
+        print(json.dumps(result), flush=True)

@@ -77,23 +77,34 @@ def compile_for(sm: int, kernel, call):
     return only.result() if hasattr(only, "result") else only
 
 
-@cache
-def describe(compiled) -> dict:
-    """Of a kernel from `compile_for`, which is the same object for every launch of one specialisation."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def run_on_cubin(compiled, tool: str, *options) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", cubin.name], capture_output=True, text=True,
-                               check=True).stdout
-        sass = subprocess.run([tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([TOOLS / tool, *options, cubin.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(compiled) -> dict:
+    """Of a kernel from `compile_for`; a kernel that spills registers has a stack."""
+    usage = run_on_cubin(compiled, "cuobjdump", "--dump-resource-usage")
     return {
         "limit": compiled.metadata.maxnreg or 255, "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s", sass)), "warps": compiled.metadata.num_warps,
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]), "warps": compiled.metadata.num_warps,
         "loads128": len(re.findall(r"ld\.global(?:\.L1\S*)?\.(?:v4\.b32|v2\.b64)", compiled.asm["ptx"])),
         "stores128": len(re.findall(r"st\.global(?:\.L1\S*)?\.(?:v4\.b32|v2\.b64)", compiled.asm["ptx"])),
+    }
+
+
+@cache
+def describe(compiled) -> dict:
+    """Of a kernel from `compile_for`, which is the same object for every launch of one specialisation; takes half a second."""
+    sass = run_on_cubin(compiled, "nvdisasm", "-c")
+    return resources(compiled) | {
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s", sass)),
         "fused": len(re.findall(r"\bFFMA\b", sass)),
     }
 

@@ -1,6 +1,6 @@
 """All kernels as machine code for sm_80, sm_90 and sm_120, without a GPU: no spills, few registers, wide loads and stores.
 
-Under torture alone, as it takes minutes; test_ptx_*.py look at the machine code of the kernels that they execute.
+Under torture alone, as it takes minutes; test_ptx.py looks at the machine code of the kernels that they execute.
 """
 import os
 from unittest import mock
