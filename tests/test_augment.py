@@ -117,14 +117,6 @@ def test_label_weight_is_the_share_of_pixels():
     assert len(lam.unique()) > 50 and lam.min() < 0.3
 
 
-@pytest.mark.parametrize("mode", ["batch", "elem"])
-def test_mode_decides_who_shares_a_draw(mode):
-    lam = epoch(augmenter(pictures(320), mix_mode=mode, cutmix=0.0))[3].view(-1, 16)
-    assert bool((lam == lam[:, :1]).all()) == (mode == "batch")
-    draws = {"batch": 20, "elem": 320}[mode]
-    assert 0.9 * draws < len(lam.unique()) <= draws
-
-
 @pytest.mark.parametrize("rows", [range(1, 16), range(0, 15), range(0, 18), range(-2, 4), range(0, 16, 2)])
 def test_rows_that_split_pairs_are_refused(rows):
     with pytest.raises(ValueError, match="whole pairs"):
@@ -220,49 +212,37 @@ def test_image_draws_have_the_stated_frequencies():
         assert abs(count - share) < 0.004, f"{operation}: {count:.4f}, expected {share:.4f}"
 
 
-def test_erased_boxes_are_distributed_as_those_of_torchvision():
-    draws = sampler(random_erasing=1.0).images(0, torch.arange(COUNT))
-    top, left, bottom, right = draws.erased.unbind(1)
-    ours = torch.stack([bottom - top, right - left], 1).float()
-    image = torch.empty(3, 32, 32)
+@pytest.mark.parametrize("kind, scale, ratio, size", [
+    ("window", (0.08, 1.0), (0.75, 1.3333), 256), ("window", (0.9, 1.0), (0.5, 2.0), 36), ("window", (1.0, 1.0), (1.0, 1.0), 20),
+    ("window", (0.3, 0.6), (2.0, 3.0), 50), ("erased", (0.02, 0.33), (0.3, 3.3), 32)])
+def test_boxes_are_distributed_as_those_of_torchvision(kind, scale, ratio, size):
+    """With scales near 1 most windows do not fit, and after ten torchvision takes the largest."""
+    positions, image = torch.arange(COUNT // 4), torch.empty(3, size, size)
+    if kind == "window":
+        draws = sampler(stored=size, scale=scale, ratio=ratio).images(0, positions)
+        top, left, height, width = draws[:4]
+    else:
+        top, left, bottom, right = sampler(random_erasing=1.0).images(0, positions).erased.unbind(1)
+        height, width = bottom - top, right - left
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        theirs = [RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])[2:4] for _ in range(5000)]
-    theirs = torch.tensor(theirs).float()
-    areas, ratios = ([box.prod(1) / 1024 for box in (ours, theirs)], [(box[:, 0] / box[:, 1]).log() for box in (ours, theirs)])
-    for name, (found, wanted), tolerance in [("area", areas, 0.01), ("logarithm of the ratio", ratios, 0.06)]:
-        for moment in (torch.mean, torch.std):
-            gap = abs(moment(found) - moment(wanted))
-            assert gap < tolerance, f"{moment.__name__} of the {name}: {moment(found):.3f}, torchvision {moment(wanted):.3f}"
-    for corner, free in ((top, 32 - ours[:, 0]), (left, 32 - ours[:, 1])):
-        near((corner / free).mean(), 0.5)  # uniform from 0 to `free`, both included
-        near((corner == free).float().mean(), (1 / (free + 1)).mean())
+        theirs = [RandomResizedCrop.get_params(image, list(scale), list(ratio)) if kind == "window" else
+                  RandomErasing.get_params(image, scale, ratio, [0.0])[:4] for _ in range(5000)]
 
+    def facts(top, left, height, width):
+        return {"height": height / size, "width": width / size, "area": height * width / size ** 2,
+                "ratio": (width / height).log(), "bottom": (top + height) / size}
 
-@pytest.mark.parametrize("scale, ratio, size", [
-    ((0.08, 1.0), (0.75, 1.3333), 256), ((0.9, 1.0), (0.5, 2.0), 36), ((1.0, 1.0), (1.0, 1.0), 20), ((0.3, 0.6), (2.0, 3.0), 50)])
-def test_windows_are_distributed_as_those_of_torchvision(scale, ratio, size):
-    """With scales near 1 most draws do not fit, and after ten torchvision takes the largest window."""
-    draws = sampler(stored=size, scale=scale, ratio=ratio).images(0, torch.arange(COUNT // 4))
-    ours = torch.stack([draws.height, draws.width, draws.top, draws.left], 1).float()
-    assert (ours[:, :2] >= 1).all() and (ours[:, 2:] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= size).all()
-    image = torch.empty(3, size, size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        theirs = torch.tensor([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(2500)])
-    theirs = theirs[:, [2, 3, 0, 1]].float()
-
-    def facts(box):
-        return {"height": box[:, 0] / size, "width": box[:, 1] / size, "area": box[:, :2].prod(1) / size ** 2,
-                "ratio": (box[:, 1] / box[:, 0]).log(), "bottom": (box[:, 0] + box[:, 2]) / size}
-
+    assert (height >= 1).all() and (width >= 1).all() and (top >= 0).all() and (left >= 0).all()
+    assert (top + height <= size).all() and (left + width <= size).all()
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
-    found, wanted = facts(ours), facts(theirs)
+    found, wanted = facts(top, left, height, width), facts(*torch.tensor(theirs).float().unbind(1))
     for name, values in wanted.items():
         gap = max(abs(found[name].mean() - values.mean()), (found[name].quantile(levels) - values.quantile(levels)).abs().max())
         assert gap < 0.035, f"{name}: {found[name].quantile(levels)}, torchvision {values.quantile(levels)}"
-    for corner, free in ((draws.top, size - draws.height), (draws.left, size - draws.width)):
+    for corner, free in ((top, size - height), (left, size - width)):  # uniform from 0 to `free`, both included
         near((corner / free)[free > 0].mean() if (free > 0).any() else 0.5, 0.5)
+        near((corner == free).float().mean(), (1 / (free + 1)).mean())
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 4.0, 2000.0])

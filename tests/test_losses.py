@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from kernel_cases import rows
 
 from kernels.softmax_kl import softmax_kl_naive
-from losses import Targets, dist_loss, dkd_loss, kd_loss, mixed_ce
+from losses import Targets, dkd_loss, kd_loss, mixed_ce
 from losses.cross_entropy import class_weights_of
 from losses.methods import METHODS
 from losses.standardize import standardized
@@ -103,28 +103,9 @@ def test_balanced_class_weights():
     assert found[labels].mean().item() == pytest.approx(1) and class_weights_of("none", labels, 4) is None
 
 
-def test_a_pair_of_labels_may_be_swapped_with_its_lam():
-    z, v, targets = rows(16, 10)
-    swapped = Targets(targets.other, targets.label, 1 - targets.lam)
-    torch.testing.assert_close(dkd_loss(z, v, targets)[0], dkd_loss(z, v, swapped)[0], rtol=1e-6, atol=1e-6)
-    wrong = Targets(targets.other, targets.label, targets.lam)
-    assert abs(dkd_loss(z, v, targets)[0] - dkd_loss(z, v, wrong)[0]) > 1e-3
+def test_the_dominant_label_has_the_larger_share():
     ones = torch.ones(3, dtype=torch.int64)
     assert Targets(ones, 2 * ones, torch.tensor([0.4, 0.5, 0.6])).dominant.tolist() == [2, 1, 1]
-
-
-def test_mixed_ce_is_cross_entropy_with_the_dense_soft_label():
-    z, _, targets = rows(40, 10)
-    hot, other = F.one_hot(targets.label, 10), F.one_hot(targets.other, 10)
-    soft_label = targets.lam[:, None] * hot + (1 - targets.lam[:, None]) * other
-    for smoothing in (0.0, 0.1):
-        one, two = z.clone().requires_grad_(), z.clone().requires_grad_()
-        loss = mixed_ce(one, targets, label_smoothing=smoothing)
-        dense = F.cross_entropy(two, soft_label, label_smoothing=smoothing)
-        torch.testing.assert_close(loss, dense, rtol=1e-5, atol=1e-6)
-        loss.backward(torch.tensor(0.37))
-        dense.backward(torch.tensor(0.37))
-        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_standardised_logits_ignore_the_range_of_the_teacher_and_stay_finite():
@@ -135,50 +116,6 @@ def test_standardised_logits_ignore_the_range_of_the_teacher_and_stay_finite():
     flat = torch.zeros(16, 10).requires_grad_()
     kd_loss(flat, v, targets, standardize=True)[0].backward()
     assert flat.grad.isfinite().all()
-
-
-def pearson(x, y):
-    """Pearson's correlation of two vectors by its definition, float64."""
-    x, y = x - x.mean(), y - y.mean()
-    return (x * y).sum() / ((x * x).sum().sqrt() * (y * y).sum().sqrt() + 1e-8)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-@pytest.mark.parametrize("size", [(16, 10), (5, 100), (40, 2)])
-def test_dist_is_its_formula(size, temperature):
-    """Row by row and column by column in float64, with mixed labels, smoothing and the gradient."""
-    z, v, targets = rows(*size)
-    student, numbers = z.clone().requires_grad_(), {"beta": 2.0, "gamma": 3.0, "ce_weight": 0.5, "temperature": temperature}
-    loss, terms = dist_loss(student, v, targets, label_smoothing=0.1, **numbers)
-    loss.backward()
-    wanted = z.double().requires_grad_()
-    q, p = (wanted / temperature).softmax(1), (v.double() / temperature).softmax(1)
-    inter, intra = (temperature ** 2 * (1 - torch.stack([pearson(x, y) for x, y in zip(one, two)]).mean())
-                    for one, two in ((q, p), (q.T, p.T)))
-    ce = softmax_kl_naive(wanted, v.double(), *targets, temperature=4.0, label_smoothing=0.1)[0]
-    total = 0.5 * ce + 2 * inter + 3 * intra
-    total.backward()
-    assert {name: term.item() for name, term in terms.items()} == pytest.approx(
-        {"ce": ce.item(), "inter": inter.item(), "intra": intra.item()}, rel=1e-5, abs=2e-6)
-    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
-    assert (student.grad - wanted.grad).abs().max() <= 2e-5 * wanted.grad.abs().max().clamp(min=0.01)
-
-
-def test_dist_ignores_scale_and_shift_and_stays_finite():
-    z, _, targets = rows(16, 10)
-    _, terms = dist_loss(z, z, targets)
-    assert abs(terms["inter"]) < 1e-5 and abs(terms["intra"]) < 1e-5
-    q = z.softmax(1)
-    _, terms = dist_loss(q.log(), (0.5 * q + 0.05).log(), targets)  # 0.5 q + 0.05 still sums to 1
-    assert abs(terms["inter"]) < 1e-5 and abs(terms["intra"]) < 1e-5
-    flat = torch.zeros(16, 10).requires_grad_()
-    huge = (1e4 * z).requires_grad_()
-    for leaf in (flat, huge):
-        loss, terms = dist_loss(leaf, z, targets)
-        loss.backward()
-        assert leaf.grad.isfinite().all() and (leaf is huge or terms["inter"] == terms["intra"] == 1)
-    with pytest.raises(ValueError, match="equal shapes"):
-        dist_loss(z, z[:, 1:], targets)
 
 
 def test_flags_and_functions_have_the_same_defaults():

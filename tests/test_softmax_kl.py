@@ -100,15 +100,16 @@ def class_weights_for(classes):
     return torch.arange(1, classes + 1) % 4 / 2.0
 
 
-def test_weighted_cross_entropy_is_that_of_torch(kernel):
+def test_cross_entropy_is_that_of_torch(kernel):
     """With probabilities as targets; with class indices as targets torch divides by the sum of the rows' weights, not by N."""
     z, _, targets = rows(37, 10)
     soft = targets.lam[:, None] * F.one_hot(targets.label, 10) + (1 - targets.lam[:, None]) * F.one_hot(targets.other, 10)
-    class_weights, unmixed = class_weights_for(10), Targets.unmixed(targets.label)
-    for smoothing in (0.0, 0.1):
-        theirs = torch.nn.CrossEntropyLoss(weight=class_weights, label_smoothing=smoothing)
-        how = {"label_smoothing": smoothing, "class_weights": class_weights.to(DEVICE)}
-        for ours, labels, factor in ((targets, soft, 1), (unmixed, unmixed.label, class_weights[unmixed.label].mean())):
+    unmixed = Targets.unmixed(targets.label)
+    for smoothing, weights in itertools.product((0.0, 0.1), (None, class_weights_for(10))):
+        theirs = torch.nn.CrossEntropyLoss(weight=weights, label_smoothing=smoothing)
+        how = {"label_smoothing": smoothing, "class_weights": None if weights is None else weights.to(DEVICE)}
+        mean = 1 if weights is None else weights[unmixed.label].mean()
+        for ours, labels, factor in ((targets, soft, 1), (unmixed, unmixed.label, mean)):
             leaf = z.clone().requires_grad_()
             expected = theirs(leaf, labels) * factor
             loss, _, grad = run(z, z, ours, Weights(ce=1.0), 1.0, **how)
@@ -116,11 +117,8 @@ def test_weighted_cross_entropy_is_that_of_torch(kernel):
             torch.testing.assert_close(grad, torch.autograd.grad(expected, leaf)[0], rtol=1e-4, atol=1e-7)
 
 
-def test_class_weights_of_one_change_nothing_and_an_impossible_class_may_have_none(kernel):
+def test_an_impossible_class_may_have_no_weight(kernel):
     z, v, targets = rows(37, 10)
-    for one, two in zip(run(z, v, targets, label_smoothing=0.1, class_weights=torch.ones(10, device=DEVICE)),
-                        run(z, v, targets, label_smoothing=0.1)):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6, equal_nan=True)
     z[:, 9], targets = -INF, Targets.unmixed(targets.label % 9)
     class_weights = torch.tensor([1.0] * 9 + [0.0])
     expected, expected_grad = truth(z, v, targets, Weights(1, 0, 0, 0), temperature=4.0, label_smoothing=0.1,
@@ -232,18 +230,6 @@ def test_16_bit_gradient_is_the_float64_gradient_rounded_once(kernel, dtype):
     assert (grad == 0).float().mean() < 0.01, "small gradients vanished"
 
 
-def test_the_gradient_is_that_of_each_term_and_kl_is_tckd_plus_the_rest_times_nckd(kernel):
-    z, v, targets = rows(50, 20)
-    parts = sum(weight * run(z, v, targets, Weights(**{name: 1.0}))[2] for name, weight in MIX._asdict().items())
-    torch.testing.assert_close(parts, run(z, v, targets)[2], rtol=1e-4, atol=1e-6)
-    for i in range(2):
-        one = Targets(*(part[i:i + 1] for part in targets))
-        _, (_, kl, tckd, nckd), _ = run(z[i:i + 1], v[i:i + 1], one)
-        p = (v[i].double() / 4).softmax(0)
-        gone = {label.item() for label, share in ((one.label, one.lam), (one.other, 1 - one.lam)) if share > 0}
-        assert kl.item() == pytest.approx((tckd + (1 - sum(p[c] for c in gone)) * nckd).item(), rel=1e-5)
-
-
 def test_a_weight_may_be_a_tensor_that_a_schedule_fills(kernel):
     z, v, targets = rows(50, 20)
     beta = torch.zeros((), device=DEVICE)
@@ -253,7 +239,7 @@ def test_a_weight_may_be_a_tensor_that_a_schedule_fills(kernel):
             assert torch.equal(one, other)
 
 
-def test_strided_rows_single_rows_and_far_rows(kernel):
+def test_strided_rows(kernel):
     z, v, targets = rows(9, 11)
     wide, transposed = torch.randn(9, 40), v.T.contiguous().T
     wide[:, 3:14] = z
@@ -264,10 +250,6 @@ def test_strided_rows_single_rows_and_far_rows(kernel):
         assert not student.is_contiguous() and not transposed.is_contiguous()
         for one, two in zip(run(student, transposed, targets), plain):
             torch.testing.assert_close(one, two, rtol=0, atol=0)
-    singles = [run(z[i:i + 1], v[i:i + 1], Targets(*(part[i:i + 1] for part in targets))) for i in range(3)]
-    three = run(z[:3], v[:3], Targets(*(part[:3] for part in targets)))
-    torch.testing.assert_close(torch.stack([loss for loss, _, _ in singles]).mean(), three[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.cat([grad for _, _, grad in singles]) / 3, three[2], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
