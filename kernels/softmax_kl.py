@@ -68,7 +68,7 @@ class Weights(NamedTuple):
         return " ".join(name for name, weight in self._asdict().items() if weight is not None)
 
 
-_hyperparameters: dict = {}
+_hyperparameters: dict = {}  # not functools.cache: torch.compile looks through that, with a warning
 
 
 def hyperparameters(weights: Weights, temperature: float, label_smoothing: float, device: torch.device) -> torch.Tensor:
@@ -842,13 +842,13 @@ def _counter_for(logits: torch.Tensor) -> torch.Tensor:
 
 
 def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, terms: str, split: str, reverse: bool,
-                      class_weights=None, tile: Tile | None = None):
+                      class_weights=None):
     """One launch; arguments and results of the operator.  Logits whose classes are not adjacent are copied first."""
     teacher = student if teacher is None else teacher
     student, teacher = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (student, teacher))
     rows, classes = student.shape
     vector = vector_for(student, teacher)
-    tile = tile or tile_for(classes, vector, reverse, class_weights is not None)
+    tile = tile_for(classes, vector, reverse, class_weights is not None)
     wanted = {name.upper(): name in terms.split() for name in Weights._fields}
     if not wanted["TCKD"] and not wanted["NCKD"]:
         split = "pair"  # on which KL and CE do not depend

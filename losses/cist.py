@@ -27,16 +27,12 @@ def cist_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.7, rh
     z, v = in_fp32(student_logits, teacher_logits)
     ce = mixed_ce(student_logits, targets, label_smoothing=label_smoothing, class_weights=class_weights)
     own, other = temperatures(z, rho), temperatures(v, rho)
-    kl = scaled_kl(z / own, v / other, own.detach() * other)
+    log_q, log_p = (z / own).log_softmax(1), (v / other).log_softmax(1)
+    rows = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1, keepdim=True)
+    kl = (own.detach() * other * rows).mean()
     return (1 - alpha if ce_weight is None else ce_weight) * ce + alpha * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
 
 def temperatures(logits, rho):
     """(N, C) -> (N, 1): the largest logit above the mean of its row, over rho."""
     return ((logits.amax(1, keepdim=True) - logits.mean(1, keepdim=True)) / rho).clamp(min=SMALLEST)
-
-
-def scaled_kl(z, v, weights):
-    """0-dim: the mean of KL(softmax(v) || softmax(z)) over rows (N, C), each times its weight, (N, 1)."""
-    rows = F.kl_div(z.log_softmax(1), v.log_softmax(1), reduction="none", log_target=True).sum(1, keepdim=True)
-    return (weights * rows).mean()

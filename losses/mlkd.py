@@ -22,16 +22,11 @@ def mlkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.9, be
     """
     z, v = in_fp32(student_logits, teacher_logits)
     ce = mixed_ce(student_logits, targets, label_smoothing=label_smoothing, class_weights=class_weights)
-    kl, batch, classes = levels(z, v)
-    return ce_weight * ce + alpha * kl + beta * batch + gamma * classes, {
-        "ce": ce.detach(), "kl": kl.detach(), "batch": batch.detach(), "class": classes.detach()}
-
-
-def levels(z, v):
-    """The three terms, 0-dim, of logits (N, C); all temperatures at once."""
     T = torch.arange(2, 7, dtype=z.dtype, device=z.device).view(5, 1, 1)  # a tensor of a list would be copied from the host
     log_q, log_p = (z / T).log_softmax(2), (v / T).log_softmax(2)
     q, p = log_q.exp(), log_p.exp()
-    kl = (T.square() * p * (log_p - log_q)).sum()
-    batch, classes = (q @ q.mT - p @ p.mT).square().sum(), (q.mT @ q - p.mT @ p).square().sum()
-    return kl / z.shape[0], batch / z.shape[0], classes / z.shape[1]
+    kl = (T.square() * p * (log_p - log_q)).sum() / z.shape[0]
+    batch = (q @ q.mT - p @ p.mT).square().sum() / z.shape[0]
+    classes = (q.mT @ q - p.mT @ p).square().sum() / z.shape[1]
+    return ce_weight * ce + alpha * kl + beta * batch + gamma * classes, {
+        "ce": ce.detach(), "kl": kl.detach(), "batch": batch.detach(), "class": classes.detach()}

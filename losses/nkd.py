@@ -25,7 +25,11 @@ def nkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=1.0, gam
         raise ValueError(f"mixed_target must be one of {SPLITS}, not {mixed_target!r}")
     z, v = in_fp32(student_logits, teacher_logits)
     ce = mixed_ce(student_logits, targets, label_smoothing=label_smoothing, class_weights=class_weights)
-    target, nontarget = target_and_nontarget(z, v, is_target(targets, z.shape[1], mixed_target), temperature)
+    hot = is_target(targets, z.shape[1], mixed_target)
+    target = -(v.softmax(1) * z.log_softmax(1)).masked_fill(~hot, 0.0).sum(1).mean()
+    smallest = torch.finfo(z.dtype).min  # finite, so that a row without non-target classes has no NaN
+    log_q, log_p = ((logits / temperature).masked_fill(hot, smallest).log_softmax(1) for logits in (z, v))
+    nontarget = -temperature ** 2 * (log_p.exp() * log_q).masked_fill(hot, 0.0).sum(1).mean()
     return ce_weight * ce + alpha * target + gamma * nontarget, {
         "ce": ce.detach(), "target": target.detach(), "nontarget": nontarget.detach()}
 
@@ -38,12 +42,3 @@ def is_target(targets: Targets, classes: int, mixed_target: str):
     second = other if mixed_target == "pair" else first
     index = torch.arange(classes, device=label.device)
     return (index == first[:, None]) | (index == second[:, None])
-
-
-def target_and_nontarget(z, v, hot, temperature):
-    """Both terms, 0-dim, of logits z and v, (N, C), and `is_target`, bool (N, C)."""
-    target = (v.softmax(1) * z.log_softmax(1)).masked_fill(~hot, 0.0).sum(1)
-    smallest = torch.finfo(z.dtype).min  # finite, so that a row without non-target classes has no NaN
-    log_q, log_p = ((logits / temperature).masked_fill(hot, smallest).log_softmax(1) for logits in (z, v))
-    nontarget = (log_p.exp() * log_q).masked_fill(hot, 0.0).sum(1)
-    return -target.mean(), -temperature ** 2 * nontarget.mean()

@@ -26,17 +26,12 @@ def skd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.9, bet
     ce = mixed_ce(student_logits, targets, label_smoothing=label_smoothing, class_weights=class_weights)
     log_q, log_p = ((logits / temperature).log_softmax(1) for logits in (z, v))
     kl = temperature ** 2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    direction = direction_distance(z, v, tikhonov)
-    return ce_weight * ce + alpha * kl + beta * direction, {
-        "ce": ce.detach(), "kl": kl.detach(), "direction": direction.detach()}
-
-
-def direction_distance(z, v, tikhonov):
-    """`direction`, 0-dim, of logits (N, C)."""
     s, t = F.normalize(z), F.normalize(v)
     difference = (s @ s.T - t @ t.T) / z.shape[1]
     centred = difference - difference.mean(0)
     covariance = centred.T @ centred / max(1, len(z) - 1) + tikhonov * torch.eye(len(z), dtype=z.dtype, device=z.device)
     factor = torch.linalg.cholesky_ex(covariance).L  # cholesky() would wait for the GPU
     # The norm of a whitened row is its distance; at 0 its gradient is 0, that of a square root infinite.
-    return torch.linalg.solve_triangular(factor, difference.T, upper=False).norm(dim=0).mean()
+    direction = torch.linalg.solve_triangular(factor, difference.T, upper=False).norm(dim=0).mean()
+    return ce_weight * ce + alpha * kl + beta * direction, {
+        "ce": ce.detach(), "kl": kl.detach(), "direction": direction.detach()}
