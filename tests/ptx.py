@@ -54,9 +54,10 @@ class Instruction:
         self.text, self.negated, self.modifiers = text, bool(negated), tuple(modifiers.replace("::", ".").split(".")[1:])
         self.type = self.modifiers[-1] if self.modifiers else ""
         self.operands = [operand.strip() for operand in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", operands)]
-        types, self.function = COMPUTE.get(self.name, ("", None))
+        types, function = COMPUTE.get(self.name, ("", None))
         if self.name == "cvt" and self.modifiers[-2].endswith("x2"):
-            types, self.function = "ff", convert_two
+            types, function = "ff", convert_two
+        self.compute = function if function is None or isinstance(function, np.ufunc) else partial(function, self)
         wide = f"{self.type[:1]}{2 * int(self.type[1:])}" if self.name == "mad" and self.has("wide") else self.type
         kinds = {"t": self.type, "u": "u32", "f": "f32", "p": "pred", "w": wide}
         self.sources = [(operand, kinds[kind]) for operand, kind in zip(self.operands[1:], types)]
@@ -89,12 +90,7 @@ class Program:
 
 # --- instructions that compute: name -> (types of the operands, function) -----------------------------------------------------
 # What Triton 3.6 to 3.9 makes of these kernels.  In the types, t is the instruction's own, u is u32, p a predicate, w the
-# result's of a wide product.  Operands are arrays of one number per thread, or single numbers.
-
-def plain(function):
-    """For a function of numbers that wraps, or that rounds once."""
-    return lambda instruction, *values: function(*values)
-
+# result's of a wide product.  Operands are arrays of one number per thread, or single numbers; functions of numpy get them alone.
 
 def flushed(instruction, *values):
     """Subnormal numbers are 0 with .ftz."""
@@ -190,14 +186,14 @@ def convert_two(instruction, high, low):
 
 
 COMPUTE = {
-    "add": ("tt", plain(np.add)), "sub": ("tt", plain(np.subtract)), "mul": ("tt", product), "mad": ("ttw", multiply_add),
-    "fma": ("ttt", fused_multiply_add), "div": ("tt", quotient), "min": ("tt", plain(np.fmin)), "max": ("tt", plain(np.fmax)),
-    "neg": ("t", plain(np.negative)), "and": ("tt", plain(np.bitwise_and)), "or": ("tt", plain(np.bitwise_or)),
-    "xor": ("tt", plain(np.bitwise_xor)), "not": ("t", plain(np.invert)), "shl": ("tu", shift_left), "shr": ("tu", shift_right),
+    "add": ("tt", np.add), "sub": ("tt", np.subtract), "mul": ("tt", product), "mad": ("ttw", multiply_add),
+    "fma": ("ttt", fused_multiply_add), "div": ("tt", quotient), "min": ("tt", np.fmin), "max": ("tt", np.fmax),
+    "neg": ("t", np.negative), "and": ("tt", np.bitwise_and), "or": ("tt", np.bitwise_or),
+    "xor": ("tt", np.bitwise_xor), "not": ("t", np.invert), "shl": ("tu", shift_left), "shr": ("tu", shift_right),
     "shf": ("uuu", funnel_shift), "bfe": ("tuu", extract_bits), "prmt": ("uuu", permute_bytes),
     "popc": ("u", lambda instruction, a: sum(a >> bit & 1 for bit in range(32))),
     "selp": ("ttp", lambda instruction, a, b, choice: np.where(choice, a, b)), "cvt": ("t", convert), "ex2": ("t", power_of_two),
-    "setp": ("tt", lambda instruction, a, b: COMPARE[instruction.modifiers[0]](a, b)), "nop": ("", None),
+    "setp": ("tt", lambda instruction, a, b: COMPARE[instruction.modifiers[0]](a, b)),
 }
 
 
@@ -406,7 +402,7 @@ class Machine:
         self.at[lanes.index] = end
 
     def execute(self, instruction, lanes) -> None:
-        if instruction.function is None:
+        if instruction.compute is None:
             method = getattr(self, f"do_{instruction.name}", None)
             if method is None:
                 raise NotImplementedError(f"no instruction {instruction.name}: {instruction.text}")
@@ -414,8 +410,8 @@ class Machine:
         values = [self.read(operand, lanes, kind) for operand, kind in instruction.sources]
         if instruction.type in ("s16x2", "u16x2"):
             halves = [np.expand_dims(value, -1).view(KINDS[instruction.type[:-2]]) for value in values]
-            return self.write(instruction.operands[0], lanes, instruction.function(instruction, *halves).view(np.uint32)[:, 0])
-        self.write(instruction.operands[0], lanes, instruction.function(instruction, *values))
+            return self.write(instruction.operands[0], lanes, instruction.compute(*halves).view(np.uint32)[:, 0])
+        self.write(instruction.operands[0], lanes, instruction.compute(*values))
 
     # operands
 

@@ -179,14 +179,6 @@ def test_rows_choose_among_more_images(kernel):
     assert torch.equal(one.images, other.images) and all(map(torch.equal, one.targets, other.targets))
 
 
-def test_nothing_is_drawn_on_the_host(monkeypatch):
-    ours = augmenter(pictures(16), "triton")
-    for drawn in ("images", "mixes"):
-        monkeypatch.setattr(ours.sampler, drawn, lambda *arguments: pytest.fail("drawn on the host"))
-    ours.set_epoch(4)
-    ours(1)
-
-
 def test_other_sizes_take_the_cpu_path_and_say_so_once(capsys):
     images = pictures(4, 18)
     kernels.choose("triton")
