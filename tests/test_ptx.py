@@ -133,14 +133,12 @@ def results():
         except (ptx.Fault, NotImplementedError) as fault:
             launches, wrong = [], str(fault)
         counts = {name: count / case.rows for name, count in sum((launch.counts for launch in launches), Counter()).items()}
-        look = sass.describe if isinstance(case, Batch) else sass.resources
+        look = sass.describe if case in (COUNTED_BATCH, WITHOUT_BARRIERS[2]) else sass.resources  # each kernel once
         wide = isinstance(case, Loss) and case.classes % 16 == 0 and case.classes * DTYPES[case.dtype].itemsize >= 512
         yield {"sm": sm, "case": repr(case), "wrong": wrong, "counts": counts, "kernel": type(case).__name__, "wide": wide,
                "codes": [look(launch.compiled) for launch in launches]}
     for sm, case in itertools.product(ARCHITECTURES if TORTURE else ARCHITECTURES[-1:], WITHOUT_BARRIERS):
-        # The last barrier of a loss orders memory between programs: only some orders of them show that it is gone.
-        seeds = (None, *range(8)) if isinstance(case, Loss) else (None,)
-        for number, noticed in case.launched(sm)[0][0].without_barriers(slice(None, None, 1 if TORTURE else 8), seeds):
+        for number, noticed in case.launched(sm)[0][0].without_barriers(slice(None, None, 1 if TORTURE else 8)):
             yield {"sm": sm, "removed": number, "noticed": noticed, "kernel": type(case).__name__}
 
 
@@ -191,8 +189,8 @@ def test_machine_code_of_the_loss_has_no_spills_and_128_bits_a_thread_where_rows
 @pytest.mark.skipif(sass.OLD, reason="Triton 3.6 takes 168 registers")
 def test_machine_code_of_the_augmentation_has_no_spills_and_rounds_every_product(executed):
     codes = codes_of(executed, "Batch")
-    assert codes
-    assert_none([code for code in codes if code["stack"] or code["registers"] > 128 or code["fused"]])
+    assert sum("fused" in code for code in codes) >= 3
+    assert_none([code for code in codes if code["stack"] or code["registers"] > 128 or code.get("fused")])
 
 
 def test_a_barrier_that_is_taken_out_is_noticed(executed):
