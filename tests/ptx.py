@@ -594,8 +594,8 @@ class Launch:
         return [tensor.numpy().tobytes() for tensor in self.tensors if tensor.untyped_storage().data_ptr() in self.fresh]
 
     def without_barriers(self, numbers: slice):
-        """After it has run, takes out the barriers `numbers` one at a time -> number, and what noticed it: a Fault, wrong results,
-        or ""."""
+        """After it has run, takes out the barriers `numbers` one at a time -> number, and what noticed it: a Fault, wrong
+        results, or ""."""
         right = self.results()
         for number, barrier in list(enumerate(self.program.barriers))[numbers]:
             try:
