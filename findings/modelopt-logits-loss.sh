@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # NVIDIA Model Optimizer 0.47.0 (nvidia-modelopt), modelopt.torch.distill.LogitsDistillationLoss(temperature).
 # Expected: T² times the KL divergence, averaged over the rows, as in the paper it names (arXiv 1503.02531) and as MFTLoss beside it.
-# Seen: reduction="mean" is the default, which divides by the number of classes, too. A teacher and a student that disagree as much have a
-# loss of 1/C: with 100 classes a hundredth of it, with 1000 a thousandth, and so has its gradient.
+# Seen: reduction="mean" is the default, which divides by the number of classes, too. Loss and gradient are 1/C of the
+# expected: with 100 classes a hundredth, with 1000 a thousandth. PyTorch warns once.
 # So in a sum with the cross-entropy the teacher hardly counts: pass reduction="batchmean".
 set -euo pipefail
 folder=$(mktemp -d)
