@@ -101,7 +101,7 @@ def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     names, others = subfolders(root), []
     folders: dict[str, Path] = {}
     for name in names:
-        split = SPLITS.get(re.sub("[-_ ]?(set|data|images|split|[0-9]+)$", "", name.lower()))  # train, train_set, train2017
+        split = split_of(name)
         if split in folders:
             raise Failure(DATA, f"two folders of one split ({folders[split]} and {root / name})", "keep one, or rename the other")
         if split:
@@ -111,12 +111,23 @@ def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     if folders and "train" not in folders:
         raise Failure(DATA, f"a folder named like a split, and none for training ({next(iter(folders.values()))})",
                       "name the training images train, or rename the folder if it is a class")
+    like = {word: str(root / name) for name in names for word in re.split("[-_ ]", name.lower()) if word in SPLITS}
+    if not folders and len(set(like.values())) > 1:  # such as my_train, my_test
+        raise Failure(DATA, f"folders that look like splits ({', '.join(like.values())})", "rename them to train and test")
+    if not folders and len(names) > 1 and all(any(map(split_of, subfolders(root / name))) for name in names):
+        raise Failure(DATA, f"a train or test folder in each class folder ({root / names[0]}, ...)",
+                      "sort the images into train/CLASS and test/CLASS, or list them in a CSV file of path,label,split")
     lower = {name.lower() for name in names}
     if not folders and lower & IMAGES and lower & MASKS:
         raise Failure(DATA, f"images beside masks or annotations are not classes ({root / sorted(names)[0]})",
                       "sort the images into a folder per class, or list them in a CSV file of path,label")
     notes = [f"left out: the folders {', '.join(others)} beside {folders['train'].name}"] if folders and others else []
     return folders or {"train": root}, notes
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder is by its name, such as train, train_set or train2017."""
+    return SPLITS.get(re.sub("[-_ ]?(set|data|images|split|[0-9]+)$", "", name.lower()))
 
 
 def subfolders(folder: Path) -> list[str]:

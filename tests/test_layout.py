@@ -104,6 +104,10 @@ def test_an_empty_class_folder_is_left_out_where_allowed(plain):
     assert loaded.notes == ["classes without training images, left out: asp", "left out: 1 .heic"]
 
 
+def test_words_of_one_split_are_classes(tmp_path):
+    assert load_folder(folder(tmp_path, blood_test=4, skin_test=4))[0].classes == ["blood_test", "skin_test"]
+
+
 def test_numbers_are_classes_in_the_order_of_text(tmp_path):
     folder(tmp_path, **{"10": 4, "2": 3, "1": 5})
     loaded, _ = load_folder(tmp_path, val_size=2)
@@ -147,6 +151,9 @@ WRONG = {  # what is done to a good folder -> what is given to --data-dir, and w
     "test without train": lambda root: (few := folder(root / "few", Test=3, apple=4), few / "Test"),
     "twice": lambda root: (root, f"{folder(root / 'Training', ant=1)} and {root / 'train'}"),
     "masks": lambda root: (voc := folder(root / "voc", images=3, Segmentations=3), voc / "Segmentations"),
+    "like splits": lambda root: (own := folder(root / "own", my_train=3, my_test=3), f"{own / 'my_test'}, {own / 'my_train'}"),
+    "splits of classes": lambda root: (folder(root / "own" / "ant", train=3, test=3).parent,
+                                       folder(root / "own" / "bee", train=3, test=3).parent / "ant"),
 }
 
 
