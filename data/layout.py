@@ -43,8 +43,8 @@ def find(data_dir: Path, allow_empty: bool) -> Layout:
         splits, lines = read_table(data_dir)
         return matched(data_dir.parent, splits, [], Counter(), lines)
     if not data_dir.is_dir():
-        raise Failure(DATA, f"no such folder ({data_dir})",
-                      "--data-dir names one that holds train/CLASS/* and test/CLASS/*, or CLASS/* alone, or a CSV file")
+        raise Failure(DATA, f"{'a file that is no .csv' if data_dir.is_file() else 'no such folder'} ({data_dir})", "--data-dir "
+                      "names a folder that holds train/CLASS/* and test/CLASS/*, or CLASS/* alone, or a .csv file with commas")
     left_out: Counter = Counter()
     folders, notes = split_folders(data_dir)
     splits, empty = {}, []

@@ -175,6 +175,9 @@ def test_a_wrong_table_is_named(tmp_path, text, words):
     (tmp_path / "all.csv").write_bytes(text.encode("latin1"))
     with fails(4, *words):
         datasets.load("imagefolder", tmp_path / "all.csv")
+    (tmp_path / "all.csv").rename(tmp_path / "all.tsv")
+    with fails(4, f"a file that is no .csv ({tmp_path / 'all.tsv'})", "commas"):
+        datasets.load("imagefolder", tmp_path / "all.tsv")
 
 
 def test_images_of_both_splits_are_counted(plain):
