@@ -80,8 +80,13 @@ def native_side(data_dir) -> int:
 
 def matched(root: Path, splits: dict[str, Labelled], notes: list[str], left_out: Counter, lines: dict[str, int]) -> Layout:
     classes = sorted({name for name, _ in splits["train"]})
+    if left_out:
+        notes.append(f"left out: {counted(left_out)}")
     if len(classes) < 2:
-        raise Failure(DATA, f"fewer than two classes with training images ({root})", "give each class a folder of its own there")
+        found = "; ".join([f"1 class, {classes[0]}" if classes else "0 classes", *notes])
+        alone = f"name {classes[0]} as --data-dir if it holds the classes, or " if classes and not lines else ""
+        raise Failure(DATA, f"fewer than two classes with training images ({root}: {found})",
+                      f"{alone}give each class a {'label' if lines else 'folder'} of its own there")
     if "val" in splits and "test" not in splits:
         splits["test"] = splits.pop("val")
         notes.append("val is the test set, as in the literature; validation images are split off from train")
@@ -90,8 +95,6 @@ def matched(root: Path, splits: dict[str, Labelled], notes: list[str], left_out:
         if unknown := sorted(set(present) - set(classes)):
             raise Failure(DATA, f"class without training images ({unknown[0]}, {present[unknown[0]]})",
                           "add some, or remove it from the other splits")
-    if left_out:
-        notes.append(f"left out: {counted(left_out)}")
     return Layout(root, classes, {split: sorted(splits[split]) for split in ("train", "val", "test") if split in splits},
                   notes, lines)
 
@@ -121,6 +124,9 @@ def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     if not folders and lower & IMAGES and lower & MASKS:
         raise Failure(DATA, f"images beside masks or annotations are not classes ({root / sorted(names)[0]})",
                       "sort the images into a folder per class, or list them in a CSV file of path,label")
+    if folders and others and not subfolders(folders["train"]):
+        raise Failure(DATA, f"a folder for training without class folders ({folders['train']}, beside {', '.join(others)})",
+                      "rename it if it is a class, or give each class a folder there")
     notes = [f"left out: the folders {', '.join(others)} beside {folders['train'].name}"] if folders and others else []
     return folders or {"train": root}, notes
 

@@ -145,7 +145,9 @@ def annotated(root):
 
 WRONG = {  # what is done to a good folder -> what is given to --data-dir, and what the line names
     "no folder": lambda root: 2 * [root / "nowhere"], "empty": lambda root: 2 * [(root / "void").mkdir() or root / "void"],
-    "one class": lambda root: 2 * [folder(root / "single", cat=3)],
+    "loose": lambda root: (cats := root / "train" / "cat", f"{cats}: 0 classes; left out: 5 outside of a class folder)"),
+    "one class": lambda root: (one := folder(root / "single", cat=3), f"{one}: 1 class, cat). name cat as --data-dir"),
+    "a class train": lambda root: (own := folder(root / "own", car=3, train=3, bus=3), f"{own / 'train'}, beside bus, car)"),
     "odd in test": lambda root: (root, f"emu, {folder(root / 'test', emu=1) / 'emu'}"),
     "file": lambda root: 2 * [root / "train" / "cat" / "000.png"], "broken link": linked, "annotations": annotated,
     "test without train": lambda root: (few := folder(root / "few", Test=3, apple=4), few / "Test"),
@@ -169,7 +171,8 @@ def test_a_wrong_layout_is_named(plain, case):
     ("Path;Label\na.png;ant\n", ["path and label", "Path;Label", "commas"]),
     ("path,label\na.png,ant\nb.png,\n", ["line 3"]), ("path,label,split\na.png,ant,holdout\n", ["line 2"]),
     ("path,label\ngone.png,ant\nalso.png,bee\n", ["gone.png", "line 2 of all.csv"]), ("path,label\na.png,\xe9\n", ["UTF-8"]),
-    ("path,label\na.png,ant\n", ["fewer than two classes"]), ("path,label\na.png,ant\na.png,bee\n", ["line 3: a.png,bee"]),
+    ("path,label\na.png,ant\n", ["1 class, ant). give each class a label"]),
+    ("path,label\na.png,ant\na.png,bee\n", ["line 3: a.png,bee"]),
     ("path,label\nt/a.png,ant\nt/x/../a.png,bee\n", ["line 3: t/x/../a.png,bee"])])
 def test_a_wrong_table_is_named(tmp_path, text, words):
     (tmp_path / "all.csv").write_bytes(text.encode("latin1"))
