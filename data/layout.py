@@ -40,8 +40,8 @@ def find(data_dir: Path, allow_empty: bool) -> Layout:
     Failure DATA: no such folder or file, or a layout that is not one of the above.
     """
     if data_dir.suffix.lower() == ".csv" and data_dir.is_file():
-        splits, lines = read_table(data_dir)
-        return matched(data_dir.parent, splits, [], Counter(), lines)
+        splits, lines, notes = read_table(data_dir)
+        return matched(data_dir.parent, splits, notes, Counter(), lines)
     if not data_dir.is_dir():
         raise Failure(DATA, f"{'a file that is no .csv' if data_dir.is_file() else 'no such folder'} ({data_dir})", "--data-dir "
                       "names a folder that holds train/CLASS/* and test/CLASS/*, or CLASS/* alone, or a .csv file with commas")
@@ -80,6 +80,9 @@ def native_side(data_dir) -> int:
 
 def matched(root: Path, splits: dict[str, Labelled], notes: list[str], left_out: Counter, lines: dict[str, int]) -> Layout:
     classes = sorted({name for name, _ in splits["train"]})
+    times = Counter(map(str.lower, classes))
+    if alike := sorted((name for name in classes if times[name.lower()] > 1), key=str.lower):
+        notes.append(f"class names that differ in case alone: {', '.join(alike)}")
     if left_out:
         notes.append(f"left out: {counted(left_out)}")
     if len(classes) < 2:
@@ -161,8 +164,8 @@ def read_classes(folder: Path, names: list[str], left_out: Counter) -> tuple[Lab
     return images, empty
 
 
-def read_table(file: Path) -> tuple[dict[str, Labelled], dict[str, int]]:
-    """The images of a CSV file, without a column `split` all for training, and the line of each path."""
+def read_table(file: Path) -> tuple[dict[str, Labelled], dict[str, int], list[str]]:
+    """The images of a CSV file, without a column `split` all for training; the line of each path; notes on other columns."""
     splits: dict[str, Labelled] = {"train": []}
     lines: dict[str, int] = {}
     try:
@@ -174,6 +177,7 @@ def read_table(file: Path) -> tuple[dict[str, Labelled], dict[str, int]]:
             if columns[:2] != ["path", "label"]:
                 raise Failure(DATA, f"no columns path and label ({file}: the first line is {header or 'empty'})",
                               "make it path,label or path,label,split, separated by commas")
+            others = [name for name in names if name and name not in columns]
             for row in rows:
                 path, label, *split_name = (row[name] for name in columns)
                 split = SPLITS.get((split_name[0] or "").strip().lower()) if split_name else "train"
@@ -188,4 +192,4 @@ def read_table(file: Path) -> tuple[dict[str, Labelled], dict[str, int]]:
                 splits.setdefault(split, []).append((label.strip(), path))
     except (csv.Error, UnicodeDecodeError) as failure:
         raise Failure(DATA, f"not a CSV file in UTF-8 ({file}: {failure})", "save it as one") from failure
-    return splits, lines
+    return splits, lines, [f"columns left out: {', '.join(others)}"] if others else []

@@ -82,7 +82,7 @@ def test_train_alone_and_a_table_without_splits_are_one_tree(plain):
     rows = [f"train/{path.parent.name}/{path.name},{path.parent.name}" for path in (plain / "train").rglob("*.png")]
     (plain / "all.csv").write_text("\n".join(["path,label", *rows]))
     tree, alone, table = (load_folder(place)[0] for place in (plain / "train", plain, plain / "all.csv"))
-    assert pixels(alone) == pixels(table) == pixels(tree) and len(tree.test.labels) == 2
+    assert pixels(alone) == pixels(table) == pixels(tree) and len(tree.test.labels) == 2 and "left" not in str(table.notes)
     assert len(list(plain.glob(".fusekd*"))) == 2
 
 
@@ -112,6 +112,16 @@ def test_numbers_are_classes_in_the_order_of_text(tmp_path):
     folder(tmp_path, **{"10": 4, "2": 3, "1": 5})
     loaded, _ = load_folder(tmp_path, val_size=2)
     assert loaded.classes == ["1", "10", "2"] and "classes in order: 1, 10, 2" in str(loaded)
+
+
+def test_columns_and_names_of_classes_that_may_be_meant_otherwise_are_noted(plain):
+    rows = [f"{path},{path.parent.name.replace('ant', 'CAT')},0" for path in plain.glob("train/*/*")]
+    (plain / "all.csv").write_text("\n".join(["path,label,Is_Valid", *rows]))
+    noted = "class names that differ in case alone: CAT, cat"
+    assert load_folder(plain / "all.csv", val_size=4)[0].notes[:2] == ["columns left out: is_valid", noted]
+    for split in ("train", "test"):
+        (plain / split / "ant").rename(plain / split / "CAT")
+    assert load_folder(plain, val_size=4)[0].notes[:1] == [noted]
 
 
 def test_what_is_left_out_is_counted(plain, capsys):
