@@ -123,7 +123,11 @@ def decode_into(slot: np.ndarray, path: str) -> tuple[str | None, list[str]]:
     except Image.DecompressionBombError:
         return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels", []
     except Image.UnidentifiedImageError:
-        return ("empty file" if os.path.getsize(path) == 0 else "not an image, or its header is damaged"), []
+        with open(path, "rb") as file:
+            head = file.read(12)
+        if head[4:8] == b"ftyp" and head[8:] in (b"heic", b"heix", b"heif", b"hevc", b"mif1"):
+            return "HEIC: convert it to JPEG", []
+        return "not an image, or its header is damaged" if head else "empty file", []
     except OSError as failure:
         return failure.strerror or first_line(failure), []
     except Exception as failure:  # see size_of

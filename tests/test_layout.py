@@ -268,6 +268,8 @@ def test_a_run_lists_all_unreadable_files(damaged, capsys, tmp_path):
     listed = (tmp_path / "run" / "unreadable.csv").read_bytes()
     assert listed.count(b"\n") == 4 and b'zz.png,"not an image' in listed and b"\xe9.png,empty file" in listed
     os.unlink(odd)
+    code, said, errors = run(capsys, "train_teacher.py", f"{flags}2 --unreadable skip --batch-size 99")
+    assert "99 of 16 images" in one_line(code, 2, errors) and "\n2 of 29 images cannot be read, left out" in said
     code, said, errors = run(capsys, "train_teacher.py", f"{flags} --unreadable skip")
     assert code == 0, errors
     assert [row["reason"] for row in table_of(tmp_path / "run" / "unreadable.csv")][1] == "not an image, or its header is damaged"

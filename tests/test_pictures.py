@@ -209,6 +209,8 @@ def test_reasons(tmp_path):
     assert reason(path) == "empty file"
     path.write_text("text")
     assert reason(path) == "not an image, or its header is damaged"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    assert reason(path) == "HEIC: convert it to JPEG"
     assert reason(tmp_path / "nothing.png") == "No such file or directory"
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))

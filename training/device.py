@@ -107,6 +107,7 @@ def global_batch_size(each: int, data, context: RunContext) -> int:
     processes, images = context.ranks.size, len(data.train.labels)
     total = each * processes
     if total > images:
+        print(data)  # what was left out may be why
         share = f"{processes} times {each}" if processes > 1 else each
         raise Failure(USAGE, f"--batch-size is larger than the training set ({share} of {images} images)", "choose a smaller one")
     if processes > 1:
