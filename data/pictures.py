@@ -41,7 +41,8 @@ def formats() -> tuple[str, ...]:
 
 @cache
 def suffixes() -> frozenset[str]:
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats())
+    readable = {*formats(), "MPO"}  # MPO is opened as JPEG
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable)
 
 
 def image_files(folder, left_out: Counter, parents: tuple = ()) -> Iterator[str]:
@@ -56,7 +57,8 @@ def image_files(folder, left_out: Counter, parents: tuple = ()) -> Iterator[str]
             if not is_hidden(entry.name) and not any(path == target or path.startswith(target + os.sep) for path in parents):
                 yield from image_files(entry.path, left_out, parents)
         elif is_hidden(entry.name):
-            left_out["hidden"] += 1
+            if not entry.name.startswith(".fusekd-"):
+                left_out["hidden"] += 1
         elif (suffix := "".join(entry.name.rpartition(".")[1:]).lower()) in known:
             yield entry.path
         else:

@@ -127,6 +127,7 @@ def test_columns_and_names_of_classes_that_may_be_meant_otherwise_are_noted(plai
 def test_what_is_left_out_is_counted(plain, capsys):
     draw(plain / "train" / "cat" / "more" / "deep.png", seed=9)
     draw(plain / "train" / "cat" / ".hidden.png")
+    (plain / "train" / "cat" / ".fusekd-cache-0.pt").write_text("ours, which is not counted")
     draw(plain / "train" / ".hidden" / "a.png")
     draw(plain / "train" / "cat" / ".thumbnails" / "a.png")
     draw(plain / "train" / "__MACOSX" / "cat" / "a.png")

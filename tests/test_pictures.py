@@ -170,7 +170,7 @@ def test_the_first_of_several_frames(tmp_path, suffix):
 
 def test_the_formats_are_those_whose_pixels_pillow_reads():
     assert {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"} <= pictures.suffixes(), "torchvision's"
-    assert {".gif", ".jfif", ".jp2", ".tga", ".ico"} <= pictures.suffixes()
+    assert {".gif", ".jfif", ".jp2", ".tga", ".ico", ".mpo"} <= pictures.suffixes()
     assert (".avif" in pictures.suffixes()) == features.check("avif")
     assert not {".pdf", ".eps", ".ps", ".mpg", ".wmf", ".txt", ".csv", ""} & pictures.suffixes()
 
