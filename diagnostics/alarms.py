@@ -29,9 +29,14 @@ def near_chance(chance: float) -> float:
     return min(2 * chance, chance + NEAR, (chance + 100) / 2)
 
 
-def collapsed(last: float, reference: float) -> bool:
+def largest_fall(images: int | None) -> float:
+    """The points below the reference that are no collapse: FALL, or three of the validation images, if their number is known."""
+    return max(FALL, 300 / images) if images else FALL
+
+
+def collapsed(last: float, reference: float, images: int | None = None) -> bool:
     """Whether a run collapsed.  last: its last validation accuracy (%).  reference: the control's last, or its own best."""
-    return last < reference - FALL
+    return reference - last > largest_fall(images) + 1e-9  # three images may differ from 300 / images by rounding
 
 
 class Alarm(NamedTuple):
@@ -69,10 +74,11 @@ def alarms(method, recipe, monitor, rows, diagnostics, val: Confusion, stopped_e
 
     accuracy, last = [row.val_acc1 for row in rows], rows[-1].val_acc1
     best, chance, classes = max(accuracy), val.chance, len(val.names)
-    near = near_chance(chance)
-    if collapsed(last, best):
-        found.append(Alarm("collapse", best - last, FALL, rows[-1].epoch, f"validation accuracy fell from {best:.1f} % in epoch "
-                           f"{accuracy.index(best) + 1} to {last:.1f} % at the end (alarm above {FALL:g} points)"))
+    near, images = near_chance(chance), int(val.labels.sum())
+    if collapsed(last, best, images):
+        fall = largest_fall(images)
+        found.append(Alarm("collapse", best - last, fall, rows[-1].epoch, f"validation accuracy fell from {best:.1f} % in epoch "
+                           f"{accuracy.index(best) + 1} to {last:.1f} % at the end (alarm above {fall:.3g} points)"))
     if last <= near:
         found.append(Alarm("chance", last, near, rows[-1].epoch, f"validation accuracy is {last:.1f} % at the end, near "
                            f"chance, {chance:.3g} %, the share of the largest of {classes} classes (alarm up to {near:.3g} %)"))

@@ -133,7 +133,7 @@ def sentences(case: Case, control: Case | None):
         theirs = control.run.val_acc1
         last, best = (f"{one:.1f} %, {abs(one - other):.1f} points {'below' if one < other else 'above'}"
                       for one, other in ((accuracy[-1], theirs[-1]), (accuracy.max(), theirs.max())))
-        lead = "Collapsed against" if collapsed(accuracy[-1], theirs[-1]) else "Against"
+        lead = "Collapsed against" if collapsed(accuracy[-1], theirs[-1], summary.get("val_images")) else "Against"
         yield f"{lead} the control {control.name}: last {case.measured} accuracy {last}; best {best}"
     yield (f"{case.measured.capitalize()} accuracy: at most {accuracy.max():.1f} % (epoch {case.run.epochs[accuracy.argmax()]}), "
            f"{accuracy[-1]:.1f} % in the last epoch ({case.run.epochs[-1]})")

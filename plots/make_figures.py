@@ -336,7 +336,8 @@ def augmentation(config) -> str:
 def verdict(run: Run, others: list[Run]) -> str:
     """That of summary.json, or "collapsed" where the run ended far below the KD run among the others."""
     control = control_of(run, others)
-    return "collapsed" if control and collapsed(run.val_acc1[-1], control.val_acc1[-1]) else run.summary["verdict"]
+    fell = control and collapsed(run.val_acc1[-1], control.val_acc1[-1], run.summary.get("val_images"))
+    return "collapsed" if fell else run.summary["verdict"]
 
 
 def over_seeds(column: str, values) -> dict:
@@ -378,8 +379,8 @@ def table1(finished) -> tuple[list[Row], str]:
         "Teacher, accuracy: on the test set in percent, with the weights of the best epoch; last: with those of the last. "
         f"Retention: accuracy / teacher{'; for alone, of a teacher that it did not see' if 'alone' in finished else ''}. "
         f"Augmentation besides crop and flip: {abbreviations or 'none'}. "
-        f"Collapsed: the last validation accuracy is more than {FALL:g} points below that of KD on the same images or, without "
-        f"such a run, below its own best. {provenance(finished)}"
+        f"Collapsed: the last validation accuracy is more than {FALL:g} points, and three images, below that of KD on the same "
+        f"images or, without such a run, below its own best. {provenance(finished)}"
         + (" Report: accuracy / retention; one seed, selected on the test set, batch and epochs not given." if reported else ""))
 
 

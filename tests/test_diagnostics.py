@@ -279,6 +279,15 @@ def test_verdict(accuracies, early, classes, expected, raised):
     assert all(f"{100 / classes:g} %" in alarm["text"] for alarm in result["alarms"] if alarm["name"] == "chance")
 
 
+@pytest.mark.parametrize("images, most, limit", [(11, 3, "27.3"), (30, 3, "10"), (59, 3, "5.08"), (100, 5, "5"), (1000, 50, "5")])
+def test_a_collapse_is_a_fall_of_more_than_three_images(images, most, limit):
+    """most: the images by which accuracy may fall."""
+    val = perfect(images - images // 2, images // 2)
+    assert judged([100.0, 100 * (images - most) / images], val=val)["verdict"] == "completed"
+    fallen, = judged([100.0, 100 * (images - most - 1) / images], val=val)["alarms"]
+    assert fallen["name"] == "collapse" and f"above {limit} points" in fallen["text"] and f"{fallen['limit']:.3g}" == limit
+
+
 @pytest.mark.parametrize("images, accuracy, chance, limit", [
     ((60, 20, 3), 75, 72.3, 77.3), ((60, 20, 3), 78, 72.3, None), ((96, 4), 97.9, 96, 98), ((96, 4), 98.1, 96, None),
     ((50, 50, 0), 54, 50, 55)])
@@ -399,7 +408,7 @@ def test_alarms_of_a_teacher_speak_of_what_its_run_has():
             row(3, 50.5, clip_frac=1.0, skipped_steps=9, best_epoch=2)]
     values = {"update_ratio": 0.2, "dead_classes": 1, "share_ce": 1.0, "pull_whole": 0.1, "pull_minor_whole": 0.2}
     diagnostics = [{"epoch": 1, "images": 100, "clip_factor": 0.1, **values}]
-    val = Confusion(["a", "b"], np.array([[8, 0], [8, 0]]))
+    val = Confusion(["a", "b"], np.array([[80, 0], [80, 0]]))
     result = alarms.judge(method, recipe, "val_loss", rows, diagnostics, val, True)
     assert names(result) == ["collapse", "chance", "concentrated", "dead", "skipped", "move", "inverted", "clipped", "early stop",
                              "stop"]

@@ -139,8 +139,10 @@ def test_runs_are_compared_with_plain_kd(tmp_path):
     control = write_run(tmp_path / "kd", "kd")
     lower = write_run(tmp_path / "lower", "dkd", curve=[10.0, 60.0, 48.9])
     within = write_run(tmp_path / "within", "dkd", curve=[10.0, 49.0])
+    few = write_run(tmp_path / "few", "dkd", curve=[45.0], summary=HEALTHY | {"val_images": 20})
     other = write_run(tmp_path / "data", "dkd", dataset="cifar10")
     weighted = write_run(tmp_path / "weighted", "dkd", class_weights="balanced")
+    assert "  Against the control kd: last validation accuracy 45.0 %, 9.0 points below" in words(few, control), "20 images"
     text = words(lower, control, within, other, weighted, write_run(tmp_path / "teacher", "teacher"))
     assert text.startswith("lower, kd, within, data, weighted, teacher\nCIFAR-100, CIFAR-10; large → small, large\n")
     assert ("\nlower (DKD alpha 1 beta 8 T 4, seed 3): completed, healthy\n  Collapsed against the control kd: last validation "

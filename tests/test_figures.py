@@ -320,15 +320,16 @@ def test_a_run_that_cannot_be_read_leaves_the_others(tmp_path):
 
 
 def test_a_run_far_below_kd_of_its_seed_collapsed(tmp_path):
-    """By 5 points of last validation accuracy; KD with other images is no control, and a student alone has none."""
-    def end_at(accuracy, name, seed):
-        path = write_run(tmp_path / "runs" / f"{name}-s{seed}", name, epochs=8, seed=seed, summary={"best_epoch": 8})
+    """By 5 points and three images; KD with other images is no control, and a student alone has none."""
+    def end_at(accuracy, name, seed, **images):
+        path = write_run(tmp_path / "runs" / f"{name}-s{seed}", name, epochs=8, seed=seed, summary={"best_epoch": 8, **images})
         (path / "log.csv").write_text("epoch,val_acc1\n" + "".join(f"{epoch},{accuracy}\n" for epoch in range(1, 9)))
 
     for accuracy, name, seed in ((50, "v2", 1), (45, "v3", 1), (60, "v2", 2), (54.9, "v3", 2), (20, "v1", 1), (20, "alone", 1)):
         end_at(accuracy, name, seed)
+    end_at(35.0, "v3", 3, val_images=20)  # 15 points below the first v2
     verdicts = {name: row["verdict"] for name, row in run_study(tmp_path)[2].items()}
-    assert verdicts == {"v2": "completed", "v3": "1 completed, 1 collapsed", "v1": "completed", "alone": "completed"}
+    assert verdicts == {"v2": "completed", "v3": "2 completed, 1 collapsed", "v1": "completed", "alone": "completed"}
 
 
 @pytest.mark.parametrize(("first", "second", "what"), [

@@ -195,7 +195,7 @@ class Run:
             "params": params, "flops": models.flops(net, net.info["image_size"]),
             "teacher_test_acc1": teacher_acc1, "teacher_params": teacher and teacher.size,
             "retention": 100 * best / teacher_acc1 if teacher_acc1 else None, "compression": teacher and teacher.size / params,
-            "test_balanced_acc1": test.balanced_accuracy, "chance": val.chance,
+            "test_balanced_acc1": test.balanced_accuracy, "chance": val.chance, "val_images": int(val.labels.sum()),
             **judge(self.diagnostics.method, Recipe.of(self.args), self.args.monitor, rows, self.directory.diagnostics_rows, val,
                     stopped),
             "note": note, **more,
