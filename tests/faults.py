@@ -112,19 +112,6 @@ def poison_images(calls) -> None:
     augment.BatchAugmenter.__call__ = call
 
 
-def drift() -> None:
-    """The weights of this process differ from those of the others."""
-    from training import optimization
-    agree = optimization.Update.sync_buffers
-
-    def call(self):
-        with torch.no_grad():
-            self.parameters[0].add_(1e-3)
-        agree(self)
-
-    optimization.Update.sync_buffers = call
-
-
 # --- the process
 
 

@@ -8,7 +8,7 @@ import re
 import resource
 import sys
 from contextlib import redirect_stdout
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +22,8 @@ from losses import Targets
 from rundir import errors, terminal
 from rundir.errors import Failure
 from rundir.run_directory import EpochRow
-from training.device import RunContext, micro_batches, setup_context
+from training.device import RunContext, global_batch_size, micro_batches, setup_context
+from training.distributed import Ranks
 from training.evaluation import EarlyStop, Evaluation, check_teacher, evaluate, tolerance
 from training.metrics import MAX_SKIPPED, Metrics, Progress
 from training.optimization import StepResult, Update, learning_rate
@@ -135,6 +136,10 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole(recipe):
     for rows, count in ((range(16), 3), (range(12), 4), (range(4), 8)):
         with fails(2, f"--grad-accum {count} of {len(rows)} images"):
             micro_batches(rows, count)
+    data, pair = SimpleNamespace(train=SimpleNamespace(labels=range(76))), replace(CPU, ranks=Ranks(size=2))
+    for each, words in ((7, "odd --batch-size"), (40, "2 times 40 of 76 images")):
+        with fails(2, words):
+            global_batch_size(each, data, pair)
 
 
 @pytest.mark.parametrize("precision", ["off", "bf16", "fp16"])

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 
 import faults
@@ -73,14 +72,14 @@ def all_pass(place, attempt, *arguments):
 def test_another_seed_gives_another_run(place):
     """The same seed gives the same run below: killed before its first write, it is repeated as a whole."""
     run, whole = torture.new_run(place), place.undisturbed("student")
-    assert place.run(f"{torture.command('student')} --output {run} --seed 43").code == 0
-    assert torture.difference(run, whole) == "log.csv"
+    assert place.run(f"{torture.command('student')} --output {run} --seed 43 --epochs 2").code == 0
+    assert torture.log_of(run)[0]["train_loss"] != torture.log_of(whole)[0]["train_loss"]
 
 
 def test_a_crash_before_any_write_loses_nothing(place):
     """Points 1 to 9 are config.json, env.json, status.json; 10 to 21 epoch 1, with diagnostics.csv from 16; from 22 epoch 2,
     with prev.pt; 45 the teacher's best.pt with its test accuracy."""
-    all_pass(place, torture.crash_point, ("student", 2), ("student", 17), ("teacher", 45), ("pair", 24))
+    all_pass(place, torture.crash_point, ("student", 2), ("teacher", 45), ("pair", 24))
 
 
 def test_a_kill_at_any_time_loses_nothing(place):
@@ -89,9 +88,7 @@ def test_a_kill_at_any_time_loses_nothing(place):
 
 
 def test_a_signal_stops_at_once_with_advice_and_its_code(place):
-    draw = random_moments()
-    all_pass(place, torture.interruption, *((kind, number, draw.uniform(0.3, 0.9)) for kind, number in (
-        (draw.choice(KINDS), signal.SIGINT), ("pair", signal.SIGTERM))))
+    all_pass(place, torture.interruption, ("pair", signal.SIGTERM, random_moments().uniform(0.3, 0.9)))
 
 
 def test_a_stopped_run_has_its_reason_in_its_status(place):
@@ -110,21 +107,18 @@ def test_a_second_signal_ends_at_once(place):
     run = torture.new_run(place)
     process = place.start(f"{torture.command('teacher')} --output {run}", partial(faults.slow_disk, 20))
     wait_for(run / "last.pt.tmp")
-    time.sleep(0.5)  # until the main thread trains again
-    with suppress(ProcessLookupError):  # it has ended
-        for _ in range(9):  # those that arrive before the first is handled count as one
-            os.kill(process.pid, signal.SIGINT)
-            time.sleep(0.3)
-    result = place.finish(process, limit=5)
-    assert result.code == -signal.SIGINT and not (run / "last.pt").exists()
-    assert torture.outcome_of_resuming(place, "teacher", run) == ""
+    while process.processes[0].is_alive():  # those that arrive before the first is handled count as one
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.1)
+    result = place.finish(process)
+    assert result.code == -signal.SIGINT and result.seconds < 15 and not (run / "last.pt").exists()
 
 
 # --- resuming
 
 
 def test_resume_auto_starts_continues_and_is_done(place):
-    run, line = torture.new_run(place), torture.command("teacher")
+    run, line = torture.new_run(place), f"{torture.command('teacher')} --epochs 2"
     first = place.run(f"{line} --output {run} --resume auto")
     assert first.code == 0 and "nothing to continue" in first.out and not first.err
     before = contents(run)
@@ -162,18 +156,15 @@ def test_other_images_are_refused(place):
 
 
 def test_the_content_of_files_decides_and_not_their_path(place):
-    """As after a move to another disk: images, teacher and start are the same, and so is all that the run leaves."""
-    moved, teacher = place.folder / "moved", place.undisturbed("teacher") / "best.pt"
+    """As after a move to another disk."""
+    moved, run, teacher = place.folder / "moved", torture.new_run(place), place.undisturbed("teacher") / "best.pt"
     shutil.copytree(place.folder / "images", moved / "images")
     shutil.copy(teacher, moved / "teacher.pt")
-    line = f"{torture.command('student')} --student resnet8 --student-init {teacher} --teacher-checkpoint {teacher}"
+    line = f"{torture.command('student')} --student resnet8 --student-init {teacher} --teacher-checkpoint {teacher} --epochs 2"
     other = f"{line.replace(str(teacher), str(moved / 'teacher.pt'))} --data-dir {moved}/images/ --resume auto"
-    run, whole = torture.new_run(place), torture.new_run(place)
-    assert place.run(f"{line} --output {whole}").code == 0
     assert place.run(f"{line} --output {run}", partial(faults.die_at, 20)).code == -signal.SIGKILL
     result = place.run(f"{other} --output {run}")
-    assert result.code == 0 and "continuing after epoch" in result.out, result.err
-    assert torture.difference(run, whole) == ""
+    assert result.code == 0 and "continuing after epoch 1" in result.out, result.err
     assert "already finished" in place.run(f"{other} --output {run}").out
     one_line(place.run(f"{other} --output {run} --data-dir {moved}"), 4, str(moved))
     another = place.undisturbed("student") / "best.pt"
@@ -195,14 +186,13 @@ def test_a_run_keeps_its_number_of_threads(place):
 
 
 def test_an_early_stop_stays_stopped_until_patience_grows(place):
-    run, line = torture.new_run(place), torture.command("teacher") + " --lr 1e-9 --model-ema 0 --monitor val_acc1 --epochs 6"
+    run, line = torture.new_run(place), torture.command("teacher")
     assert place.run(f"{line} --output {run} --patience 1").code == 0
-    epochs = len(torture.log_of(run))
-    assert epochs < 6, "the recipe was meant not to improve"
+    assert len(torture.log_of(run)) == 2, "val_loss was meant to grow at such a learning rate"
     again = place.run(f"{line} --output {run} --patience 1 --resume auto")
-    assert "early stop" in again.out and len(torture.log_of(run)) == epochs
+    assert "early stop" in again.out and len(torture.log_of(run)) == 2
     assert place.run(f"{line} --output {run} --patience 0 --resume auto").code == 0
-    assert len(torture.log_of(run)) == 6
+    assert len(torture.log_of(run)) == 3
 
 
 def test_a_path_continues_in_another_directory(place):
@@ -269,46 +259,36 @@ def test_flags_that_make_another_experiment_are_refused_and_others_are_not(place
 # --- damaged checkpoints
 
 
-def damage(path, how, place):
+def flip(path):
     good = path.read_bytes()
     middle = len(good) // 2
-    path.unlink()
-    if how == "flipped":
-        path.write_bytes(good[:middle] + bytes([good[middle] ^ 4]) + good[middle + 1:])
-    if how == "evil":
-        torch.save({"format": 1, "kind": "run", "w": Touch(place.folder / "evil-was-here")}, path)
-    if how == "weights":
-        shutil.copy(place.undisturbed("teacher") / "best.pt", path)
+    path.write_bytes(good[:middle] + bytes([good[middle] ^ 4]) + good[middle + 1:])
 
 
-@pytest.mark.parametrize("how", ["flipped", "missing", "weights"])
-def test_a_damaged_last_falls_back_to_the_one_before(place, how):
+@pytest.mark.parametrize("damage", [flip, os.unlink])
+def test_a_damaged_last_falls_back_to_the_one_before(place, damage):
     run, line = a_copy(place, "teacher", epochs=2), f"{torture.command('teacher')} --resume auto"
-    damage(run / "last.pt", how, place)
-    damaged = shutil.copytree(run, f"{run}-damaged")
+    damage(run / "last.pt")
+    killed = shutil.copytree(run, run.with_name(f"{run.name}-killed"))
     result = place.run(f"{line} --output {run}")
     assert result.code == 0 and result.err.startswith("warning: "), result.err
     assert "last.pt" in result.err and "continuing with" in result.err, result.err
     assert "continuing after epoch 1" in result.out and torture.difference(run, place.undisturbed("teacher")) == ""
-    if how == "flipped":  # a crash while the first checkpoint is written must not lose the good one
-        for point in (17, 18, 20):  # last.pt, best.pt
-            killed = shutil.copytree(damaged, place.folder / f"killed{point}")
-            assert place.run(f"{line} --output {killed}", partial(faults.die_at, point)).code == -signal.SIGKILL
-            assert torture.outcome_of_resuming(place, "teacher", killed) == "", point
+    if damage is flip:  # a crash after the first checkpoint was written, at which the damaged one would have become prev.pt
+        assert place.run(f"{line} --output {killed}", partial(faults.die_at, 22)).code == -signal.SIGKILL
+        assert torture.outcome_of_resuming(place, "teacher", killed) == ""
 
 
-@pytest.mark.parametrize("how", ["flipped", "evil", "weights"])
-def test_a_run_without_a_good_checkpoint_is_never_started_again(place, how):
-    run = a_copy(place, "teacher")
-    for name in ("last.pt", "prev.pt"):
-        damage(run / name, how, place)
+def test_a_run_without_a_good_checkpoint_is_never_started_again(place):
+    run, line = a_copy(place, "teacher"), f"{torture.command('teacher')} --resume auto"
+    shutil.copy(place.undisturbed("teacher") / "best.pt", run / "last.pt")  # weights, not the state of a run
+    torch.save({"format": 1, "kind": "run", "w": Touch(place.folder / "evil-was-here")}, run / "prev.pt")
     before = contents(run)
-    one_line(place.run(f"{torture.command('teacher')} --output {run} --resume auto --overwrite"), 5, "last.pt")
-    assert contents(run) == before
+    one_line(place.run(f"{line} --output {run} --overwrite"), 5, "last.pt")
+    assert contents(run) == before and not (place.folder / "evil-was-here").exists()
     for name in ("last.pt", "prev.pt"):
         (run / name).unlink()
-    one_line(place.run(f"{torture.command('teacher')} --output {run} --resume auto"), 5, "last.pt")
-    assert not (place.folder / "evil-was-here").exists()
+    one_line(place.run(f"{line} --output {run}"), 5, "last.pt")
 
 
 def test_checkpoints_hold_plain_data_only(place):
@@ -322,7 +302,7 @@ def test_checkpoints_hold_plain_data_only(place):
 
 
 def test_a_full_disk_at_any_write_costs_nothing(place):
-    all_pass(place, torture.full_disk_point, ("teacher", 40), ("pair", 13))
+    all_pass(place, torture.full_disk_point, ("pair", 13))
 
 
 def test_a_disk_that_fills_up_later_leaves_the_last_good_epoch(place):
@@ -332,50 +312,44 @@ def test_a_disk_that_fills_up_later_leaves_the_last_good_epoch(place):
     assert torture.outcome_of_resuming(place, "teacher", run) == ""
 
 
-@pytest.mark.parametrize("line", [torture.command("teacher"), TEACHER_PAIR], ids=["alone", "pair"])
-def test_the_second_run_in_a_directory_leaves_at_once(place, line):
+@pytest.mark.parametrize("line, extra", [(torture.command("teacher"), "--overwrite"), (TEACHER_PAIR, "--resume auto")])
+def test_the_second_run_in_a_directory_leaves_at_once(place, line, extra):
     run = torture.new_run(place)
     first = place.start(f"{line} --output {run}", partial(faults.slow_steps, 3))
     wait_for(run / "status.json", "running")
-    for extra in ("--overwrite", "--resume auto"):
-        second = place.run(f"{line} --output {run} {extra}")
-        one_line(second, 3, str(run))
-        assert second.seconds < 5
+    second = place.run(f"{line} --output {run} {extra}")
     os.kill(first.pid, signal.SIGKILL)
     place.finish(first)
-    assert place.run(f"{line} --output {run} --resume auto").code == 0, "the kernel frees the lock of a killed run"
+    one_line(second, 3, str(run))
+    assert second.seconds < 5
 
 
 # --- non-finite steps
 
 
 @pytest.mark.parametrize("kind, precision, fault", [
-    ("teacher", "off", partial(faults.poison_images, [6])), ("teacher", "bf16", partial(faults.poison, "ce", [6])),
-    ("student", "fp16", partial(faults.poison, "nckd", [6])), ("student", "fp16", partial(faults.poison_images, [6])),
+    ("teacher", "off", partial(faults.poison_images, [6])), ("student", "fp16", partial(faults.poison, "nckd", [6])),
     ("pair", "off", partial(faults.on_rank, 1, partial(faults.poison, "kl", [6])))])
 def test_one_poisoned_batch_is_skipped(place, kind, precision, fault):
     """By both processes of a pair, whichever had it."""
     place.undisturbed("teacher")
     run = torture.new_run(place)
-    result = place.run(f"{torture.command(kind)} --amp {precision} --output {run}", fault)
+    result = place.run(f"{torture.command(kind)} --epochs 2 --amp {precision} --output {run}", fault)
     assert result.code == 0, result.err
     last, rows = resume.read_run(run / "last.pt"), torture.log_of(run)
     assert all(value.isfinite().all() for value in last["update"]["net"].values())
     skipped = [int(row["skipped_steps"]) for row in rows]
-    assert skipped[1] >= 1 if precision == "fp16" else skipped == [0, 1, 0]
+    assert skipped[1] >= 1 if precision == "fp16" else skipped == [0, 1]
     assert all(float(row["train_loss"]) < 100 for row in rows)
 
 
-@pytest.mark.parametrize("kind, precision, term, named", [
-    ("teacher", "off", "ce", "train_loss"), ("student", "fp16", "nckd", "train_loss_nckd")])
-def test_a_run_that_only_skips_stops_with_the_last_finite_checkpoint(place, kind, precision, term, named):
+def test_a_run_that_only_skips_stops_with_the_last_finite_checkpoint(place):
     run = torture.new_run(place)
-    line = f"{torture.command(kind)} --amp {precision} --output {run}"
-    one_line(place.run(line, partial(faults.poison, term, range(7, 1000))), 6, named, "not finite", "--lr")
+    result = place.run(f"{torture.command('student')} --output {run}", partial(faults.poison, "nckd", range(7, 1000)))
+    one_line(result, 6, "train_loss_nckd", "not finite", "--lr")
     last = resume.read_run(run / "last.pt")
     assert last["epoch"] >= 1 and all(value.isfinite().all() for value in last["update"]["net"].values())
     assert json.loads((run / "status.json").read_text())["exit_code"] == 6
-    assert place.run(f"{line} --resume auto").code == 0
 
 
 # --- several processes on one run
@@ -407,7 +381,7 @@ def test_a_pair_that_lost_one_is_continued_by_the_other(place):
 
 def test_three_processes_add_up_to_the_same_bits_when_resumed(place, monkeypatch):
     """Three numbers may round to another sum in another order; this network's gradients travel in two groups."""
-    line = torture.COMMANDS["pair"].replace("node 2", "node 3").replace("forgetful_pico", "v2_tiny")
+    line = torture.COMMANDS["pair"].replace("node 2", "node 3").replace("forgetful", "v2_tiny")
     monkeypatch.setitem(torture.COMMANDS, "trio", f"{line} --amp off --epochs 2")
     place.undisturbed("trio")
     assert torture.crash_point(place, "trio", 21) == ""
@@ -415,15 +389,12 @@ def test_three_processes_add_up_to_the_same_bits_when_resumed(place, monkeypatch
 
 @pytest.mark.parametrize("flags, fault, code, words", [
     ("", partial(faults.on_rank, 1, faults.run_out_of_memory), 7, ["out of GPU memory", "--batch-size 4"]),
-    ("", partial(faults.on_rank, 1, faults.drift), 1, ["ranks diverged", "2 processes", "--resume auto"]),
     ("", partial(faults.on_rank, 1, partial(faults.poison, "kl", range(1000))), 6, ["train_loss_kl is not finite"]),
     ("", faults.hang, 1, ["another process of this run stopped responding", "--resume auto"]),
-    ("--batch-size 7", None, 2, ["odd --batch-size", "7"]),
-    ("--batch-size 40", None, 2, ["2 times 40 of 76 images"]),
     ("--device cuda:1", None, 2, ["every process needs its own GPU"]),
     ("--lr -1", partial(faults.on_rank, 0, partial(time.sleep, 2)), 2, ["--lr"]),  # rank 1 ends first
     ("--output undisturbed/teacher", partial(faults.on_rank, 1, faults.connect_slowly), 2, ["not empty"]),
-], ids=["memory", "drift", "loss", "hang", "odd", "large", "device", "flag", "directory"])
+], ids=["memory", "loss", "hang", "device", "flag", "directory"])
 def test_whatever_ends_a_pair_is_one_line(place, flags, fault, code, words):
     """Without what the C++ of PyTorch prints in a process that ends before all are connected."""
     place.undisturbed("teacher")

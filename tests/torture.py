@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import PIL
 from faults import die_at, no_space_at
 from helpers import make_images, table_of
 
@@ -35,16 +36,16 @@ CLOCK = ("images_per_s", "epoch_s", "val_s", "total_s", "peak_mem_mb")
 RECIPE = "--dataset imagefolder --data-dir images --epochs 3 --warmup-epochs 1 --batch-size 16 --val-size 20 --device cpu"
 COMMANDS = {  # between them: both optimizers, a moving average, an epoch that is not the best, a loss scale, and dropout
     "teacher": f"train_teacher.py --model resnet8 {RECIPE} --opt sgd --lr 2 --weight-decay 5e-4 --model-ema 0.9",
-    "student": "distill.py --method dkd --temperature 1 --alpha 0.25 --beta 0.5 --ce-weight 0.25 --student forgetful_pico "
+    "student": "distill.py --method dkd --temperature 1 --alpha 0.25 --beta 0.5 --ce-weight 0.25 --student forgetful "
                f"--allow-weak-teacher {RECIPE} --opt adamw --amp fp16 --kernels reference",
-    "pair": "torchrun --nproc-per-node 2 distill.py --temperature 1 --alpha 0.25 --ce-weight 0.25 --student forgetful_pico "
+    "pair": "torchrun --nproc-per-node 2 distill.py --temperature 1 --alpha 0.25 --ce-weight 0.25 --student forgetful "
             f"--allow-weak-teacher --model-ema 0.9 {RECIPE} --batch-size 8 --opt adamw --amp fp16 --kernels reference",
 }  # with losses so small that FP16 finds its scale within a step or two of the four in an epoch, on any processor
 CONTEXT = multiprocessing.get_context("forkserver")
 os.environ["PYTHONPATH"] = str(ROOT)  # where the server from which all runs are forked finds our modules
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that share a core must not spin
 CONTEXT.set_forkserver_preload(["torch.optim.swa_utils", "torch.utils.flop_counter", "matplotlib", "augment", "losses.kd",
-                                "losses.dkd", "training.run"])
+                                "losses.dkd", "training.run", *(f"PIL.{name}" for name in PIL._plugins)])
 
 
 class Result(NamedTuple):
@@ -67,11 +68,13 @@ class Job(NamedTuple):
         return self.processes[0].pid
 
 
-def forgetful_pico(num_classes: int):
-    """A small network that draws random numbers: its dropout must go on where it was."""
-    import models
-    net = models.cifar_networks.NETWORKS["v2_pico"](num_classes)
-    net.classifier[0].p = 0.5
+def forgetful(num_classes: int):
+    """The smallest network that draws random numbers: its dropout must go on where it was."""
+    import torch
+
+    from models.cifar_networks import resnet
+    net = resnet(num_classes, widths=(16, 16), blocks=(1,))
+    net.flatten = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout())
     return net
 
 
@@ -97,7 +100,7 @@ def be_the_script(line: str, folder: str, log: str, fault, environment: dict) ->
     import models
     from plots import confusion
     torch.set_num_threads(1)
-    models.cifar_networks.NETWORKS["forgetful_pico"] = forgetful_pico
+    models.cifar_networks.NETWORKS["forgetful"] = forgetful
     confusion.picture = lambda *matrix: b""  # to draw it takes a fifth of such a short run
     script, *flags = shlex.split(line)
     sys.argv = [str(ROOT / script), *flags]
@@ -116,8 +119,8 @@ class Workplace:
         self.folder, self.usual = Path(folder), {}  # usual: seconds that a whole run of each kind takes
         self.one_at_a_time = threading.Lock()  # multiprocessing looks at all children whenever one starts
         classes = [f"class{index}" for index in range(4)]
-        make_images(self.folder / "images" / "train", classes, 24, seed=0)
-        make_images(self.folder / "images" / "test", classes, 6, seed=1)
+        make_images(self.folder / "images" / "train", classes, 24, seed=0, size=8)
+        make_images(self.folder / "images" / "test", classes, 6, seed=1, size=8)
 
     def start(self, line: str, fault=None) -> "Job":
         """Start a script, after `fault()` in every process; `torchrun --nproc-per-node N` is emulated."""
