@@ -6,12 +6,14 @@ reading verifies it, or the CRCs of a file without it.
 """
 import hashlib
 import io
+import os
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,53 +30,32 @@ REMEDY = "restore it from a copy or make it again"
 
 def write(path, *, previous=None, **content) -> None:
     """Save `content` (tensors and plain Python types) atomically as a checkpoint.  previous: as in write_atomic."""
-    write_atomic(path, Sealed({"format": FORMAT, **content}), previous)
+    write_atomic(path, partial(save_sealed, {"format": FORMAT, **content}), previous, tensor_bytes(content))
 
 
-class Sealed:
-    """Content for write_atomic: a checkpoint that is serialised and hashed while it is written, followed by its seal.
+def save_sealed(content: dict, file) -> None:
+    """Save `content` to a file that is open for writing and reading, then append its seal.
 
-    Serialisation to memory first would hold the GIL and stop the training loop.  The last two bytes are held back: a zip archive
-    ends with the length of its comment, here of the seal.  torch.save would replace the error of a failed write by one of its
-    own, so after a failure bytes are only counted, and the error is raised at the end.
+    Serialisation to memory first would hold the GIL and stop the training loop.
     """
+    try:
+        torch.save(content, file)
+    except RuntimeError as failure:  # replaces the error of a failed write
+        raise failure.__context__ or failure
+    file.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment, here of the seal
+    file.write(SEAL_BYTES.to_bytes(2, "little"))
+    file.seek(0)
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(0, os.SEEK_END)
+    file.write(SEAL + sha256.encode())
 
-    def __init__(self, content: dict):
-        self.content, self.sha256, self.held, self.size = content, hashlib.sha256(), b"", 0
-        self.failure: OSError | None = None
 
-    def __call__(self, file) -> None:
-        self.file = file
-        torch.save(self.content, self)  # type: ignore[arg-type]  # needs only write and flush
-        self._put(self.held[:-2] + SEAL_BYTES.to_bytes(2, "little"))
-        self._put(SEAL + self.sha256.hexdigest().encode())
-        if self.failure:
-            raise self.failure
-
-    def __len__(self) -> int:
-        return self.size
-
-    def write(self, data) -> int:
-        data = memoryview(data).cast("B")
-        if len(data) < 2:
-            self.held += bytes(data)
-        else:
-            self._put(self.held)
-            self._put(data[:-2])
-            self.held = bytes(data[-2:])
-        return len(data)
-
-    def flush(self) -> None:
-        """Required by torch.save; write_atomic flushes the file."""
-
-    def _put(self, data) -> None:
-        self.size += len(data)
-        try:
-            if self.failure is None:
-                self.sha256.update(data)
-                self.file.write(data)
-        except OSError as failure:
-            self.failure = failure
+def tensor_bytes(tree) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(tree, torch.Tensor):
+        return tree.nbytes
+    values = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
+    return sum(map(tensor_bytes, values))
 
 
 class Ignored:

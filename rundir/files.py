@@ -11,17 +11,17 @@ from pathlib import Path
 from rundir.errors import CHECKPOINT, DATA, IN_USE, Failure, Unwritable
 
 
-def write_atomic(path, content, previous=None) -> None:
+def write_atomic(path, content, previous=None, needed: int | None = None) -> None:
     """Replace `path` atomically: a reader, or a crash, sees the complete old or new file.
 
-    content: bytes, or a callable that writes to an open file; its len() is the size, known at the latest on failure.
+    content: bytes, or a callable that writes to an open file, about `needed` bytes.
     previous: path under which the old file is kept.  Raises Unwritable.
     """
     path = Path(path)
     partial, link = (Path(f"{name}.tmp") for name in (path, previous or path))
     make_directory(path.parent)
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "w+b") as file:
             content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -39,7 +39,7 @@ def write_atomic(path, content, previous=None) -> None:
     except OSError as failure:
         for leftover in (partial, link):  # free their space
             leftover.unlink(missing_ok=True)
-        raise unwritable(path, failure, len(content)) from failure
+        raise unwritable(path, failure, len(content) if needed is None else needed) from failure
 
 
 def unwritable(path: Path, failure: OSError, needed: int) -> Unwritable:
