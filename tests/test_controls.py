@@ -164,15 +164,11 @@ def distil(capsys, place):
     return distil
 
 
-def weights(folder):
-    return torch.load(folder / "best.pt", weights_only=True)["state_dict"]
-
-
 def test_a_run_with_a_scaled_loss_has_scaled_losses_and_gradients(distil):
     """Without weight decay and clipping, four times the loss and a quarter of the learning rate are the same steps."""
     plain = distil("unscaled", "--weight-decay 0 --clip-grad 0 --lr 0.02")
     scaled = distil("scaled", "--weight-decay 0 --clip-grad 0 --lr 0.005 --loss-scale 4")
-    one, two = weights(plain), weights(scaled)
+    one, two = (torch.load(folder / "best.pt", weights_only=True)["state_dict"] for folder in (plain, scaled))
     assert all(torch.equal(value, two[key]) for key, value in one.items())
     for name in ("log.csv", "diagnostics.csv"):
         for before, after in zip(table_of(plain / name), table_of(scaled / name), strict=True):
@@ -186,23 +182,12 @@ def test_a_run_with_a_scaled_loss_has_scaled_losses_and_gradients(distil):
     assert config["method_in_tables"] == "KD alpha 0.7 T 4 loss-scale 4" and config["method_in_figures"] == "KD loss-scale 4"
 
 
-def test_a_method_that_is_matched_with_itself_is_that_method(distil):
-    plain, matched = distil("kd", "--method kd"), distil("kd-kd", "--method kd --match-norm kd")
-    one, two = weights(plain), weights(matched)
-    for key, value in one.items():
-        torch.testing.assert_close(value, two[key], rtol=1e-6, atol=1e-6)
-    before, after = (table_of(folder / "diagnostics.csv") for folder in (plain, matched))
-    assert set(after[0]) - set(before[0]) == {"match_factor"}, "a column of runs with the flag alone"
-    assert [float(row["match_factor"]) for row in after] == pytest.approx([1.0, 1.0], abs=1e-6)
-    assert table_of(plain / "log.csv")[0].keys() == table_of(matched / "log.csv")[0].keys()
-    config = json.loads((matched / "config.json").read_text())
-    assert (config["loss_scale"], config["match_norm"]) == (1.0, "kd")
-    assert config["method_in_tables"] == "KD alpha 0.7 T 4 match-norm kd" and config["method_in_figures"] == "KD match-norm kd"
-
-
 def test_a_matched_run_goes_on_bit_for_bit_and_not_with_other_flags(distil):
     flags = "--method dkd --sched multistep --grad-accum 2 --model-ema 0.9 --match-norm kd"
     whole = distil("whole", flags)
+    assert all(0 < float(row["match_factor"]) < 1 for row in table_of(whole / "diagnostics.csv"))
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["loss_scale"], config["match_norm"]) == (1.0, "kd") and config["method_in_figures"].endswith(" match-norm kd")
     distil("parted", f"{flags} --epochs 1")
     assert "--match-norm kd -> none" in distil("parted", flags.replace("-norm kd", "-norm none") + " --resume", expected=2)
     assert "--loss-scale 1.0 -> 2.0" in distil("parted", flags.replace("--match-norm kd", "--loss-scale 2 --resume"), expected=2)

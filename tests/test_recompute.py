@@ -68,8 +68,8 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize("name, options", [
-    ("resnet8", {}), ("resnet8", {"parts": 2, "ema_decay": 0.5, "opt": "adamw"}), ("v2_pico", {"ema_decay": 0.9}),
-    ("v2_pico", {"precision": "bf16", "parts": 2}), ("wrn_16_2", {}), ("vgg8", {}), ("mobilenet_v2", {}), ("small_swin", {})])
+    ("resnet8", {"parts": 2, "ema_decay": 0.5, "opt": "adamw"}), ("v2_pico", {"precision": "bf16"}), ("vgg8", {}),
+    ("small_swin", {})])
 def test_no_bit_changes(monkeypatch, name, options):
     monkeypatch.setitem(cifar_networks.NETWORKS, "small_swin", small_swin)
     plain, checkpointed = network(name), network(name)

@@ -9,6 +9,7 @@ from command import one_line, run, student_of, succeeds
 from helpers import draw, make_images
 from torture import difference
 
+from rundir.errors import Failure
 from rundir.files import read_json
 from training import evaluation, teacher_logits
 from training import run as training_run
@@ -28,10 +29,8 @@ def place(tmp_path_factory):
 @pytest.fixture
 def distil(capsys, place):
     """Distil into a new run directory -> it, and what the run printed."""
-    def distil(name, flags="", teacher="teacher"):
-        for seed, each in enumerate(("teacher", "other"), 1):
-            student_of(capsys, place, each, seed)
-        out = succeeds(capsys, "distill.py", f"{student_of(capsys, place, teacher)} --output {place}/{name} {flags}")
+    def distil(name, flags=""):
+        out = succeeds(capsys, "distill.py", f"{student_of(capsys, place)} --output {place}/{name} {flags}")
         return place / name, out
     return distil
 
@@ -50,12 +49,11 @@ def share(folder):
     return read_json(folder / "summary.json")["teacher_logits_read"]
 
 
-@pytest.mark.parametrize("flags", ["", "--method dkd --beta 2 --lr 0.1 --opt adamw", "--student resnet8 --model-ema 0.9"])
-def test_other_methods_hyperparameters_and_students_read_the_logits(place, distil, store, flags, request):
-    name = str(abs(hash(request.node.name)))
-    plain, out = distil(name, flags)
+def test_other_methods_hyperparameters_and_students_read_the_logits(distil, store):
+    flags = "--method dkd --beta 2 --lr 0.1 --opt adamw --student resnet8 --model-ema 0.9"
+    plain, out = distil("dkd", flags)
     assert "teacher logits" not in out and share(plain) is None
-    again, out = distil(f"{name}-again", f"{flags} --teacher-logits {store.parent}")
+    again, out = distil("dkd-again", f"{flags} --teacher-logits {store.parent}")
     assert difference(again, plain) == "" and share(again) == 1
     assert f"teacher logits: 0.00 GB in {store}" in out, "its size is said before"
 
@@ -73,69 +71,45 @@ def test_the_teacher_is_evaluated_by_the_run_that_stores_alone(place, distil, st
     assert nets.count("resnet8") == 2 and difference(once_more, again) == "" and sorted(store.parent.glob("*.pt")) == kept
 
 
-def test_the_run_that_stores_leaves_what_one_without_a_store_leaves(place, distil, store):
+def test_a_run_that_stores_or_computes_anew_leaves_what_one_without_a_store_leaves(place, distil, store):
     plain, _ = distil("plain")
     assert difference(place / "first", plain) == "" and share(place / "first") == 0
-    assert store.stat().st_size == 2 * STEPS * (16 + 16 * 4 * 4)
+    whole = store.read_bytes()
+    assert len(whole) == 2 * STEPS * (16 + 16 * 4 * 4)
+    store.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])  # a logit of the second step
+    again, _ = distil("altered", f"--teacher-logits {store.parent}")
+    assert difference(again, plain) == "" and share(again) == pytest.approx(0.9)
+    assert store.read_bytes() == whole, "and is whole again"
 
 
-@pytest.mark.parametrize("flags, teacher", [
-    ("", "other"), ("--seed 7", "teacher"), ("--policy none", "teacher"), ("--mix-prob 0.5", "teacher"),
-    ("--val-size 16", "teacher"), ("--batch-size 8", "teacher"), ("--grad-accum 2", "teacher"), ("--amp bf16", "teacher"),
-    ("--no-flip", "teacher"), ("--teacher-mean 0.5 0.5 0.5", "teacher"),
-    ("--teacher-checkpoint {0}/teacher/best.pt {0}/other/best.pt", "teacher")])
-def test_what_changes_the_logits_has_a_file_of_its_own(place, distil, store, flags, teacher, request):
-    name, before = str(abs(hash(request.node.name))), store.read_bytes()
-    run, _ = distil(name, f"{flags.format(place)} --epochs 1 --teacher-logits {store.parent}", teacher)
-    assert share(run) == 0 and store.read_bytes() == before
-    for path in set(store.parent.iterdir()) - {store}:
-        path.unlink()
+CHANGES = ("--seed 7", "--policy none", "--mix-prob 0.5", "--val-size 16", "--batch-size 8", "--grad-accum 2", "--amp bf16",
+           "--no-flip", "--teacher-mean 0.5 0.5 0.5", "--teacher-checkpoint {0}/other/best.pt",
+           "--teacher-checkpoint {0}/teacher/best.pt {0}/other/best.pt")
 
 
-def test_a_changed_image_and_other_code_are_misses(place, distil, store, monkeypatch):
+def test_what_changes_the_logits_has_a_file_of_its_own(capsys, place, store, monkeypatch):
+    def file_of(flags=""):
+        """The file of a run, which ends when it has chosen it."""
+        line = f"{student_of(capsys, place)} --output {place}/run --teacher-logits {place}/files {flags.format(place)}"
+        code, out, _ = run(capsys, "distill.py", line)
+        assert code == 6
+        return re.search(r"teacher logits: .* in .*/files/(\S+)", out)[1]
+
+    def end(*args):
+        raise Failure(6, "enough", "stop")
+
+    student_of(capsys, place, "other", 2)
+    monkeypatch.setattr(evaluation, "check_teacher", end)
+    files = [file_of(), *map(file_of, CHANGES)]
+    assert file_of("--method dkd --lr 0.1 --epochs 1") == files[0] == store.name
     path = place / "images" / "a" / "003.png"
     image = path.read_bytes()
     draw(path, (16, 16))
-    assert share(distil("image", f"--epochs 1 --teacher-logits {store.parent}")[0]) == 0
+    files.append(file_of())
     path.write_bytes(image)
     monkeypatch.setattr(teacher_logits, "SOURCES", (*teacher_logits.SOURCES, "data/*.py"))
-    assert share(distil("code", f"--epochs 1 --teacher-logits {store.parent}")[0]) == 0
-    monkeypatch.undo()
-    assert share(distil("again", f"--epochs 1 --teacher-logits {store.parent}")[0]) == 1
-    for other in set(store.parent.iterdir()) - {store}:
-        other.unlink()
-
-
-@pytest.mark.parametrize("damage, read", [
-    (lambda content: content[:300] + bytes([content[300] ^ 1]) + content[301:], 0.9),  # a logit of the second step
-    (lambda content: content[272:544] + content[:272] + content[544:], 0.8),  # two steps, exchanged
-    (lambda content: content[:-100], 0.9), (lambda content: content[:272 * 7], 0.7), (lambda content: b"", 0.0),
-    (lambda content: bytes(len(content)), 0.0), (lambda content: content + content, 1.0)])
-def test_what_is_altered_or_cut_off_is_computed_anew(place, distil, store, damage, read, request):
-    whole = store.read_bytes()
-    store.write_bytes(damage(whole))
-    again, _ = distil(str(abs(hash(request.node.name))), f"--teacher-logits {store.parent}")
-    assert difference(again, place / "first") == "" and share(again) == pytest.approx(read)
-    assert store.read_bytes()[:len(whole)] == whole, "and is whole again"
-
-
-@pytest.mark.parametrize("fault, reason", [
-    (lambda write, *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")), "No space left on device"),
-    (lambda write, file, record, place: write(file, record[:100], place), "the disk is full")])
-def test_a_full_disk_ends_the_storing_and_not_the_run(place, distil, monkeypatch, fault, reason, request):
-    write, calls = os.pwrite, []
-
-    def pwrite(*args):
-        calls.append(args)
-        return fault(write, *args) if len(calls) > 3 else write(*args)
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    name = str(abs(hash(request.node.name)))
-    stored, out = distil(name, f"--teacher-logits {place}/full-{name}")
-    assert reason in out and len(calls) == 4
-    monkeypatch.undo()
-    again, _ = distil(f"{name}-again", f"--teacher-logits {place}/full-{name}")
-    assert difference(again, stored) == "" and share(again) == pytest.approx(0.3)
+    files.append(file_of())
+    assert len(set(files)) == len(CHANGES) + 3, "of other images, and of other code, too"
 
 
 def test_a_directory_that_cannot_be_made_is_one_line(capsys, place, distil, store):
@@ -143,21 +117,61 @@ def test_a_directory_that_cannot_be_made_is_one_line(capsys, place, distil, stor
     assert str(store) in one_line(code, 8, err)
 
 
+ONE = 16 + 4 * 3 * 4  # bytes of a step in these stores
+
+
 def made(folder, limit=1e9, epochs=3, key="k", example=None):
     return TeacherLogits(str(folder), limit, key, epochs=epochs, steps=2, rows=range(4, 8),
                          example=torch.zeros(1, 3) if example is None else example)
 
 
+def fill(store):
+    """Go through the epochs -> which steps were found."""
+    found = []
+    for epoch in (1, 2, 3):
+        store.set_epoch(epoch)
+        found += store.found
+        for position in (0, 1):
+            store.add(position, range(4, 8), torch.full((4, 3), 2.0 * epoch + position))
+        store.end_epoch()
+    return found
+
+
+@pytest.mark.parametrize("damage, missing", [
+    (lambda content: content[:70] + bytes([content[70] ^ 1]) + content[71:], {1}),
+    (lambda content: content[ONE:2 * ONE] + content[:ONE] + content[2 * ONE:], {0, 1}),  # exchanged
+    (lambda content: content[:-10], {5}), (lambda content: content[:4 * ONE], {4, 5}), (lambda content: b"", set(range(6))),
+    (lambda content: bytes(len(content)), set(range(6))), (lambda content: content + content, set())])
+def test_what_is_altered_or_cut_off_is_not_found(tmp_path, damage, missing):
+    store = made(tmp_path)
+    assert fill(store) == [False] * 6
+    whole = store.path.read_bytes()
+    store.path.write_bytes(damage(whole))
+    assert fill(made(tmp_path)) == [step not in missing for step in range(6)]
+    assert store.path.read_bytes()[:len(whole)] == whole, "and is whole again"
+
+
+@pytest.mark.parametrize("short, reason", [(None, "No space left on device"), (10, "the disk is full")])
+def test_a_full_disk_ends_the_storing_and_not_the_run(tmp_path, capsys, monkeypatch, short, reason):
+    write, calls = os.pwrite, []
+
+    def pwrite(file, record, place):
+        calls.append(place)
+        if len(calls) > 3 and short is None:
+            raise OSError(errno.ENOSPC, reason)
+        return write(file, record[:short] if len(calls) > 3 else record, place)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    fill(made(tmp_path))
+    assert reason in capsys.readouterr().out and len(calls) == 4
+    assert fill(made(tmp_path)) == [True] * 3 + [False] * 3
+
+
 def test_the_limit_holds_for_all_files(tmp_path, capsys):
-    one_epoch = 2 * (16 + 4 * 3 * 4)
-    for key, limit, last in (("a", one_epoch * 2.5, 2), ("b", 4096 + one_epoch, 1), ("c", 4096, 0), ("d", 1e6, 3)):
+    for key, limit, last in (("a", ONE * 5, 2), ("b", 4096 + 2 * ONE, 1), ("c", 4096, 0), ("d", 1e6, 3)):
         store = made(tmp_path, limit, key=key)
-        for epoch in (1, 2, 3):
-            store.set_epoch(epoch)
-            for position in (0, 1):
-                store.add(position, range(4, 8), torch.ones(4, 3))
-            store.end_epoch()
-        assert store.path.stat().st_size == last * one_epoch
+        fill(store)
+        assert store.path.stat().st_size == last * 2 * ONE
         assert bool(re.search(f"room for {last} of 3 epochs", capsys.readouterr().out)) == (last < 3)
 
 
