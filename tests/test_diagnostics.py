@@ -276,6 +276,7 @@ def test_verdict(accuracies, early, classes, expected, raised):
     """A fall, or an accuracy near chance, which depends on the number of classes."""
     result = judged(accuracies, early=early, val=perfect(*[10] * classes), lrs=[1.0, 1.0, 0.1])
     assert result["verdict"] == expected and [name for name in names(result) if name != "early stop"] == raised
+    assert (result["health"] == "healthy") == (result["alarms"] == []) and result["advice"] is None
     assert all(f"{100 / classes:g} %" in alarm["text"] for alarm in result["alarms"] if alarm["name"] == "chance")
 
 
@@ -289,13 +290,11 @@ def test_a_collapse_is_a_fall_of_more_than_three_images(images, most, limit):
 
 
 @pytest.mark.parametrize("images, accuracy, chance, limit", [
-    ((60, 20, 3), 75, 72.3, 77.3), ((60, 20, 3), 78, 72.3, None), ((96, 4), 97.9, 96, 98), ((96, 4), 98.1, 96, None),
-    ((50, 50, 0), 54, 50, 55)])
+    ((60, 20, 3), 75, 72.3, 77.3), ((96, 4), 97.9, 96, 98), ((50, 50, 0), 54, 50, 55)])
 def test_chance_is_the_share_of_the_largest_class(images, accuracy, chance, limit):
-    result = judged([accuracy], val=perfect(*images))
-    assert names(result) == ["chance"] * (limit is not None)
-    if limit:
-        assert result["alarms"][0]["limit"] == pytest.approx(limit, abs=0.05) and f"{chance} %" in result["alarms"][0]["text"]
+    alarm, = judged([accuracy], val=perfect(*images))["alarms"]
+    assert alarm["name"] == "chance" and alarm["limit"] == pytest.approx(limit, abs=0.05) and f"{chance} %" in alarm["text"]
+    assert names(judged([limit + 0.1], val=perfect(*images))) == []
 
 
 @pytest.mark.parametrize("counts, value, limit", [
@@ -320,11 +319,6 @@ def test_the_demo_is_not_concentrated_and_advice_depends_on_the_flags():
     val = Confusion(["a", "b"], np.array([[8, 0], [8, 0]]))
     assert "--class-weights balanced" in judged([50.0], val=val)["advice"]
     assert "--class-weights" not in judged([50.0], "--method kd --class-weights balanced", val=val)["advice"]
-
-
-def test_a_healthy_run_raises_no_alarm():
-    result = judged([10, 30, 50])
-    assert result == {"verdict": "completed", "health": "healthy", "alarms": [], "advice": None}
 
 
 @pytest.mark.parametrize("name, values, words", [

@@ -18,29 +18,12 @@ from training.evaluation import evaluate
 from training.metrics import Metrics
 from training.optimization import Update
 
-# --- alone
-
-
-def test_alone_everything_is_the_identity(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    numbers, net = torch.arange(3.0), torch.nn.Linear(2, 2)
-    with Ranks.of_environment() as ranks:
-        assert ranks.is_main and ranks.size == 1 and ranks.rows(8) == range(8) and ranks.share(7) == range(7)
-        assert ranks.sum(numbers) is numbers and ranks.mean(numbers) is numbers and ranks.gather(numbers)[0] is numbers
-        assert ranks.broadcast(lambda: "yes") == "yes" and ranks.data_parallel(net, 0, None) is net
-        with ranks.local_main_first():
-            ranks.barrier()
-
 
 def test_shares_cover_every_row_once():
     for count, size in itertools.product(range(8), (1, 2, 3, 5)):
         shares = [Ranks(rank, rank, size).share(count) for rank in range(size)]
         assert [row for share in shares for row in share] == list(range(count))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-# --- together
 
 
 def sums_and_answers(context):
@@ -72,11 +55,11 @@ def evaluate_in_shares(context):
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 6))
-    for count in range(12, 17):
+    for count in (13, 16):
         images = torch.randint(256, (count, 4, 4, 3), generator=generator, dtype=torch.uint8)
         split = Split(images, torch.randint(6, (count,), generator=generator))
         whole = evaluate(net, split, (0.5,) * 3, (0.25,) * 3, ALONE, 500)
-        for batch_size in range(1, 7):
+        for batch_size in (1, 3, 5):
             shared = evaluate(net, split, (0.5,) * 3, (0.25,) * 3, context, batch_size)
             assert torch.equal(shared.predictions, whole.predictions)
             assert (shared.acc1, shared.acc5) == (whole.acc1, whole.acc5)

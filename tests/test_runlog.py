@@ -66,14 +66,6 @@ def test_a_used_directory_is_refused_before_anything_is_written(tmp_path):
     with opened(tmp_path / "run", overwrite=True):
         assert not (run / "log.csv").exists(), "--overwrite removes what a run wrote,"
         assert (run / "notes.txt").exists(), "and nothing else"
-    (tmp_path / "file").write_text("")
-    with pytest.raises(errors.Failure, match="file"):
-        run_directory.RunDirectory(tmp_path / "file", overwrite=True)
-    new = tmp_path / "new"
-    with run_directory.RunDirectory(new, overwrite=False):
-        with fails(errors.IN_USE, "in use"), run_directory.RunDirectory(new, overwrite=True):
-            pass
-    assert not (tmp_path / "new").exists(), "a run that fails before its start leaves no directory behind"
 
 
 def test_status_says_how_a_run_ended(tmp_path):
@@ -90,7 +82,8 @@ def test_status_says_how_a_run_ended(tmp_path):
 
 @pytest.mark.parametrize("failure, code, words", [
     (errors.Failure(4, "no data (x)", "get it"), 4, "no data (x). get it"),
-    (errors.Failure(5, "two\nlines", "one"), 5, "two lines. one"),
+    (errors.Failure(5, "two\nlines", "one"), 5, "two lines. one"), (MemoryError(), 7, "(--batch-size 64)"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), 7, "(--batch-size 64)"),
     (OSError(errno.ENOSPC, "No space left on device", "runs/x/last.pt"), 8, "runs/x/last.pt"),
     (errors.Unwritable(errno.ENOENT, "No such file or directory", "/proc/x"), 8, "/proc/x"),
     (PermissionError(errno.EACCES, "Permission denied", "x.pt"), 8, "x.pt (Permission denied)"),
@@ -113,12 +106,9 @@ def test_expected_errors_are_one_line_and_a_code(failure, code, words, capsys, m
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
 
 
-def test_errors_of_memory_name_the_batch_and_the_peak(monkeypatch):
+def test_an_error_of_gpu_memory_names_the_batch_and_the_peak(monkeypatch):
     for name, answer in (("is_available", True), ("max_memory_allocated", 7.6 * 2**30), ("mem_get_info", (0, 7.9 * 2**30))):
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
-    for failure in (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), MemoryError()):
-        code, line = errors.expected(failure, 512)
-        assert code == 7 and "(--batch-size 512)" in line
     code, line = errors.expected(torch.OutOfMemoryError("CUDA out of memory."), 512)
     assert code == 7 and "(--batch-size 512, 7.6 of 7.9 GiB at the peak)" in line and "--batch-size 256" in line
 

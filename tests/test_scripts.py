@@ -51,6 +51,7 @@ def test_the_whole_way_from_images_to_figures(here, capsys, monkeypatch):
         out = succeeds(capsys, "distill.py", DISTILL.format("images", method))
         folder = Path("runs") / name
         summary, log = json.loads((folder / "summary.json").read_text()), table_of(folder / "log.csv")
+        assert "--beta has no effect" not in out
         assert len(log) == 2 and {key for key in ("kl", "tckd", "nckd") if log[0][f"train_loss_{key}"]} == terms
         assert all(log[1][column] for column in ("train_loss_ce", "val_acc1", "teacher_agree", "grad_norm_mean", "images_per_s"))
         assert summary["retention"] == pytest.approx(100 * summary["test_acc1_best"] / summary["teacher_test_acc1"])
@@ -71,10 +72,10 @@ def test_the_whole_way_from_images_to_figures(here, capsys, monkeypatch):
 
     # A student can be the next teacher, at another image size; and weights can be the start of another network.
     succeeds(capsys, "distill.py", DISTILL.format("images", "--teacher-checkpoint runs/v2-s1/best.pt --image-size 24 "
-                                                  "--model-ema 0.5 --allow-weak-teacher --output runs/chain"))
+                                                  "--epochs 1 --allow-weak-teacher --output runs/chain"))
     assert json.loads(Path("runs/chain/config.json").read_text())["teacher"] == "v2_pico"
     succeeds(capsys, "train_teacher.py", TRAIN.format("runs/teacher-strong") + " --init runs/teacher/best.pt --image-size 20 "
-                                         "--patience 1 --monitor val_acc1 --amp bf16")
+                                         "--epochs 1 --amp bf16")
 
     assert "2 of 16 images" in succeeds(capsys, "show_batch.py", "--dataset imagefolder --data-dir images --val-size 20 -b 16 "
                                                                  f"--images 2 --output {here}/sheet.png")
@@ -112,10 +113,9 @@ def test_classes_of_uneven_size(here, capsys, monkeypatch):
 
 def test_dkd_on_two_classes_says_that_beta_has_no_effect(here, capsys):
     succeeds(capsys, "train_teacher.py", f"--model resnet8 {SMALL} --data-dir other --output runs/two --epochs 1")
-    for method, said in (("dkd", 1), ("kd", 0)):
-        out = succeeds(capsys, "distill.py", DISTILL.format(
-            "other", f"--method {method} --teacher-checkpoint runs/two/best.pt --epochs 1 --allow-weak-teacher"))
-        assert out.count("--beta has no effect") == said
+    out = succeeds(capsys, "distill.py", DISTILL.format(
+        "other", "--method dkd --teacher-checkpoint runs/two/best.pt --epochs 1 --allow-weak-teacher"))
+    assert out.count("--beta has no effect") == 1
 
 
 def test_a_sweep_of_the_real_scripts(here, capsys):
@@ -163,9 +163,8 @@ BAD = [  # what is wrong, script, flags, exit code, words of the line
     ("teacher of other classes", "distill other", TEACHER, 2, ["best.pt: 6 classes, the data 2; number 0"]),
     ("teacher less accurate than it says", "distill", "--teacher-checkpoint lying.pt", 2, ["99.90 %"]),
     ("unknown student", "distill", "--student resnet9", 2, ["resnet9"]),
-    ("unknown model", "train", "--model resnet9", 2, ["resnet9"]),
     ("no such data", "train", "--data-dir nowhere", 4, ["nowhere"]),
-    ("no CIFAR and no network", "train", "--dataset cifar100 --data-dir empty", 4, ["cifar-100", "synthetic"]),
+    ("no CIFAR and no network", "train", "--dataset cifar100 --data-dir nowhere", 4, ["cifar-100", "synthetic"]),
     ("init is missing", "train", "--init nowhere.pt", 4, ["nowhere.pt"]),
     ("init is another network", "train", "--init runs/teacher/best.pt --model resnet14", 4, ["runs/teacher/best.pt"]),
     ("student init is text", "distill", "--student-init text.pt", 4, ["text.pt"]),
@@ -178,7 +177,6 @@ BAD = [  # what is wrong, script, flags, exit code, words of the line
     ("batch larger than the data", "train", "--batch-size 5000", 2, ["5000"]),
     ("validation larger than the data", "train", "--val-size 5000", 2, ["5000"]),
     ("nothing to minimise", "distill", "--alpha 0 --ce-weight 0", 2, ["every weight", "--alpha"]),
-    ("nothing to minimise in DKD", "distill", "--method dkd --alpha 0 --beta 0 --ce-weight 0", 2, ["every weight", "--beta"]),
     ("its teacher overwritten", "distill", f"{TEACHER} --output runs/teacher --overwrite", 2,
      ["--overwrite would delete", "runs/teacher/best.pt"]),
     ("its start overwritten", "train", "--init runs/teacher/best.pt --output runs/teacher --overwrite", 2, ["--overwrite would"]),
@@ -186,14 +184,12 @@ BAD = [  # what is wrong, script, flags, exit code, words of the line
     ("a seed too large", "train", f"--seed {2**64}", 2, ["--seed"]),
     ("a sheet that is no PNG", "show", "--output sheet.jpg", 2, [".png"]),
     ("no such GPU", "train", "--device cuda:77", 2, ["cuda:77"]),
-    ("usage", "train", "--lr -1", 2, ["--lr"]),
 ]
 
 
 @pytest.mark.parametrize("script, flags, code, words", [pytest.param(*case[1:], id=case[0]) for case in BAD])
 def test_one_line_and_an_exit_code_for_what_is_wrong(script, flags, code, words, here, capsys, monkeypatch):
     Path("text.pt").write_text("hello")
-    Path("empty").mkdir(exist_ok=True)
     content = torch.load("runs/teacher/best.pt", weights_only=True)
     torch.save(content | {"test_acc1": 99.9}, "lying.pt")
     shutil.rmtree("runs/bad", ignore_errors=True)
