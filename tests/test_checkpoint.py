@@ -1,18 +1,13 @@
 """A checkpoint is read back exactly, or refused by name; reading one never runs code."""
 import hashlib
 import io
-import threading
-import time
-from dataclasses import fields
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import Touch, fails
 
-from rundir import checkpoint, resume, run_directory
+from rundir import checkpoint
 from rundir.errors import Failure, Unwritable
-from training.distributed import Ranks
 
 
 def write(path):
@@ -90,45 +85,6 @@ def test_the_writer_writes_in_order_and_says_what_failed(tmp_path):
         with pytest.raises(Failure, match="full"), checkpoint.Writer() as writer:
             writer(fail)
             use(writer)
-
-
-def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
-    """Training goes on, and changes the weights in place, while the last epoch is still being written."""
-    class Part:
-        def __init__(self):
-            self.weight = torch.zeros(3)
-            self.evaluated = self
-
-        def state_dict(self):
-            return {"weight": self.weight}
-
-        def load_state_dict(self, state):
-            self.weight = state["weight"]
-
-    row = run_directory.EpochRow(**{field.name: 1 for field in fields(run_directory.EpochRow)})
-    part, go = Part(), threading.Event()
-    with run_directory.RunDirectory(tmp_path, overwrite=False) as directory, checkpoint.Writer() as writer:
-        directory.open({})
-        run = SimpleNamespace(directory=directory, writer=writer, config={}, began={}, update=part, stop=Part(), ranks=Ranks())
-        writer(go.wait)
-        threading.Timer(0.2, go.set).start()
-        resume.save(run, row, {"epoch": 1}, {"classes": []})
-        monkeypatch.setattr(checkpoint, "write", slowly(checkpoint.write))
-        resume.save(run, row, {"epoch": 2}, {"classes": []})
-        part.weight += 1
-        directory.rows.append(row)
-    assert torch.equal(resume.read_run(tmp_path / "last.pt")["update"]["weight"], torch.zeros(3))
-    assert torch.equal(checkpoint.read(tmp_path / "best.pt")["state_dict"]["weight"], torch.zeros(3))
-    assert (tmp_path / "log.csv").read_text().count("\n") == 3
-    assert (tmp_path / "diagnostics.csv").read_text() == "epoch\n1\n2\n"
-
-
-def slowly(function):
-    def call(*args, **flags):
-        time.sleep(0.2)
-        function(*args, **flags)
-
-    return call
 
 
 @pytest.mark.parametrize("room", [100, 20_000, 40_900])

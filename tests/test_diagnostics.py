@@ -165,6 +165,12 @@ def test_a_skipped_step_adds_nothing():
     assert columns["images"] == 0 and columns["grad_nckd"] is columns["share_nckd"] is columns["update_ratio"] is None
 
 
+def test_gradients_are_those_of_the_scaled_loss():
+    plain, scaled = (diagnose(student(f"--method dkd --loss-scale {scale}"), augmenter()).columns() for scale in (1, 4))
+    for name, value in scaled.items():
+        assert value == (4 * plain[name] if name.startswith(("grad_", "pull_")) else plain[name]), name
+
+
 def test_ranks_add_up():
     """Two halves of a batch, summed, are the whole batch."""
     whole, one, other = (diagnose(student("--method dkd"), augmenter(), rows=rows).sums
@@ -177,19 +183,13 @@ def test_how_far_a_step_goes():
     net = torch.nn.Linear(4, 3, bias=False)
     recipe = argparse.Namespace(opt="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_grad=0.5, model_ema=0.0)
     update = Update(net, recipe, RunContext(torch.device("cpu"), "off"))
-    args, augment, ratios = student("--method kd"), augmenter(), []
-    looking = Diagnostics(method_flags.chosen(args), augment, range(BATCH), Ranks(), range(4))
-    looking.set_epoch(1)
-    for step in range(4):
-        before, images = net.weight.detach().clone(), torch.full((2, 4), 0.2 * (1 + step))
-        update.backward(net(images).square().mean() * (math.inf if step == 2 else 1))
-        result = update(0.1, diagnose=step != 1)
-        assert (result.relative_update is None) == (step == 1)
-        if step != 1:
-            looking.add(step, result, augment(step).targets, *logits(step))
-        if step in (0, 3):
-            ratios.append(((net.weight - before).norm() / before.norm()).item())
-    assert looking.columns()["update_ratio"] == pytest.approx(sum(ratios) / 2, rel=1e-5)
+    for scale in (1, 3, math.inf):  # the last is skipped
+        before = net.weight.detach().clone()
+        update.backward(net(torch.full((2, 4), 0.2)).square().mean() * scale)
+        ratio = update(0.1, diagnose=True).relative_update
+        assert ratio.item() == pytest.approx(((net.weight - before).norm() / before.norm()).item(), rel=1e-5)
+    update.backward(net(torch.ones(2, 4)).sum())
+    assert update(0.1).relative_update is None
 
 
 def test_predicted_classes():

@@ -218,14 +218,16 @@ def test_means_leave_out_skipped_steps_and_name_the_first_term_that_is_not_finit
 
     def add(skipped, correct, **losses):
         loss, *terms = map(torch.tensor, losses.values())
-        count(means, StepResult(skipped, torch.tensor(1.0), None), loss, dict(zip(("ce", "kl"), terms)), correct)
+        result = StepResult(skipped, torch.tensor(1.0), None, match_factor=torch.tensor(correct))
+        count(means, result, loss, dict(zip(("ce", "kl"), terms)), correct)
 
     add(no, 1.0, **healthy | {"loss": 1.0})
     add(no, 0.5, **healthy)
     add(yes, 0.0, **sick)
     assert means.means() == {"train_loss": 2.0, "train_loss_ce": 2.0, "train_loss_kl": 1.0, "train_acc1": 75.0}
-    columns = means.epoch_columns(1)[0]
-    assert columns["train_loss"] == 2.0 and (columns["steps"], columns["skipped_steps"]) == (3, 1)
+    columns, diagnostics = means.epoch_columns(1)
+    assert diagnostics["match_factor"] == 0.75 and columns["train_loss"] == 2.0
+    assert (columns["steps"], columns["skipped_steps"]) == (3, 1)
     add(yes, 0.0, **sick)
     with fails(6, "train_loss_kl is not finite (all steps of epoch 2 were skipped"):
         means.epoch_columns(2)
