@@ -1,5 +1,4 @@
 """Two and three processes do what one would: the same images, weights and accuracies, and one message."""
-import itertools
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -12,32 +11,9 @@ from processes import ALONE, together
 import losses
 from augment import BatchAugmenter
 from data.datasets import Split
-from rundir import errors
-from training.distributed import Ranks
 from training.evaluation import evaluate
 from training.metrics import Metrics
 from training.optimization import Update
-
-
-def test_shares_cover_every_row_once():
-    for count, size in itertools.product(range(8), (1, 2, 3, 5)):
-        shares = [Ranks(rank, rank, size).share(count) for rank in range(size)]
-        assert [row for share in shares for row in share] == list(range(count))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def sums_and_answers(context):
-    ranks = context.ranks
-    mine = torch.tensor([1.0, ranks.rank])
-    assert ranks.sum(mine.clone()).tolist() == [3, 3] and ranks.mean(mine.clone()).tolist() == [1, 1]
-    assert [row.tolist() for row in ranks.gather(mine)] == [[1, 0], [1, 1], [1, 2]]
-    assert ranks.broadcast(lambda: {"rank": ranks.rank, "weights": mine})["rank"] == 0
-    assert ranks.broadcast(lambda: None) is None
-    ranks.barrier()
-
-
-def test_sums_and_decisions_are_the_same_everywhere():
-    together(3, sums_and_answers)
 
 
 def first_come(context, path):
@@ -180,12 +156,3 @@ def a_sick_loss_on_one(context):
 
 def test_a_loss_that_is_sick_on_one_process_is_skipped_by_all():
     together(2, a_sick_loss_on_one)
-
-
-def speak(context):
-    count = context.ranks.sum(torch.tensor(float(errors.first_to_fail())))
-    assert count == 1 and not errors.first_to_fail()
-
-
-def test_the_first_to_fail_is_the_one_that_speaks():
-    together(3, speak)
