@@ -116,7 +116,10 @@ class Update:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
         before = self.copy_parameters() if diagnose else None
         finite = norm < math.inf
-        skipped = self.step_unless_skipped(finite)
+        self.optimizer.found_inf = skipped = torch.logical_not(finite, out=torch.empty((), device=finite.device))
+        self.optimizer.step()  # unless skipped; the scaler has a found_inf of its own
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         torch.where(finite, self.buffers.words, self.before, out=self.before)  # running statistics: kept where skipped
         self.buffers.words.copy_(self.before)
         if self.average:
@@ -147,14 +150,6 @@ class Update:
             group["lr"] = lr
             if "capturable" in group:
                 group["capturable"] = capturing
-
-    def step_unless_skipped(self, finite) -> torch.Tensor:
-        skipped = torch.logical_not(finite, out=torch.empty((), device=finite.device))
-        self.optimizer.found_inf = skipped  # read by fused optimizers; the scaler keeps its own
-        self.optimizer.step()
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return skipped
 
     def copy_parameters(self) -> list:
         return list(torch._foreach_mul(self.parameters, 1.0))
