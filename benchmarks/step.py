@@ -34,6 +34,7 @@ from training.device import setup_context
 
 CASES = ("v2_tiny-v2_pico-128", "resnet20-resnet8-128", "resnet32x4-resnet8x4-128")
 GPU_CASES = (*CASES, "resnet32x4-resnet8x4-64", "resnet32x4-resnet8x4-512", "efficientnet_v2_l-efficientnet_v2_s-128")
+TINY = ("v2_tiny-v2_pico-8",)
 PHASES = ("waiting", "augment", "teacher", "student", "objective", "backward", "update", "bookkeeping")
 PROFILED = 10  # steps
 BLOCK_S, BLOCK_STEPS = 2.0, 64  # how long a block of the plain loop takes, and the most steps it has
@@ -139,7 +140,7 @@ def benchmark(case, context, images, labels, batch_size: int, repeats: int, comp
 def main(args) -> None:
     context = setup_context(str(table.device(args.device)), None, seed=0)
     steps, quick = 1 if args.tiny else None, args.quick or args.tiny
-    usual = CASES[:1] if quick else GPU_CASES if context.device.type == "cuda" else CASES
+    usual = TINY if args.tiny else CASES[:1] if quick else GPU_CASES if context.device.type == "cuda" else CASES
     found = table.Rows(args, "step", table.short(context.device), "case batch_size contender ms times_base share_teacher")
     for name in args.case or usual:
         *case, batch = name.split("-")

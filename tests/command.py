@@ -1,10 +1,13 @@
-"""Runs a script in this process, as a command would."""
+"""Runs a script in this process, or in a fork of it, as a command would."""
 import contextlib
+import gc
 import io
+import os
 import re
 import runpy
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -65,3 +68,30 @@ def one_line(code: int, expected: int, errors: str) -> str:
     assert code == expected, errors
     assert errors.startswith("error: ") and errors.count("\n") == 1 and ". " in errors, errors
     return errors
+
+
+def be_the_command(flags: list[str], environment=(), anew=()) -> None:
+    """In a child forked by subprocess.Popen: what `python *flags` does, without importing torch again.
+
+    anew: packages to import again, from the current directory.
+    """
+    gc.enable()
+    os.closerange(3, 1000)  # or Popen would wait for the child to exec
+    os.environ |= environment
+    for name in [name for name in sys.modules if name.split(".")[0] in anew]:
+        del sys.modules[name]
+    sys.path.insert(0, os.getcwd())
+    sys.stdout, sys.stderr, code = open(1, "w", closefd=False), open(2, "w", closefd=False), 0
+    try:
+        if flags[0] == "-m":
+            sys.argv = flags[1:]
+            runpy.run_module(flags[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = flags
+            runpy.run_path(flags[0], run_name="__main__")
+    except SystemExit as leave:
+        code = int(leave.code or 0)
+    except BaseException:
+        code = traceback.print_exc() or 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)

@@ -1,6 +1,5 @@
 """benchmarks.gpu_day: however a part ends, the others have their results, and a table says how each ended."""
 import functools
-import gc
 import multiprocessing
 import os
 import runpy
@@ -8,12 +7,12 @@ import signal
 import subprocess
 import sys
 import tarfile
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from command import be_the_command
 from helpers import table_of, wait_for
 
 from benchmarks import augmentation, gpu_checks, gpu_day, gpu_runs, loss, step
@@ -90,15 +89,16 @@ def test_a_table_that_cannot_be_written_is_printed(day, monkeypatch, capsys):
 
 
 def test_a_signal_ends_the_part_and_leaves_the_table(tmp_path):
-    plant = f"""
-import sys
+    plant = tmp_path / "plant.py"
+    plant.write_text(f"""
 from benchmarks import gpu_day
 gpu_day.GRACE = 1
 gpu_day.parts_of = lambda args: [gpu_day.Part("hangs", ["-c", {HANGS!r}], 60), gpu_day.Part("never", ["-c", ""], 60)]
-sys.argv[1:] = ["--stage", "2", "--output", {str(tmp_path / "out")!r}]
 gpu_day.command()
-"""
-    process = subprocess.Popen([sys.executable, "-c", plant], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+""")
+    flags = [str(plant), "--stage", "2", "--output", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=functools.partial(be_the_command, flags))
     wait_for(tmp_path / "out" / "stage2-hangs.csv")
     process.send_signal(signal.SIGTERM)
     output, error = process.communicate(timeout=30)
@@ -116,27 +116,6 @@ def archive(tmp_path_factory):
         for part in ("train", "test"):
             file.add(folder / "images" / part, part)
     return folder / "images.tar.xz"
-
-
-def be_the_command(flags: list[str], environment: dict) -> None:
-    """In a child forked by subprocess.Popen: what `python *flags` does, without importing torch again."""
-    gc.enable()
-    os.closerange(3, 1000)  # or Popen would wait for the child to exec
-    os.environ |= environment
-    sys.stdout, sys.stderr, code = open(1, "w", closefd=False), open(2, "w", closefd=False), 0
-    try:
-        if flags[0] == "-m":
-            sys.argv = flags[1:]
-            runpy.run_module(flags[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = flags
-            runpy.run_path(str(ROOT / flags[0]), run_name="__main__")
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    except BaseException:
-        code = traceback.print_exc() or 1
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
 
 
 @pytest.fixture(scope="module")
