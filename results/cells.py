@@ -3,6 +3,7 @@ import csv
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -74,6 +75,7 @@ def read_table(path: Path) -> list[dict]:
     return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(path.read_text("utf-8").splitlines())]
 
 
+@cache
 def read_sweep(directory: Path) -> dict[str, Cell]:
     shared, epochs, cells = json.loads((directory / "settings.json").read_text()), {}, {}
     for row in read_table(directory / "epochs.csv"):

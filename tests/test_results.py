@@ -1,5 +1,4 @@
 """results/: the study's figures come from its committed tables, and the tables from run directories."""
-import csv
 import importlib.util
 import itertools
 import json
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import table_of
 
 from diagnostics import alarms
 from diagnostics.classes import Confusion
@@ -53,16 +53,14 @@ def test_the_numbers_of_the_study_come_from_its_tables():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     page += "\n" + readme[readme.index("- [STUDY.md]"):readme.index("- `results/cifar10")]
     text, tables = ("\n".join(line for line in page.splitlines() if line.startswith("|") == inside) for inside in (False, True))
-    with open(RESULTS / "ablation-small/figure7.csv", newline="") as file:
-        tables += "\n".join(f"{float(row[name]):.1f}" for row in csv.DictReader(file)
-                            for name in ("difference", "accuracy", "kd_accuracy"))
+    tables += "\n".join(f"{float(row[name]):.1f}" for row in table_of(RESULTS / "ablation-small/figure7.csv")
+                        for name in ("difference", "accuracy", "kd_accuracy"))
     numbers, known = (set(re.findall(r"\d+\.\d+", part)) for part in (re.sub(r"(arXiv|torch) [\d.]+|`[^`]*`", "", text), tables))
     assert numbers <= known | SETTINGS, sorted(numbers - known - SETTINGS)
 
 
 def test_the_time_of_the_ablation_is_that_of_its_repeat():
-    with open(RESULTS / "ablation-small/repeat/clock.csv", newline="") as file:
-        (row,) = csv.DictReader(file)
+    (row,) = table_of(RESULTS / "ablation-small/repeat/clock.csv")
     minutes = f"{int(row['seconds']) / 60:.0f} minutes"
     assert all(minutes in (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "experiments.sh"))
     runs = [run for sweep in ("recipe", "recipe-long", "high", "high-long", "usual", "findings")
@@ -71,16 +69,14 @@ def test_the_time_of_the_ablation_is_that_of_its_repeat():
 
 
 def test_the_table_of_the_readme_comes_from_the_runs_of_the_demo():
-    with open(RESULTS / "demo/runs.csv", newline="") as file:
-        runs = {row["run"]: row for row in csv.DictReader(file)}
+    runs = {row["run"]: row for row in table_of(RESULTS / "demo/runs.csv")}
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, _, _, teacher, accuracy, retention in rows_of(page, "| exp. | method |"):
         own = float(runs[name]["test_acc1_best"])
         beside = float(runs[name]["teacher_test_acc1"] or runs["teacher"]["test_acc1_best"])
         assert accuracy == f"{own:.2f}" and retention == f"{100 * own / beside:.2f}"
         assert teacher == ("" if name == "alone" else f"{beside:.2f}")
-    with open(RESULTS / "demo/epyc.csv", newline="") as file:
-        there = {row["run"]: float(row["test_acc1_best"]) for row in csv.DictReader(file)}
+    there = {row["run"]: float(row["test_acc1_best"]) for row in table_of(RESULTS / "demo/epyc.csv")}
     here = {name: float(row["test_acc1_best"]) for name, row in runs.items()}
     assert there.keys() == here.keys() and max(abs(there[name] - here[name]) for name in here) <= 1, "by up to a point"
     assert here["v3"] < here["v3.1"] and there["v3"] > there["v3.1"]
@@ -104,15 +100,11 @@ EXPORTED = {"v2_pico": 32, "v2_tiny": 32} | dict.fromkeys(
 
 def export_table() -> str:
     """The table of docs/export.md: a row per network and format, a cell per precision."""
-    def read(name):
-        with open(RESULTS / "export" / f"{name}.csv", newline="") as file:
-            return list(csv.DictReader(file))
-
-    refused = {(row["network"], row["format"], row["precision"]): row["reason"] for row in read("refused")}
+    refused = {(row["network"], row["format"], row["precision"]) for row in table_of(RESULTS / "export/refused.csv")}
     lines = ["| network | pixels | file | fp32 | fp16 | int8 | int8, in OpenVINO and OpenCV as in ONNX Runtime |",
              "|---|---:|---|---:|---:|---|---|"]
     for name, side in EXPORTED.items():
-        rows = read(name)
+        rows = table_of(RESULTS / "export" / f"{name}.csv")
         for format, suffix in (("onnx", ".onnx"), ("pt2", ".pt2"), ("executorch", ".pte")):
             cells = [name, str(side), f"`{suffix}`"]
             own = {row["precision"]: row for row in rows if row["format"] == format and not row["same_in_onnxruntime"]}
@@ -138,8 +130,7 @@ def test_the_table_of_exported_files_comes_from_their_checks():
 
 def test_the_table_of_latencies_comes_from_the_benchmark():
     page = (ROOT / "docs/export.md").read_text(encoding="utf-8")
-    with open(ROOT / "benchmarks/results/latency-cpu.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["threads"] == "1"]
+    rows = [row for row in table_of(ROOT / "benchmarks/results/latency-cpu.csv") if row["threads"] == "1"]
     engines = {"onnxruntime fp32": "ONNX Runtime FP32", "onnxruntime int8": "ONNX Runtime int8"}
     expected = [[f"{row['network']}, {row['run']}, {engines.get(row['engine'], row['engine'])}", row["accuracy"],
                  f"{float(row['ms_median']):.2f}, {float(row['ms_p95']):.2f}", f"{float(row['images_per_s']):,.0f}",
@@ -154,8 +145,7 @@ def test_how_often_alarms_are_raised_comes_from_the_tables(tmp_path):
     committed = RESULTS / "ablation-small" / "alarms.csv"
     assert (tmp_path / "alarms.csv").read_bytes() == committed.read_bytes()
     assert len(counts.read_runs()) == 194
-    with open(committed, newline="") as file:
-        calibrated = {row["alarm"]: round(float(row["calibrated"]), 2) for row in csv.DictReader(file) if row["calibrated"]}
+    calibrated = {row["alarm"]: round(float(row["calibrated"]), 2) for row in table_of(committed) if row["calibrated"]}
     assert calibrated == {"dead": alarms.DEAD, "move": alarms.MOVE}
 
 
@@ -172,8 +162,7 @@ def test_tables_hold_the_runs_that_ended(tmp_path):
     assert json.loads((tmp_path / "settings.json").read_text()) == {"method": "dkd"}
     assert (tmp_path / "epochs.csv").read_text() == (
         "run,epoch,val_acc1,share_ce\na-s1,1,0.30000000000000004,0.5\nb-s0,1,0.30000000000000004,\n")
-    with open(tmp_path / "runs.csv", newline="") as file:
-        one, other = csv.DictReader(file)
+    one, other = table_of(tmp_path / "runs.csv")
     assert one == {"run": "a-s1", "cell": "a", "seed": "1", "beta": "8.0", "test_acc1_best": "40.1", "verdict": "x"}
     assert (other["cell"], other["beta"], other["test_acc1_best"], other["verdict"]) == ("b", "", "", "diverged")
 

@@ -8,7 +8,6 @@ after Holm's correction for the comparisons of its table.  Equal within: the sma
 show equivalence (Schuirmann 1987, doi 10.1007/BF01068419).  Collapsed: by diagnostics.alarms.collapsed against the control.
 """
 import sys
-from functools import cache
 from pathlib import Path
 from statistics import fmean, median, stdev
 from types import SimpleNamespace
@@ -74,14 +73,9 @@ STOPPED = ("recipe-long", "high-long")  # sweeps of the table of early stopping,
 PATIENCE = (2, 5)  # epochs
 
 
-@cache
-def cells_of(sweep: str) -> dict[str, Cell]:
-    return read_sweep(FOLDER / sweep)
-
-
 def sweep_table(name: str) -> str:
     """A row for each cell: its accuracy and difference to the first."""
-    cells, labels = cells_of(SWEEPS.get(name, name)), CELLS[name]
+    cells, labels = read_sweep(FOLDER / SWEEPS.get(name, name)), CELLS[name]
     control, *others = (cells[name] for name in labels.values())
     compared = [None, *differences([(cell, control) for cell in others])]
     rows = []
@@ -98,7 +92,7 @@ def sweep_table(name: str) -> str:
 
 def contrasts() -> str:
     """A row for each of CONTRASTS, with the bound within which the two are shown to be equal."""
-    pairs = [(cells_of(sweep)[one], cells_of(sweep)[other]) for sweep, one, other in CONTRASTS.values()]
+    pairs = [(read_sweep(FOLDER / sweep)[one], read_sweep(FOLDER / sweep)[other]) for sweep, one, other in CONTRASTS.values()]
     return markdown([{"": title, "n": str(found["n"]), **shown(found),
                       "equal within": f"{found['within']:.1f}" if found["p"] > 0.05 else ""}
                      for title, found in zip(CONTRASTS, differences(pairs))])
@@ -112,7 +106,7 @@ def repeat() -> str:
     rows = []
     for name, labels in CELLS.items():
         sweep, (_, *others) = SWEEPS.get(name, name), labels
-        here, there = ([cells_of(folder + sweep)[cell] for cell in labels.values()] for folder in ("", "repeat/"))
+        here, there = ([read_sweep(folder / sweep)[cell] for cell in labels.values()] for folder in (FOLDER, FOLDER / "repeat"))
         moves = [abs(one.accuracy - other.accuracy) for one, other in zip(here, there)]
         fell = [sum(cell.ends["collapsed"] for label, cell in zip(others, cells) if "no teacher" not in label)
                 for _, *cells in (here, there)]
@@ -133,7 +127,7 @@ def early_stopping() -> str:
     """
     rows = []
     for sweep in STOPPED:
-        cells = cells_of(sweep)
+        cells = read_sweep(FOLDER / sweep)
         for label, name in list(CELLS[sweep].items())[:2]:
             for monitor in ("val_loss", "val_acc1"):
                 row = {"": f"{label}, {len(next(iter(cells[name].runs.values()))['val'])} epochs", "monitor": monitor}
