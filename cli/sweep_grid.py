@@ -27,12 +27,13 @@ class Cell:
     """A script and its flags, run once for every seed.
 
     flags: flag -> its values, none for a switch; without "--seed".  dropped: flags of the command that this script or method does
-    not have.  differing: the `flags` that not all cells share; label: `differing` as typed; name: `differing` as part of a path.
+    not have.  runs: seed -> the parsed flags of its run.  differing: the `flags` that not all cells share; label: `differing` as
+    typed; name: `differing` as part of a path.
     """
     script: str
     flags: dict[str, tuple[str, ...]]
     dropped: set[str]
-    seeds: list[int]
+    runs: dict[int, Namespace]
     differing: dict[str, tuple[str, ...]] = None
     label: str = ""
     name: str = ""
@@ -87,9 +88,9 @@ def expand(script: str, words: list[str]) -> list[Cell]:
         cells += grid
     refuse_unused(common, cells)
     for cell in cells:
-        key = repr((cell.script, {name: value for name, value in vars(parse(cell)).items() if name not in ("seed", "output")}))
-        same = unique.setdefault(key, cell)
-        same.seeds = list(dict.fromkeys(same.seeds + cell.seeds))
+        first = vars(next(iter(cell.runs.values())))
+        key = repr((cell.script, {name: value for name, value in first.items() if name not in ("seed", "output")}))
+        unique.setdefault(key, cell).runs |= cell.runs
     name_cells(script, list(unique.values()))
     return list(unique.values())
 
@@ -128,14 +129,15 @@ def has(script: str, flag: str) -> bool:
 
 
 def product(script: str, flags: dict, dropped: set):
-    """The cells of one grid, each without the hyperparameters of other methods."""
+    """The cells of one grid, each without the hyperparameters of other methods; the script's parser exits with 2 on an error."""
     axes = {flag: axis(script, flag, values) for flag, values in flags.items()}
     seeds = axes.pop("--seed", [(str(DEFAULTS[script].seed),)])
     for point in itertools.product(*axes.values()):
         chosen = dict(zip(axes, point))
         foreign = foreign_hyperparameters(chosen) if script == "distill.py" else set()
-        cell = Cell(script, {flag: values for flag, values in chosen.items() if flag not in foreign}, dropped | foreign, [])
-        cell.seeds = [parse(cell, *seed).seed for seed in seeds]
+        cell = Cell(script, {flag: values for flag, values in chosen.items() if flag not in foreign}, dropped | foreign, {})
+        parsed = (PARSERS[script](argv=[*command(cell), "--seed", *seed, "--output", "-"], prog=script) for seed in seeds)
+        cell.runs = {args.seed: args for args in parsed}
         yield cell
 
 
@@ -164,12 +166,6 @@ def refuse_unused(flags: dict, cells: list[Cell]) -> None:
 
 def command(cell: Cell) -> list[str]:
     return [word for flag, values in cell.flags.items() for word in (flag, *values)]
-
-
-def parse(cell: Cell, *seed, output: str = "-") -> Namespace:
-    """The flags of a run; exits with 2 and the script's message on an error."""
-    argv = [*command(cell), "--seed", *map(str, seed or cell.seeds[:1]), "--output", output]
-    return PARSERS[cell.script](argv=argv, prog=cell.script)
 
 
 def name_cells(script: str, cells: list[Cell]) -> None:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import chdir, suppress
 from functools import cache
+from itertools import zip_longest
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -36,8 +37,7 @@ class Job:
         self.directory, self.log = sweep.output / name, sweep.output / "logs" / f"{name}.txt"
         self.command = [str(root / cell.script), *sweep_grid.command(cell), "--seed", str(seed), "--resume", "auto",
                         "--output", str(self.directory)]
-        flags = vars(sweep_grid.parse(cell, seed))
-        self.flags = {name: value for name, value in flags.items() if name not in NON_EXPERIMENT_FLAGS}
+        self.flags = {name: value for name, value in vars(cell.runs[seed]).items() if name not in NON_EXPERIMENT_FLAGS}
         self.process, self.stopped, self.lock = None, False, threading.Lock()
         self.code, self.seconds = 0, 0.0
 
@@ -155,8 +155,8 @@ class Sweep:
 
     def __init__(self, name: str, output: Path, cells: list[sweep_grid.Cell], control: sweep_grid.Cell, root: Path):
         self.name, self.output, self.cells, self.control = name, output, cells, control
-        repeats = range(max(len(cell.seeds) for cell in cells))  # seed by seed, so that pairs are complete early
-        self.jobs = [Job(self, cell, cell.seeds[at], root) for at in repeats for cell in cells if at < len(cell.seeds)]
+        repeats = zip_longest(*(cell.runs for cell in cells))  # seed by seed, so that pairs are complete early
+        self.jobs = [Job(self, cell, seed, root) for seeds in repeats for cell, seed in zip(cells, seeds) if seed is not None]
         self.teacher_logits = output / "teacher-logits"
         sizes = Counter(map(teacher_and_seed, self.jobs))
         for job in self.jobs:

@@ -1,6 +1,7 @@
 """Flags: defaults, presets, ranges, and one line with exit code 2 for each that does not fit."""
 import json
 import subprocess
+from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -149,9 +150,9 @@ def test_every_command_of_the_study_is_accepted(experiment, runs):
     for name, *flags in map(str.split, done.stdout.splitlines()):
         if name == "sweep.py":
             args = sweep_grid.parse_sweep("", "", flags)
-            parsed += [sweep_grid.parse(cell, seed, output=f"{args.output}/{sweep}/{cell.name}-s{seed}")
+            parsed += [Namespace(**vars(run) | {"output": f"{args.output}/{sweep}/{cell.name}-s{run.seed}"})
                        for sweep, words in sweep_grid.named(args.flags).items()
-                       for cell in sweep_grid.expand(args.script, words) for seed in cell.seeds]
+                       for cell in sweep_grid.expand(args.script, words) for run in cell.runs.values()]
         elif not name.startswith(("plots/", "results/")):
             parsed.append({"train_teacher.py": teacher, "distill.py": distill}[name](*flags))
     outputs = [args.output for args in parsed]

@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -68,20 +69,20 @@ def cells(line):
 def test_values_make_cells_without_the_flags_of_other_methods(line, labels):
     made = cells(line)
     assert [cell.label for cell in made] == labels
-    assert len({cell.name for cell in made}) == len(made) and all(cell.seeds == [42] for cell in made)
+    assert len({cell.name for cell in made}) == len(made) and all(list(cell.runs) == [42] for cell in made)
 
 
 def test_two_dashes_separate_grids_that_share_the_first_flags():
     made = cells("distill.py --student v2_pico --epochs 9 --seed 0 1 -- --method kd -- --method dkd --beta 2 8 "
                  "-- --method dkd --lr 1.6 --seed 5 -- train_teacher.py --model v2_pico")
-    assert [(cell.label, cell.seeds) for cell in made] == [
+    assert [(cell.label, list(cell.runs)) for cell in made] == [
         ("--method kd", [0, 1]), ("--method dkd --beta 2", [0, 1]), ("--method dkd --beta 8", [0, 1]),
         ("--method dkd --lr 1.6", [5]), ("train_teacher.py --model v2_pico", [0, 1])]
     assert made[4].name == "train_teacher_model-v2_pico" and "--student" in made[4].dropped
     assert sweep_grid.command(made[4]) == ["--epochs", "9", "--model", "v2_pico"]
-    args = sweep_grid.parse(made[2], 1)
+    args = made[2].runs[1]
     assert (args.student, args.method, args.beta, args.epochs, args.seed) == ("v2_pico", "dkd", 8.0, 9, 1)
-    assert [cell.seeds for cell in cells("distill.py --method dkd -- --seed 0 1 -- --beta 8 --seed 1 2")] == [[0, 1, 2]]
+    assert [list(cell.runs) for cell in cells("distill.py --method dkd -- --seed 0 1 -- --beta 8 --seed 1 2")] == [[0, 1, 2]]
     line = f"distill.py --teacher-checkpoint runs/a/best.pt runs-a/best.pt 'my runs/b.pt' {'x' * 300}.pt"
     names = [cell.name for cell in cells(line)]
     assert len(set(names)) == 4 and all(re.fullmatch(r"[\w.+-]{1,140}", name) for name in names)
@@ -212,10 +213,22 @@ errors.run(main, sweep_grid.PARSERS[NAME]())
 '''
 
 
+@pytest.fixture(scope="module")
+def server():
+    """Of the stubs; not one that has imported PyTorch in an earlier test, nor for a later one."""
+    forkserver._forkserver._stop()
+    yield
+    forkserver._forkserver._stop()
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with sweep.py and stubs of the scripts that it starts; the current one."""
+def place(server, tmp_path, monkeypatch):
+    """A folder with sweep.py, and stubs of the scripts that it starts and of what takes seconds to import; the current one."""
     shutil.copy(ROOT / "sweep.py", tmp_path)
+    (tmp_path / "torch.py").write_text("def set_num_threads(count): pass\n")
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "__init__.py").touch()
+    (tmp_path / "training" / "run.py").write_text("from cli import sweep_grid\nfrom rundir import run_directory\n")
     for name in sweep_grid.PARSERS:
         (tmp_path / name).write_text(STUB)
     monkeypatch.chdir(tmp_path)
@@ -231,13 +244,9 @@ def started_runs():
 
 
 def start(line, seconds=20):
-    """Start a sweep whose stubs take so many seconds, and have a stub for PyTorch, which takes seconds to import."""
-    Path("stubs").mkdir(exist_ok=True)
-    Path("stubs/torch.py").write_text("def set_num_threads(count): pass\n")
-    Path("stubs/torchvision.py").touch()
+    """Start a sweep whose stubs take so many seconds."""
     return subprocess.Popen([sys.executable, "sweep.py", *shlex.split(line)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE,
-                            env=os.environ | {"STUB_SECONDS": str(seconds), "PYTHONPATH": f"stubs:{ROOT}"})
+                            stderr=subprocess.PIPE, env=os.environ | {"STUB_SECONDS": str(seconds)})
 
 
 def runs_of(process):
@@ -296,7 +305,7 @@ def test_several_sweeps_share_one_pool_and_have_a_table_each(place, monkeypatch)
     names = [("method-kd", "method-dkd"), ("epochs-3", "epochs-6")]
     assert [run for run, *_ in started_runs()] == [f"{name}-s{seed}" for pair in names for seed in (0, 1) for name in pair]
     assert "2 runs of 1 cells" not in out and out.count("4 runs of 2 cells") == 2 and "b.2: --epochs 6 seed 1: completed" in out
-    assert any(re.match(r"7 of 8 runs, 1 running, .*, eta ", line) for line in lines), lines
+    assert any(re.fullmatch(r"7 of 8 runs, 1 running, 0:00:\d\d, eta 0:00:\d\d", line) for line in lines), lines
     assert {path.name for path in Path("s").iterdir()} == {".lock", "a", "b.2"}
     flags = [[row["flags"] for row in table_of(Path("s", name, "table.csv"))] for name in ("a", "b.2")]
     assert flags == [["--method kd", "--method dkd"], ["--epochs 3", "--epochs 6"]]
@@ -308,13 +317,6 @@ def test_several_sweeps_share_one_pool_and_have_a_table_each(place, monkeypatch)
 def test_sweeps_without_a_name_of_their_own_are_refused(place, words):
     refused(2, f"--output s distill.py {words}", "--sweep")
     assert not Path("s").exists()
-
-
-def test_a_terminal_has_a_live_line_of_all_runs(place, monkeypatch):
-    lines = []
-    monkeypatch.setattr(sweep, "live", lines.append)
-    run_sweep("--jobs 1 --output s distill.py --seed 0 1 2")
-    assert any(re.fullmatch(r"2 of 3 runs, 1 running, 0:00:0\d, eta 0:00:0\d", line) for line in lines), lines
 
 
 def test_another_experiment_in_the_directory_of_a_run_is_refused(place):
