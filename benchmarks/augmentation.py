@@ -128,7 +128,7 @@ def benchmark(images, labels, batch_size: int, repeats: int, stages: dict):
 
 
 def main(args) -> None:
-    device, sizes = table.device(args.device), args.case or (*SIZES, PHOTOGRAPHS)[:1 if args.quick or args.tiny else None]
+    device, sizes = args.device, args.case or (*SIZES, PHOTOGRAPHS)[:1 if args.quick or args.tiny else None]
     numbers = [int(size) for size in sizes if size != PHOTOGRAPHS]
     images, labels = (part.to(device) for part in generate(max(numbers or [1]) if args.tiny else 10_000, 0))
     if device.type == "cuda":  # as many as CIFAR has
@@ -145,7 +145,6 @@ def main(args) -> None:
         images = images.permute(0, 2, 3, 1).contiguous()
         for row in benchmark(images, labels, 128, repeats, {PHOTOGRAPHS: photographs(images, labels, 128)}):
             found.add(row)
-    found.close()
 
 
 if __name__ == "__main__":

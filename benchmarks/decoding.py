@@ -79,7 +79,6 @@ def main(args) -> None:
                     repeats=repeats, **table.spread("ms", [value / 1e3 / len(paths) for value in us]),
                     **table.spread("times_first", [value / base for value, base in zip(us, times["whole image"])]),
                     difference=round(float(np.abs(images[name] - images["whole image"]).mean()), 3)))
-    found.close()
 
 
 if __name__ == "__main__":

@@ -218,12 +218,7 @@ CHECKS = {"machine": check_machine, "kernels": check_kernels, "augmentation": ch
           "bounds": check_bounds}
 
 
-def main(args) -> None:
-    args.device = table.device(args.device)
-    CHECKS[args.check](args)
-
-
 if __name__ == "__main__":
     parser = table.parser(__doc__, tiny=True)
     parser.add_argument("check", choices=CHECKS)
-    errors.run(main, parser.parse_args())
+    errors.run(lambda args: CHECKS[args.check](args), parser.parse_args())

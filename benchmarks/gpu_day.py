@@ -53,7 +53,7 @@ class Part(NamedTuple):
 
 def parts_of(args) -> list[Part]:
     """The parts of a stage, the most important first."""
-    parts, common = [], ["--device", args.device, "--output", "{rows}", *["--tiny"] * args.tiny]
+    parts, common = [], ["--device", str(args.device), "--output", "{rows}", *["--tiny"] * args.tiny]
     pytest = ["-q", "-p", "no:cacheprovider"]
     if find_spec("xdist"):
         pytest += ["-n", str(min(12, os.cpu_count())), "--dist", "loadfile"]
@@ -122,11 +122,11 @@ def run_stage(stage: int, parts: list[Part], output: Path, end: float, table: li
 def main(args) -> None:
     if args.stage == 3 and not (args.data and args.data.is_file()):
         raise Failure(USAGE, f"stage 3 needs an archive of images (--data {args.data})", "name a .tar.xz of train/CLASS/*.jpg")
-    end, device, parts = time.monotonic() + 60 * args.minutes - GRACE - 1, table.device(args.device), parts_of(args)
+    end, parts = time.monotonic() + 60 * args.minutes - GRACE - 1, parts_of(args)
     names, rows = [part.name for part in parts], []
     if unknown := sorted(set(args.part or ()) - set(names)):
         raise Failure(USAGE, f"no such part of stage {args.stage} ({', '.join(unknown)})", f"choose of {', '.join(names)}")
-    if args.tiny and device.type == "cpu":
+    if args.tiny and args.device.type == "cpu":
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     make_directory(args.output)
     try:

@@ -208,7 +208,7 @@ def train(args) -> list[str]:
 
 
 def main(args) -> None:
-    args.device, args.end = table.device(args.device), time.monotonic() + args.seconds - 8  # a stopped run takes some to end
+    args.end = time.monotonic() + args.seconds - 8  # a stopped run takes some to end
     wrong = {"variants": variants, "runs": train}[args.task](args)
     print(f"{len(wrong)} runs failed or differ", *wrong, sep="; ")
     raise SystemExit(bool(wrong))

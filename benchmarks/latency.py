@@ -127,7 +127,7 @@ def measure(entered: list[table.Row], repeats: int):
 
 
 def main(args) -> None:
-    device, onnxruntime = table.device(args.device), ""
+    device, onnxruntime = args.device, ""
     if device.type == "cpu":
         try:
             runtime.require(*writers.needs("onnx", "int8"))
@@ -142,7 +142,6 @@ def main(args) -> None:
         entered = [each for run in args.runs for each in contenders(Path(run), device, Path(folder), args.quick, common)]
         for row in measure(entered, table.repeats(args, 1, 15)):
             found.add(row)
-    found.close()
 
 
 if __name__ == "__main__":

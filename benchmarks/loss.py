@@ -121,8 +121,7 @@ def benchmark(rows: int, classes: int, dtype: str, loss: str, device, repeats: i
 
 
 def main(args) -> None:
-    device = table.device(args.device)
-    on_gpu = device.type == "cuda"
+    device, on_gpu = args.device, args.device.type == "cuda"
     sizes = (SIZES if on_gpu else CPU_SIZES)[:1 if args.tiny else 2 if args.quick else None]
     found = table.Rows(args, "loss", table.short(device), "rows classes dtype loss mode contender us times_base peak_mb")
     for size in args.case or sizes:
@@ -134,7 +133,6 @@ def main(args) -> None:
                 except torch.OutOfMemoryError:
                     print(f"{size} {dtype} {loss}: out of memory, left out")
                 torch.cuda.empty_cache()
-    found.close()
 
 
 if __name__ == "__main__":

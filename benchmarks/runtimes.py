@@ -29,6 +29,7 @@ from threading import Timer
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 import models
 from benchmarks import table
@@ -210,7 +211,7 @@ def main(args) -> None:
     checkpoint, page = Path(args.run) / "best.pt", PAGE.read_text(encoding="utf-8")
     data = check.data_of_run(checkpoint, models.read(checkpoint)["classes"])
     labels, inputs, references, workers = data.test.labels.numpy(), {}, {}, []
-    columns = {"hardware": table.hardware(table.device("cpu")), "processor": processor()}
+    columns = {"hardware": table.hardware(torch.device("cpu")), "processor": processor()}
     found = table.Rows(args, "runtimes", "cpu", "runtime version file same images accuracy ms ratio reason")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for section in sections(page):
@@ -230,7 +231,6 @@ def main(args) -> None:
             worker.row.ms = round(median(worker.times), 4)
             worker.row.ratio = round(median(np.divide(worker.times, worker.reference.times)), 3)
         found.add(worker.row)
-    found.close()
     if found.path and found.path.parent == table.RESULTS:
         rows = list(csv.DictReader(found.path.read_text(encoding="utf-8").splitlines()))
         before, after = page.split(BEGIN)[0], page.split(END)[1]

@@ -138,7 +138,7 @@ def benchmark(case, context, images, labels, batch_size: int, repeats: int, comp
 
 
 def main(args) -> None:
-    context = setup_context(str(table.device(args.device)), None, seed=0)
+    context = setup_context(str(args.device), None, seed=0)
     steps, quick = 1 if args.tiny else None, args.quick or args.tiny
     usual = TINY if args.tiny else CASES[:1] if quick else GPU_CASES if context.device.type == "cuda" else CASES
     found = table.Rows(args, "step", table.short(context.device), "case batch_size contender ms times_base share_teacher")
@@ -147,7 +147,6 @@ def main(args) -> None:
         images, labels = generate((steps or BLOCK_STEPS) * int(batch), 0)
         for row in benchmark(case, context, images, labels, int(batch), table.repeats(args, 3, 9), not quick, steps):
             found.add(row)
-    found.close()
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def seconds(line: str) -> dict:
 
 def benchmark(case: str, args, folder: Path):
     """A row for each run of the grid and contender."""
-    (teacher, student), device = case.split("-"), table.device(args.device)
+    (teacher, student), device = case.split("-"), args.device
     net, _ = networks((teacher, student), torch.device("cpu"))
     models.save(folder / "teacher.pt", net, **net.info, mean=MEAN, std=STD, dataset="synthetic", test_acc1=None, amp="off")
     grid = list(itertools.product(BETAS, RATES))[:2 if args.quick else None]
@@ -61,13 +61,12 @@ def benchmark(case: str, args, folder: Path):
 
 
 def main(args) -> None:
-    found = table.Rows(args, "sweep", table.short(table.device(args.device)),
+    found = table.Rows(args, "sweep", table.short(args.device),
                        "case beta lr contender run process_s train_s times_base_process_s times_base_train_s")
     for case in args.case or CASES[:1]:
         with tempfile.TemporaryDirectory() as folder:
             for row in benchmark(case, args, Path(folder)):
                 found.add(row)
-    found.close()
 
 
 if __name__ == "__main__":

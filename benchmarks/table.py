@@ -1,6 +1,7 @@
 """Flags, hardware names, printed rows and CSV files of the benchmarks."""
 import platform
 import re
+from argparse import ArgumentTypeError
 from pathlib import Path
 from statistics import median
 from threading import Lock
@@ -10,7 +11,7 @@ import torch
 
 from cli import flag_types
 from cli.options import debug_flag
-from rundir.errors import USAGE, Failure, Parser
+from rundir.errors import Parser
 from rundir.files import as_csv, make_directory, write_atomic
 
 Row = SimpleNamespace  # its attributes are the columns
@@ -32,7 +33,7 @@ def parser(description: str, quick: str = "", cases=(), tiny: bool = False) -> P
         add("--quick", action="store_true", help=f"{quick}; nothing is written without --output")
     if tiny:
         add("--tiny", action="store_true", help="one repeat of the smallest case, to try the command itself")
-    add("--device", type=flag_types.device, default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
+    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
     add("--output", type=Path, metavar="DIR", required=not quick,
         help="folder of the CSV, or its name" + "; default: benchmarks/results" * bool(quick))
     if cases:
@@ -42,10 +43,11 @@ def parser(description: str, quick: str = "", cases=(), tiny: bool = False) -> P
 
 
 def device(name: str) -> torch.device:
-    """The device of --device.  Failure USAGE: no such GPU."""
+    """The argparse type of --device: one that is there."""
+    name = flag_types.device(name)
     found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise Failure(USAGE, f"no such GPU here (--device {name})", "use --device cpu, or check the driver")
+        raise ArgumentTypeError(f"no such GPU here ({name}). use --device cpu, or check the driver")
     return found
 
 
@@ -89,6 +91,7 @@ class Rows:
             self.path /= f"{what}-{re.sub('[^a-z0-9]+', '-', where.lower()).strip('-')}.csv"
         if self.path:  # before anything is measured
             make_directory(self.path.parent)
+            print(f"rows -> {self.path}", flush=True)
 
     def add(self, row) -> None:
         """Print and write a row; several threads may."""
@@ -100,8 +103,3 @@ class Rows:
                         for name in self.show), sep=", ", flush=True)
             if self.path:
                 write_atomic(self.path, as_csv(list(columns), list(map(vars, self.all))))
-
-    def close(self) -> None:
-        """Print where the rows are."""
-        if self.path and self.all:
-            print(self.path)

@@ -147,7 +147,6 @@ def execute(args) -> None:
             found.add(each)
             print(f"sm_{sm} {each.kernel:10} {each.case:22} {each.dtype:8} {each.warp_instructions:9.0f} warp instructions per "
                   f"{each.unit}, {each.sectors_over_ideal:5.2f} of the ideal sectors", flush=True)
-        found.close()
 
 
 def assemble(args) -> None:
@@ -156,7 +155,6 @@ def assemble(args) -> None:
         found.add(each)
         print(f"sm_{each.sm:<3} {each.kernel:10} {each.case:52} {each.registers:3} registers, {each.spills:2} spills, "
               f"{each.instructions} instructions", flush=True)
-    found.close()
 
 
 def main(args) -> None:
