@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import torchvision
 from torchvision import transforms as v1
 from torchvision.transforms import v2
+from torchvision.transforms.functional import to_pil_image
 
 import kernels
 from augment import BatchAugmenter
@@ -78,7 +79,7 @@ def rivals(images, labels, batch_size: int) -> dict:
     for name, module, _ in VERSIONS:
         policy = module.AutoAugment(v1.AutoAugmentPolicy.CIFAR10)
         found["policy"][f"torchvision {name}, tensor"] = lambda each=policy: len([each(image) for image in few])
-    found["pipeline"] |= one_by_one(tensor_pipelines(), few, labels, mix) | dataloader(images, labels, batch_size)
+    found["pipeline"] |= one_by_one(tensor_pipelines(), few, labels, mix) | loading(few, labels[:4096], batch_size)
     return found
 
 
@@ -86,11 +87,10 @@ def photographs(images, labels, batch_size: int) -> dict:
     """name -> a call that returns how many photographs it made."""
     few, mix = images[:IMAGE_BY_IMAGE].permute(0, 3, 1, 2).contiguous(), mixing()
     found = one_by_one(tensor_pipelines(photographs=True), few, labels, mix)
-    found |= one_by_one(timm_pipeline(), [v1.functional.to_pil_image(image.cpu()) for image in few], labels, mix)
+    found |= one_by_one(timm_pipeline(), list(map(to_pil_image, few.cpu())), labels, mix)
     found |= {name: lambda each=each: len(mix(each(few / 255), labels[:len(few)])[0])
               for name, each in kornia_pipeline(images.device).items()}
-    found |= dataloader(images, labels, batch_size, photographs=True)
-    return found
+    return found | loading(few, labels[:4096], batch_size, photographs=True)
 
 
 def tensor_pipelines(photographs=False) -> dict:
@@ -102,13 +102,6 @@ def one_by_one(transforms: dict, images, labels, mix) -> dict:
     """name -> a call that transforms, stacks and mixes `images`."""
     return {name: lambda each=each: len(mix(torch.stack([each(image) for image in images]), labels[:len(images)])[0])
             for name, each in transforms.items()}
-
-
-def dataloader(images, labels, batch_size: int, photographs=False) -> dict:
-    many = min(4096, len(images)) // batch_size * batch_size
-    pictures = [v1.functional.to_pil_image(image.permute(2, 0, 1).cpu()) for image in images[:min(batch_size, IMAGE_BY_IMAGE)]]
-    return loading([pictures[index % len(pictures)] for index in range(many)], labels[:many], batch_size, images.device,
-                   torchvision_pipeline(v1, [v1.ToTensor()], photographs))
 
 
 def benchmark(images, labels, batch_size: int, repeats: int, stages: dict):

@@ -1,4 +1,5 @@
 """Augmentation in common use: torchvision and timm image by image, a DataLoader with workers, timm and kornia on batches."""
+import itertools
 import os
 from functools import partial
 
@@ -6,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms as v1
 from torchvision.transforms import v2
+from torchvision.transforms.functional import to_pil_image
 
 from benchmarks.table import MEAN, STD
 from data.synthetic import CLASSES
@@ -57,14 +59,17 @@ def transformed(transform, samples):
     return default_collate([(transform(image), label) for image, label in samples])
 
 
-def loading(pictures, labels, batch_size: int, device, pipeline) -> dict:
-    """name -> a call that makes an epoch of the usual DataLoader, with a worker for each core, copied to the device."""
-    workers = min(16, os.cpu_count())
+def loading(images, labels, batch_size: int, photographs=False) -> dict:
+    """name -> a call that makes an epoch of the usual DataLoader, with a worker for each core, copied to the device.
+
+    images: uint8 (N, 3, H, W), which take turns, one for each of the labels.
+    """
+    pictures, workers = itertools.cycle(map(to_pil_image, images.cpu())), min(16, os.cpu_count())
     loader = DataLoader(
         list(zip(pictures, labels.tolist())), batch_size, shuffle=True, drop_last=True, num_workers=workers,
-        collate_fn=partial(transformed, pipeline), persistent_workers=True,
-        pin_memory=device.type == "cuda")
-    return {f"DataLoader, PIL, {workers} workers": lambda: sum(len(images.to(device)) for images, _ in loader)}
+        collate_fn=partial(transformed, torchvision_pipeline(v1, [v1.ToTensor()], photographs)), persistent_workers=True,
+        pin_memory=images.is_cuda)
+    return {f"DataLoader, PIL, {workers} workers": lambda: sum(len(batch.to(images.device)) for batch, _ in loader)}
 
 
 def timm_mixing(images, labels) -> dict:
