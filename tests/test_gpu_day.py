@@ -150,7 +150,7 @@ def dry(archive, forked, tmp_path_factory):
     return run
 
 
-WRITTEN = {1: {"machine": 13, "kernels": 4, "augmentation": 1, "variants": 3}, 2: {"loss": 4, "step": 3, "bounds": 4,
+WRITTEN = {1: {"machine": 13, "kernels": 4, "augmentation": 1, "variants": 3}, 2: {"loss": 4, "step": 4, "bounds": 4,
            "augmentation": 7}, 3: {"runs": 2}}  # rows of each part, at least
 SILENT = {1: {"sanitizer"}, 2: set(), 3: set()}
 
