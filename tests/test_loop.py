@@ -286,7 +286,7 @@ def test_a_teacher_that_does_not_match_its_checkpoint_is_refused(capsys):
     teacher = net().eval()
     found = evaluate(teacher, split, data.mean, data.std, CPU, 50)
     info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": found.acc1, "amp": "off", "model": "net",
-            "image_size": 4, "stored_size": 4}
+            "image_size": 4, "stored_size": 4, "mean": data.mean, "std": data.std}
     teacher.size = 0
     for change in ({}, {"test_acc1": found.acc1 + 0.5}, {"test_acc1": found.acc1 - 3, "amp": "bf16"}):  # one image, and six
         teacher.info = info | change

@@ -177,7 +177,7 @@ def test_init_refuses_other_networks(tmp_path):
     attempt(state | {"features.0.0.weight": torch.zeros(16, 3, 5, 5)}, "features.0.0.weight", "[16, 3, 5, 5]")
     for nothing, found in ((state | {"features.0.0.weight": "text"}, "features.0.0.weight"), (7, "int"),
                            ([state], "list"), ({}, "dict"), ({"state_dict": None}, "keys are state_dict"),
-                           ({3: torch.zeros(1)}, "keys are 3"), ({"weights": state, "x": 1}, "keys are weights, x")):
+                           ({3: torch.zeros(1)}, "keys are 3"), ({"one": state, "two": state}, "keys are one, two")):
         attempt(nothing, "no weights", found, *foreign.ENTRIES)
 
 
