@@ -256,13 +256,14 @@ def runs_of(process):
     return [run for child in children(process.pid) for run in children(child)]
 
 
-@pytest.mark.parametrize("line, shares", [
-    ("distill.py --method kd dkd --seed 0 1", 4), ("distill.py --seed 0 1", 0), ("distill.py --teacher-checkpoint a.pt b.pt", 0),
-    ("distill.py --lr 1 2 --teacher-checkpoint a.pt b.pt -- -- --lr 3 -- train_teacher.py", 6),
-    ("distill.py --lr 1 2 --teacher-logits elsewhere", 0)])
-def test_runs_with_one_teacher_and_one_seed_share_its_logits(place, line, shares):
-    dry = run_sweep(f"--dry-run --output s {line}")[1].splitlines()
-    assert sum(command.endswith(" --teacher-logits s/teacher-logits") for command in dry) == shares
+@pytest.mark.parametrize("line, runs, shares", [
+    ("distill.py --method kd dkd --seed 0 1", 4, 4), ("distill.py -- --lr 1 -- --lr 2 --seed 42 43", 3, 2),
+    ("distill.py --teacher-checkpoint a.pt b.pt", 2, 0),
+    ("distill.py --lr 1 2 --teacher-checkpoint a.pt b.pt -- -- --lr 3 -- train_teacher.py", 8, 6),
+    ("distill.py --lr 1 2 --teacher-logits elsewhere", 2, 0)])
+def test_runs_with_one_teacher_and_one_seed_share_its_logits(place, line, runs, shares):
+    _, *dry = run_sweep(f"--dry-run --output s {line}")[1].splitlines()
+    assert len(dry) == runs and sum(command.endswith(" --teacher-logits s/teacher-logits") for command in dry) == shares
 
 
 def change(path, **values):
