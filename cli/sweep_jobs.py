@@ -16,12 +16,13 @@ from pathlib import Path
 
 from cli import sweep_grid
 from rundir.errors import BUG, DATA, DIVERGED, STOPPED, USAGE, Failure
-from rundir.files import existing_digest, make_directory, read_json, write_json
+from rundir.files import damaged, existing_digest, make_directory, read_json, write_json
 from rundir.identity import NON_EXPERIMENT_FLAGS, listed, same_flag, unlisted
 
 AUTOMATIC = (None, "auto")  # values that a run resolves itself, in config.json
 # Flags that say which images are read.
 IMAGES = ("dataset", "data_dir", "image_size", "crop", "unreadable", "allow_empty_classes")
+NUMBERS = ("test_acc1_best", "test_acc1_last", "wall_s")
 server = multiprocessing.get_context("forkserver")
 
 
@@ -88,7 +89,10 @@ class Job:
 
     def result(self) -> dict | None:
         """summary.json, or only a verdict if the run diverged; None while it is unfinished."""
-        if summary := read_json(self.directory / "summary.json"):
+        summary = read_json(self.directory / "summary.json")
+        if summary:
+            if not all(isinstance(summary.get(name), (int, float)) for name in NUMBERS) or "verdict" not in summary:
+                raise damaged(self.directory / "summary.json", "numbers are missing")
             return summary
         status = read_json(self.directory / "status.json") or {}
         return {"verdict": "diverged"} if status.get("exit_code") == DIVERGED else None
@@ -163,6 +167,8 @@ class Sweep:
         """Check the directories of all runs and record their flags in sweep.json, before any run starts; tidy an ended sweep."""
         path = self.output / "sweep.json"
         recorded = read_json(path) or {}
+        if not all(isinstance(flags, dict) for flags in recorded.values()):
+            raise damaged(path, "not the flags of runs")
         others = recorded.keys() - {job.directory.name for job in self.jobs}
         if others:
             print(f"{len(others)} runs of another sweep are left out of the table: {min(others)}, ...")

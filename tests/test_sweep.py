@@ -332,6 +332,8 @@ def test_another_experiment_in_the_directory_of_a_run_is_refused(place):
     assert code == 0 and "1 runs of another sweep are left out of the table: distill-s1" in out
     change(record, **{"distill-s1": {"amp": "bf16"}})
     refused(2, line, "amp bf16 -> None")
+    change(record, **{"distill-s1": 3})
+    refused(4, line, "s/sweep.json")
     record.unlink()
     assert run_sweep(line)[0] == 0, "a run that no sweep began"
     change(config, weight_decay=0.5)
