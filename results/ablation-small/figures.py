@@ -1,10 +1,9 @@
-"""The three figures of the collapse study (PNG, PDF, their numbers as CSV), from the tables of its sweeps.
+"""The two figures of the collapse study (PNG, PDF, their numbers as CSV), from the tables of its sweeps.
 
-    python results/ablation-small/figures.py --output figures      figure7, figure8, figure9
+    python results/ablation-small/figures.py --output figures      figure7, figure8
 
 Figure 7, from the sweep `high`: DKD's accuracy minus that of KD, by beta and augmentation, and where DKD collapsed.
 Figure 8, from `usual` and `high`: each term's share of the gradient with respect to the logits, epoch by epoch.
-Figure 9, from `usual` and `high`: the effect of each change of a single setting on DKD with beta 8, with intervals.
 
 Cells are compared over their common seeds.  Accuracies are those on the test set with the weights of the best epoch; a run that
 diverged has none.  Collapsed: against the control of the same seed or, without one, against the run's own best epoch.
@@ -30,19 +29,12 @@ from plots import make_figures
 from results.cells import AUGMENTATION, Cell, paired, read_sweep
 
 LEFT = {"x": 0.01, "ha": "left", "fontsize": 7.5}
-RED, BLUE, GREY = "#D55E00", "#0072B2", "#777777"
+RED, BLUE = "#D55E00", "#0072B2"
 COLOURS = ListedColormap(matplotlib.colormaps["RdBu"](np.linspace(0.12, 0.88, 256)))  # without the darkest: hatching shows
 TERMS = {"kl": "#56B4E9", "nckd": "#E69F00", "tckd": "#0072B2", "ce": "#DDDDDD"}  # from the bottom of the stack to its top
 BASE, KD = "method-dkd_beta-8", "method-kd"  # cells of `usual` and `high`: names by experiments.sh without what is off
 PANELS = {"KD": KD, "DKD, beta 2": "method-dkd_beta-2", "DKD, beta 8": BASE,  # of figure 8
           "KD, alpha 8, CE weight 1": "method-kd_alpha-8_ce-weight-1"}
-CHANGES = {  # of the base, in words
-    KD: "method: KD, alpha 0.7", "method-kd_alpha-8_ce-weight-1": "method: KD, alpha 8, CE weight 1",
-    "method-dist": "method: DIST, CE weight 1", r"train_teacher_model-\w+": "no teacher: labels alone",
-    "method-dkd_beta-2": "beta 8 to 2", f"clip-grad-1_{BASE}": "gradient clipped at 1", f"{BASE}_standardize": "logits z-scored",
-    rf"{BASE}_mixed-target-(\w+)": r"targets of mixed images: \1", f"{BASE}_mix-prob-0": "Mixup/CutMix off",
-    f"{BASE}_amp-bf16": "precision: BF16", f"{BASE}_amp-off": "precision: FP32",
-    rf"{BASE}_dkd-warmup-(\d+)": r"warm-up of DKD over \1 epochs"}
 PHASE = re.compile(r"method-dkd_beta-\d+(_mix-prob-\d)?(_policy-none_random-erasing-0)?")  # cells of figure 7
 
 
@@ -157,48 +149,6 @@ def stack(axis, curves: dict[str, tuple[list[int], list[float]]]) -> None:
         bottom += share
 
 
-def change_rows(sweep: str, sweeps: dict[str, dict[str, Cell]]) -> list[dict]:
-    """Every cell that changes one thing against the base of `sweep`, the largest difference first."""
-    base, (other,) = sweeps[sweep][BASE], (cells[BASE] for name, cells in sweeps.items() if name != sweep)
-    compared = {f"learning rate {base.flags['lr']:g} to {other.flags['lr']:g}": other}
-    for name, cell in sweeps[sweep].items():
-        compared |= {re.sub(pattern, words, name): cell for pattern, words in CHANGES.items() if re.fullmatch(pattern, name)}
-    rows = []
-    for words, cell in compared.items():
-        n, difference, low, high = paired(cell, base)
-        rows.append({"base": sweep, "change": words, "n": n, "difference": difference, "ci_low": low, "ci_high": high,
-                     "accuracy": cell.accuracy, "base_accuracy": base.accuracy, **cell.ends})
-    return sorted(rows, key=lambda row: (row["n"] == 0, -(row["difference"] or 0)))
-
-
-def draw_changes(sweeps: dict[str, dict[str, Cell]], panels: dict[str, list[dict]]) -> Figure:
-    """Per base a forest plot: points are means, lines 95 % intervals; filled where the interval does not hold 0."""
-    heights = [0.17 * len(rows) + 0.75 for rows in panels.values()]
-    figure = Figure(figsize=(6.0, sum(heights) + 0.45), layout="constrained")
-    for axis, (sweep, rows) in zip(figure.subplots(len(panels), height_ratios=heights), panels.items()):
-        networks, *rest = sweeps[sweep][BASE].headings
-        figure.suptitle(networks, **LEFT)
-        axis.set_title(f"{'; '.join(rest)}\nbase: DKD, beta 8: {sweeps[sweep][BASE].outcome}; KD: {sweeps[sweep][KD].outcome}",
-                       loc="left")
-        for place, row in enumerate(rows):
-            low, middle, high = row["ci_low"], row["difference"], row["ci_high"]
-            sure = low is not None and not low <= 0 <= high
-            colour = GREY if not sure else BLUE if middle > 0 else RED
-            axis.plot((low, high), (place, place), color=colour, zorder=2)  # None is not drawn
-            axis.plot([middle], [place], "o", markersize=4, color=colour, markerfacecolor=colour if sure else "white", zorder=3)
-        axis.axvline(0, color="black", linewidth=0.8, zorder=1)
-        axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.grid(visible=False, axis="y")
-        axis.xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 2.5, 5, 10)))
-        label_rows(axis, [row["change"] for row in rows], [f"{signed(row['difference'])}, n = {row['n']}" + "".join(
-            f", {row[how]} of {row['runs']} {how}" for how in ("collapsed", "diverged") if row[how]) for row in rows])
-    figure.supxlabel("test accuracy (weights of the best epoch) minus that of the base over the n common seeds, in points\n"
-                     "line: 95 % interval, Student's t (none for one seed, or equal differences); filled: it does not hold 0,\n"
-                     f"not corrected for their number; collapsed: last validation accuracy more than {FALL:g} points below KD's",
-                     **LEFT)
-    return figure
-
-
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--tables", type=Path, default=Path(__file__).parent, help="of the sweeps; default: beside this script")
@@ -208,14 +158,11 @@ def main(arguments=None) -> None:
         high, usual = (read_sweep(args.tables / name) for name in ("high", "usual"))
     except FileNotFoundError as failure:
         parser.exit(4, f"error: no table ({failure.filename}). make it with results/tables.py\n")
-    two, differences = {"high": high, "usual": usual}, phase_rows(high)
-    changes = {name: change_rows(name, two) for name in two}
+    differences = phase_rows(high)
     with matplotlib.style.context(["default", make_figures.STYLE | {"hatch.linewidth": 0.6}]):
         make_figures.write_figure(draw_phase(differences, high[KD].headings[:2]), args.output / "figure7")
         make_figures.write_figure(draw_shares([usual, high]), args.output / "figure8")
-        make_figures.write_figure(draw_changes(two, changes), args.output / "figure9")
-    for name, rows in {"figure7": differences, "figure9": [*changes["high"], *changes["usual"]]}.items():
-        (args.output / f"{name}.csv").write_text(make_figures.csv_text(rows))
+    (args.output / "figure7.csv").write_text(make_figures.csv_text(differences))
 
 
 if __name__ == "__main__":
