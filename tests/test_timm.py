@@ -10,10 +10,10 @@ from command import SMALL, one_line, run
 from helpers import fails, make_images
 
 import models
-from rundir.errors import DATA, USAGE
+from rundir.errors import CHECKPOINT, DATA, USAGE
 from training.grad_checkpoint import recompute
 
-DATASET = SimpleNamespace(classes=list("abcd"), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25), name="synthetic")
+DATASET = SimpleNamespace(image_size=32, classes=list("abcd"), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25), name="synthetic")
 NETWORKS = {  # parameters with ten classes, FLOPs at 32 pixels
     "timm/resnet18": (11_181_642, 74_033_152), "timm/vit_tiny_patch16_224": (5_489_482, 54_498_048),
     "timm/mobilenetv4_conv_small": (2_505_834, 9_972_864), "timm/convnext_atto": (3_377_730, 22_333_440)}
@@ -75,7 +75,10 @@ def test_a_teacher_has_its_published_inputs(timm, tmp_path):
     content = models.read_teacher(path, name)
     info = models.complete(content, DATASET, 32)
     assert (info["image_size"], info["mean"], info["std"], info["classes"]) == (224, [0.5] * 3, [0.5] * 3, DATASET.classes)
-    assert models.complete(content, DATASET, 32, mean=[0.1, 0.2, 0.3])["mean"] == [0.1, 0.2, 0.3]
+    stated = models.complete(content, DATASET, 32, {"image_size": 96, "mean": [0.1, 0.2, 0.3]})
+    assert (stated["image_size"], stated["mean"], stated["std"]) == (96, [0.1, 0.2, 0.3], [0.5] * 3)
+    with fails(CHECKPOINT, "pos_embed", "--teacher-image-size"):
+        models.load(stated)
     images, (mean, std) = torch.rand(2, 3, 32, 32), (torch.tensor(each).view(3, 1, 1) for each in (DATASET.mean, DATASET.std))
     with torch.no_grad():
         expected = theirs(F.interpolate((images - 0.5) / 0.5, size=(224, 224), mode="bilinear", align_corners=False))
