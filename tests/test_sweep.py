@@ -215,10 +215,12 @@ errors.run(main, sweep_grid.PARSERS[NAME]())
 
 @pytest.fixture(scope="module")
 def server():
-    """Of the stubs; not one that has imported PyTorch in an earlier test, nor for a later one."""
-    forkserver._forkserver._stop()
-    yield
-    forkserver._forkserver._stop()
+    """A fork server of the stubs, which ends with this process; that of other tests has imported PyTorch, and runs of theirs."""
+    own = forkserver.ForkServer()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ensure_running", "connect_to_new_process", "set_forkserver_preload"):
+            patch.setattr(forkserver, name, getattr(own, name))
+        yield
 
 
 @pytest.fixture
