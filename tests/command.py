@@ -70,16 +70,11 @@ def one_line(code: int, expected: int, errors: str) -> str:
     return errors
 
 
-def be_the_command(flags: list[str], environment=(), anew=()) -> None:
-    """In a child forked by subprocess.Popen: what `python *flags` does, without importing torch again.
-
-    anew: packages to import again, from the current directory.
-    """
+def be_the_command(flags: list[str], environment=()) -> None:
+    """In a child forked by subprocess.Popen: what `python *flags` does, without importing torch again."""
     gc.enable()
     os.closerange(3, 1000)  # or Popen would wait for the child to exec
     os.environ |= environment
-    for name in [name for name in sys.modules if name.split(".")[0] in anew]:
-        del sys.modules[name]
     sys.path.insert(0, os.getcwd())
     sys.stdout, sys.stderr, code = open(1, "w", closefd=False), open(2, "w", closefd=False), 0
     try:
