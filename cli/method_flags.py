@@ -27,7 +27,7 @@ def add_flags(parser) -> None:
     for key, method in METHODS.items():
         if method.warmed_up:
             add(flag(f"{key}_warmup"), type=whole, default=0, metavar="EPOCHS",
-                help=f"linear warm-up of {key}'s {' and '.join(method.warmed_up)} from 0; default: %(default)s")
+                help=f"linear warm-up of {key}'s {', '.join(method.warmed_up)} from 0; default: %(default)s")
     add("--loss-scale", type=positive, default=1.0, metavar="X", help="multiply the whole loss by X, and so the gradient before "
         "clipping; not AMP's loss scale, which is divided out again; default: %(default)s")
     add("--match-norm", choices=("none", *METHODS), default="none", help="rescale each step's gradient, before clipping, to the "

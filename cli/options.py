@@ -39,7 +39,7 @@ def data_flags(parser) -> None:
     add("--val-size", type=whole, metavar="N", help="training images held out for validation, stratified; default: 5000 for "
         "CIFAR, 10%% otherwise; 0 validates on the test set, as in the literature")
     add("--image-size", type=number(int, at_least=8), metavar="PIXELS", help="resize images on the device; default: native size")
-    add("--unreadable", choices=("stop", "skip"), default="stop", help="at image files that cannot be read; " + DEFAULT)
+    add("--unreadable", choices=("stop", "skip"), default="stop", help="on files that cannot be read; " + DEFAULT)
     add("--allow-empty-classes", action="store_true", help="leave out class folders without training images")
 
 
@@ -52,12 +52,12 @@ def augmentation_flags(parser) -> None:
     add("--crop-ratio", type=positive, nargs=2, default=[0.75, 1.3333], metavar=("MIN", "MAX"),
         help="width of a resized window over its height; default: 0.75 1.3333")
     add("--flip", action=argparse.BooleanOptionalAction, default=True,
-        help="mirror half of the images: not for letters, digits, arrows; " + DEFAULT)
+        help="mirror half of the images; --no-flip for letters, digits, arrows; " + DEFAULT)
     add("--policy", choices=POLICIES, help=f"default: autoaugment-imagenet for --dataset imagefolder above {LARGE} pixels, else "
         "autoaugment (CIFAR-10 policy)")
-    add("--random-erasing", type=probability, default=0.25, metavar="P", help="share of images with Random Erasing; " + DEFAULT)
-    add("--mixup", type=nonnegative, default=0.8, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of Mixup, 0 is off; " + DEFAULT)
-    add("--cutmix", type=nonnegative, default=1.0, metavar="ALPHA", help="Beta(ALPHA, ALPHA) of CutMix, 0 is off; " + DEFAULT)
+    add("--random-erasing", type=probability, default=0.25, metavar="P", help="probability of Random Erasing; " + DEFAULT)
+    add("--mixup", type=nonnegative, default=0.8, metavar="ALPHA", help="Mixup, by Beta(ALPHA, ALPHA), 0 is off; " + DEFAULT)
+    add("--cutmix", type=nonnegative, default=1.0, metavar="ALPHA", help="CutMix, by Beta(ALPHA, ALPHA), 0 is off; " + DEFAULT)
     add("--mix-prob", type=probability, default=1.0, metavar="P", help="probability of mixing; " + DEFAULT)
     add("--mix-mode", choices=("batch", "elem"), default="batch", help="one draw per batch or per image; " + DEFAULT)
 
@@ -77,13 +77,13 @@ def optimisation_flags(parser) -> None:
         "the same results")
     add("--opt", choices=("adamw", "sgd"), default="adamw", help=DEFAULT)
     add("--lr", type=positive, default=1e-3, metavar="RATE", help="peak learning rate; " + DEFAULT)
-    add("--momentum", type=number(float, at_least=0, below=1), default=0.9, metavar="M", help="of SGD; " + DEFAULT)
+    add("--momentum", type=number(float, at_least=0, below=1), default=0.9, metavar="M", help="momentum of SGD; " + DEFAULT)
     add("--weight-decay", type=nonnegative, default=0.05, metavar="W", help="on all parameters; " + DEFAULT)
     add("--sched", choices=("cosine", "multistep"), default="cosine", help="cosine to 0, or x0.1 at --milestones; " + DEFAULT)
     add("--milestones", type=count, nargs="+", default=[150, 180, 210], metavar="EPOCH",
-        help="of --sched multistep; default: 150 180 210")
+        help="epochs at which --sched multistep lowers the rate; default: 150 180 210")
     add("--warmup-epochs", type=whole, metavar="N",
-        help="of the learning rate, linear from 0; default: 5, or all epochs but one of a shorter run")
+        help="linear warm-up of the learning rate from 0; default: 5, or all epochs but one of a shorter run")
     add("--label-smoothing", type=number(float, at_least=0, below=1), default=0.1, metavar="EPS", help=DEFAULT)
     add("--class-weights", choices=("none", "balanced"), default="none", help="weights of the classes in the cross-entropy; "
         "balanced: inverse to their numbers of training images, 1 on average; " + DEFAULT)
@@ -114,13 +114,13 @@ def run_flags(parser, output) -> None:
     add("--compile", action="store_true", help="compile the networks with torch.compile, which takes a minute or more")
     add("--cuda-graph", action=argparse.BooleanOptionalAction, help="capture each step in a CUDA graph and replay it; "
         "default: on CUDA, where possible")
-    add("--seed", type=seed, default=42, metavar="N", help="of weights, split, shuffling and augmentation; " + DEFAULT)
+    add("--seed", type=seed, default=42, metavar="N", help="seed of weights, split, shuffling and augmentation; " + DEFAULT)
     add("--deterministic", action="store_true", help="bitwise reproducible on one GPU model with one set of versions; slower")
     add("--output", type=nonempty, metavar="DIR", help=f"run directory; default: {output}")
     add("--resume", nargs="?", const="auto", type=nonempty, metavar="auto|PATH",
         help="continue the run in --output, or start it if there is none; PATH: a run directory or its last.pt")
     add("--overwrite", action="store_true", help="replace the run in --output")
-    add("--dry-run", action="store_true", help="print the configuration and the objective, then stop")
+    add("--dry-run", action="store_true", help="print the configuration, and what can be said before training, then stop")
     debug_flag(add)
 
 
@@ -187,20 +187,20 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     add("--experiment", choices=EXPERIMENTS, help="a preset of the study; flags take precedence")
     add("--method", choices=METHODS, default="kd", help=DEFAULT)
     add("--teacher-checkpoint", type=nonempty, nargs="+", default=STUDY_TEACHERS[0], metavar="PATH",
-        help="a best.pt, or weights of another project; of several, the mean probabilities; " + DEFAULT)
+        help="a best.pt, or weights of another project; the mean of several; " + DEFAULT)
     add("--teacher", type=nonempty, nargs="+", metavar="NAME",
-        help="its network, for weights of another project, or one for each; default: by the tensors")
+        help="network of each file of another project; default: the CIFAR network that its tensors fit")
     add("--teacher-image-size", type=count, metavar="N", help="pixels for which weights of another project were trained; "
         "default: as published for timm/NAME, else those of the run")
     for name, kind in (("mean", probability), ("std", number(float, above=0, at_most=1))):
         add(f"--teacher-{name}", type=kind, nargs=3, metavar=("R", "G", "B"), help="of their images in [0, 1]; default: likewise")
-    add("--allow-weak-teacher", action="store_true", help="distil a teacher near chance")
+    add("--allow-weak-teacher", action="store_true", help="accept a teacher near chance")
     add("--teacher-logits", nargs="?", const="runs/teacher-logits", type=nonempty, metavar="DIR",
         help="store the teacher's logits, and read those that a run with this teacher, seed, data and augmentation has stored; "
         "DIR: %(const)s by default")
-    add("--teacher-logits-limit", type=positive, default=20.0, metavar="GB", help="of the files in that directory; " + DEFAULT)
-    add("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help=DEFAULT)
-    add("--student-init", type=nonempty, default="none", metavar="{none,imagenet,PATH}", help=DEFAULT)
+    add("--teacher-logits-limit", type=positive, default=20.0, metavar="GB", help="largest size of that directory; " + DEFAULT)
+    add("--student", type=nonempty, default="efficientnet_v2_s", metavar="NAME", help="network; " + DEFAULT)
+    add("--student-init", type=nonempty, default="none", metavar="{none,imagenet,PATH}", help="weights; " + DEFAULT)
     method_flags.add_flags(parser)
     data_flags(parser)
     augmentation_flags(parser)
@@ -230,7 +230,7 @@ def parse_show(description, usage_lines, argv=None):
     batch_size_flag(add, default=128)
     add("--images", type=count, default=32, metavar="N", help="number of images to draw; " + DEFAULT)
     add("--epoch", type=count, default=1, metavar="N", help=DEFAULT)
-    add("--step", type=whole, default=0, metavar="N", help="of the epoch, from 0; " + DEFAULT)
+    add("--step", type=whole, default=0, metavar="N", help="step of the epoch, from 0; " + DEFAULT)
     add("--seed", type=seed, default=42, metavar="N", help=DEFAULT)
     device_flags(add)
     add("--output", type=png, default="batch.png", metavar="FILE", help=DEFAULT)

@@ -91,7 +91,7 @@ def sweep_table(name: str) -> str:
 
 
 def contrasts() -> str:
-    """A row for each of CONTRASTS, with the bound within which the two are shown to be equal."""
+    """A row for each of CONTRASTS, with the bound within which the two are equivalent."""
     pairs = [(read_sweep(FOLDER / sweep)[one], read_sweep(FOLDER / sweep)[other]) for sweep, one, other in CONTRASTS.values()]
     return markdown([{"": title, "n": str(found["n"]), **shown(found),
                       "equal within": f"{found['within']:.1f}" if found["p"] > 0.05 else ""}
@@ -101,7 +101,7 @@ def contrasts() -> str:
 def repeat() -> str:
     """A row for each sweep's table: how it came out in `repeat`, the same commands on another processor.
 
-    A difference is shown where p is at most 0.05.  other outcome: those shown in one of the two, as they are in `repeat`.
+    A difference is significant where p is at most 0.05.  other outcome: those significant in one of the two, as in `repeat`.
     """
     rows = []
     for name, labels in CELLS.items():
@@ -115,7 +115,7 @@ def repeat() -> str:
         changed = ["{0}: {difference}, p {p}".format(label, **shown(each))
                    for label, each, (first, second) in zip(others, again, both) if first != second]
         rows.append({"": name, "cells": str(len(labels)), "a mean moves by at most": f"{max(moves):.1f}",
-                     "collapsed": "{} and {}".format(*fell), "differences shown": str(sum(first for first, _ in both)),
+                     "collapsed": "{} and {}".format(*fell), "significant": str(sum(first for first, _ in both)),
                      "again": str(both.count((True, True))), "other outcome": "; ".join(changed)})
     return markdown(rows)
 
