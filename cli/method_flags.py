@@ -1,4 +1,6 @@
 """The flags of the methods, from their records in losses/methods.py.  Imports no torch."""
+from argparse import ArgumentTypeError
+
 from cli.flag_types import number, positive, whole
 from losses.chosen_method import ChosenMethod
 from losses.methods import LABELS, METHODS, resolved
@@ -18,7 +20,7 @@ def add_flags(parser) -> None:
         elif first.choices:
             options = {"choices": first.choices}
         else:
-            options = {"type": number(float, at_least=first.at_least, above=first.above), "metavar": "X"}
+            options = {"type": number(float), "metavar": "X"}  # each method has its own range
         texts = {}  # help -> the methods with this help, and their defaults
         for key, each in by_method.items():
             default = "" if each.default is False else f", default {each.default_text or each.default}".removesuffix(".0")
@@ -44,7 +46,13 @@ def fill_in(parser, args, of_preset: set) -> None:
     for name in sorted({name for method in METHODS.values() for name in method.hyperparameters}):
         value = getattr(args, name)
         if name in record.hyperparameters:
-            setattr(args, name, record.hyperparameters[name].default if value is None else value)
+            each = record.hyperparameters[name]
+            setattr(args, name, each.default if value is None else value)
+            if isinstance(value, float):
+                try:
+                    number(float, at_least=each.at_least, above=each.above)(value)
+                except ArgumentTypeError as failure:
+                    parser.error(f"argument {flag(name)}: {failure}")
         elif value is None or name in of_preset:
             setattr(args, name, None)
         else:
@@ -56,7 +64,7 @@ def fill_in(parser, args, of_preset: set) -> None:
     weights = [resolved(record, hyperparameters)[name] for name in record.weight_of.values()]
     if len(weights) == len(record.terms) and not any(weights):
         parser.error(f"every weight of the loss is 0 ({', '.join(map(flag, record.weight_of.values()))})")
-    if min(weights, default=0) < 0:  # of KD, where it is 1 - alpha
+    if args.ce_weight is None and min(weights, default=0) < 0:  # of KD, where it is 1 - alpha
         parser.error(f"argument --alpha: must be <= 1 unless --ce-weight is given ({args.alpha:g})")
     if args.match_norm != "none" and args.loss_scale != 1:
         parser.error(f"--loss-scale and --match-norm exclude each other: matching cancels the scale ({args.loss_scale:g})")

@@ -3,13 +3,11 @@
 The defaults are the recipe of the study (experiment v2).  A preset sets other defaults; flags take precedence.
 """
 import argparse
-from pathlib import Path
 
-from cli import method_flags
+from cli import method_flags, presets
 from cli.flag_types import count, device, nonempty, nonnegative, number, png, positive, probability, seed, whole
 from losses.methods import METHODS
-from rundir.errors import Failure, Parser
-from rundir.files import read_json
+from rundir.errors import Parser
 from rundir.identity import listed, unlisted
 
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
@@ -17,18 +15,6 @@ POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "
 CROPS = ("pad", "resized")
 LARGE = 64  # pixels: larger images of folders are taken for photographs
 DEFAULT = "default: %(default)s"
-STUDY_TEACHERS = ("runs/teacher/best.pt", "runs/teacher-strong/best.pt")  # the default, and that of v4
-EXPERIMENTS = {
-    "v1": {"method": "kd", "policy": "none", "random_erasing": 0.0},
-    "v2": {"method": "kd"},
-    "v3": {"method": "dkd", "beta": 8.0},
-    "v3.1": {"method": "dkd", "beta": 2.0},
-    "v4": {"method": "kd", "teacher_checkpoint": STUDY_TEACHERS[1]},
-}
-
-# Flags that belong to one run or one machine.
-LEFT_OUT = {"config", "experiment", "output", "resume", "overwrite", "dry_run", "debug", "device", "kernels"}
-HYPERPARAMETERS = {name for method in METHODS.values() for name in method.hyperparameters}
 
 
 def data_flags(parser) -> None:
@@ -129,30 +115,6 @@ def new_parser(description=None, usage_lines=None, prog=None) -> Parser:
                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def flags_of_config(parser, argv, *scripts: str) -> dict:
-    """The flags in the file of --config, of a run of one of `scripts`, that `parser` knows; {} without it.
-
-    If --method is another one than that of the file, the hyperparameters of the file's method are left out.
-    """
-    first = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--method")
-    given = first.parse_known_args(argv)[0]
-    if given.config is None:
-        return {}
-    try:
-        config = read_json(Path(given.config))
-    except Failure as failure:
-        parser.error(str(failure))
-    if config is None:
-        parser.error(f"no such file (--config {given.config})")
-    if config.get("script") not in scripts:
-        parser.error(f"not the config.json of a run of {' or '.join(scripts)} ({given.config})")
-    of_method = HYPERPARAMETERS if given.method not in (None, config.get("method")) else set()
-    known = {action.dest for action in parser._actions} - LEFT_OUT - of_method
-    return {name: value for name, value in config.items() if name in known}
-
-
 def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
     """The flags of train_teacher.py; exits with 2 and one line on an error."""
     parser = new_parser(description, usage_lines, prog)
@@ -166,7 +128,7 @@ def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
     augmentation_flags(parser)
     optimisation_flags(parser)
     run_flags(parser, output="runs/teacher")
-    parser.set_defaults(**flags_of_config(parser, argv, "train_teacher"))
+    parser.set_defaults(**presets.defaults(parser, argv, "train_teacher"))
     args = parser.parse_args(argv)
     if args.init and args.pretrained:
         parser.error("--init and --pretrained exclude each other")
@@ -178,15 +140,11 @@ def parse_teacher(description=None, usage_lines=None, argv=None, prog=None):
 
 def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     """The flags of distill.py, with defaults of the chosen method; exits with 2 and one line on an error."""
-    first = Parser(prog=prog, add_help=False, allow_abbrev=False)  # --help shows the defaults of a preset
-    first.add_argument("--experiment", choices=EXPERIMENTS)
-    preset = EXPERIMENTS.get(first.parse_known_args(argv)[0].experiment, {})
-
     parser = new_parser(description, usage_lines, prog)
     add = parser.add_argument_group("distillation").add_argument
-    add("--experiment", choices=EXPERIMENTS, help="a preset of the study; flags take precedence")
+    add("--experiment", choices=presets.EXPERIMENTS, help="a preset of the study; flags take precedence")
     add("--method", choices=METHODS, default="kd", help=DEFAULT)
-    add("--teacher-checkpoint", type=nonempty, nargs="+", default=STUDY_TEACHERS[0], metavar="PATH",
+    add("--teacher-checkpoint", type=nonempty, nargs="+", default=presets.STUDY_TEACHERS[0], metavar="PATH",
         help="a best.pt, or weights of another project; the mean of several; " + DEFAULT)
     add("--teacher", type=nonempty, nargs="+", metavar="NAME",
         help="network of each file of another project; default: the CIFAR network that its tensors fit")
@@ -206,8 +164,8 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     augmentation_flags(parser)
     optimisation_flags(parser)
     run_flags(parser, output="runs/<experiment, or method and hyperparameters>-s<seed>")
-    preset = flags_of_config(parser, argv, "distill") | preset
-    parser.set_defaults(**preset)
+    preset = presets.defaults(parser, argv, "distill")
+    parser.set_defaults(**preset)  # --help shows them
     args = parser.parse_args(argv)
     files = listed(args.teacher_checkpoint)
     names = args.teacher.split(" + ") if isinstance(args.teacher, str) else args.teacher or []  # a string in config.json
@@ -235,7 +193,7 @@ def parse_show(description, usage_lines, argv=None):
     device_flags(add)
     add("--output", type=png, default="batch.png", metavar="FILE", help=DEFAULT)
     debug_flag(add)
-    parser.set_defaults(**flags_of_config(parser, argv, "distill", "train_teacher"))
+    parser.set_defaults(**presets.defaults(parser, argv, "distill", "train_teacher"))
     args = parser.parse_args(argv)
     fill_in_augmentation(parser, args)
     return args

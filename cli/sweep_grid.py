@@ -18,6 +18,7 @@ PARSERS = {"distill.py": options.parse_distill, "train_teacher.py": options.pars
 DEFAULTS = {script: parse(argv=[]) for script, parse in PARSERS.items()}
 SET_BY_SWEEP = ("--output", "--resume", "--overwrite", "--dry-run")
 LONG_FORM = {"-b": "--batch-size"}
+DECIDING = {"--config", "--experiment", "--method"}  # the method, and the seed without --seed
 METRICS = ("test_acc1_best", "test_acc1_last")
 LONGEST_NAME = 120  # characters of a run's name, before the seed
 
@@ -131,12 +132,14 @@ def has(script: str, flag: str) -> bool:
 def product(script: str, flags: dict, dropped: set):
     """The cells of one grid, each without the hyperparameters of other methods; the script's parser exits with 2 on an error."""
     axes = {flag: axis(script, flag, values) for flag, values in flags.items()}
-    seeds = axes.pop("--seed", [(str(DEFAULTS[script].seed),)])
+    seeds = axes.pop("--seed", None)
     for point in itertools.product(*axes.values()):
         chosen = dict(zip(axes, point))
-        foreign = foreign_hyperparameters(chosen) if script == "distill.py" else set()
+        base = PARSERS[script](argv=command({flag: chosen[flag] for flag in DECIDING & chosen.keys()}), prog=script)
+        foreign = foreign_hyperparameters(chosen, base.method) if script == "distill.py" else set()
         cell = Cell(script, {flag: values for flag, values in chosen.items() if flag not in foreign}, dropped | foreign, {})
-        parsed = (PARSERS[script](argv=[*command(cell), "--seed", *seed, "--output", "-"], prog=script) for seed in seeds)
+        parsed = (PARSERS[script](argv=[*command(cell.flags), "--seed", *seed, "--output", "-"], prog=script)
+                  for seed in seeds or [(str(base.seed),)])
         cell.runs = {args.seed: args for args in parsed}
         yield cell
 
@@ -147,13 +150,9 @@ def axis(script: str, flag: str, values: tuple) -> list[tuple]:
     return [values] if whole else [tuple(value.split(",")) if flag.startswith("--teacher") else (value,) for value in values]
 
 
-def foreign_hyperparameters(flags: dict) -> set[str]:
-    preset = options.EXPERIMENTS.get((flags.get("--experiment") or ("",))[0], {})
-    chosen = (flags.get("--method") or (preset.get("method", DEFAULTS["distill.py"].method),))[0]
-    if chosen not in METHODS:
-        return set()  # the parser reports it
-    owned = {key: {*map(method_flags.flag, each.hyperparameters), f"--{key}-warmup"} for key, each in METHODS.items()}
-    return set(flags) & set.union(*owned.values()) - owned[chosen]
+def foreign_hyperparameters(flags: dict, method: str) -> set[str]:
+    owned = {key: {*map(method_flags.flag, (*each.hyperparameters, f"{key}_warmup"))} for key, each in METHODS.items()}
+    return set(flags) & set.union(*owned.values()) - owned[method]
 
 
 def refuse_unused(flags: dict, cells: list[Cell]) -> None:
@@ -164,8 +163,8 @@ def refuse_unused(flags: dict, cells: list[Cell]) -> None:
                           "remove it, or add its --method")
 
 
-def command(cell: Cell) -> list[str]:
-    return [word for flag, values in cell.flags.items() for word in (flag, *values)]
+def command(flags: dict) -> list[str]:
+    return [word for flag, values in flags.items() for word in (flag, *values)]
 
 
 def name_cells(script: str, cells: list[Cell]) -> None:
@@ -179,7 +178,7 @@ def name_cells(script: str, cells: list[Cell]) -> None:
     for cell in cells:
         cell.differing = {flag: cell.flags[flag] for flag in varied if flag in cell.flags}
         prefix = [cell.script] if cell.script != script or not cell.differing else []
-        cell.label = shlex.join([*prefix, *(word for flag, values in cell.differing.items() for word in (flag, *values))])
+        cell.label = shlex.join([*prefix, *command(cell.differing)])
         parts = [*(word.removesuffix(".py") for word in prefix),
                  *("-".join((flag[2:], *values)) for flag, values in cell.differing.items())]
         cell.name = "_".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.") for part in parts)

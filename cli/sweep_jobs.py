@@ -17,7 +17,7 @@ from pathlib import Path
 from cli import sweep_grid
 from rundir.errors import BUG, DATA, DIVERGED, STOPPED, USAGE, Failure
 from rundir.files import damaged, existing_digest, make_directory, read_json, write_json
-from rundir.identity import NON_EXPERIMENT_FLAGS, listed, same_flag, unlisted
+from rundir.identity import DIGESTS, NON_EXPERIMENT_FLAGS, listed, same_flag, unlisted
 
 AUTOMATIC = (None, "auto")  # values that a run resolves itself, in config.json
 # Flags that say which images are read.
@@ -35,7 +35,7 @@ class Job:
     def __init__(self, sweep: "Sweep", cell: sweep_grid.Cell, seed: int, root: Path):
         name, self.sweep, self.cell, self.seed = f"{cell.name}-s{seed}", sweep, cell, seed
         self.directory, self.log = sweep.output / name, sweep.output / "logs" / f"{name}.txt"
-        self.command = [str(root / cell.script), *sweep_grid.command(cell), "--seed", str(seed), "--resume", "auto",
+        self.command = [str(root / cell.script), *sweep_grid.command(cell.flags), "--seed", str(seed), "--resume", "auto",
                         "--output", str(self.directory)]
         self.flags = {name: value for name, value in vars(cell.runs[seed]).items() if name not in NON_EXPERIMENT_FLAGS}
         self.process, self.stopped, self.lock = None, False, threading.Lock()
@@ -107,8 +107,10 @@ class Job:
             return self.flags
         given = recorded or self.flags
         old |= {name: given.get(name) for name, value in self.flags.items() if value in AUTOMATIC}
-        teacher = digests(self.flags.get("teacher_checkpoint"))
-        new = {"script": self.cell.script.removesuffix(".py")} | self.flags | ({"teacher_sha256": teacher} if teacher else {})
+        new = {"script": self.cell.script.removesuffix(".py")} | self.flags
+        for name in DIGESTS.keys() - {"data_dir"}:  # a file may change under its name
+            if (value := self.flags.get(name)) not in (None, "none", "imagenet") and (found := digests(value)):
+                new[DIGESTS[name]] = found
         changed = [f"{name} {old.get(name)} -> {value}" for name, value in new.items()
                    if not same_flag(name, old, new, self.sha256_of)]
         if changed:
@@ -124,7 +126,7 @@ class Job:
 
 
 def start_server(root: Path, jobs: list[Job]) -> None:
-    """Of processes that begin with what it has imported, which takes seconds: torch, our modules, the embedded images."""
+    """Start the fork server, and import there what takes its processes seconds: torch, our modules, the synthetic images."""
     embedded = any(job.flags["dataset"] == "synthetic" for job in jobs)
     server.set_forkserver_preload(["training.run", *["data.embedded"] * embedded])
     if jobs:
@@ -133,7 +135,7 @@ def start_server(root: Path, jobs: list[Job]) -> None:
 
 
 def run_script(command: list[str], log: Path, threads: int, directory: str) -> None:
-    """Be the script in this new process, as `OMP_NUM_THREADS=threads python COMMAND >> log 2>&1` would."""
+    """Run the script in this new process, as `OMP_NUM_THREADS=threads python COMMAND >> log 2>&1` would."""
     os.chdir(directory)
     os.setpgid(0, 0)  # Ctrl-C reaches it once, through `stop`; a second signal would kill it
     with open(log, "ab") as file:
@@ -142,7 +144,7 @@ def run_script(command: list[str], log: Path, threads: int, directory: str) -> N
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
     import torch
-    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads)).partition(",")[0]))  # one for each level
     runpy.run_path(command[0], run_name="__main__")
 
 

@@ -11,7 +11,7 @@ import torch
 from rundir import checkpoint
 from rundir.checkpoint import on_cpu
 from rundir.errors import CHECKPOINT, USAGE, Failure
-from rundir.files import existing_digest, write_atomic
+from rundir.files import existing_digest, read_json, write_atomic
 from rundir.identity import NON_EXPERIMENT_FLAGS, same_flag
 from rundir.run_directory import EpochRow
 
@@ -52,19 +52,23 @@ def find(run, config: dict) -> dict | None:
         last = previous
     # Older runs have only the SHA-256 of the images, or nothing.
     initial = saved.setdefault("began", {"data_sha256": saved["data"]} if "data" in saved else {})
-    compare(run, saved["config"], config, initial)
+    compare(run, saved["config"], config, initial, read_json(last.with_name("config.json")) or {})
     return saved | {"path": last, "has_summary": (run / "summary.json").exists()}
 
 
-def compare(run, old: dict, new: dict, initial: dict) -> None:
-    """Failure USAGE for flags of another experiment, with the differences.  initial: what a run records of its start, `began`."""
+def compare(run, old: dict, new: dict, initial: dict, resolved: dict) -> None:
+    """Failure USAGE for flags of another experiment, with the differences.
+
+    initial: what a run records of its start, `began`.  resolved: its config.json, whose values --config gives in place of None.
+    """
     def sha256_of(name):
         if name == "data_dir":
             return initial.get("data_sha256")  # compared when the images are loaded
         return new["teacher_sha256"] if name == "teacher_checkpoint" else existing_digest(new[name])
 
     changed = sorted(name for name in (old.keys() | new.keys()) - MAY_CHANGE_ON_RESUME
-                     if not same_flag(name, initial | old, new, sha256_of))
+                     if not same_flag(name, initial | old, new, sha256_of)
+                     and (old.get(name) is not None or new.get(name) != resolved.get(name)))
     if new["epochs"] < old["epochs"]:
         changed.append("epochs")
     if not changed:

@@ -215,6 +215,11 @@ def test_flags_of_another_run_are_defaults(tmp_path, capsys):
     assert (same.beta, same.lr, same.seed, same.epochs, same.device) == (2.0, 0.1, 7, 9, "auto")
     assert same.output == "runs/dkd-beta2-T4-s7" and same.teacher == "resnet8"
     assert (other.lr, other.alpha, other.beta, other.seed) == (0.2, 0.7, None, 7), "hyperparameters are those of the method"
+    assert distill("--config", str(file), "--teacher-checkpoint", "x.pt").teacher is None, "the network of another file"
+    warm = tmp_path / "warm.json"
+    warm.write_text(json.dumps(vars(distill("--method", "dkd", "--dkd-warmup", "2")) | {"script": "distill"}))
+    assert [distill("--config", str(warm), *flags.split()).dkd_warmup for flags in ("", "--method kd", "--experiment v2")] == [
+        2, 0, 0]
     shown = options.parse_show("", "", ["--config", str(file), "--epoch", "3"])
     assert (shown.seed, shown.batch_size, shown.epoch, shown.crop, shown.output) == (7, 128, 3, "pad", "batch.png")
     for parse, path, words in ((teacher, file, "train_teacher"), (distill, tmp_path / "nothing.json", "no such file"),
@@ -223,3 +228,9 @@ def test_flags_of_another_run_are_defaults(tmp_path, capsys):
             parse("--config", str(path))
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1 and str(path) in err and words in err
+    for name, value in {"opt": "lamb", "method": "crd", "lr": -1, "milestones": [0], "flip": "yes"}.items():
+        (tmp_path / "bad.json").write_text(json.dumps(vars(args) | {"script": "distill", name: value}))
+        with pytest.raises(SystemExit) as stop:
+            distill("--config", str(tmp_path / "bad.json"))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and "bad.json" in err and f"--{name}" in err, err

@@ -132,6 +132,10 @@ def test_resume_auto_starts_continues_and_is_done(place):
     assert again.code == 0 and "already finished" in again.out and not again.err
     one_line(place.run(f"{line} --output {run}"), 2, str(run), "--resume auto", "--overwrite")
     assert contents(run) == before, "a finished run was touched"
+    for run in (run, place.undisturbed("student")):  # --config gives what a run found out, such as the image size, as flags
+        script = json.loads((run / "config.json").read_text())["script"]
+        again = place.run(f"{script}.py --config {run}/config.json --device cpu --output {run} --resume auto")
+        assert again.code == 0 and "already finished" in again.out, again.err
 
 
 def test_more_epochs_continue_a_finished_run_and_fewer_do_not(place):

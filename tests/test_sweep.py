@@ -24,7 +24,7 @@ from helpers import make_images, random_moments, table_of, wait_for
 from scipy import stats
 
 import sweep
-from cli import sweep_grid, sweep_jobs, sweep_table
+from cli import options, sweep_grid, sweep_jobs, sweep_table
 from rundir import errors, files
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +79,7 @@ def test_two_dashes_separate_grids_that_share_the_first_flags():
         ("--method kd", [0, 1]), ("--method dkd --beta 2", [0, 1]), ("--method dkd --beta 8", [0, 1]),
         ("--method dkd --lr 1.6", [5]), ("train_teacher.py --model v2_pico", [0, 1])]
     assert made[4].name == "train_teacher_model-v2_pico" and "--student" in made[4].dropped
-    assert sweep_grid.command(made[4]) == ["--epochs", "9", "--model", "v2_pico"]
+    assert sweep_grid.command(made[4].flags) == ["--epochs", "9", "--model", "v2_pico"]
     args = made[2].runs[1]
     assert (args.student, args.method, args.beta, args.epochs, args.seed) == ("v2_pico", "dkd", 8.0, 9, 1)
     assert [list(cell.runs) for cell in cells("distill.py --method dkd -- --seed 0 1 -- --beta 8 --seed 1 2")] == [[0, 1, 2]]
@@ -87,6 +87,14 @@ def test_two_dashes_separate_grids_that_share_the_first_flags():
     names = [cell.name for cell in cells(line)]
     assert len(set(names)) == 4 and all(re.fullmatch(r"[\w.+-]{1,140}", name) for name in names)
     assert names[2] == "teacher-checkpoint-my-runs-b.pt" and names == [cell.name for cell in cells(line)]
+
+
+def test_the_method_and_the_seed_may_come_from_another_run(tmp_path):
+    args = vars(options.parse_distill(argv="--method dkd --beta 4 --seed 7".split()))
+    (tmp_path / "config.json").write_text(json.dumps(args | {"script": "distill"}))
+    made = cells(f"distill.py --config {tmp_path}/config.json --beta 2 8 -- --lr 1e-3 -- --method kd")
+    assert [(cell.label, list(cell.runs)) for cell in made] == [
+        ("--beta 2 --lr 1e-3", [7]), ("--beta 8 --lr 1e-3", [7]), ("--method kd", [7])]
 
 
 def test_the_control_is_named_by_its_flags():
@@ -359,6 +367,9 @@ def test_the_content_of_files_decides_and_not_their_path(place):
     change("t/train_teacher-s42/config.json", init_sha256=files.digest("one.pt"),
            data_sha256=datasets.load("imagefolder", "one", val_size=0).fingerprint)
     assert run_sweep(line.format("./two/", "moved.pt"))[0] == 0 and len(started_runs()) == 2
+    Path("moved.pt").write_bytes(b"two")
+    sweep_jobs.cached_digest.cache_clear()
+    refused(2, line.format("one", "moved.pt"), "init_sha256")
     refused(2, line.format("one", "lost.pt"), "init one.pt -> lost.pt")
     refused(2, line.format("three", "one.pt"), "data_dir one -> three")
     refused(4, line.format("lost", "one.pt"), "lost")

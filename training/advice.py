@@ -10,7 +10,7 @@ import torch
 
 import models
 from augment import BatchAugmenter
-from cli import method_flags, options
+from cli import method_flags, options, presets
 from data import datasets
 from diagnostics.gradients import Diagnostics
 from losses.cross_entropy import class_weights_of
@@ -29,17 +29,18 @@ def advise(args, method, context: RunContext) -> list[str]:
     Failure: the data or the teacher are missing, damaged, or do not fit together.
     """
     models.check_name(args.student)
-    if args.teacher_checkpoint in options.STUDY_TEACHERS and not Path(args.teacher_checkpoint).exists():  # not yet trained
+    if args.teacher_checkpoint in presets.STUDY_TEACHERS and not Path(args.teacher_checkpoint).exists():  # not yet trained
         return [*describe_data(args), f"no advice without a teacher ({args.teacher_checkpoint})"]
     checkpoints, _ = models.read_teachers(args.teacher_checkpoint, args.teacher)
     data = datasets.load(**options.data(args), device=context.device)
+    sizes = models.input_sizes(args.image_size, data.image_size, args.crop)
     teacher = models.load_teachers(
-        checkpoints, data, args.image_size or data.image_size, options.teacher_inputs(args),
-        temperature=method.hyperparameters.get("temperature", 1.0), device=context.device, dtype=context.dtype)
+        checkpoints, data, sizes, options.teacher_inputs(args), device=context.device, dtype=context.dtype,
+        temperature=method.hyperparameters.get("temperature", 1.0))
     batch_size = global_batch_size(args.batch_size, data, context)
     augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,
                                batch_size=batch_size)
-    student = models.build(args.student, len(data.classes), args.image_size or data.image_size).to(context.device).train()
+    student = models.build(args.student, len(data.classes), sizes["image_size"]).to(context.device).train()
     class_weights = class_weights_of(args.class_weights, data.train.labels, len(data.classes))
     (criterion, matched), steps = method.criteria(context.device, class_weights), range(min(BATCHES, augmenter.steps))
     diagnostics = Diagnostics(method, augmenter, range(batch_size), Ranks(), steps)  # each process reads whole batches
@@ -59,7 +60,7 @@ def advise(args, method, context: RunContext) -> list[str]:
         softened = torch.stack([(v.float() / T).softmax(1) for T in TEMPERATURES])
         entropies += torch.special.entr(softened).sum(2).mean(1) / len(steps)
     columns, classes, norm = diagnostics.columns(), len(data.classes), torch.stack(norms).median().item()
-    size = models.describe(args.student, student, args.image_size or data.image_size)
+    size = models.describe(args.student, student, sizes["image_size"])
     return [f"student {size}", str(data), *report(method, columns, classes),
             *suggest(method, args.clip_grad, columns, norm, entropies.tolist(), classes)]
 
