@@ -143,9 +143,10 @@ def moves(recipe, rows: list, diagnostics: list[dict]) -> list[tuple[float, floa
     Only of epochs by whose end weight decay alone has taken the squared norm to 1 / e: before, the initialisation sets the norm.
     """
     ratios, found, taken = {row["epoch"]: row.get("update_ratio") for row in diagnostics}, [], 0.0
-    before = 0.0 if recipe.warmup_epochs else rows[0].lr
-    for row in rows:
-        decay, balance = equilibrium(recipe, (before + row.lr) / 2)  # a row has the rate of the last step
+    before = 0.0 if recipe.warmup_epochs else recipe.lr
+    for row in rows:  # which have the rate of the last step
+        constant = recipe.sched == "multistep" and row.epoch > recipe.warmup_epochs
+        decay, balance = equilibrium(recipe, row.lr if constant else (before + row.lr) / 2)
         before, taken = row.lr, taken + row.steps * decay
         if taken >= 1 and (ratio := ratios.get(row.epoch)) is not None:
             found.append((ratio / balance, ratio, row.epoch))

@@ -32,10 +32,13 @@ class Confusion(NamedTuple):
 
     @property
     def exchanged(self) -> dict[str, str]:
-        """Class -> as which most of its images are predicted, where these are the same classes in another order; else {}."""
+        """Class -> as which most of its images are predicted, if that is another class that is in turn not seen as itself, and so
+        on: as with a wrong order, and rarely where classes are merely confused."""
         most = np.where(self.labels, self.counts.argmax(1), np.arange(len(self.names)))
-        moved = np.flatnonzero(most != np.arange(len(most))).tolist()
-        return {self.names[k]: self.names[most[k]] for k in moved} if sorted(most[moved]) == moved else {}
+        moved = {k: other for k, other in enumerate(most.tolist()) if other != k}
+        while not moved.keys() >= set(moved.values()):
+            moved = {k: other for k, other in moved.items() if other in moved}
+        return {self.names[k]: self.names[other] for k, other in moved.items()}
 
     @property
     def chance(self) -> float:

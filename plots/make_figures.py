@@ -29,7 +29,7 @@ from diagnostics.alarms import FALL, collapsed
 from plots.run_files import Run, control_of, read_run
 from rundir import errors, files
 from rundir.errors import DATA, USAGE, Failure
-from rundir.identity import NON_EXPERIMENT_FLAGS
+from rundir.identity import BEFORE, NON_EXPERIMENT_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,7 +63,7 @@ OTHERS = (  # of students outside the study, in the order of their names, again 
 DATASETS = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "imagefolder": "image folder", "synthetic": "synthetic images"}
 POLICIES = {
     "autoaugment": "AA", "autoaugment-imagenet": "AA-ImageNet", "autoaugment-svhn": "AA-SVHN",
-    "randaugment": "RA", "trivialaugment": "TA",
+    "randaugment": "RA", "trivialaugment": "TA", "none": "",
 }
 ABBREVIATIONS = {
     "AA": "AutoAugment", "RA": "RandAugment", "TA": "TrivialAugment", "RE": "Random Erasing",
@@ -151,8 +151,9 @@ ALIKE = {  # what runs of these groups must share
 
 def refuse_mixtures(study) -> None:
     """A figure compares one thing: refuse runs that differ in more than their experiment, and one seed counted twice."""
-    checks = ALIKE | {f"{key} of {name}": ([name], lambda run, key=key: run.config.get(key)) for name, runs in study.items()
-                      for key in dict.fromkeys(key for run in runs for key in run.config) if key not in MAY_DIFFER}
+    checks = ALIKE | {
+        f"{key} of {name}": ([name], lambda run, key=key: (BEFORE | run.config).get(key)) for name, runs in study.items()
+        for key in dict.fromkeys(key for run in runs for key in run.config) if key not in MAY_DIFFER}
     found = [(f"runs of one study differ in {what}, {value(runs[0])} and {value(run)}", runs[0], run)
              for what, (names, value) in checks.items() if (runs := [run for name in names for run in study.get(name, ())])
              for run in runs if value(run) != value(runs[0])]
@@ -242,7 +243,8 @@ def draw_curves(study, names, first_epoch=1):
         curve = mean_curve(runs)
         epochs, mean, deviation = (column[curve[0] >= first_epoch] for column in curve)
         text = label(study, name) + (f" (n = {len(runs)})" if unequal else "")
-        text += "" if all(run.summary for run in runs) else ", unfinished"
+        text += "" if all(run.summary or run.diverged for run in runs) else ", unfinished"
+        text += ", diverged" * any(run.diverged for run in runs)
         stops = sorted((int(run.epochs[-1]), run.val_acc1[-1]) for run in runs if run.summary and run.summary["stopped_early"])
         if stops:
             text += f", stopped at {extent([epoch for epoch, _ in stops])}"
@@ -329,7 +331,8 @@ FIGURES = {
 def augmentation(config) -> str:
     """Abbreviated, without crop and flip."""
     mixing = ("M" if config.get("mixup") else "") + ("C" if config.get("cutmix") else "")
-    parts = POLICIES.get(config.get("policy")), "RE" if config.get("random_erasing") else "", mixing
+    policy = config.get("policy")
+    parts = POLICIES.get(policy, policy), "RE" if config.get("random_erasing") else "", mixing
     return "+".join(filter(None, parts)) or "-"
 
 
@@ -499,8 +502,8 @@ def write_outputs(directories, output: Path) -> None:
     said += [f"left out, not of the study: {', '.join(str(run.path) for run in others)}"] * bool(others)
     if missing := [name for name in SERIES if name not in study]:
         said.append(f"not found: {', '.join(missing)}")
-    said += [f"unfinished, in curves only: {run.path} (epoch {max(run.epochs, default=0)} of {run.config['epochs']})"
-             for runs in study.values() for run in runs if not run.summary]
+    said += [f"{'diverged' if run.diverged else 'unfinished'}, in curves only: {run.path} (epoch {max(run.epochs, default=0)} of "
+             f"{run.config['epochs']})" for runs in study.values() for run in runs if not run.summary]
     print(*said, sep="\n", end="\n" * bool(said))
 
     for name, (draw, wanted, needs_summary) in FIGURES.items():
@@ -512,13 +515,15 @@ def write_outputs(directories, output: Path) -> None:
             continue
         write_figure(legend(draw(pool, names)), output / name)
         print(f"{output / name}.png, .pdf" + (f": drawn without {', '.join(missing)}" if missing else ""))
-    for name, table in TABLES.items() if finished else ():
-        rows, note = table(finished)
+    diverged = ", ".join(f"{name} seed {run.config['seed']}" for name, runs in study.items() for run in runs if run.diverged)
+    tables = {name: table(finished) for name, table in TABLES.items()} if finished else {}
+    for name, (rows, note) in tables.items():
+        tables[name] = rows, note = rows, note + f" Diverged, and not counted: {diverged}." * bool(diverged)
         for suffix, render in FORMATS.items():
             files.write_atomic(output / f"{name}.{suffix}", render(rows, note).encode())
         print(f"{output / name}.md, .csv, .tex")
     if finished:
-        print("", as_markdown(*table1(finished)), sep="\n", end="")
+        print("", as_markdown(*tables["table1"]), sep="\n", end="")
     if unreadable:
         raise Failure(DATA, f"runs that cannot be read were left out ({len(unreadable)}, named above)",
                       "repair them, or take them away")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rundir.errors import DIVERGED
 from rundir.files import damaged, read_json
 from rundir.identity import BEFORE
 
@@ -19,16 +20,21 @@ SUMMARY = {"test_acc1_last": NUMBER, "test_acc1_best": NUMBER, "best_epoch": int
 ALARM = {"name": str, "value": NUMBER, "limit": NUMBER, "text": str}
 SETTING = ("dataset", "student", "teacher", "teacher_sha256", "image_size", "val_size", "crop", "crop_scale", "crop_ratio",
            "flip", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "class_weights")
+PLAIN = {"ce_weight": None, "standardize": False, "loss_scale": 1.0, "match_norm": "none"}  # of a KD that is no control: off
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory: `epochs` int64 (E,), `val_acc1` float64 (E,) in percent, `summary` None while the run is unfinished."""
+    """One run directory: `epochs` int64 (E,), `val_acc1` float64 (E,) in percent.
+
+    summary: None while the run is unfinished, and if it diverged.
+    """
     path: Path
     config: dict
     epochs: np.ndarray
     val_acc1: np.ndarray
     summary: dict | None
+    diverged: bool = False
 
     @property
     def distilled(self) -> bool:
@@ -55,13 +61,17 @@ class Run:
 def control_of(run: Run, runs: list[Run]) -> Run | None:
     """The KD run beside it: the first of `runs` with the same teacher, network, augmented images and class weights.
 
-    If possible, with the same seed.  None for that run itself, and for a run without a teacher.
+    If possible a plain one, and then with the same seed.  None for that run itself, and for a run without a teacher.
     """
     alike = [other for other in runs if other.config.get("method") == "kd" and all(
         (BEFORE | other.config).get(name) == (BEFORE | run.config).get(name) for name in SETTING)]
-    same_seed = [other for other in alike if other.config["seed"] == run.config["seed"]]
-    found = next(iter(same_seed + alike), None)
+    found = min(alike, key=lambda other: (not is_plain(other.config), other.config["seed"] != run.config["seed"]), default=None)
     return found if run.distilled and found is not run else None
+
+
+def is_plain(config: dict) -> bool:
+    """Whether a run of KD with these flags may be a control; runs of earlier versions lack some of the flags."""
+    return all(config.get(name) in (value, None) for name, value in PLAIN.items())
 
 
 def require(path: Path, content: dict, **kinds) -> None:
@@ -113,4 +123,5 @@ def read_run(directory: Path) -> Run:
             require(path, alarm if isinstance(alarm, dict) else {}, **ALARM)
         if summary["best_epoch"] not in epochs:
             raise damaged(log, f"no row of epoch {summary['best_epoch']}, the best one by summary.json")
-    return Run(directory, config, epochs, val_acc1, summary)
+    status = read_json(directory / "status.json") or {}
+    return Run(directory, config, epochs, val_acc1, summary, summary is None and status.get("exit_code") == DIVERGED)

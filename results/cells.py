@@ -10,16 +10,16 @@ from statistics import fmean
 from cli.sweep_table import spread
 from diagnostics.alarms import collapsed
 from plots import make_figures
+from plots.run_files import is_plain
 
 AUGMENTATION = {"policy": "AutoAugment", "random_erasing": "Random Erasing", "mix_prob": "Mixup/CutMix"}
-PLAIN = {"ce_weight": None, "standardize": False, "loss_scale": 1.0, "match_norm": "none"}  # of a KD that is no control: off
 
 
 @dataclass
 class Cell:
     """Runs that differ in the seed alone.  flags: of one.  runs: by seed, rows of runs.csv with their rows of epochs.csv as
-    `epochs` and validation accuracies as `val`, without those that diverged.  diverged: how many did.  control: KD with alpha
-    0.7, the same teacher and augmentation; None for that cell itself and for one without a teacher."""
+    `epochs` and validation accuracies as `val`, without those that diverged.  diverged: how many did.  control: a plain
+    KD with the same teacher and augmentation; None for that cell itself and for one without a teacher."""
     flags: dict
     runs: dict
     diverged: int = 0
@@ -50,12 +50,11 @@ class Cell:
         return ", ".join(parts + [f"{count} of {runs[1]} {how}" for how, count in bad if count])
 
     @property
-    def headings(self) -> tuple[str, str, str]:
-        """Data, networks and epochs; optimizer and learning rate; the number of seeds."""
+    def headings(self) -> tuple[str, str]:
+        """Data, networks and epochs; optimizer and learning rate."""
         dataset = make_figures.DATASETS.get(self.flags["dataset"], self.flags["dataset"])
         return ("{0}, {teacher} → {student}, {epochs} epochs".format(dataset, **self.flags),
-                f"{self.flags['opt'].upper()}, learning rate {self.flags['lr']:g}",
-                "n = 1 seed" if self.ends["runs"] == 1 else f"n = {self.ends['runs']} seeds")
+                f"{self.flags['opt'].upper()}, learning rate {self.flags['lr']:g}")
 
     def by_epoch(self, column: str) -> tuple[list[int], list[float]]:
         """Epochs, and at each the mean over the runs that have a value there."""
@@ -88,21 +87,15 @@ def read_sweep(directory: Path) -> dict[str, Cell]:
             rows = epochs[run["run"]]
             cell.runs[run["seed"]] = run | {"epochs": rows, "val": [row["val_acc1"] for row in rows]}
     plain = [cell for cell in cells.values() if cell.flags["method"] == "kd"
-             and all(cell.flags.get(name, off) in (off, None) for name, off in PLAIN.items())]
+             and is_plain(cell.flags)]
     plain.sort(key=lambda kd: kd.flags["clip_grad"], reverse=True)  # of several, that of the study
     for cell in cells.values():
         found = next((kd for kd in plain if all(
-            kd.flags.get(name) == cell.flags.get(name) for name in ("teacher", *AUGMENTATION))), None)
+            kd.flags.get(name) == cell.flags.get(name) for name in ("teacher_sha256", *AUGMENTATION))), None)
         cell.control = None if found is cell else found
     return cells
 
 
 def pairs_of(one: Cell, other: Cell) -> list[float]:
+    """The differences in accuracy over the common seeds, in percentage points."""
     return [run["test_acc1_best"] - other.runs[seed]["test_acc1_best"] for seed, run in one.runs.items() if seed in other.runs]
-
-
-def paired(one: Cell, other: Cell) -> tuple[int, float | None, float | None, float | None]:
-    """The number of common seeds, the mean difference in accuracy over them in percentage points, and its 95 % interval."""
-    pairs = pairs_of(one, other)
-    difference, _, *interval, _ = spread(pairs)
-    return len(pairs), difference, *interval

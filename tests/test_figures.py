@@ -273,6 +273,11 @@ def test_missing_and_unfinished_runs_are_named_and_the_rest_is_drawn(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [f"figure{number}.png" for number in (1, 2, 4, 5, 6)]
     assert list(rows) == ["v2"] and (rows["v2"]["n"], float(rows["v2"]["test_acc1_best_mean"])) == ("2", 61)
     assert line(draw(tmp_path / "runs", "figure2"), "v2").get_label() == "v2: KD, unfinished"
+    (running / "status.json").write_text('{"exit_code": 6}')
+    _, output, rows = run_study(tmp_path)
+    assert f"diverged, in curves only: {running} (epoch 3 of 8)\n" in output and rows["v2"]["n"] == "2"
+    assert "Diverged, and not counted: v2 seed 3." in (tmp_path / "out" / "table1.md").read_text()
+    assert line(draw(tmp_path / "runs", "figure2"), "v2").get_label() == "v2: KD, diverged"
     study, *_ = make_figures.read_study([running, tmp_path / "runs" / "v2-s1", tmp_path / "runs"])
     assert [run.config["seed"] for run in study["v2"]] == [1, 2, 3], "each run counts once"
 
@@ -313,6 +318,7 @@ def test_nothing_to_draw_and_unknown_flags_are_errors(tmp_path):
 def test_a_run_that_cannot_be_read_leaves_the_others(tmp_path):
     for name in ("v1", "v2", "v3"):
         write_run(tmp_path / "runs" / name, name, epochs=8)
+    write_run(tmp_path / "runs" / "v3-s2", "v3", seed=2, epochs=8, loss_scale=1.0)  # of a version that has this flag
     (tmp_path / "runs" / "v1" / "summary.json").write_text('{"test_acc1_la')
     _, said, rows = run_study(tmp_path, expected=4)
     assert "left out: cannot read summary.json" in said and str(tmp_path / "runs" / "v1") in said
@@ -321,14 +327,17 @@ def test_a_run_that_cannot_be_read_leaves_the_others(tmp_path):
 
 def test_a_run_far_below_kd_of_its_seed_collapsed(tmp_path):
     """By 5 points and three images; KD with other images is no control, and a student alone has none."""
-    def end_at(accuracy, name, seed, **images):
-        path = write_run(tmp_path / "runs" / f"{name}-s{seed}", name, epochs=8, seed=seed, summary={"best_epoch": 8, **images})
+    def end_at(accuracy, name, seed, flags={}, **images):
+        path = write_run(tmp_path / "runs" / f"{name}{'-alpha8' * bool(flags)}-s{seed}", name, epochs=8, seed=seed,
+                         summary={"best_epoch": 8, **images}, **flags)
         (path / "log.csv").write_text("epoch,val_acc1\n" + "".join(f"{epoch},{accuracy}\n" for epoch in range(1, 9)))
 
     for accuracy, name, seed in ((50, "v2", 1), (45, "v3", 1), (60, "v2", 2), (54.9, "v3", 2), (20, "v1", 1), (20, "alone", 1)):
         end_at(accuracy, name, seed)
     end_at(35.0, "v3", 3, val_images=20)  # 15 points below the first v2
+    end_at(90, "v2", 3, flags={"experiment": None, "alpha": 8.0, "ce_weight": 1.0})  # of the same seed, and no control
     verdicts = {name: row["verdict"] for name, row in run_study(tmp_path)[2].items()}
+    assert verdicts.pop("v2-alpha8") == "completed"
     assert verdicts == {"v2": "completed", "v3": "2 completed, 1 collapsed", "v1": "completed", "alone": "completed"}
 
 

@@ -21,7 +21,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's root
 from diagnostics import alarms
-from results.cells import PLAIN, read_sweep
+from plots.run_files import PLAIN
+from results.cells import read_sweep
 from results.tables import write_csv
 
 FOLDER = Path(__file__).parent

@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's root
 from diagnostics.alarms import FALL, SHARE
 from plots import make_figures
-from results.cells import AUGMENTATION, Cell, paired, read_sweep
+from results.cells import AUGMENTATION, Cell, pairs_of, read_sweep
 
 LEFT = {"x": 0.01, "ha": "left", "fontsize": 7.5}
 RED, BLUE = "#D55E00", "#0072B2"
@@ -49,9 +49,9 @@ def phase_rows(cells: dict[str, Cell]) -> list[dict]:
 
     dkd, rows = [cell for name, cell in cells.items() if PHASE.fullmatch(name)], []
     for cell in sorted(dkd, key=lambda cell: (level(cell), cell.flags["beta"])):
-        n, difference, *_ = paired(cell, cell.control)
+        pairs = pairs_of(cell, cell.control)
         rows.append({"augmentation": " + ".join(compress(AUGMENTATION.values(), level(cell))) or "none",
-                     "beta": cell.flags["beta"], "n": n, "difference": difference, "accuracy": cell.accuracy,
+                     "beta": cell.flags["beta"], "n": len(pairs), "difference": fmean(pairs), "accuracy": cell.accuracy,
                      "kd_accuracy": cell.control.accuracy, **cell.ends})
     return rows
 
@@ -160,7 +160,7 @@ def main(arguments=None) -> None:
         parser.exit(4, f"error: no table ({failure.filename}). make it with results/tables.py\n")
     differences = phase_rows(high)
     with matplotlib.style.context(["default", make_figures.STYLE | {"hatch.linewidth": 0.6}]):
-        make_figures.write_figure(draw_phase(differences, high[KD].headings[:2]), args.output / "figure7")
+        make_figures.write_figure(draw_phase(differences, high[KD].headings), args.output / "figure7")
         make_figures.write_figure(draw_shares([usual, high]), args.output / "figure8")
     (args.output / "figure7.csv").write_text(make_figures.csv_text(differences))
 
