@@ -1,5 +1,5 @@
 # make demo: the whole study in miniature on embedded data.   make test: all checks.   make lint: style and types.
-# make torture: thousands of killed, stopped and corrupted runs, and each barrier of the kernels taken out.
+# make torture: hundreds of killed, stopped and corrupted runs, and each barrier of the kernels taken out.
 # All set up .venv themselves, once.
 # make gpu: what there is to measure on a GPU, in three stages: make gpu PYTHON=python3 STAGE=2 OUTPUT=dir needs no .venv.
 # make test-export: exported files in the runtimes that `make test` does without, from requirements-export.txt, and in a browser where
@@ -36,7 +36,7 @@ deploy/web/node_modules: deploy/web/package-lock.json
 STAGE := 1
 OUTPUT := runs/gpu-day/output
 gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(INSTALLED))
-	$(PYTHON) -m benchmarks.gpu_day --stage $(STAGE) --output $(OUTPUT) $(if $(DATA),--data $(DATA)) $(FLAGS)
+	$(PYTHON) -m benchmarks.gpu_day --stage $(STAGE) --output "$(OUTPUT)" $(if $(DATA),--data "$(DATA)") $(FLAGS)
 
 torture: $(INSTALLED)
 	PYTHONPATH=. $(PYTHON) tests/torture.py

@@ -79,7 +79,7 @@ def rivals(images, labels, batch_size: int) -> dict:
     for name, module, _ in VERSIONS:
         policy = module.AutoAugment(v1.AutoAugmentPolicy.CIFAR10)
         found["policy"][f"torchvision {name}, tensor"] = lambda each=policy: len([each(image) for image in few])
-    found["pipeline"] |= one_by_one(tensor_pipelines(), few, labels, mix) | loading(few, labels[:4096], batch_size)
+    found["pipeline"] |= one_by_one(tensor_pipelines(), few, labels, mix) | loading(few, labels, batch_size)
     return found
 
 
@@ -90,7 +90,7 @@ def photographs(images, labels, batch_size: int) -> dict:
     found |= one_by_one(timm_pipeline(), list(map(to_pil_image, few.cpu())), labels, mix)
     found |= {name: lambda each=each: len(mix(each(few / 255), labels[:len(few)])[0])
               for name, each in kornia_pipeline(images.device).items()}
-    return found | loading(few, labels[:4096], batch_size, photographs=True)
+    return found | loading(few, labels, batch_size, photographs=True)
 
 
 def tensor_pipelines(photographs=False) -> dict:

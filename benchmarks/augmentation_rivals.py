@@ -65,6 +65,7 @@ def loading(images, labels, batch_size: int, photographs=False) -> dict:
     images: uint8 (N, 3, H, W), which take turns, one for each of the labels.
     """
     pictures, workers = itertools.cycle(map(to_pil_image, images.cpu())), min(16, os.cpu_count())
+    labels = labels[:max(4096, 4 * workers * batch_size)]  # four batches at least for each worker
     loader = DataLoader(
         list(zip(pictures, labels.tolist())), batch_size, shuffle=True, drop_last=True, num_workers=workers,
         collate_fn=partial(transformed, torchvision_pipeline(v1, [v1.ToTensor()], photographs)), persistent_workers=True,

@@ -1,7 +1,6 @@
 """The picture of docs/performance.md, from the CSV files of the benchmarks.
 
     python -m benchmarks.figure               docs/performance.png
-    python -m benchmarks.figure --where h100  from the files of another device
 
 Points are medians over the repeats, lines go from the slowest repeat to the fastest; the axes are logarithmic.
 """
@@ -32,7 +31,7 @@ def rows(path: Path, chosen: dict) -> list[dict]:
 
 
 def main(args) -> None:
-    panels = {title: rows(RESULTS / f"{name}-{args.where}.csv", chosen) for title, (name, chosen, *_) in PANELS.items()}
+    panels = {title: rows(RESULTS / f"{name}-cpu.csv", chosen) for title, (name, chosen, *_) in PANELS.items()}
     figure = Figure(figsize=(8.6, 0.9 + 0.22 * sum(map(len, panels.values()))), layout="constrained")
     axes = figure.subplots(len(panels), 1, height_ratios=[len(found) for found in panels.values()])
     for axis, (title, found) in zip(axes, panels.items()):
@@ -56,7 +55,6 @@ def main(args) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--where", default="cpu", help="the device in the names of the files; default: cpu")
     parser.add_argument("--output", type=Path, default=RESULTS.parents[1] / "docs/performance.png", metavar="FILE",
                         help="default: docs/performance.png")
     errors.run(main, parser.parse_args())

@@ -33,15 +33,17 @@ PAIRS = ("resnet32x4-resnet8x4-128 efficientnet_v2_l-efficientnet_v2_s-128 resne
          "resnet32x4-resnet8x4-512")
 STAGES = {  # part: the most seconds that it may take, its module and flags; the most important first
     1: {"machine": (60, "gpu_checks machine"), "kernels": (100, "gpu_checks kernels"),
+        "tests-only-gpu": (60, "pytest tests/test_softmax_kl.py tests/test_augment_kernel.py tests/test_capture.py "
+                               "-k captured_graph,compile_nothing,few_launches,gpu_records"),
         "augmentation": (100, "gpu_checks augmentation"), "variants": (200, "gpu_runs variants"),
         "tests-gpu": (120, "pytest tests/test_softmax_kl.py tests/test_augment_kernel.py tests/test_capture.py "
                            "tests/test_loop.py"),
         "sanitizer": (90, "gpu_checks sanitizer"), "tests-all": (600, "pytest")},
-    2: {"loss": (110, "loss --case 128x100 512x100 1024x1000 4096x8192 4096x32000"),
-        "step": (150, f"step --quick --case {PAIRS}"), "bounds": (60, "gpu_checks bounds"),
+    2: {"loss": (150, "loss --case 128x100 4096x32000 1024x1000 4096x8192 512x100"),
+        "step": (150, f"step --quick --case {PAIRS}"), "bounds": (120, "gpu_checks bounds"),
         "augmentation": (70, "augmentation --quick --case 128 512"), "step-compiled": (600, f"step --case {PAIRS}")},
     3: {"runs": (600, "gpu_runs runs")}}
-TOO_LONG = ("tests-gpu", "tests-all", "step-compiled")  # for --tiny
+TOO_LONG = ("tests-only-gpu", "tests-gpu", "tests-all", "step-compiled")  # for --tiny
 
 
 class Part(NamedTuple):
@@ -54,11 +56,11 @@ class Part(NamedTuple):
 def parts_of(args) -> list[Part]:
     """The parts of a stage, the most important first."""
     parts, common = [], ["--device", str(args.device), "--output", "{rows}", *["--tiny"] * args.tiny]
-    pytest = ["-q", "-p", "no:cacheprovider"]
+    pytest = ["-v", "-p", "no:cacheprovider"]  # -v names what failed, also of a part that is out of time
     if find_spec("xdist"):
-        pytest += ["-n", str(min(12, os.cpu_count())), "--dist", "loadfile"]
+        pytest += ["-n", str(min(12, os.cpu_count())), "--dist", "worksteal"]
     for name, (most, line) in STAGES[args.stage].items():
-        module, *flags = line.split()
+        module, *flags = (word.replace(",", " or ") for word in line.split())
         if module == "gpu_runs":
             flags += ["--seconds", "{seconds}", "--work", str(WORK), "--data", str(args.data and args.data.resolve())]
         elif args.tiny and module != "gpu_checks":

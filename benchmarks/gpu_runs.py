@@ -9,6 +9,7 @@ later call goes on with the same plan.
 """
 import lzma
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def run(command: str, output: Path, end: float, kill_after: int | None = None) -
         return Ended("not begun", 0.0, "")
     make_directory(output.parent)
     with open(text, "wb") as log:
-        process = subprocess.Popen([sys.executable, *command.split(), "--output", str(output), "--resume", "auto"], cwd=ROOT,
+        process = subprocess.Popen([sys.executable, *shlex.split(command), "--output", str(output), "--resume", "auto"], cwd=ROOT,
                                    stdout=log, stderr=log)
         terminated = False
         while process.poll() is None:
@@ -101,11 +102,13 @@ def variants(args) -> list[str]:
     recipe = "--dataset synthetic --epochs 3 --warmup-epochs 1 --batch-size 128 --opt sgd --lr 0.05 --patience 0"
     if args.tiny:
         pictures(args.work / "images")
-        recipe = f"--dataset imagefolder --data-dir {args.work}/images --epochs 2 --warmup-epochs 1 --batch-size 8 --lr 0.01"
+        recipe = (f"--dataset imagefolder --data-dir {shlex.quote(str(args.work))}/images --epochs 2 --warmup-epochs 1 "
+                  "--batch-size 8 --lr 0.01")
     recipe += f" --device {args.device}"
 
     def distill(name: str) -> None:
-        command = (f"distill.py --student v2_pico --teacher-checkpoint {folder}/teacher/best.pt --allow-weak-teacher {recipe} "
+        command = (f"distill.py --student v2_pico --teacher-checkpoint {shlex.quote(str(folder))}/teacher/best.pt "
+                   f"--allow-weak-teacher {recipe} "
                    f"{VARIANTS[name]}")
         if name == "killed" and (ended := run(command, folder / name, args.end, kill_after=1)).outcome != "failed (-9)":
             keep(name, ended._replace(outcome=f"{ended.outcome} before it was killed"))
@@ -152,15 +155,16 @@ def unpack(archive: Path, folder: Path) -> None:
 def train_chain(args, folder: Path, seconds: float, rows: table.Rows) -> None:
     """Plan and train the chain of CHAINS that `folder` is named after, in at most so many seconds."""
     end, (teacher, student, recipe) = time.monotonic() + seconds, (CHAINS | TINY_CHAINS)[folder.name]
-    recipe += f" --dataset imagefolder --data-dir {folder.parent / 'images'} --device {args.device} --patience 0"
+    images = shlex.quote(str(folder.parent / "images"))
+    recipe += f" --dataset imagefolder --data-dir {images} --device {args.device} --patience 0"
 
     def command(which: str, epochs: int) -> str:
         flags = f"{recipe} --epochs {epochs} --warmup-epochs {min(2, epochs - 1)}"
         if which in ("teacher", "alone"):
             return f"train_teacher.py --model {teacher if which == 'teacher' else student} --no-pretrained {flags}"
         # A teacher of a probe, or of few epochs, may be weak.
-        return (f"distill.py --experiment {which} --student {student} --teacher-checkpoint {folder}/teacher/best.pt "
-                f"--allow-weak-teacher {flags}")
+        return (f"distill.py --experiment {which} --student {student} --teacher-checkpoint "
+                f"{shlex.quote(str(folder))}/teacher/best.pt --allow-weak-teacher {flags}")
 
     def measure(which: str) -> tuple[float, float]:
         """Seconds of a run outside its epochs, and of an epoch."""

@@ -53,7 +53,7 @@ class Ours:
     workers = 0
 
     def __init__(self, teacher, student, args, context, images, labels, *, captured: bool = False, stored: bool = False):
-        method = method_flags.chosen(args)
+        method, self.stored, self.captured = method_flags.chosen(args), stored, captured
         self.recipe, self.context, self.epoch, self.lap = Recipe.of(args), context, 0, lambda phase: None
         checkpoint = teacher.info | {"state_dict": teacher.state_dict(), "path": "", "sha256": ""}
         teacher = models.load(checkpoint, context.device, context.dtype, folded=True)
@@ -122,6 +122,7 @@ class PlainLoop:
 
     images, labels: on the host.  args: of `recipe`.  layout: the memory format of networks and images.  lap: as in Ours.
     """
+    stored = captured = False
 
     def __init__(self, teacher, student, args, context, images, labels, workers: int, *, layout=torch.contiguous_format,
                  compiled: bool = False):

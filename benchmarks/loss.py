@@ -104,7 +104,10 @@ def benchmark(rows: int, classes: int, dtype: str, loss: str, device, repeats: i
     calls = contenders(loss, student.requires_grad_(), teacher, label)
     if not calls:
         return
-    memory = {name: peak_bytes(call, device) for name, call in calls.items()}  # before graphs hold some
+    memory = {}  # before graphs hold some
+    for name, call in calls.items():
+        student.grad = None  # of the call before, which would be freed in this one
+        memory[name] = peak_bytes(call, device)
     once = max(1.0, wall_us(calls.get(BASE) or next(iter(calls.values())), 1, device))
     modes = {"eager": interleaved(calls, lambda call: wall_us(call, max(1, int(2e4 / once)), device), repeats)}
     if device.type == "cuda":

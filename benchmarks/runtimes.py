@@ -200,7 +200,10 @@ def start(section: Section, path: Path, images: np.ndarray, labels: np.ndarray, 
     if not worker.row.reason:
         if section.name == REFERENCE:
             references[path.name] = worker
-        worker.reference = references.get(path.name, references["best-fp32.onnx"])
+        worker.reference = references.get(path.name, references.get("best-fp32.onnx"))
+        if worker.reference is None:
+            worker.row.reason = f"{REFERENCE} did not run, with which it would be compared"
+            return worker
         predictions, count = worker.logits.argmax(1), worker.row.images
         worker.row.same = int(np.sum(predictions == worker.reference.logits[:count].argmax(1)))
         worker.row.accuracy = round(100 * float(np.mean(predictions == labels[:count])), 4)

@@ -36,7 +36,7 @@ CASES = ("v2_tiny-v2_pico-128", "resnet20-resnet8-128", "resnet32x4-resnet8x4-12
 GPU_CASES = (*CASES, "resnet32x4-resnet8x4-64", "resnet32x4-resnet8x4-512", "efficientnet_v2_l-efficientnet_v2_s-128")
 TINY = ("v2_tiny-v2_pico-8",)
 PHASES = ("waiting", "augment", "teacher", "student", "objective", "backward", "update", "bookkeeping")
-PROFILED = 10  # steps
+PROFILED = 10  # steps at most
 BLOCK_S, BLOCK_STEPS = 2.0, 64  # how long a block of the plain loop takes, and the most steps it has
 BASE = "plain loop"
 
@@ -111,7 +111,9 @@ def benchmark(case, context, images, labels, batch_size: int, repeats: int, comp
             contender = make(*networks(case, device, layout), args, setup)
             begin_s = block_ms(contender, 1) / 1000
             for count in (WARM_UP + 1, 1) * on_gpu:  # a graph is captured of both kinds of steps
-                contender.run(count)
+                contender.run(min(count, steps))
+            for _ in range(2 * contender.stored):  # whole epochs: the first stores, the second reads and is captured
+                contender.run(steps)
         except (RuntimeError, errors.Failure) as failure:  # out of memory, no graph, and what torch.compile raises
             print(f"  {name} failed and is left out: {' '.join(str(failure).splitlines()[:2])}")
             continue
@@ -127,14 +129,15 @@ def benchmark(case, context, images, labels, batch_size: int, repeats: int, comp
         cost = {"peak_mb": None, "begin_s": round(begin_s, 2), "kernels": None, "busy": None}
         if on_gpu:
             cost["peak_mb"] = round((torch.cuda.max_memory_allocated(device) - before + held) / 1e6, 1)
-            count, busy_us = kernels_of(partial(contender.run, PROFILED))
-            cost |= {"kernels": round(count / PROFILED, 1), "busy": round(busy_us / PROFILED / 1000 / spread["ms"], 3)}
+            profiled = min(PROFILED, steps)
+            count, busy_us = kernels_of(partial(contender.run, profiled))
+            cost |= {"kernels": round(count / profiled, 1), "busy": round(busy_us / profiled / 1000 / spread["ms"], 3)}
         yield table.Row(
             **table.versions(device, torch, triton), case=" to ".join(case), batch_size=batch_size, contender=name,
             precision=contender.context.precision, threads=torch.get_num_threads(), workers=contender.workers, repeats=repeats,
             steps=steps, **spread, images_per_s=round(1000 * batch_size / spread["ms"], 1), base=BASE,
             **table.spread("times_base", [base / ms for base, ms in zip(times.get(BASE, ()), times[name])]), **cost,
-            **(dict.fromkeys(parts) if name.endswith("graph") else parts))
+            **(dict.fromkeys(parts) if contender.captured else parts))
 
 
 def main(args) -> None:

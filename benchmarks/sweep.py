@@ -10,6 +10,7 @@ training in its epochs.  times_base: the speed over that of the run that compute
 """
 import csv
 import itertools
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -34,25 +35,25 @@ BASE = "computed"
 def seconds(line: str) -> dict:
     """Run distill.py with these flags: seconds of the process, and of the training in its epochs."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, ROOT / "distill.py", *line.split()], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, ROOT / "distill.py", *shlex.split(line)], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise Failure(BUG, f"a run failed (distill.py {line}: {done.stderr.strip()})", "run it by itself")
     process_s = time.perf_counter() - began
-    with open(Path(line.split()[-1], "log.csv"), newline="") as file:
+    with open(Path(shlex.split(line)[-1], "log.csv"), newline="") as file:
         return {"process_s": process_s, "train_s": sum(float(row["epoch_s"]) for row in csv.DictReader(file))}
 
 
 def benchmark(case: str, args, folder: Path):
     """A row for each run of the grid and contender."""
-    (teacher, student), device = case.split("-"), args.device
+    (teacher, student), device, quoted = case.split("-"), args.device, shlex.quote(str(folder))
     net, _ = networks((teacher, student), torch.device("cpu"))
     models.save(folder / "teacher.pt", net, **net.info, mean=MEAN, std=STD, dataset="synthetic", test_acc1=None, amp="off")
     grid = list(itertools.product(BETAS, RATES))[:2 if args.quick else None]
     for number, (beta, lr) in enumerate(grid):
         common = (f"--dataset synthetic --method dkd --beta {beta} --lr {lr} --opt sgd --epochs {1 if args.quick else EPOCHS} "
-                  f"--device {device} --student {student} --teacher-checkpoint {folder}/teacher.pt --allow-weak-teacher")
-        took = {name: seconds(f"{common} {flags} --output {folder}/{name}-{beta}-{lr}")
-                for name, flags in ((BASE, ""), ("stored", f"--teacher-logits {folder}/logits"))}
+                  f"--device {device} --student {student} --teacher-checkpoint {quoted}/teacher.pt --allow-weak-teacher")
+        took = {name: seconds(f"{common} {flags} --output {quoted}/{name}-{beta}-{lr}")
+                for name, flags in ((BASE, ""), ("stored", f"--teacher-logits {quoted}/logits"))}
         for name, each in took.items():
             times = {f"times_base_{part}": round(took[BASE][part] / value, 3) for part, value in each.items()}
             yield table.Row(

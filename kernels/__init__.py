@@ -1,5 +1,6 @@
 """The Triton kernels, a file each.  Here: the labels that they read, and whether they or their CPU paths ("reference") run."""
 import os
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,12 @@ def choose(name: str) -> None:
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on CPU tensors; it reads this when it is first imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_device_of(tensor: torch.Tensor):
+    """A context in which kernels are launched on the GPU of `tensor`: Triton launches on the current one."""
+    away = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if away else nullcontext()
 
 
 def use_triton(tensor: torch.Tensor) -> bool:

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import augment_constants
+from kernels import augment_constants, on_device_of
 from kernels.augment_constants import WARPS
 
 NOTHING, GEOMETRY, SHARPNESS, COLOR, CONTRAST, EQUALIZE, AUTOCONTRAST, LOOKUP = map(tl.constexpr, augment_constants.KINDS)
@@ -709,14 +709,15 @@ def augment_triton(step: torch.Tensor, rows: range, tables: Tables, size: int, d
     batch, results = (step, rows.start, count, tables), (images, label, other, lam)
     image = {"SIZE": size, "SLOTS": tables.subpolicies.shape[1], "RESIZED": len(tables.boxes) > BOXES.value,
              "SIDE": tables.images.shape[1]}
-    if size in WARPS:
-        _augment_kernel[(pairs,)](*batch, *results, **image, num_warps=WARPS[size], enable_fp_fusion=False)
-    else:
-        copies = torch.empty(count, 2, size * size, dtype=torch.int32, device=device)
-        lookups = torch.empty(count, 3 * 256, dtype=torch.uint8, device=device)
-        # Without a limit the assembler aims at two programs on a multiprocessor, and spills registers for that.
-        _augment_policy_kernel[(count,)](*batch, copies, lookups, **image, TILE=POLICY_TILE, num_warps=POLICY_TILE // 128,
-                                         maxnreg=128, enable_fp_fusion=False)
-        _augment_mix_kernel[(pairs * triton.cdiv(size * size, MIX_TILE),)](
-            *batch, copies, *results, SIZE=size, TILE=MIX_TILE, num_warps=MIX_TILE // 256, enable_fp_fusion=False)
+    with on_device_of(images):
+        if size in WARPS:
+            _augment_kernel[(pairs,)](*batch, *results, **image, num_warps=WARPS[size], enable_fp_fusion=False)
+        else:
+            copies = torch.empty(count, 2, size * size, dtype=torch.int32, device=device)
+            lookups = torch.empty(count, 3 * 256, dtype=torch.uint8, device=device)
+            # Without a limit the assembler aims at two programs on a multiprocessor, and spills registers for that.
+            _augment_policy_kernel[(count,)](*batch, copies, lookups, **image, TILE=POLICY_TILE, num_warps=POLICY_TILE // 128,
+                                             maxnreg=128, enable_fp_fusion=False)
+            _augment_mix_kernel[(pairs * triton.cdiv(size * size, MIX_TILE),)](
+                *batch, copies, *results, SIZE=size, TILE=MIX_TILE, num_warps=MIX_TILE // 256, enable_fp_fusion=False)
     return images.permute(0, 3, 1, 2), label, other, lam

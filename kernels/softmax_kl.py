@@ -38,7 +38,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels import interpreted, use_triton
+from kernels import interpreted, on_device_of, use_triton
 
 SPLITS = ("pair", "dominant", "first")
 W_CE, W_KL, W_TCKD, W_NCKD, TEMPERATURE, SMOOTHING = map(tl.constexpr, range(6))  # where `hyperparameters` has each number
@@ -855,10 +855,11 @@ def softmax_kl_triton(student, teacher, label, other, lam, hyper, *, terms: str,
     grad = torch.empty(student.shape, dtype=torch.float32, device=student.device)
     row_terms = torch.empty(4, rows, dtype=torch.float32, device=student.device)
     losses = torch.empty(5, dtype=torch.float32, device=student.device)
-    _softmax_kl_kernel[(triton.cdiv(rows, tile.rows),)](
-        student, teacher, label.contiguous(), other.contiguous(), lam.contiguous(), hyper, class_weights, grad, row_terms, losses,
-        _counter_for(student), rows, classes, student.stride(0), teacher.stride(0), **wanted,
-        SPLIT=split, REVERSE=reverse, ROWS=tile.rows, CHUNKS=tile.chunks, LANES=tile.lanes, VECTOR=vector,
-        REDUCE=256 * tile.warps, num_warps=tile.warps, maxnreg=tile.registers or None,
-        enable_fp_fusion=True)  # by default Triton 3.9 does so with a warning, and newer ones may not
+    with on_device_of(student):
+        _softmax_kl_kernel[(triton.cdiv(rows, tile.rows),)](
+            student, teacher, label.contiguous(), other.contiguous(), lam.contiguous(), hyper, class_weights, grad, row_terms,
+            losses, _counter_for(student), rows, classes, student.stride(0), teacher.stride(0), **wanted,
+            SPLIT=split, REVERSE=reverse, ROWS=tile.rows, CHUNKS=tile.chunks, LANES=tile.lanes, VECTOR=vector,
+            REDUCE=256 * tile.warps, num_warps=tile.warps, maxnreg=tile.registers or None,
+            enable_fp_fusion=True)  # by default Triton 3.9 does so with a warning, and newer ones may not
     return losses, grad

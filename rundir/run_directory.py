@@ -175,7 +175,7 @@ def environment() -> dict:
         except (OSError, subprocess.TimeoutExpired):
             return ""
 
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_initialized()  # a run on a CPU takes no memory of a GPU
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else ""
     return {
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,

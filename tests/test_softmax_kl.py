@@ -240,10 +240,10 @@ def test_a_weight_may_be_a_tensor_that_a_schedule_fills(kernel):
 
 
 def test_strided_rows(kernel):
-    z, v, targets = rows(9, 11)
-    wide, transposed = torch.randn(9, 40), v.T.contiguous().T
+    z, v, targets = on_device(*rows(9, 11))
+    wide, transposed = torch.randn(9, 40, device=z.device), v.T.contiguous().T
     wide[:, 3:14] = z
-    every_third = torch.randn(9, 40)
+    every_third = torch.randn(9, 40, device=z.device)
     every_third[:, 3:36:3] = z
     plain = run(z, v, targets)
     for student in (wide[:, 3:14], every_third[:, 3:36:3]):

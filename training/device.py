@@ -45,8 +45,10 @@ class RunContext:
         if not self.compiled:
             return net
         print("compiling a network with torch.compile: the first step takes a minute or more", flush=True)
-        on_gpu = self.device.type == "cuda"
-        return torch.compile(net, mode="reduce-overhead" if on_gpu and not captured else None)
+        own_graphs = self.device.type == "cuda" and not captured
+        if own_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # until the first mark, each network would overwrite the others' outputs
+        return torch.compile(net, mode="reduce-overhead" if own_graphs else None)
 
 
 def setup_context(device: str, amp: str | None, seed: int, kernels_choice: str = "auto", deterministic: bool = False,
