@@ -37,7 +37,7 @@ def main(args):
         data, (criterion, matched), recipe = run.load_data(), method.criteria(context.device, run.class_weights), Recipe.of(args)
         student = run.new_network(args.student, pretrained=args.student_init == "imagenet",
                                   init=None if args.student_init in ("none", "imagenet") else args.student_init)
-        teacher = models.load_teachers(checkpoints, data, student.info["image_size"], options.teacher_inputs(args),
+        teacher = models.load_teachers(checkpoints, data, student.info, options.teacher_inputs(args),
                                        temperature=method.hyperparameters.get("temperature", 1.0), folded=True,
                                        device=context.device, dtype=context.dtype)
         augmenter = BatchAugmenter(*data.train, **options.augmentation(args), mean=data.mean, std=data.std, dtype=context.dtype,

@@ -95,6 +95,8 @@ def build_tables(policy: str, size: int) -> PolicyTables:
     if policy not in POLICIES:
         raise ValueError(f"unknown policy ({policy}). choose one of {', '.join(POLICIES)}")
     subpolicies = POLICIES[policy](size)
+    longest = max(map(len, subpolicies))
+    subpolicies = [(*subpolicy, *[(*IDENTITY, 0.0, False)] * (longest - len(subpolicy))) for subpolicy in subpolicies]
     by_sign = [[[(name, -magnitude if signed else magnitude), (name, magnitude)] for name, _, magnitude, signed in subpolicy]
                for subpolicy in subpolicies]
     used = [operation for subpolicy in by_sign for pair in subpolicy for operation in pair]

@@ -60,7 +60,8 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, crop="pad",
     data_dir: folder of the files; CIFAR is downloaded to it if missing.
     val_size: number of training images in the stratified validation split drawn by `seed`; None: 5000 for CIFAR, else a tenth;
     0: validate on the test set.  A tenth of an image folder without a test set becomes one, the same for every seed; a folder
-    with images for validation needs no such split, and val_size takes precedence over them.
+    with images for validation needs no such split, and val_size takes precedence over them.  Images that are added to a folder
+    later hardly change these splits.
     image_size: side of the square to which images are resized and cropped, unless all share a square size that is no larger:
     networks upsample such images on the device.  crop: of the augmentation; with "resized" that side is stored_side(image_size).
     unreadable, allow_empty_classes: of data.imagefolder.
@@ -80,7 +81,7 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, crop="pad",
     train, val, test, sha256, notes = source.train, source.val, source.test, fingerprint(source), list(source.notes)
     if test is None:
         train, test = divide(train, a_tenth(train), TEST_SEED, source.classes, "a test split",
-                             "add images, or give the folder train and test")
+                             "add images, or give the folder train and test", source.names)
     mean, std = source.mean_and_std or mean_and_std(train)
     if val is not None and val_size is not None:
         notes.append(f"{len(val.labels)} images for validation are not used, because of --val-size {val_size}")
@@ -92,10 +93,13 @@ def load(name, data_dir, *, val_size=None, seed=42, image_size=None, crop="pad",
         selected_on = f"validation folder of {len(val.labels)} images"
     elif val_size:
         train, val = divide(train, val_size, seed, source.classes, "--val-size",
-                            "choose a smaller --val-size, 0 to validate on the test set, or add images")
+                            "choose a smaller --val-size, 0 to validate on the test set, or add images", source.names)
     else:
         val, selected_on = test, "test set"
     for split, images in ({"test": test} | ({} if val is test else {"validation": val})).items():
+        if not len(images.labels):
+            raise Failure(DATA, f"no {split} images ({data_dir})",
+                          "add some, or take their folder away: a part of the training images is used then")
         counts = images.labels.bincount(minlength=len(source.classes)).tolist()
         if missing := [name for name, count in zip(source.classes, counts) if not count]:
             notes.append(f"no {split} images of {len(missing)} of {len(counts)} classes: {', '.join(missing[:10])}"
@@ -121,6 +125,8 @@ def shared(images: Split, others: Split) -> int:
 
 def fingerprint(source: Source) -> str:
     content = hashlib.sha256(repr(source.classes).encode())
+    if None in (source.test, source.val):  # a split is drawn by the names
+        content.update(repr(source.names).encode())
     for split in filter(None, (source.train, source.test, source.val)):
         content.update(split.labels.numpy().data)
         content.update(split.stored.numpy().data)
@@ -131,11 +137,14 @@ def a_tenth(split: Split) -> int:
     return max(1, round(len(split.labels) / 10))
 
 
-def divide(split: Split, count: int, seed: int, classes: list[str], cause: str, remedy: str) -> tuple[Split, Split]:
+def divide(split: Split, count: int, seed: int, classes: list[str], cause: str, remedy: str, names=None) -> tuple[Split, Split]:
     """Stratified random split into the remainder and `count` rows, both in the order of the data set.
 
     cause, remedy: for the Failure USAGE if a class would be left without training images.
+    names: of all images of `split.stored`; an image's place in the random order of its class then depends on its name alone.
     """
+    if count >= len(split.labels):
+        raise Failure(USAGE, f"{cause} of {count} leaves none of {len(split.labels)} images for training", remedy)
     sizes = torch.bincount(split.labels, minlength=len(classes))
     shares = count * sizes // len(split.labels)
     # Largest-remainder rounding, which leaves at least one image in each class.
@@ -148,7 +157,12 @@ def divide(split: Split, count: int, seed: int, classes: list[str], cause: str, 
                              f"class {classes[smallest]} has {sizes[smallest]})", remedy)
     shares[remainders.argsort(descending=True, stable=True)[:missing]] += 1
 
-    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed))
+    if names is None:
+        order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed))
+    else:
+        own = names if split.rows is None else [names[row] for row in split.rows.tolist()]
+        keys = [hashlib.sha256(f"{seed} {name}".encode(errors="surrogateescape")).digest() for name in own]
+        order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
     order = order[split.labels[order].argsort(stable=True)]  # class by class, shuffled within each
     index_in_class = torch.arange(len(order)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     chosen = torch.zeros(len(order), dtype=torch.bool)

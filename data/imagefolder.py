@@ -71,8 +71,9 @@ def imagefolder(data_dir: Path, image_size, unreadable: str, allow_empty_classes
                       "replace its files")
     left_out = [f"{len(skipped)} of {len(paths)} images cannot be read, left out"] if skipped else []
     notes = [*found.notes, *left_out, *(f"{count} of {len(paths)} images {kind}" for kind, count in decoded.notes.items())]
+    names = [f"{name}/{os.path.basename(path)}" for name, path in found.splits["train"] if path not in skipped]
     return Source(splits["train"], splits.get("test"), found.classes, val=splits.get("val"), notes=notes,
-                  unreadable=failed)
+                  unreadable=failed, names=names)
 
 
 def read_images(prefix: Path, found: layout.Layout, paths: list[str], image_size) -> Decoded:

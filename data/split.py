@@ -34,6 +34,8 @@ class Source:
     """A data set as stored on disk; data.datasets.load draws or computes the fields that are None.
 
     notes: lines for the user.  unreadable: path and reason of each file that was skipped.
+    names: of the training images, with their class; splits are drawn by them, so that images that are added later hardly change
+    the splits, and the layout does not.
     """
     train: Split
     test: Split | None
@@ -43,3 +45,4 @@ class Source:
     val: Split | None = None
     notes: list[str] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    names: list[str] | None = None

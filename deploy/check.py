@@ -43,7 +43,7 @@ def data_of_run(checkpoint: Path, classes, data_dir: str | None = None) -> datas
 def calibration(data: datasets.Dataset) -> torch.Tensor:
     """Evenly spaced validation images, uint8 (N, H, W, 3); training images if validation used the test set."""
     split = data.train if data.val is data.test else data.val
-    return split.part(slice(None, None, max(1, len(split.labels) // CALIBRATION_IMAGES)))[:CALIBRATION_IMAGES]
+    return split.part(torch.linspace(0, len(split.labels) - 1, min(CALIBRATION_IMAGES, len(split.labels))).round().long())
 
 
 def compare(path: Path, checkpoint: Path, metadata: dict, exported, expected, labels, other=None, own=None) -> SimpleNamespace:
@@ -84,7 +84,7 @@ def judge(row, max_drop: float, stated: float | None, amp: str) -> None:
     """
     if stated is not None and abs(row.checkpoint_accuracy - stated) > tolerance(row.images, "off", amp):
         raise Failure(USAGE, f"test accuracy does not match the checkpoint ({row.checkpoint_accuracy:.2f} % instead of "
-                      f"{stated:.2f} %)", "nothing was written; set --data-dir to its training data")
+                      f"{stated:.2f} %)", "nothing was written; its images must be those of the run, at --data-dir")
     if row.precision == "fp32" and not row.largest_difference <= TOLERANCE * max(1, row.largest_logit):  # also refuses NaN
         raise Failure(DIVERGED, f"the exported file has different logits ({row.file}: by up to {row.largest_difference:.1e})",
                       "nothing was written; choose another --format")

@@ -19,6 +19,6 @@ def dkd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=1.0, bet
     """
     weights = Weights(ce=ce_weight, tckd=alpha, nckd=beta)
     op = standardized_softmax_kl if standardize else softmax_kl
-    loss, terms = op(student_logits, teacher_logits, *targets, weights, temperature=temperature,
-                     label_smoothing=label_smoothing, class_weights=class_weights, split=mixed_target)
+    loss, terms = op(student_logits, teacher_logits, targets.label, targets.other, targets.lam, weights,
+                     temperature=temperature, label_smoothing=label_smoothing, class_weights=class_weights, split=mixed_target)
     return loss, {"ce": terms.ce, "tckd": terms.tckd, "nckd": terms.nckd}

@@ -19,6 +19,6 @@ def kd_loss(student_logits, teacher_logits, targets: Targets, *, alpha=0.7, temp
         raise ValueError(f"kl must be one of {DIRECTIONS}, not {kl!r}")
     weights = Weights(ce=1 - alpha if ce_weight is None else ce_weight, kl=alpha)
     op = standardized_softmax_kl if standardize else softmax_kl
-    loss, terms = op(student_logits, teacher_logits, *targets, weights, temperature=temperature,
-                     label_smoothing=label_smoothing, class_weights=class_weights, reverse=kl == "reverse")
+    loss, terms = op(student_logits, teacher_logits, targets.label, targets.other, targets.lam, weights, reverse=kl == "reverse",
+                     temperature=temperature, label_smoothing=label_smoothing, class_weights=class_weights)
     return loss, {"ce": terms.ce, "kl": terms.kl}

@@ -7,11 +7,11 @@
 networks.py builds networks, weights.py loads and saves weights, cifar_networks.py defines the networks missing in torchvision,
 timm_networks.py takes those of timm, ensemble.py joins several teachers.
 """
-from models.ensemble import Ensemble, load_teachers, read_teachers
+from models.ensemble import Ensemble, infer, load_teachers, read_teachers
 from models.foreign import complete
-from models.networks import build, centre_crop, check_name, describe, flops, has_weights, names, parameters
+from models.networks import build, centre_crop, check_name, describe, flops, has_weights, input_sizes, names, parameters
 from models.weights import fold, initialise, load, normalise, predict, read, read_teacher, save
 
-__all__ = ["Ensemble", "build", "centre_crop", "check_name", "complete", "describe", "flops", "fold", "has_weights", "initialise",
-           "load", "load_teachers", "names", "normalise", "parameters", "predict", "read", "read_teacher",
-           "read_teachers", "save"]
+__all__ = ["Ensemble", "build", "centre_crop", "check_name", "complete", "describe", "flops", "fold", "has_weights", "infer",
+           "initialise", "input_sizes", "load", "load_teachers", "names", "normalise", "parameters", "predict", "read",
+           "read_teacher", "read_teachers", "save"]

@@ -61,7 +61,7 @@ def class_names(content, path) -> list[str] | None:
         entries |= json.loads(Path(path).with_name("config.json").read_text()) if Path(path).suffix == ".safetensors" else {}
     indices = entries.get("class_to_idx")
     found = sorted(indices, key=lambda name: indices[name]) if isinstance(indices, Mapping) else next(
-        (entries[key] for key in ("classes", "class_names", "label_names") if isinstance(entries.get(key), list)), None)
+        (entries[key] for key in ("classes", "class_names", "label_names") if isinstance(entries.get(key), (list, tuple))), None)
     return list(map(str, found)) if found else None
 
 
@@ -96,11 +96,11 @@ def network_of(weights: Mapping, path) -> str:
                   "name it with --teacher, such as resnet18, or timm/NAME")
 
 
-def complete(checkpoint: dict, data, image_size: int, stated: dict | None = None) -> dict:
+def complete(checkpoint: dict, data, sizes: dict, stated: dict | None = None) -> dict:
     """A checkpoint from models.read_teacher with the metadata that it lacks.
 
-    image_size: of the run.  stated: "image_size", "mean" and "std" of the images on which weights of another project were
-    trained, None where they are those of the run and of `data`.
+    sizes: "image_size" and "stored_size" of the student.  stated: "image_size", "mean" and "std" of the images on which weights
+    of another project were trained, None where they are those of the run and of `data`.
     Failure USAGE: its classes are not those of the data, or are in another order.
     """
     imported = checkpoint.get("imported")
@@ -115,7 +115,7 @@ def complete(checkpoint: dict, data, image_size: int, stated: dict | None = None
                       "choose the --dataset or --data-dir of its training, or a --teacher-checkpoint of these classes")
     if not imported:
         return checkpoint
-    whole = {"image_size": image_size, "mean": data.mean, "std": data.std, "dataset": data.name} | checkpoint
+    whole = {"image_size": sizes["image_size"], "mean": data.mean, "std": data.std, "dataset": data.name} | checkpoint
     whole |= {name: value for name, value in (stated or {}).items() if value} | {"classes": data.classes}
     # In evaluation it sees the same part of an image as the student.
-    return whole | {"stored_size": round(whole["image_size"] * max(1, data.image_size / image_size))}
+    return whole | {"stored_size": round(whole["image_size"] * sizes["stored_size"] / sizes["image_size"])}

@@ -89,6 +89,12 @@ def resize(image_size: int, net, inputs):
     return F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False, antialias=False)
 
 
+def input_sizes(image_size: int | None, native: int, crop: str) -> dict[str, int]:
+    """"image_size" and "stored_size" of a network that is trained on images of `native` pixels, by the flags."""
+    image_size = image_size or native
+    return {"image_size": image_size, "stored_size": max(image_size, native) if crop == "resized" else image_size}
+
+
 def centre_crop(net, images):
     """Float images (N, 3, H, W) as `net` sees them outside of training, by its metadata `net.info`.
 

@@ -35,7 +35,7 @@ def initialise(net, name: str, *, pretrained: bool = False, init=None) -> str | 
     head, sha256 = _head_keys(net), None
     if init is not None:
         content, sha256 = checkpoint.read_tensors(init, DATA)
-        state = foreign.tensors(content, init, DATA)
+        state = finite(foreign.tensors(content, init, DATA), init, DATA)
         if _load_state(net, state) and (mismatch := _load_state(net, state, head)):
             raise Failure(DATA, f"these weights are not a {name} ({init}: {mismatch})", "name the weights of the same network")
     elif pretrained:
@@ -52,9 +52,11 @@ def initialise(net, name: str, *, pretrained: bool = False, init=None) -> str | 
 
 
 def _head_keys(net) -> frozenset[str]:
-    """The state_dict keys of the classification head, the last linear or convolutional layer of every network here."""
-    name, layer = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
-    return frozenset(f"{name}.{key}" for key in layer.state_dict())
+    """The state_dict keys of the head: of the last linear or convolutional layer, or of those that timm names."""
+    *_, last = (name for name, layer in net.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
+    heads = getattr(net, "pretrained_cfg", {}).get("classifier") or last
+    return frozenset(key for key in net.state_dict() for head in ([heads] if isinstance(heads, str) else heads)
+                     if key.startswith(f"{head}."))
 
 
 def _load_state(net, weights, skip=frozenset()) -> str | None:
@@ -88,13 +90,16 @@ def _classes_of(net, weights) -> int | None:
 
 def _load_by_name(net, weights, skip) -> str | None:
     state: OrderedDict = OrderedDict()
+    ours = net.state_dict()
     # The attribute _metadata has the layer versions by which torch and torchvision convert older layouts.  A plain dict lacks it,
     # and MNASNet requires one for the whole network.
     state._metadata = getattr(weights, "_metadata", None) or {"": {"version": net._version}}  # type: ignore[attr-defined]
     for key, tensor in weights.items():
         # torchvision's files contain auxiliary heads, which are not built here, and older layer names of DenseNets.
         if key not in skip and not key.startswith(("aux1.", "aux2.", "AuxLogits.")):
-            state[re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)] = tensor
+            state[key := re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)] = tensor
+            if key in ours and ours[key].is_floating_point() and not tensor.is_floating_point():
+                return f"{key} is of type {str(tensor.dtype).removeprefix('torch.')}"
     try:
         missing, unexpected = net.load_state_dict(state, strict=False)
     except RuntimeError as failure:
@@ -136,13 +141,13 @@ def _renormalisation(mean, std, own_mean, own_std):
     if (tuple(mean), tuple(std)) == (tuple(own_mean), tuple(own_std)):
         return None
     mean, std, own_mean, own_std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std, own_mean, own_std))
-    scale, shift = std / own_std, (mean - own_mean) / own_std
+    exact = scale, shift = std / own_std, (mean - own_mean) / own_std
 
     def hook(net, inputs):
         nonlocal scale, shift
         images, = inputs
         if scale.device != images.device or scale.dtype != images.dtype:
-            scale, shift = (part.to(images.device, images.dtype) for part in (scale, shift))
+            scale, shift = (part.to(images.device, images.dtype) for part in exact)
         return torch.addcmul(shift, images, scale)  # one pass over the batch
     return hook
 
@@ -187,21 +192,23 @@ def read_teacher(path, network: str | None = None) -> dict:
         content = read(path, missing)
         if network not in (None, content["model"]):
             raise Failure(CHECKPOINT, f"these weights are not a {network} ({path}: {content['model']})", "leave out --teacher")
-        return finite(content, path)
+        finite(content["state_dict"], path, CHECKPOINT)
+        return content
     state = foreign.tensors(content, path)
     network = network or foreign.network_of(state, path)
     inputs = timm_networks.inputs(network) if is_timm(network) else {}
     imported = {"model": network, "state_dict": state, "test_acc1": None, "amp": "off", "imported": True, "sha256": sha256,
                 "classes": foreign.class_names(content, path)}
-    return finite(inputs | imported | {"path": path}, path)
+    finite(imported["state_dict"], path, CHECKPOINT)
+    return inputs | imported | {"path": path}
 
 
-def finite(content: dict, path) -> dict:
-    """`content`; Failure CHECKPOINT if a weight in it is not finite."""
-    for name, tensor in content["state_dict"].items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise Failure(CHECKPOINT, f"weights that are not finite ({path}: {name})", "name another --teacher-checkpoint")
-    return content
+def finite(weights, path, code: int):
+    """`weights`; Failure `code` if one of them is not finite."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise Failure(code, f"weights that are not finite ({path}: {name})", "name another file")
+    return weights
 
 
 def read(path, missing: str = "check the path") -> dict:

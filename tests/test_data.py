@@ -463,7 +463,17 @@ def test_validation_size_and_seed(two_trees):
         assert as_set(loaded.train, loaded.val) == everything and loaded.train.images.is_contiguous()
     assert as_set(six.val) != as_set(other.val)
     assert len({(loaded.mean, loaded.std) for loaded in (default, six, other)}) == 1, "normalisation moves with the split"
-    refused(2, "--val-size", "5000 of 30", name="imagefolder", data_dir=two_trees, val_size=5000)
+    refused(2, "--val-size of 5000 leaves none of 30 images", name="imagefolder", data_dir=two_trees, val_size=5000)
+
+
+def test_images_that_are_added_hardly_change_the_splits(tmp_path):
+    """Else a network would be tested, or its best epoch be selected, on images that it was trained on before."""
+    folder(tmp_path, cat=60, dog=40)
+    before, image = load_folder(tmp_path)[0], np.full((8, 8, 3), 77, np.uint8)
+    Image.fromarray(image).save(tmp_path / "cat" / "aaa.png")
+    after, _ = load_folder(tmp_path)
+    for old, new in zip((before.test, before.val), (after.test, after.val)):
+        assert len(as_set(new) - as_set(old)) <= 2, "one more, and one in place of another"
 
 
 def test_one_tree_gives_up_a_test_set_that_no_seed_moves(tmp_path):

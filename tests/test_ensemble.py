@@ -85,6 +85,17 @@ def test_two_equal_teachers_are_as_one_and_resume(place, capsys):
         assert "teacher_sha256" in one_line(code, USAGE, errors)
 
 
+def test_each_sees_the_centre_for_which_it_was_trained():
+    images = torch.rand(2, 3, 16, 16)
+    teachers = [models.build("resnet8", 3, side).eval() for side in (14, 8)]
+    for net, side, stored in zip(teachers, (14, 8), (16, 9)):
+        net.info, net.size = {"model": "resnet8", "classes": list("abc"), "image_size": side, "stored_size": stored}, 7
+    with torch.no_grad():
+        expected = sum(models.infer(net, images).softmax(1) for net in teachers) / 2
+        assert not torch.allclose(expected, sum(net(images).softmax(1) for net in teachers) / 2, atol=1e-3)
+        torch.testing.assert_close(models.infer(models.Ensemble(teachers, 1.0), images).softmax(1), expected)
+
+
 def test_teachers_that_do_not_fit_are_one_line(place, capsys):
     for output in ("--output run", "--dry-run"):
         code, _, errors = run(capsys, "distill.py", f"{FLAGS} {output} --teacher-checkpoint one.pt other.pt")

@@ -22,6 +22,7 @@ from rundir.errors import CHECKPOINT, USAGE
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 DATA = SimpleNamespace(classes=[f"class {k}" for k in range(10)], mean=MEAN, std=STD, name="synthetic", image_size=32)
+SIZES = {"image_size": 32, "stored_size": 32}
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -60,7 +61,7 @@ LAYOUTS = {
 
 
 def teacher(path, network="resnet8"):
-    return models.load(models.complete(models.read_teacher(path, network), DATA, 32))
+    return models.load(models.complete(models.read_teacher(path, network), DATA, SIZES))
 
 
 @pytest.mark.parametrize("layout, renamed, legacy", [*((layout, False, False) for layout in LAYOUTS), ("bare", True, True),
@@ -124,6 +125,7 @@ UNFIT = {  # what is done to the weights under their other names, and words of t
                            for key, tensor in w.items()},
                 ["7 classes, the data 10", "train_teacher.py --model resnet8 --init "]),
     "NaN": (lambda w: w | {FIRST: w[FIRST] * torch.nan}, [FIRST, "not finite"]),
+    "quantised": (lambda w: w | {FIRST: w[FIRST].to(torch.int8)}, ["features.0.0.weight is of type int8"]),
 }
 
 
@@ -140,12 +142,13 @@ def test_what_does_not_fit_is_named(net, tmp_path, case):
                                             (DATA.classes[:3], "3 classes, the data 10; number 3 is none, in the data")])
 def test_other_classes_are_named(classes, words):
     with fails(USAGE, f"t.pt: {words}"):
-        models.complete({"classes": classes, "path": "t.pt"}, DATA, 32)
+        models.complete({"classes": classes, "path": "t.pt"}, DATA, SIZES)
 
 
 def test_the_order_of_classes_in_a_file_is_that_of_the_data(net, tmp_path, capsys):
     path, turned = tmp_path / "teacher.pth", DATA.classes[::-1]
-    for entries in ({"classes": turned}, {"class_to_idx": {name: 9 - k for k, name in enumerate(DATA.classes)}}):
+    indices = {name: 9 - k for k, name in enumerate(DATA.classes)}
+    for entries in ({"classes": turned}, {"classes": tuple(turned)}, {"class_to_idx": indices}):
         torch.save({"model": net.state_dict()} | entries, path)
         with fails(USAGE, path, "number 0 is 'class 9', in the data 'class 0'"):
             teacher(path)
@@ -156,22 +159,23 @@ def test_the_order_of_classes_in_a_file_is_that_of_the_data(net, tmp_path, capsy
 
 
 def test_exchanged_classes_are_found():
-    """Of a, b and c the last two are exchanged; d has no image, and most of e are predicted as a, which is no other order."""
+    """Of a, b and c the last two are exchanged; d has no image, and e is confused with a, which is no other order."""
     counts = np.array([[5, 0, 0, 0, 0], [2, 0, 3, 0, 0], [1, 4, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 5]])
-    assert Confusion(list("abcde"), counts).exchanged == {"b": "c", "c": "b"}
-    counts[4] = 5, 0, 0, 0, 4
-    assert Confusion(list("abcde"), counts).exchanged == {}
+    for counts[4] in ((0, 0, 0, 0, 5), (5, 0, 0, 0, 4)):
+        assert Confusion(list("abcde"), counts).exchanged == {"b": "c", "c": "b"}
+    assert Confusion(list("abcde"), np.ones((5, 1)) * [0, 0, 1, 0, 0]).exchanged == {}, "one class for all images"
 
 
 def test_a_teacher_of_another_image_size_sees_the_same_part_of_an_image(net, tmp_path):
     """Photographs may be stored with a margin: 74 pixels for a student of 64."""
     torch.save(net.state_dict(), tmp_path / "teacher.pth")
     content = models.read_teacher(tmp_path / "teacher.pth", "resnet8")
-    for side, stated, image_size, stored_size in ((74, None, 64, 74), (74, 96, 96, 111), (32, 32, 32, 32)):
-        images = SimpleNamespace(**vars(DATA) | {"image_size": side})
-        loaded = models.load(models.complete(content, images, 64, {"image_size": stated}))
+    for side, crop, stated, image_size, stored_size in ((74, "resized", None, 64, 74), (74, "resized", 96, 96, 111),
+                                                        (74, "pad", None, 64, 64), (32, "resized", 32, 32, 32)):
+        sizes = models.input_sizes(64, side, crop)
+        loaded = models.load(models.complete(content, DATA, sizes, {"image_size": stated}))
         assert [loaded.info[name] for name in ("image_size", "stored_size")] == [image_size, stored_size]
-        assert models.centre_crop(loaded, torch.rand(2, 3, side, side)).shape[-1] == image_size
+        assert models.centre_crop(loaded, torch.rand(2, 3, side, side)).shape[-1] in (image_size, side)
 
 
 def test_a_file_with_code_is_refused_and_not_run(tmp_path, recwarn):
@@ -202,11 +206,11 @@ def test_a_teacher_sees_images_in_its_own_normalisation(net, tmp_path):
     torch.save(net.state_dict(), tmp_path / "teacher.pth")
     own_mean, own_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     stated = {"mean": own_mean, "std": own_std, "image_size": None}
-    info = models.complete(models.read_teacher(tmp_path / "teacher.pth", "resnet8"), DATA, 32, stated)
+    info = models.complete(models.read_teacher(tmp_path / "teacher.pth", "resnet8"), DATA, SIZES, stated)
     for folded in (False, True):
         loaded = models.load(info, folded=folded, inputs=(MEAN, STD))
         raw, (mean, std, own_mean_, own_std_) = IMAGES, (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD, own_mean, own_std))
         wanted = net((raw - own_mean_) / own_std_)
         torch.testing.assert_close(loaded((raw - mean) / std), wanted, rtol=0, atol=2e-5 * wanted.abs().max().item())
-    same = models.load(models.complete(models.read_teacher(tmp_path / "teacher.pth", "resnet8"), DATA, 32), inputs=(MEAN, STD))
+    same = models.load(models.complete(models.read_teacher(tmp_path / "teacher.pth", "resnet8"), DATA, SIZES), inputs=(MEAN, STD))
     assert torch.equal(same(IMAGES), net(IMAGES))

@@ -282,11 +282,12 @@ def test_early_stop_counts_epochs_without_a_better_one():
 def test_a_teacher_that_does_not_match_its_checkpoint_is_refused(capsys):
     split = Split(torch.randint(256, (200, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
                   torch.arange(200) % 6)
-    data = SimpleNamespace(classes=list("abcdef"), name="imagefolder", test=split, image_size=4, mean=(0.5,) * 3, std=(0.25,) * 3)
+    data = SimpleNamespace(classes=list("abcdef"), name="imagefolder", test=split, image_size=4, mean=(0.5,) * 3, std=(0.25,) * 3,
+                           fingerprint="0")
     teacher = net().eval()
     found = evaluate(teacher, split, data.mean, data.std, CPU, 50)
     info = {"classes": list("abcdef"), "dataset": "imagefolder", "test_acc1": found.acc1, "amp": "off", "model": "net",
-            "image_size": 4, "stored_size": 4, "mean": data.mean, "std": data.std}
+            "image_size": 4, "stored_size": 4, "mean": data.mean, "std": data.std, "data_sha256": "0"}
     teacher.size = 0
     for change in ({}, {"test_acc1": found.acc1 + 0.5}, {"test_acc1": found.acc1 - 3, "amp": "bf16"}):  # one image, and six
         teacher.info = info | change
@@ -296,6 +297,9 @@ def test_a_teacher_that_does_not_match_its_checkpoint_is_refused(capsys):
     assert check_teacher(teacher, data, CPU, 50, allow_weak=True).acc1 == found.acc1
     assert "on images of 8 pixels; in its checkpoint 90.00 %, of 4" in capsys.readouterr().out
     data.image_size = 4
+    teacher.info |= {"data_sha256": "1"}  # as after a photograph was added
+    assert check_teacher(teacher, data, CPU, 50, allow_weak=True).acc1 == found.acc1
+    assert "on these images; on those of its checkpoint 90.00 %" in capsys.readouterr().out
     never_right = SimpleNamespace(**vars(data) | {"test": Split(split.images, (found.predictions + 1) % 6)})
     for data, change, words in ((data, {"test_acc1": found.acc1 + 1}, "0.78 points"),
                                 (data, {"test_acc1": found.acc1 - 4, "amp": "bf16"}, "3.33 points"),

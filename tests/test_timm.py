@@ -14,6 +14,7 @@ from rundir.errors import CHECKPOINT, DATA, USAGE
 from training.grad_checkpoint import recompute
 
 DATASET = SimpleNamespace(image_size=32, classes=list("abcd"), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25), name="synthetic")
+SIZES = {"image_size": 32, "stored_size": 32}
 NETWORKS = {  # parameters with ten classes, FLOPs at 32 pixels
     "timm/resnet18": (11_181_642, 74_033_152), "timm/vit_tiny_patch16_224": (5_489_482, 54_498_048),
     "timm/mobilenetv4_conv_small": (2_505_834, 9_972_864), "timm/convnext_atto": (3_377_730, 22_333_440)}
@@ -73,9 +74,9 @@ def test_a_teacher_has_its_published_inputs(timm, tmp_path):
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=4).eval()
     torch.save({"state_dict_ema": theirs.state_dict(), "epoch": 3}, path)
     content = models.read_teacher(path, name)
-    info = models.complete(content, DATASET, 32)
+    info = models.complete(content, DATASET, SIZES)
     assert (info["image_size"], info["mean"], info["std"], info["classes"]) == (224, [0.5] * 3, [0.5] * 3, DATASET.classes)
-    stated = models.complete(content, DATASET, 32, {"image_size": 96, "mean": [0.1, 0.2, 0.3]})
+    stated = models.complete(content, DATASET, SIZES, {"image_size": 96, "mean": [0.1, 0.2, 0.3]})
     assert (stated["image_size"], stated["mean"], stated["std"]) == (96, [0.1, 0.2, 0.3], [0.5] * 3)
     with fails(CHECKPOINT, "pos_embed", "--teacher-image-size"):
         models.load(stated)

@@ -17,7 +17,7 @@ from losses.cross_entropy import class_weights_of
 from plots import confusion
 from rundir import resume
 from rundir.checkpoint import Writer
-from rundir.errors import DATA, USAGE, Failure
+from rundir.errors import CHECKPOINT, DATA, USAGE, Failure
 from rundir.files import as_csv, write_atomic
 from rundir.identity import listed
 from rundir.run_directory import EpochRow, RunDirectory
@@ -101,16 +101,16 @@ class Run:
 
     def new_network(self, name: str, *, pretrained: bool, init: str | None):
         """The network to train, on the device; `net.info` is the metadata of best.pt.  `start` restores the checkpoint."""
-        data, image_size = self.data, self.args.image_size or self.data.image_size
-        stored_size = max(image_size, data.image_size) if self.args.crop == "resized" else image_size
+        data, sizes = self.data, models.input_sizes(self.args.image_size, self.data.image_size, self.args.crop)
+        image_size = sizes["image_size"]
         with self.ranks.local_main_first():
             net = models.build(name, len(data.classes), image_size)
             if not self.saved:
                 self.began["init_sha256"] = models.initialise(net, name, pretrained=pretrained, init=init)
         if self.args.grad_checkpoint:
             recompute(net, name)
-        net.info = {"model": name, "classes": data.classes, "image_size": image_size, "stored_size": stored_size,
-                    "mean": list(data.mean), "std": list(data.std), "dataset": self.args.dataset, "seed": self.args.seed,
+        net.info = {"model": name, "classes": data.classes, **sizes, "mean": list(data.mean), "std": list(data.std),
+                    "dataset": self.args.dataset, "data_sha256": data.fingerprint, "seed": self.args.seed,
                     "amp": self.context.precision}
         print(f"{data}\n{'student ' * ('student' in self.config)}{models.describe(name, net, image_size)}")
         return net.to(self.context.device)
@@ -180,6 +180,9 @@ class Run:
         self.ranks.barrier()  # rank 0 writes best.pt
         path, net, rows, data = self.directory / "best.pt", self.update.net, self.directory.rows, self.data
         best_net = models.load(path, self.context.device)
+        if best_net.info["epoch"] != self.stop.best_epoch:  # continued from prev.pt with flags under which it is not the best
+            raise Failure(CHECKPOINT, f"best.pt is of another epoch than the best ({path}: {best_net.info['epoch']}, not "
+                                      f"{self.stop.best_epoch})", "start the run again with --overwrite")
         evaluation = self.evaluate(best_net, data.test)
         best = evaluation.acc1
         last = best if self.stop.best_epoch == len(rows) else self.evaluate(self.update.evaluated, data.test).acc1

@@ -6,6 +6,7 @@ evaluations are kept with them.
 import hashlib
 import json
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -107,7 +108,8 @@ class TeacherLogits:
         if self.folder is None:
             return
         self.epoch, content = epoch, np.zeros((self.steps, self.record), np.uint8)
-        os.preadv(self.file, [content], (epoch - 1) * content.nbytes)  # what the file does not have stays 0
+        for position, record in enumerate(content, (epoch - 1) * self.steps):  # one read is limited to 2 GiB
+            os.preadv(self.file, [record], position * self.record)  # what the file does not have stays 0
         self.found = [record[:SEAL].tobytes() == self._seal(position, record[SEAL:].tobytes())
                       for position, record in enumerate(content)]
         if any(self.found):
@@ -149,7 +151,8 @@ def key_of(facts: dict, context) -> str:
     for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
         code.update(path.read_bytes())
     gpu = context.device.type == "cuda"
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "code": code.hexdigest(),
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "timm") if name in sys.modules}
+    machine = {**versions, "threads": torch.get_num_threads(), "code": code.hexdigest(),
                "processor": torch.backends.cpu.get_cpu_capability(), "rank": context.ranks.rank,
                "gpu": torch.cuda.get_device_name(context.device) if gpu else None,
                "cudnn": torch.backends.cudnn.version() if gpu else None}
