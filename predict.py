@@ -1,6 +1,6 @@
 """Classify images with a trained network or an exported file; prints a line per image or CSV, draws a contact sheet.
 
-    python predict.py runs/v2-s42/best.pt photo.jpg                       the five most probable classes
+    python predict.py runs/v2-s42/best.pt photo.jpg other.png             the five most probable classes
     python predict.py runs/v2-s42/export/best-int8.onnx photos --csv      every image in a folder; needs no torch
     find photos -newer last | python predict.py MODEL - --top 1 --output sheet.png
 
@@ -9,6 +9,8 @@ Images are resized and cropped as for training.  Unreadable ones are listed on s
 """
 import csv
 import sys
+from io import TextIOWrapper
+from itertools import chain
 
 from deploy.options import parse_predict
 from rundir import errors
@@ -16,17 +18,17 @@ from rundir import errors
 BATCH, MAX_SHEET = 64, 96  # images in a batch and on the contact sheet
 
 
-def batches(source: str, stored_size: int, unreadable: dict):
+def batches(sources: list[str], stored_size: int, unreadable: dict):
     """(paths, images uint8 (N, side, side, 3)) of consecutive images of one size; `unreadable` gets path and reason of others."""
     import numpy as np
 
     from data import pictures
     batch = []
-    for path in pictures.image_paths(source):
+    for path in chain.from_iterable(map(pictures.image_paths, sources)):
         image, reason = pictures.read(path, stored_size)
         if reason:
             unreadable[path] = reason
-            if path != source:
+            if [path] != sources:
                 print(f"skipped: {path} ({reason})", file=sys.stderr)
         else:
             if batch and (len(batch) == BATCH or batch[0][1].shape != image.shape):
@@ -41,8 +43,9 @@ def main(args):
     from data import pictures
     from deploy import runtime
     from rundir.files import write_atomic
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # file names as the bytes that they are
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # file names as the bytes that they are
     model, unreadable, cells, count = runtime.load(args.model), {}, [], 0
     classes = model.metadata["classes"]
     table = csv.writer(sys.stdout, lineterminator="\n")
@@ -64,8 +67,8 @@ def main(args):
         print(f"{args.output}: {len(cells)} of {count} images", file=sys.stderr)
     if unreadable or not count:
         counts = f"{len(unreadable)} of {len(unreadable) + count} images could not be read" if unreadable else "no images"
-        reason = f": {unreadable[args.images]}" if args.images in unreadable else ""
-        raise errors.Failure(errors.DATA, f"{counts} ({args.images}{reason})", "replace unreadable files, or check the path")
+        named, reason = " ".join(args.images), f": {next(iter(unreadable.values()))}" if [*unreadable] == args.images else ""
+        raise errors.Failure(errors.DATA, f"{counts} ({named}{reason})", "replace unreadable files, or check the path")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ class BatchAugmenter:
     policy: a key of POLICIES.  flip: mirror half of the images.
     crop: "pad" crops the image with `crop_pad` pixels of zeros around it to its size.  "resized" resizes a random window to
     `image_size` pixels, by default the size of the images: torchvision's RandomResizedCrop, with its `scale` and `ratio`
-    (Szegedy et al. 2014, arXiv 1409.4842), by bilinear interpolation without antialiasing.
+    (Szegedy et al. 2014, arXiv 1409.4842), by bilinear interpolation without antialiasing; where ten draws fit no window, it is
+    at a random place.
     random_erasing: share of the images with a box of zeros after normalising (Zhong et al. 2017, arXiv 1708.04896).
     mixup, cutmix: alpha of Beta(alpha, alpha) (Zhang et al. 2017, arXiv 1710.09412; Yun et al. 2019, arXiv 1905.04899); 0 is off;
     with both on, each draw is one of them with probability one half.  mix_prob: share of the draws that mix at all.

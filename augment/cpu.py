@@ -88,8 +88,9 @@ class CpuBatches:
     def _plan(self, rows: range) -> SimpleNamespace:
         """How the S steps of an epoch treat R rows of their batches.
 
-        They read them, mirrored ones last; crop, into the order of the first operation, sorted by kind; apply it; move into the
-        order of the next operation, and after the last into that of the batch.  Windows to resize are read in the first order.
+        Images are read, mirrored ones last, and cropped into the order of the first operation, which is sorted by kind.  It is
+        applied; then they are moved into the order of the next one, and after the last into that of the batch.  Windows to
+        resize are read in the first order.
 
         The lists are on the host: they hold the sizes of all groups, so that no step has to ask the device for one.
         """

@@ -145,9 +145,11 @@ def product(script: str, flags: dict, dropped: set):
 
 
 def axis(script: str, flag: str, values: tuple) -> list[tuple]:
-    """The settings of a flag; a list, as for --milestones, is one setting, and so are teachers with commas between them."""
+    """The settings of a flag; a list, as for --milestones, is one setting, and so is what has commas between it for a teacher."""
     whole = not values or isinstance(getattr(DEFAULTS[script], flag[2:].replace("-", "_"), None), list)
-    return [values] if whole else [tuple(value.split(",")) if flag.startswith("--teacher") else (value,) for value in values]
+    whole |= flag in ("--teacher-mean", "--teacher-std") and "," not in "".join(values)
+    of_teachers = ("--teacher-checkpoint", "--teacher", "--teacher-mean", "--teacher-std")
+    return [values] if whole else [tuple(value.split(",")) if flag in of_teachers else (value,) for value in values]
 
 
 def foreign_hyperparameters(flags: dict, method: str) -> set[str]:

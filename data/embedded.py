@@ -1,4 +1,4 @@
-"""The images of the data set `synthetic`, drawn on import.  The processes of a sweep begin with them, and share their memory."""
+"""The images of the data set `synthetic`, drawn on import.  The runs of a sweep share their memory."""
 from data.split import Split
 from data.synthetic import generate
 

@@ -36,7 +36,8 @@ def parse_predict(description, usage_lines, argv=None):
     parser = new_parser(description, usage_lines)
     add = parser.add_argument
     add("model", type=nonempty, metavar="MODEL", help="a run's best.pt, or a file exported by export.py")
-    add("images", type=nonempty, metavar="IMAGE|DIR|-", help="an image, a folder of images, or - for paths on stdin, one a line")
+    add("images", type=nonempty, nargs="+", metavar="IMAGE|DIR|-",
+        help="images, folders of images, or - for paths on stdin, one a line")
     add("--top", type=count, default=5, metavar="K", help="classes per image; " + DEFAULT)
     add("--csv", action="store_true", help="print a table with the columns path, rank, class, probability")
     add("--output", type=png, metavar="FILE.png", help="also draw a contact sheet")

@@ -154,7 +154,7 @@ def metadata(module: Deployed, format: str, precision: str, checkpoint_sha256: s
     bounded = format == "executorch"
     return {
         "format": format, "precision": precision, "input": module.input, "images": images,
-        "largest_batch": LARGEST_BATCH if bounded else None, "largest_side": module.info["stored_size"] if bounded else None,
+        "largest_batch": LARGEST_BATCH if bounded else None,
         "outputs": ["probabilities", "logits"], "image_size": module.info["image_size"],
         "stored_size": module.info["stored_size"], "model": module.info["model"],
         "dataset": module.info["dataset"], "classes": list(module.info["classes"]), "checkpoint_sha256": checkpoint_sha256,

@@ -170,7 +170,7 @@ def advice(method, diagnostics: list[dict]) -> dict[str, str]:
     weights = method.record.weight_of
     largest = [f"--{weights[term].replace('_', '-')}" for term in list(shares(method, diagnostics))[:1] if term in weights]
     or_weight = "".join(f" or {flag}" for flag in largest)
-    pair = "use --mixed-target pair, or " * ("mixed_target" in method.hyperparameters)
+    pair = "use --mixed-target pair, or " * (method.hyperparameters.get("mixed_target", "pair") != "pair")
     uneven = ", or, with classes of uneven size, use --class-weights balanced" * (method.class_weights != "balanced")
     return {
         "concentrated": f"train longer{uneven}",

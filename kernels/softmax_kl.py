@@ -45,7 +45,7 @@ W_CE, W_KL, W_TCKD, W_NCKD, TEMPERATURE, SMOOTHING = map(tl.constexpr, range(6))
 
 
 class Terms(NamedTuple):
-    """Means over the rows, 0-dim fp32, detached: unweighted, T^2 included, NaN where not wanted."""
+    """Means over the rows, 0-dim fp32, detached: unweighted, T^2 included, NaN where not asked for."""
     ce: torch.Tensor
     kl: torch.Tensor
     tckd: torch.Tensor

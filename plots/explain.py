@@ -67,7 +67,7 @@ class Case:
 
     @property
     def measured(self) -> str:
-        """On what the accuracy of every epoch was measured."""
+        """The split on which the accuracy of every epoch was measured."""
         return "test" if self.run.on_test else "validation"
 
     def column(self, name: str) -> np.ndarray:

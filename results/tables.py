@@ -36,8 +36,8 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_atomic(path, as_csv(names, [{name: row.get(name) for name in names} for row in rows]))
 
 
-def collect(runs: Path, output: Path) -> None:
-    """Write runs.csv, epochs.csv and settings.json of the runs in a directory."""
+def collect(runs: Path, output: Path) -> bool:
+    """Write runs.csv, epochs.csv and settings.json of the runs in a directory, if any of them has ended."""
     ended, epochs = {}, []
     for path in sorted(config.parent for config in runs.glob("*/config.json")):
         flags, summary, status = (read_json(path / f"{name}.json") or {} for name in ("env", "summary", "status"))
@@ -51,6 +51,8 @@ def collect(runs: Path, output: Path) -> None:
         ended[path.name] = flags, {name: value for name, value in summary.items() if name not in flags}
         diagnostics = {row["epoch"]: row for row in read_csv(path / "diagnostics.csv")}
         epochs += [{"run": path.name} | row | diagnostics.get(row["epoch"], {}) for row in read_csv(path / "log.csv")]
+    if not ended:
+        return False
     values = {name: [flags.get(name) for flags, _ in ended.values()] for flags, _ in ended.values() for name in flags}
     settings = {name: first for name, (first, *others) in values.items()
                 if name != "seed" and all(other == first for other in others)}
@@ -60,6 +62,7 @@ def collect(runs: Path, output: Path) -> None:
         {"run": run, "cell": re.sub(r"-s\d+$", "", run), "seed": flags["seed"]}
         | {name: cell(value) for name, value in (flags | summary).items() if name not in settings}
         for run, (flags, summary) in ended.items()])
+    return True
 
 
 def main(arguments=None) -> None:
@@ -67,9 +70,8 @@ def main(arguments=None) -> None:
     parser.add_argument("runs", type=Path, help="the directory of the run directories")
     parser.add_argument("output", type=Path, help="where to write")
     args = parser.parse_args(arguments)
-    if not any(args.runs.glob("*/config.json")):
-        parser.exit(4, f"error: no runs ({args.runs}). name the directory that holds run directories\n")
-    collect(args.runs, args.output)
+    if not collect(args.runs, args.output):
+        parser.exit(4, f"error: no runs that have ended ({args.runs}). name the directory that holds run directories\n")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,9 @@ def expected(failure: BaseException, batch_size: int | None = None, resumes: boo
     if isinstance(failure, PermissionError):
         return DISK, f"no access to {failure.filename or 'a file'} ({failure.strerror}). check its permissions"
     if isinstance(failure, MemoryError) or "can't allocate memory" in message:
-        return OUT_OF_MEMORY, f"out of memory (--batch-size {batch_size}). try a smaller --image-size or --batch-size"
+        what = f"--batch-size {batch_size}" if batch_size else first_line(failure) or "on the CPU"
+        remedy = "try a smaller --image-size or --batch-size" if batch_size else "use smaller images, or close other programs"
+        return OUT_OF_MEMORY, f"out of memory ({what}). {remedy}"
     if "OutOfMemoryError" in names:
         return OUT_OF_MEMORY, gpu_memory_line(batch_size or 0)
     if "DistError" in names or "gloo/transport" in message:

@@ -466,6 +466,15 @@ def test_validation_size_and_seed(two_trees):
     refused(2, "--val-size of 5000 leaves none of 30 images", name="imagefolder", data_dir=two_trees, val_size=5000)
 
 
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_split_without_an_image_is_named(tmp_path, split):
+    for name in ("train", "val", "test"):
+        folder(tmp_path / name, a=4, b=4)
+    for path in (tmp_path / split[:4].replace("vali", "val")).rglob("*.png"):
+        path.write_bytes(b"")
+    refused(4, f"no {split} images", name="imagefolder", data_dir=tmp_path, unreadable="skip")
+
+
 def test_images_that_are_added_hardly_change_the_splits(tmp_path):
     """Else a network would be tested, or its best epoch be selected, on images that it was trained on before."""
     folder(tmp_path, cat=60, dog=40)

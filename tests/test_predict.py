@@ -70,7 +70,9 @@ def test_an_onnx_file_needs_no_torch(trained, place, tmp_path, capsys):
 
 
 def test_a_line_per_image(trained, place, capsys):
-    path = place / "images" / "test" / CLASSES[0] / "000.png"
+    path, folder = place / "images" / "test" / CLASSES[0] / "000.png", place / "images" / "test" / CLASSES[1]
+    several = succeeds(capsys, "predict.py", f"{trained}/best.pt {path} {folder} {path}").splitlines()
+    assert [line.split("  ")[0] for line in several] == [str(path), *sorted(map(str, folder.iterdir())), str(path)]
     code, out, _ = run(capsys, "predict.py", f"{trained}/best.pt {path} --top 99")
     named, *shares = out.rstrip("\n").split("  ")
     assert code == 0 and named == str(path) and out.count("\n") == 1 and len(shares) == len(CLASSES), out
@@ -143,9 +145,11 @@ def test_many_images_go_in_batches_and_a_sheet_shows_the_first(trained, place, t
 def test_names_that_are_no_text_are_printed_as_they_are(trained, place, tmp_path, capsys, monkeypatch):
     name = os.fsencode(tmp_path) + b"/\xff.png"
     shutil.copy(place / "images" / "test" / CLASSES[0] / "000.png", name)
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out := io.BytesIO(), write_through=True))
-    code, _, err = run(capsys, "predict.py", f"{trained}/best.pt {tmp_path}")
-    assert code == 0 and out.getvalue().startswith(name), err
+    for images in (tmp_path, "-"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(name)))
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out := io.BytesIO(), write_through=True))
+        code, _, err = run(capsys, "predict.py", f"{trained}/best.pt {images}")
+        assert code == 0 and out.getvalue().startswith(name), err
 
 
 def put(program, path, content: bytes, **changes) -> Path:
