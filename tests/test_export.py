@@ -214,7 +214,8 @@ def test_calibration_leaves_the_test_set_alone():
     assert len(check.calibration(data)) == check.CALIBRATION_IMAGES and (check.calibration(data) == 1).all()
     assert (check.calibration(check.datasets.Dataset(**split | {"val": split["test"]}, **rest)) == 0).all()
     places = torch.arange(1000).view(-1, 1, 1, 1)  # of images in the order of their classes
-    found = check.calibration(check.datasets.Dataset(**split | {"val": check.datasets.Split(places, labels[:1000])}, **rest)).flatten()
+    val = check.datasets.Split(places, labels[:1000])
+    found = check.calibration(check.datasets.Dataset(**split | {"val": val}, **rest)).flatten()
     assert (found[0], found[-1], found.diff().max()) == (0, 999, 2)
 
 
