@@ -168,7 +168,7 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     parser.set_defaults(**preset)  # --help shows them
     args = parser.parse_args(argv)
     files = listed(args.teacher_checkpoint)
-    names = args.teacher.split(" + ") if isinstance(args.teacher, str) else args.teacher or []  # a string in config.json
+    names = args.teacher or []
     if names and len(names) != len(files):
         parser.error(f"--teacher must name one network for each --teacher-checkpoint ({len(names)} for {len(files)})")
     args.teacher_checkpoint, args.teacher = unlisted(files), " + ".join(names) or None

@@ -1,5 +1,5 @@
 """Defaults of flags from a preset of the study and from the config.json of another run.  Imports no torch."""
-from argparse import ArgumentError
+import sys
 from pathlib import Path
 
 from losses.methods import METHODS
@@ -26,12 +26,16 @@ def defaults(parser, argv, *scripts: str) -> dict:
     """The defaults that the --experiment and --config in `argv` set, the former first; {} without either.
 
     scripts: of whose runs the config.json may be.  From it come the flags that `parser` knows, but for hyperparameters of another
-    method than the chosen one, and for what is said of a teacher if `argv` names another.
+    method than the chosen one, for what is said of a teacher if `argv` names another, and of --init and --pretrained for the one
+    that `argv` does not have.
     Exits with 2 and one line if the file is not such a config.json, or has a value that the flag does not take.
     """
+    argv = sys.argv[1:] if argv is None else argv
     first = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--method", "--teacher-checkpoint"):
+    for flag in ("--config", "--method", "--init"):
         first.add_argument(flag)
+    first.add_argument("--teacher-checkpoint", nargs="+")
+    first.add_argument("--pretrained", action="store_true")
     first.add_argument("--experiment", choices=EXPERIMENTS)
     given = first.parse_known_args(argv)[0]
     preset = EXPERIMENTS.get(given.experiment, {})
@@ -45,19 +49,27 @@ def defaults(parser, argv, *scripts: str) -> dict:
         parser.error(f"no such file (--config {given.config})")
     if config.get("script") not in scripts:
         parser.error(f"not the config.json of a run of {' or '.join(scripts)} ({given.config})")
-    method, left_out = given.method or preset.get("method"), OF_RUN
+    method, teacher = given.method or preset.get("method"), given.teacher_checkpoint or preset.get("teacher_checkpoint")
+    left_out = set(OF_RUN)
     if method not in (None, config.get("method")):
-        left_out = left_out | OF_METHOD
-    if given.teacher_checkpoint or "teacher_checkpoint" in preset:
-        left_out = left_out | OF_TEACHER
-    found = {}
-    for action in (action for action in parser._actions if action.dest in config.keys() - left_out):
-        found[action.dest] = value = config[action.dest]
-        try:
-            if action.nargs == 0 and value not in (None, True, False):
-                raise ArgumentError(action, f"must be true or false ({value})")
-            for each in listed(value) if action.nargs != 0 and value is not None else ():
-                parser._check_value(action, parser._get_value(action, str(each)))
-        except ArgumentError as failure:
-            parser.error(f"{failure}, in {given.config}")
-    return found | preset
+        left_out |= OF_METHOD
+    if teacher and listed(teacher) != listed(config.get("teacher_checkpoint")):
+        left_out |= OF_TEACHER
+    left_out |= {"pretrained"} if given.init else {"init"} if given.pretrained else set()
+    found = {action.dest: action for action in parser._actions if action.dest in config.keys() - left_out}
+    refuse, parser.error = parser.error, lambda message: refuse(f"{message}, in {given.config}")
+    values = parser.parse_args([word for name, action in found.items() for word in words(parser, action, config[name])])
+    del parser.error
+    return {name: getattr(values, name) for name in found} | preset
+
+
+def words(parser, action, value) -> list[str]:
+    """The command line's words for a value of config.json."""
+    flag = action.option_strings[-1 if value is False else 0]  # --no-flip is the last of --flip
+    if value is None and action.default is not None or (action.nargs == 0) > (value in (None, True, False)):
+        parser.error(f"argument {flag}: invalid value ({value})")
+    if value is None or action.nargs == 0:
+        return [flag] * (value is True or value is False and flag.startswith("--no-"))
+    if action.dest == "teacher":
+        value = value.split(" + ")  # as several are recorded
+    return [flag, *map(str, listed(value))]

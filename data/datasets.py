@@ -125,7 +125,7 @@ def shared(images: Split, others: Split) -> int:
 
 def fingerprint(source: Source) -> str:
     content = hashlib.sha256(repr(source.classes).encode())
-    if None in (source.test, source.val):  # a split is drawn by the names
+    if source.names:  # splits may be drawn by them
         content.update(repr(source.names).encode())
     for split in filter(None, (source.train, source.test, source.val)):
         content.update(split.labels.numpy().data)

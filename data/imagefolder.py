@@ -72,6 +72,9 @@ def imagefolder(data_dir: Path, image_size, unreadable: str, allow_empty_classes
     left_out = [f"{len(skipped)} of {len(paths)} images cannot be read, left out"] if skipped else []
     notes = [*found.notes, *left_out, *(f"{count} of {len(paths)} images {kind}" for kind, count in decoded.notes.items())]
     names = [f"{name}/{os.path.basename(path)}" for name, path in found.splits["train"] if path not in skipped]
+    alike: Counter = Counter()
+    for row, name in enumerate(names):  # files of one name, in subfolders of a class, are numbered
+        names[row], alike[name] = f"{name} {alike[name]}", alike[name] + 1
     return Source(splits["train"], splits.get("test"), found.classes, val=splits.get("val"), notes=notes,
                   unreadable=failed, names=names)
 
@@ -84,7 +87,7 @@ def read_images(prefix: Path, found: layout.Layout, paths: list[str], image_size
             try:
                 file = os.stat(path)
                 size_and_time = f"{file.st_size}\0{file.st_mtime_ns}"
-            except OSError:  # a missing file is unreadable
+            except (OSError, ValueError):  # a missing file is unreadable
                 size_and_time = ""
             listing.append(f"{split}\0{name}\0{path.removeprefix(root)}\0{size_and_time}\0")
     digest = hashlib.sha256(CACHE_VERSION + os.fsencode("".join(listing))).hexdigest()

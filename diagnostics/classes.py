@@ -32,13 +32,11 @@ class Confusion(NamedTuple):
 
     @property
     def exchanged(self) -> dict[str, str]:
-        """Class -> as which most of its images are predicted, if that is another class that is in turn not seen as itself, and so
-        on: as with a wrong order, and rarely where classes are merely confused."""
-        most = np.where(self.labels, self.counts.argmax(1), np.arange(len(self.names)))
-        moved = {k: other for k, other in enumerate(most.tolist()) if other != k}
-        while not moved.keys() >= set(moved.values()):
-            moved = {k: other for k, other in moved.items() if other in moved}
-        return {self.names[k]: self.names[other] for k, other in moved.items()}
+        """Class -> as which more than half of its images are predicted, if that is another class whose own images are not mostly
+        predicted as itself: as with a wrong order, and not where classes are merely confused, or all predicted as one."""
+        most = self.counts.argmax(1).tolist()
+        return {self.names[k]: self.names[other] for k, other in enumerate(most)
+                if other != k and most[other] != other and 2 * self.counts[k, other] > self.labels[k]}
 
     @property
     def chance(self) -> float:

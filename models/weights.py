@@ -96,10 +96,10 @@ def _load_by_name(net, weights, skip) -> str | None:
     state._metadata = getattr(weights, "_metadata", None) or {"": {"version": net._version}}  # type: ignore[attr-defined]
     for key, tensor in weights.items():
         # torchvision's files contain auxiliary heads, which are not built here, and older layer names of DenseNets.
+        if key in ours and ours[key].is_floating_point() and not tensor.is_floating_point():
+            return f"{key} is of type {str(tensor.dtype).removeprefix('torch.')}"
         if key not in skip and not key.startswith(("aux1.", "aux2.", "AuxLogits.")):
-            state[key := re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)] = tensor
-            if key in ours and ours[key].is_floating_point() and not tensor.is_floating_point():
-                return f"{key} is of type {str(tensor.dtype).removeprefix('torch.')}"
+            state[re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)] = tensor
     try:
         missing, unexpected = net.load_state_dict(state, strict=False)
     except RuntimeError as failure:

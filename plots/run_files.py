@@ -20,7 +20,7 @@ SUMMARY = {"test_acc1_last": NUMBER, "test_acc1_best": NUMBER, "best_epoch": int
 ALARM = {"name": str, "value": NUMBER, "limit": NUMBER, "text": str}
 SETTING = ("dataset", "student", "teacher", "teacher_sha256", "image_size", "val_size", "crop", "crop_scale", "crop_ratio",
            "flip", "policy", "random_erasing", "mixup", "cutmix", "mix_prob", "class_weights")
-PLAIN = {"ce_weight": None, "standardize": False, "loss_scale": 1.0, "match_norm": "none"}  # of a KD that is no control: off
+PLAIN = {"ce_weight": None, "kl": "forward", "standardize": False, "loss_scale": 1.0, "match_norm": "none"}  # of a KD: as usual
 
 
 @dataclass(frozen=True)

@@ -59,16 +59,17 @@ def find(run, config: dict) -> dict | None:
 def compare(run, old: dict, new: dict, initial: dict, resolved: dict) -> None:
     """Failure USAGE for flags of another experiment, with the differences.
 
-    initial: what a run records of its start, `began`.  resolved: its config.json, whose values --config gives in place of None.
+    initial: what a run records of its start, `began`.  resolved: its config.json.  Where --config gave a value of it in place of
+    None, `new` gets None again.
     """
+    new |= {name: None for name in old.keys() & new.keys() if old[name] is None and new[name] == resolved.get(name)}
     def sha256_of(name):
         if name == "data_dir":
             return initial.get("data_sha256")  # compared when the images are loaded
         return new["teacher_sha256"] if name == "teacher_checkpoint" else existing_digest(new[name])
 
     changed = sorted(name for name in (old.keys() | new.keys()) - MAY_CHANGE_ON_RESUME
-                     if not same_flag(name, initial | old, new, sha256_of)
-                     and (old.get(name) is not None or new.get(name) != resolved.get(name)))
+                     if not same_flag(name, initial | old, new, sha256_of))
     if new["epochs"] < old["epochs"]:
         changed.append("epochs")
     if not changed:

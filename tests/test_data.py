@@ -384,6 +384,7 @@ def test_a_folder_too_small_for_a_test_split_says_so(tmp_path):
 
 
 def test_the_fingerprint_is_that_of_what_was_read(two_trees):
+    assert datasets.load("synthetic", "").fingerprint.startswith("402c24"), "as in results/ablation-small"
     first = load_folder(two_trees, val_size=0)[0].fingerprint
     assert load_folder(two_trees, val_size=5, seed=3)[0].fingerprint == first
     draw(two_trees / "train" / "cat" / "000.png", seed=99)
@@ -483,6 +484,12 @@ def test_images_that_are_added_hardly_change_the_splits(tmp_path):
     after, _ = load_folder(tmp_path)
     for old, new in zip((before.test, before.val), (after.test, after.val)):
         assert len(as_set(new) - as_set(old)) <= 2, "one more, and one in place of another"
+    frames = tmp_path / "frames"
+    for k, path in enumerate(sorted(tmp_path.rglob("*.png"))):
+        (place := frames / path.parent.name / f"video{k:03}").mkdir(parents=True)
+        path.rename(place / "image.png")
+    places, _ = load_folder(frames, image_size=None)
+    assert places.test.rows.tolist() != list(range(len(places.test.rows))) and places.test.rows.max() > 50, "drawn from all"
 
 
 def test_one_tree_gives_up_a_test_set_that_no_seed_moves(tmp_path):

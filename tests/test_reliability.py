@@ -136,6 +136,10 @@ def test_resume_auto_starts_continues_and_is_done(place):
         script = json.loads((run / "config.json").read_text())["script"]
         again = place.run(f"{script}.py --config {run}/config.json --device cpu --output {run} --resume auto")
         assert again.code == 0 and "already finished" in again.out, again.err
+    run = a_copy(place, "teacher")
+    for command in (f"train_teacher.py --config {run}/config.json --device cpu --epochs 4", f"{line} --epochs 5"):
+        again = place.run(f"{command} --output {run} --resume auto")
+        assert again.code == 0 and "continuing after epoch" in again.out, again.err
 
 
 def test_more_epochs_continue_a_finished_run_and_fewer_do_not(place):

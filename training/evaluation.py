@@ -142,7 +142,7 @@ def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_wea
         return evaluation
     info, recorded, images = teacher.info, teacher.info["test_acc1"], len(data.test.labels)
     resized = info["stored_size"] != data.image_size
-    others = info["dataset"] == "imagefolder" and (resized or info.get("data_sha256", data.fingerprint) != data.fingerprint)
+    others = info["dataset"] == "imagefolder" and (resized or info.get("data_sha256") != data.fingerprint)  # older files lack it
     mean, std = (" ".join(f"{number:.3f}" for number in info[name]) for name in ("mean", "std"))
     note = f", measured here, with mean {mean} and std {std}: its file has none to compare with" if recorded is None else (
         f" on images of {data.image_size} pixels; in its checkpoint {recorded:.2f} %, of {info['stored_size']}" if resized else
@@ -158,8 +158,8 @@ def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_wea
     confusion = evaluation.confusion(data.test.labels, data.classes)
     if info.get("imported") and (exchanged := confusion.exchanged):
         first, other = next(iter(exchanged.items()))
-        print(f"is the order of its classes that of the data? most images of {first} are predicted as {other}; so are "
-              f"{len(exchanged)} classes exchanged")
+        print(f"is the order of its classes that of the data? most images of {first} are predicted as {other}; likewise for "
+              f"{len(exchanged)} of {len(data.classes)} classes")
     chance = confusion.chance
     if evaluation.acc1 <= near_chance(chance) and not allow_weak:
         both = f"{evaluation.acc1:.2f} % of {images} test images; chance is {chance:.2f} %"

@@ -151,7 +151,8 @@ def key_of(facts: dict, context) -> str:
     for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
         code.update(path.read_bytes())
     gpu = context.device.type == "cuda"
-    versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "timm") if name in sys.modules}
+    packages = ("torch", "torchvision", *["timm"] * ("timm/" in facts["network"]))  # of the teacher
+    versions = {name: sys.modules[name].__version__ for name in packages}
     machine = {**versions, "threads": torch.get_num_threads(), "code": code.hexdigest(),
                "processor": torch.backends.cpu.get_cpu_capability(), "rank": context.ranks.rank,
                "gpu": torch.cuda.get_device_name(context.device) if gpu else None,

@@ -22,11 +22,12 @@ from training.evaluation import EarlyStop
 
 FOLDER = Path(__file__).parent
 
-KD, DKD, ALONE = "method-kd", "method-dkd_beta-8", "train_teacher_model-v2_pico"
+STUDENT = "model-v2_pico"
+KD, DKD, ALONE = "method-kd", "method-dkd_beta-8", f"train_teacher_{STUDENT}"
 ONE, DKD_CE = "method-kd_clip-grad-1", "method-dkd_clip-grad-1_beta-8_ce-weight-1"
 DKD_ONE, DKD_NONE = "method-dkd_clip-grad-1_beta-8_ce-weight-0", "method-dkd_beta-8_ce-weight-0"
 # Table -> label -> cell; the first is the control.  A table is of the sweep of its name, but for those of SWEEPS.
-SWEEPS = {"remedies": "high"}
+SWEEPS = {"remedies": "high", "cifar10": "../cifar10-jpeg-cpu"}
 CELLS = {
     "recipe": {
         "KD, clipped at 1": ONE, "KD, not clipped": "method-kd_clip-grad-0", "KD, clipped at 0.1": "method-kd_clip-grad-0.1",
@@ -56,6 +57,10 @@ CELLS = {
             ("v1: KD, Mixup and CutMix alone", "", "clip-grad-1_", "v1"),
             ("v3: DKD beta 8", "", "clip-grad-1_", "v3"), ("v3, not clipped", "", "", "v3"),
             ("v3.1: DKD beta 2", "", "clip-grad-1_", "v3.1"), ("v4: KD, stronger teacher", "-strong", "clip-grad-1_", "v4"))},
+    "cifar10": {
+        "KD, clipped at 1": ONE, "KD, not clipped": "method-kd_clip-grad-0", "DKD beta 8, clipped at 1": DKD_ONE,
+        "DKD beta 8, not clipped": DKD_NONE, "DKD beta 2, clipped at 1": "method-dkd_clip-grad-1_beta-2_ce-weight-0",
+        "DKD beta 2, not clipped": "method-dkd_beta-2_ce-weight-0", "1 CE, no teacher": f"train_teacher_clip-grad-1_{STUDENT}"},
 }
 # Title -> the two cells whose difference answers a question, with their sweep.
 CONTRASTS = {
@@ -106,6 +111,8 @@ def repeat() -> str:
     rows = []
     for name, labels in CELLS.items():
         sweep, (_, *others) = SWEEPS.get(name, name), labels
+        if not (FOLDER / "repeat" / sweep).exists():
+            continue
         here, there = ([read_sweep(folder / sweep)[cell] for cell in labels.values()] for folder in (FOLDER, FOLDER / "repeat"))
         moves = [abs(one.accuracy - other.accuracy) for one, other in zip(here, there)]
         fell = [sum(cell.ends["collapsed"] for label, cell in zip(others, cells) if "no teacher" not in label)
