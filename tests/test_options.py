@@ -229,9 +229,9 @@ def test_flags_of_another_run_are_defaults(tmp_path, capsys):
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1 and str(path) in err and words in err
     assert distill("--config", str(file), "--teacher-checkpoint", args.teacher_checkpoint).teacher == "resnet8"
-    for name, value, words in (("opt", "lamb", "--opt"), ("method", "crd", "--method"), ("lr", -1, "--lr"), ("flip", "yes", "--flip"),
+    for name, value, words in (("opt", "lamb", "--opt"), ("method", "crd", "--method"), ("lr", -1, "--lr"), ("beta", -8, "--be"),
                                ("milestones", [0], "--milestones"), ("lr", None, "--lr"), ("crop_scale", [0.5], "--crop-scale"),
-                               ("seed", [1, 2], "bad.json"), ("beta", -8, "--beta"), ("method", None, "--method")):
+                               ("seed", [1, 2], "bad.json"), ("flip", "yes", "--flip"), ("method", None, "--method")):
         (tmp_path / "bad.json").write_text(json.dumps(vars(args) | {"script": "distill", name: value}))
         with pytest.raises(SystemExit) as stop:
             distill("--config", str(tmp_path / "bad.json"))
