@@ -388,8 +388,10 @@ def test_a_run_that_went_wrong_gets_advice_for_each_alarm():
     assert judged([10, 60, 20], share_nckd=0.9)["advice"] == "share: lower --beta, or raise --ce-weight"
     assert judged([10, 60, 20], log={"clip_frac": 0.95})["advice"] == "clipped: raise --clip-grad or lower --beta"
     assert "--alpha" in judged([10, 60, 20], "--method kd", update_ratio=0.09, share_kl=0.5)["advice"]
-    assert judged([10, 60, 20], pull_minor_whole=0.6)["advice"].startswith("inverted: use --mixed-target pair")
-    assert judged([10, 60, 20], "--method kd", pull_minor_whole=0.6)["advice"] == "inverted: mix less (--mix-prob)"
+    for flags in ("--method kd", "--method dkd"):
+        assert judged([10, 60, 20], flags, pull_minor_whole=0.6)["advice"] == "inverted: mix less (--mix-prob)"
+    dominant = judged([10, 60, 20], "--method dkd --mixed-target dominant", pull_minor_whole=0.6)
+    assert dominant["advice"].startswith("inverted: use --mixed-target pair")
     assert judged([10, 60, 20])["advice"] is None
     assert judged([10, 20, 30], dead_classes=40, update_ratio=0.09)["advice"].startswith("move: ")
 
