@@ -30,8 +30,9 @@ def main(args):
         data = check.data_of_run(checkpoint, module.info["classes"], args.data_dir)
         print(data)
         stated = module.info["test_acc1"]
-        if module.info["dataset"] == "imagefolder" and module.info.get("data_sha256") != data.fingerprint:  # older files lack it
-            stated = print(f"other images than the run's, or an older run: its accuracy of {stated} % is not compared")
+        others = module.info["dataset"] == "imagefolder" and module.info.get("data_sha256") != data.fingerprint
+        if others and stated is not None:
+            stated = print(f"other images than the run's, or an older run: its accuracy of {stated:.2f} % is not compared")
         suffix = "-float" if args.input == "float" else ""
         path = Path(folder) / f"{checkpoint.stem}-{args.precision}{suffix}{writers.FORMATS[args.format][0]}"
         writers.export(module, args.format, args.precision, check.calibration(data), path)
