@@ -29,10 +29,7 @@ def main(args):
     with TemporaryDirectory() as folder:
         data = check.data_of_run(checkpoint, module.info["classes"], args.data_dir)
         print(data)
-        stated = module.info["test_acc1"]
-        others = module.info["dataset"] == "imagefolder" and module.info.get("data_sha256") != data.fingerprint
-        if others and stated is not None:
-            stated = print(f"other images than the run's, or an older run: its accuracy of {stated:.2f} % is not compared")
+        stated = check.stated_accuracy(module.info, data)
         suffix = "-float" if args.input == "float" else ""
         path = Path(folder) / f"{checkpoint.stem}-{args.precision}{suffix}{writers.FORMATS[args.format][0]}"
         writers.export(module, args.format, args.precision, check.calibration(data), path)

@@ -12,6 +12,7 @@ files.  All else is in runs/gpu-day and stays there: stage 3, called again, goes
 """
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ PAIRS = ("resnet32x4-resnet8x4-128 efficientnet_v2_l-efficientnet_v2_s-128 resne
 STAGES = {  # part: the most seconds that it may take, its module and flags; the most important first
     1: {"machine": (60, "gpu_checks machine"), "kernels": (100, "gpu_checks kernels"),
         "tests-only-gpu": (60, "pytest tests/test_softmax_kl.py tests/test_augment_kernel.py tests/test_capture.py "
-                               "-k captured_graph,compile_nothing,few_launches,gpu_records"),
+                               "-k 'captured_graph or compile_nothing or few_launches or gpu_records'"),
         "augmentation": (100, "gpu_checks augmentation"), "variants": (200, "gpu_runs variants"),
         "tests-gpu": (120, "pytest tests/test_softmax_kl.py tests/test_augment_kernel.py tests/test_capture.py "
                            "tests/test_loop.py"),
@@ -60,7 +61,7 @@ def parts_of(args) -> list[Part]:
     if find_spec("xdist"):
         pytest += ["-n", str(min(12, os.cpu_count())), "--dist", "worksteal"]
     for name, (most, line) in STAGES[args.stage].items():
-        module, *flags = (word.replace(",", " or ") for word in line.split())
+        module, *flags = shlex.split(line)
         if module == "gpu_runs":
             flags += ["--seconds", "{seconds}", "--work", str(WORK), "--data", str(args.data and args.data.resolve())]
         elif args.tiny and module != "gpu_checks":

@@ -108,8 +108,7 @@ def variants(args) -> list[str]:
 
     def distill(name: str) -> None:
         command = (f"distill.py --student v2_pico --teacher-checkpoint {shlex.quote(str(folder))}/teacher/best.pt "
-                   f"--allow-weak-teacher {recipe} "
-                   f"{VARIANTS[name]}")
+                   f"--allow-weak-teacher {recipe} {VARIANTS[name]}")
         if name == "killed" and (ended := run(command, folder / name, args.end, kill_after=1)).outcome != "failed (-9)":
             keep(name, ended._replace(outcome=f"{ended.outcome} before it was killed"))
         else:

@@ -8,7 +8,7 @@ from cli import method_flags, presets
 from cli.flag_types import count, device, nonempty, nonnegative, number, png, positive, probability, seed, whole
 from losses.methods import METHODS
 from rundir.errors import Parser
-from rundir.identity import listed, unlisted
+from rundir.identity import BETWEEN, listed, unlisted
 
 DATASETS = ("cifar100", "cifar10", "imagefolder", "synthetic")
 POLICIES = ("none", "autoaugment", "autoaugment-imagenet", "autoaugment-svhn", "randaugment", "trivialaugment")
@@ -171,7 +171,7 @@ def parse_distill(description=None, usage_lines=None, argv=None, prog=None):
     names = args.teacher or []
     if names and len(names) != len(files):
         parser.error(f"--teacher must name one network for each --teacher-checkpoint ({len(names)} for {len(files)})")
-    args.teacher_checkpoint, args.teacher = unlisted(files), " + ".join(names) or None
+    args.teacher_checkpoint, args.teacher = unlisted(files), BETWEEN.join(names) or None
     method_flags.fill_in(parser, args, of_preset=set(preset) if args.method != preset.get("method") else set())
     fill_in_augmentation(parser, args)
     check_schedule(parser, args)

@@ -5,7 +5,7 @@ from pathlib import Path
 from losses.methods import METHODS
 from rundir.errors import Failure, Parser
 from rundir.files import read_json
-from rundir.identity import listed
+from rundir.identity import BETWEEN, listed
 
 STUDY_TEACHERS = ("runs/teacher/best.pt", "runs/teacher-strong/best.pt")  # the default, and that of v4
 EXPERIMENTS = {
@@ -66,10 +66,12 @@ def defaults(parser, argv, *scripts: str) -> dict:
 def words(parser, action, value) -> list[str]:
     """The command line's words for a value of config.json."""
     flag = action.option_strings[-1 if value is False else 0]  # --no-flip is the last of --flip
-    if value is None and action.default is not None or (action.nargs == 0) > (value in (None, True, False)):
+    if value is None and action.default is None:
+        return []
+    if value is None or action.nargs == 0 and not isinstance(value, bool):
         parser.error(f"argument {flag}: invalid value ({value})")
-    if value is None or action.nargs == 0:
-        return [flag] * (value is True or value is False and flag.startswith("--no-"))
+    if action.nargs == 0:
+        return [flag] * (value or flag.startswith("--no-"))
     if action.dest == "teacher":
-        value = value.split(" + ")  # as several are recorded
+        value = value.split(BETWEEN)
     return [flag, *map(str, listed(value))]

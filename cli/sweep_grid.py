@@ -19,6 +19,7 @@ DEFAULTS = {script: parse(argv=[]) for script, parse in PARSERS.items()}
 SET_BY_SWEEP = ("--output", "--resume", "--overwrite", "--dry-run")
 LONG_FORM = {"-b": "--batch-size"}
 DECIDING = {"--config", "--experiment", "--method"}  # the method, and the seed without --seed
+CONSTANTS = ("--teacher-mean", "--teacher-std")  # three numbers each
 METRICS = ("test_acc1_best", "test_acc1_last")
 LONGEST_NAME = 120  # characters of a run's name, before the seed
 
@@ -147,9 +148,9 @@ def product(script: str, flags: dict, dropped: set):
 def axis(script: str, flag: str, values: tuple) -> list[tuple]:
     """The settings of a flag; a list, as for --milestones, is one setting, and so is what has commas between it for a teacher."""
     whole = not values or isinstance(getattr(DEFAULTS[script], flag[2:].replace("-", "_"), None), list)
-    whole |= flag in ("--teacher-mean", "--teacher-std") and "," not in "".join(values)
-    of_teachers = ("--teacher-checkpoint", "--teacher", "--teacher-mean", "--teacher-std")
-    return [values] if whole else [tuple(value.split(",")) if flag in of_teachers else (value,) for value in values]
+    whole |= flag in CONSTANTS and "," not in "".join(values)
+    of_teachers = flag in ("--teacher-checkpoint", "--teacher", *CONSTANTS)
+    return [values] if whole else [tuple(value.split(",")) if of_teachers else (value,) for value in values]
 
 
 def foreign_hyperparameters(flags: dict, method: str) -> set[str]:

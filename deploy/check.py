@@ -13,7 +13,7 @@ from deploy import other_runtimes
 from deploy.runtime import RUNTIMES, metadata_path
 from rundir.errors import CHECKPOINT, DATA, DIVERGED, USAGE, Failure, Unwritable
 from rundir.files import as_csv, write_atomic, write_json
-from training.evaluation import tolerance
+from training.evaluation import has_other_images, tolerance
 
 CALIBRATION_IMAGES = 512
 AGREEMENT = 0.995  # of the predictions of an .onnx file in another runtime with those in ONNX Runtime; else one may differ
@@ -75,6 +75,15 @@ def described(row) -> str:
     return (f"{row.file}: {row.bytes / 1e6:.3f} MB; compared with the checkpoint: {row.same_predictions} of {row.images} "
             f"predictions equal, accuracy {row.accuracy:.2f} % and {row.checkpoint_accuracy:.2f} % "
             f"(drop {row.drop:.2f}), logits within {row.largest_difference:.1e}")
+
+
+def stated_accuracy(info: dict, data: datasets.Dataset) -> float | None:
+    """The accuracy in the metadata of a checkpoint, if it is of these images; else None, and a line says so."""
+    stated = info["test_acc1"]
+    if stated is None or not has_other_images(info, data):
+        return stated
+    print(f"other images than the run's, or an older run: its accuracy of {stated:.2f} % is not compared")
+    return None
 
 
 def judge(row, max_drop: float, stated: float | None, amp: str) -> None:

@@ -9,9 +9,7 @@ from torch import nn
 from models.foreign import complete
 from models.networks import centre_crop
 from models.weights import load, read_teacher
-from rundir.identity import listed, unlisted
-
-BETWEEN = " + "  # the names of several networks
+from rundir.identity import BETWEEN, listed, unlisted
 
 
 class Ensemble(nn.Module):

@@ -516,9 +516,10 @@ def write_outputs(directories, output: Path) -> None:
         write_figure(legend(draw(pool, names)), output / name)
         print(f"{output / name}.png, .pdf" + (f": drawn without {', '.join(missing)}" if missing else ""))
     diverged = ", ".join(f"{name} seed {run.config['seed']}" for name, runs in study.items() for run in runs if run.diverged)
-    tables = {name: table(finished) for name, table in TABLES.items()} if finished else {}
+    lost = f" Diverged, and not counted: {diverged}." * bool(diverged)
+    made = {name: table(finished) for name, table in TABLES.items()} if finished else {}
+    tables = {name: (rows, note + lost) for name, (rows, note) in made.items()}
     for name, (rows, note) in tables.items():
-        tables[name] = rows, note = rows, note + f" Diverged, and not counted: {diverged}." * bool(diverged)
         for suffix, render in FORMATS.items():
             files.write_atomic(output / f"{name}.{suffix}", render(rows, note).encode())
         print(f"{output / name}.md, .csv, .tex")

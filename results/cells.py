@@ -86,8 +86,7 @@ def read_sweep(directory: Path) -> dict[str, Cell]:
         else:
             rows = epochs[run["run"]]
             cell.runs[run["seed"]] = run | {"epochs": rows, "val": [row["val_acc1"] for row in rows]}
-    plain = [cell for cell in cells.values() if cell.flags["method"] == "kd"
-             and is_plain(cell.flags)]
+    plain = [cell for cell in cells.values() if cell.flags["method"] == "kd" and is_plain(cell.flags)]
     plain.sort(key=lambda kd: kd.flags["clip_grad"], reverse=True)  # of several, that of the study
     for cell in cells.values():
         found = next((kd for kd in plain if all(

@@ -7,6 +7,8 @@ NON_EXPERIMENT_FLAGS = {"output", "device", "cuda_graph", "grad_checkpoint", "re
 DIGESTS = {"data_dir": "data_sha256", "teacher_checkpoint": "teacher_sha256",
            "init": "init_sha256", "student_init": "init_sha256"}
 
+BETWEEN = " + "  # the names of several networks in one value
+
 # Flags that changed nothing when they were added: their value in runs without them.
 BEFORE = {"flip": True, "crop": "pad", "crop_scale": [0.08, 1.0], "crop_ratio": [0.75, 1.3333], "unreadable": "stop",
           "loss_scale": 1.0, "class_weights": "none"}

@@ -52,17 +52,15 @@ def find(run, config: dict) -> dict | None:
         last = previous
     # Older runs have only the SHA-256 of the images, or nothing.
     initial = saved.setdefault("began", {"data_sha256": saved["data"]} if "data" in saved else {})
-    compare(run, saved["config"], config, initial, read_json(last.with_name("config.json")) or {})
+    resolved = read_json(last.with_name("config.json")) or {}  # of which --config gives a value in place of None
+    config |= {name: None for name, value in config.items()
+               if saved["config"].get(name, value) is None and value == resolved.get(name)}
+    compare(run, saved["config"], config, initial)
     return saved | {"path": last, "has_summary": (run / "summary.json").exists()}
 
 
-def compare(run, old: dict, new: dict, initial: dict, resolved: dict) -> None:
-    """Failure USAGE for flags of another experiment, with the differences.
-
-    initial: what a run records of its start, `began`.  resolved: its config.json.  Where --config gave a value of it in place of
-    None, `new` gets None again.
-    """
-    new |= {name: None for name in old.keys() & new.keys() if old[name] is None and new[name] == resolved.get(name)}
+def compare(run, old: dict, new: dict, initial: dict) -> None:
+    """Failure USAGE for flags of another experiment, with the differences.  initial: what a run records of its start, `began`."""
     def sha256_of(name):
         if name == "data_dir":
             return initial.get("data_sha256")  # compared when the images are loaded

@@ -72,6 +72,12 @@ def test_values_make_cells_without_the_flags_of_other_methods(line, labels):
     assert len({cell.name for cell in made}) == len(made) and all(list(cell.runs) == [42] for cell in made)
 
 
+def test_three_numbers_of_a_teacher_are_one_setting():
+    three = cells("distill.py --teacher-mean 0.1 0.2 0.3")
+    two = cells("distill.py --teacher-mean 0.1,0.2,0.3 0.4,0.5,0.6")
+    assert [cell.runs[42].teacher_mean for cell in three + two] == [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
+
+
 def test_two_dashes_separate_grids_that_share_the_first_flags():
     made = cells("distill.py --student v2_pico --epochs 9 --seed 0 1 -- --method kd -- --method dkd --beta 2 8 "
                  "-- --method dkd --lr 1.6 --seed 5 -- train_teacher.py --model v2_pico")

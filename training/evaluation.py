@@ -126,6 +126,11 @@ def tolerance(images: int, *precisions: str) -> float:
     return 100 * (1 + 4 * math.sqrt(share * images)) / images
 
 
+def has_other_images(info: dict, data) -> bool:
+    """Whether the folder of images at hand is not as it was for the best.pt with the metadata `info`; unknown of older files."""
+    return info["dataset"] == "imagefolder" and info.get("data_sha256") != data.fingerprint
+
+
 def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_weak: bool = False,
                   kept=lambda compute: compute()) -> Evaluation:
     """Evaluate the teacher on the test set, and print its line; of an Ensemble, after those of its teachers.
@@ -141,8 +146,8 @@ def check_teacher(teacher, data, context: RunContext, batch_size: int, allow_wea
               f"{evaluation.acc1:.2f} %")
         return evaluation
     info, recorded, images = teacher.info, teacher.info["test_acc1"], len(data.test.labels)
-    resized = info["stored_size"] != data.image_size
-    others = info["dataset"] == "imagefolder" and (resized or info.get("data_sha256") != data.fingerprint)  # older files lack it
+    resized = info["dataset"] == "imagefolder" and info["stored_size"] != data.image_size  # not the pixels of its own test set
+    others = resized or has_other_images(info, data)
     mean, std = (" ".join(f"{number:.3f}" for number in info[name]) for name in ("mean", "std"))
     note = f", measured here, with mean {mean} and std {std}: its file has none to compare with" if recorded is None else (
         f" on images of {data.image_size} pixels; in its checkpoint {recorded:.2f} %, of {info['stored_size']}" if resized else
